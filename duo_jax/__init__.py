@@ -1,0 +1,1 @@
+"""DuoAttention in JAX: models whose KV heads are split into retrieval and streaming heads."""

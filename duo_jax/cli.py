@@ -1,0 +1,45 @@
+"""How every command of this project parses its flags and reports bad input."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import tyro
+
+from duo_jax.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def run(
+    main: Callable[[Config], None],
+    config_type: type[Config],
+    *,
+    prog: str,
+    description: str,
+    default: Config | None = None,
+    args: Sequence[str] | None = None,
+) -> None:
+    """Parse flags into a config dataclass and run `main` on it; never returns on bad input.
+
+    Input that cannot be used prints one line, `error: ...`, and exits with code 2. Ctrl-C prints
+    one line and exits with 130.
+
+    Args:
+      main: the command.
+      config_type: its dataclass; field comments and docstrings become the help text.
+      prog: how the command is typed, such as "python -m convert".
+      description: the first lines of --help.
+      default: values to start from instead of the dataclass's own.
+      args: the words of the command line; default sys.argv[1:].
+    """
+    given = {} if default is None else {"default": default}
+    try:
+        config = tyro.cli(config_type, prog=prog, description=description, args=args, **given)
+        main(config)
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,107 @@
+"""Attention patterns: one gate per layer and KV head, in the file format of the published ones.
+
+A pattern is a folder with `full_attention_heads.tsv` (tab-separated numbers, a row per layer, a
+column per KV head) and `config.json` (at least sink_size and recent_size; other keys are kept).
+The same folders are read by the reference implementation and by kvpress.
+"""
+
+import dataclasses
+import io
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from duo_jax import files
+from duo_jax.errors import InputError
+
+_GATES_FILE = "full_attention_heads.tsv"
+_CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Pattern:
+    """Gates as they are stored, and the sizes of the streaming heads they were learned with."""
+
+    gates: Float[np.ndarray, "layers kv_heads"]
+    sink_size: int
+    recent_size: int
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def clipped(self) -> Float[np.ndarray, "layers kv_heads"]:
+        """Return the gates in [0, 1]; stored values may lie slightly outside."""
+        return np.clip(self.gates, 0.0, 1.0)
+
+
+def load_pattern(folder: str | pathlib.Path) -> Pattern:
+    """Read a pattern folder.
+
+    Raises:
+      InputError: a file is missing or malformed.
+    """
+    folder = pathlib.Path(folder)
+    gates_file, config_file = folder / _GATES_FILE, folder / _CONFIG_FILE
+    for file in (gates_file, config_file):
+        if not file.is_file():
+            raise InputError(f"{file} does not exist; a pattern folder holds {_GATES_FILE} "
+                             f"and {_CONFIG_FILE}")  # fmt: skip
+    try:
+        rows = gates_file.read_text(encoding="utf-8").split("\n")
+        gates = np.array([[float(x) for x in row.split("\t")] for row in rows if row.strip()])
+        config = dict(json.loads(config_file.read_text(encoding="utf-8")))
+        sink_size, recent_size = int(config.pop("sink_size")), int(config.pop("recent_size"))
+    except KeyError as error:
+        raise InputError(f"{config_file} lacks {error}") from None
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{folder} is not a readable pattern: {error}") from None
+    if gates.ndim != 2 or not np.isfinite(gates).all():
+        raise InputError(f"{gates_file} does not hold a table of finite numbers")
+    return Pattern(gates=gates, sink_size=sink_size, recent_size=recent_size, extra=config)
+
+
+def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
+    """Write a pattern folder; the folder appears only when complete."""
+    text = io.StringIO()
+    np.savetxt(text, pattern.gates, delimiter="\t")
+    config = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    with files.new_folder(folder, replace=True) as partial:
+        (partial / _GATES_FILE).write_text(text.getvalue(), encoding="utf-8")
+        (partial / _CONFIG_FILE).write_text(json.dumps(dict(pattern.extra) | config, indent=2))
+
+
+def retrieval_heads(
+    gates: Float[np.ndarray, "layers kv_heads"], *, sparsity: float
+) -> Bool[np.ndarray, "layers kv_heads"]:
+    """Choose which KV heads keep a full cache: the highest gates of the whole model.
+
+    Exactly round(n * (1 - sparsity)) of the n heads are kept, by one ranking over all layers;
+    equal gates are ranked by layer, then by head, so the choice is deterministic.
+
+    Args:
+      gates: one value per layer and KV head; clipped to [0, 1] first.
+      sparsity: fraction of streaming heads, in [0, 1].
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise InputError(f"sparsity {sparsity} is not in [0, 1]")
+    kept = round(gates.size * (1.0 - sparsity))
+    ranking = np.argsort(-np.clip(gates, 0.0, 1.0), axis=None, kind="stable")
+    chosen = np.zeros(gates.size, bool)
+    chosen[ranking[:kept]] = True
+    return chosen.reshape(gates.shape)
+
+
+def check_fits(pattern: Pattern, *, num_layers: int, num_kv_heads: int) -> None:
+    """Refuse a pattern that was made for a model of another shape.
+
+    Raises:
+      InputError: with both shapes.
+    """
+    if pattern.gates.shape != (num_layers, num_kv_heads):
+        layers, heads = pattern.gates.shape
+        raise InputError(
+            f"pattern has {layers} layers x {heads} KV heads, the model has {num_layers} x "
+            f"{num_kv_heads}; was it learned on another model?"
+        )

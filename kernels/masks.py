@@ -1,0 +1,43 @@
+"""Which keys a query may see: the one place that says so, for every head and every kernel."""
+
+from jaxtyping import Array, Bool, Int
+
+
+def causal(
+    q_positions: Int[Array, " q_len"], kv_positions: Int[Array, " kv_len"]
+) -> Bool[Array, "q_len kv_len"]:
+    """Return which keys a retrieval head lets each query see: key j for query i iff j <= i.
+
+    Positions are absolute. With five tokens:
+
+             j: 0 1 2 3 4
+        i = 0:  1 0 0 0 0
+        i = 1:  1 1 0 0 0
+        i = 2:  1 1 1 0 0
+        i = 3:  1 1 1 1 0
+        i = 4:  1 1 1 1 1
+    """
+    return kv_positions[None, :] <= q_positions[:, None]
+
+
+def streaming(
+    q_positions: Int[Array, " q_len"],
+    kv_positions: Int[Array, " kv_len"],
+    *,
+    sink_size: int,
+    recent_size: int,
+) -> Bool[Array, "q_len kv_len"]:
+    """Return which keys a streaming head lets each query see (DuoAttention, section 2).
+
+    Key j is visible to query i iff j <= i and (j < sink_size or i - j < recent_size); the recent
+    tokens count the query's own. With sink_size=1, recent_size=2 and five tokens:
+
+             j: 0 1 2 3 4
+        i = 0:  1 0 0 0 0
+        i = 1:  1 1 0 0 0
+        i = 2:  1 1 1 0 0
+        i = 3:  1 0 1 1 0
+        i = 4:  1 0 0 1 1
+    """
+    i, j = q_positions[:, None], kv_positions[None, :]
+    return causal(q_positions, kv_positions) & ((j < sink_size) | (i - j < recent_size))

@@ -1,0 +1,1 @@
+"""Learning which KV heads are retrieval heads."""
