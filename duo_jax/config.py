@@ -22,6 +22,16 @@ _UNSUPPORTED_KEYS = {
     "attn_logit_softcapping": "attention logit soft-capping",
     "final_logit_softcapping": "logit soft-capping",
 }
+_ROPE_OPTIONS = (
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+)
 _MISTRAL_DEFAULT_WINDOW = 4096  # transformers' default when the key is absent
 
 
@@ -197,12 +207,7 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     original = settings.get("original_max_position_embeddings") or max_positions
     if kind == "dynamic":
         original = max_positions  # transformers stretches from the configured range
-    optional = {
-        key: settings[key]
-        for key in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow")
-        + ("attention_factor", "mscale", "mscale_all_dim", "truncate")
-        if settings.get(key) is not None
-    }
+    optional = {key: settings[key] for key in _ROPE_OPTIONS if settings.get(key) is not None}
     return RopeConfig(
         kind=kind,
         theta=float(theta),

@@ -1,0 +1,220 @@
+"""Synthetic passkey retrieval, the calibration data of DuoAttention (section 2.3).
+
+One sample is a long text with passkeys hidden at random depths, then one question per passkey with
+its answer. Recalling an answer needs keys and values from far back, so what a KV head contributes
+to the answers shows whether it is a retrieval head.
+
+    [bos] intro, haystack with needles in it, closing | question answer separator, ...
+                                                        ^ the tail: what is supervised
+
+A sample is a pure function of (config, tokenizer, text, seed, index).
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from duo_jax.errors import InputError
+
+NATO = (
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november "
+    "oscar papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu"
+).split()
+ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
+).split()
+
+_LENGTH_MULTIPLE = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PasskeyConfig:
+    """What the calibration samples look like; the defaults are the paper's."""
+
+    num_passkeys: int = 10
+    """Passkeys hidden in each sample, and questions at its end."""
+    passkey_words: int = 32
+    """Words of each passkey."""
+    words: Literal["nato", "vocabulary"] = "nato"
+    """Draw words from the NATO alphabet, with replacement, or distinct ones from the tokenizer's
+    vocabulary (lower-case words of one token each; what a very small model can spell)."""
+    min_length: int = 1000
+    """Shortest haystack, in tokens."""
+    max_length: int = 32_000
+    """Longest sample, in tokens, needles and questions included."""
+    num_lengths: int = 50
+    """Haystack lengths, evenly spaced from min_length to max_length; a sample draws one."""
+    intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
+    """What stands before the haystack."""
+    needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
+    """How a passkey is hidden."""
+    closing: str = "\n</text>\n\n"
+    """What stands after the haystack."""
+    question: str = "What is the {name} passkey to the vault? The {name} passkey to the vault is:"
+    """How a passkey is asked for."""
+    separator: str = ".\n\n"
+    """What stands after an answer."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_passkeys <= len(ORDINALS):
+            raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
+        if self.passkey_words < 1:
+            raise InputError(f"passkey_words {self.passkey_words} must be at least 1")
+        if not 1 <= self.min_length <= self.max_length:
+            raise InputError(
+                f"lengths {self.min_length} to {self.max_length}: min_length must be at least 1 "
+                "and at most max_length"
+            )
+        if self.num_lengths < 1:
+            raise InputError(f"num_lengths {self.num_lengths} must be at least 1")
+        if self.needle.count("{passkey}") != 1:
+            raise InputError("the needle must hold {passkey} once")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One token sequence, and where its questions and answers are."""
+
+    tokens: Int[np.ndarray, " length"]
+    tail_start: int  # first token of the first question
+    answers: tuple[tuple[int, int], ...]  # (start, stop) of each answer's tokens
+    depths: tuple[float, ...]  # where each asked passkey was hidden, 0 = start of the haystack
+
+
+class PasskeySampler:
+    """Makes sample number `index` of a seed; holds the tokenized text.
+
+    Raises:
+      InputError: max_length has no room for the passkeys, or the text is too short for it.
+    """
+
+    def __init__(
+        self, config: PasskeyConfig, tokenizer, documents: Sequence[str], *, seed: int
+    ) -> None:
+        self.config = config
+        self._seed = seed
+        self._encode = _encoder(tokenizer)
+        self._bos = _bos(tokenizer)
+        self._words = _word_list(config, tokenizer)
+        if config.words == "vocabulary":
+            needed = config.num_passkeys * config.passkey_words
+            if len(self._words) < needed:
+                raise InputError(
+                    f"{config.num_passkeys} passkeys of {config.passkey_words} distinct words need "
+                    f"{needed} words; the tokenizer has {len(self._words)} of one token"
+                )
+        text = [t for d in documents for t in self._encode(d + "\n\n")]
+        self._text = np.array(text, np.int32)
+
+        longest = config.max_length // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
+        overhead = len(self._assemble(self._draw_keys(np.random.default_rng(0)), [])[0])
+        self._longest_haystack = longest - overhead
+        if self._longest_haystack < 1:
+            raise InputError(
+                f"max_length {config.max_length} has no room for {config.num_passkeys} passkeys "
+                f"of {config.passkey_words} words (they take {overhead} tokens); raise it, or ask "
+                "for fewer or shorter passkeys"
+            )
+        # Key lengths in tokens vary a little from sample to sample.
+        if self._text.size < min(longest, self._longest_haystack + overhead // 4):
+            raise InputError(
+                f"the text has {self._text.size:,} tokens, samples of {longest:,} need at least "
+                f"{self._longest_haystack:,}; give more with --text, or lower --max-length"
+            )
+
+    def sample(self, index: int, *, length: int | None = None) -> Sample:
+        """Make sample `index`.
+
+        Args:
+          index: any integer from 0.
+          length: haystack tokens (cut so that the sample fits max_length); default: drawn from
+            the configured lengths.
+        """
+        config = self.config
+        rng = np.random.default_rng([self._seed, index])
+        lengths = np.linspace(config.min_length, config.max_length, config.num_lengths)
+        drawn = int(lengths[rng.integers(config.num_lengths)])
+        depths = rng.choice(np.linspace(0.05, 0.95, 1000), config.num_passkeys, replace=False)
+        depths = np.sort(depths)
+        keys = self._draw_keys(rng)
+
+        overhead = len(self._assemble(keys, [])[0])
+        longest = config.max_length // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
+        size = min(length or drawn, longest - overhead)
+        size += -(size + overhead) % _LENGTH_MULTIPLE
+        start = rng.integers(self._text.size - size + 1)
+        haystack = self._text[start : start + size]
+        cuts = [int(size * depth) for depth in depths]
+        order = rng.permutation(config.num_passkeys)
+        tokens, tail_start, answers = self._assemble(keys, np.split(haystack, cuts), order)
+        return Sample(
+            tokens=np.array(tokens, np.int32),
+            tail_start=tail_start,
+            answers=tuple(answers),
+            depths=tuple(float(depths[i]) for i in order),
+        )
+
+    def longest_tail(self) -> int:
+        """Return an upper bound on the tokens from the first question to the end."""
+        config = self.config
+        word = max(len(self._encode(" " + w)) for w in self._words)
+        question = max(len(self._encode(config.question.format(name=n))) for n in ORDINALS)
+        separator = len(self._encode(config.separator))
+        # One token of slack per word: a tokenizer may cut a word in a row differently.
+        return config.num_passkeys * (question + separator + config.passkey_words * (word + 1))
+
+    def _draw_keys(self, rng: np.random.Generator) -> list[list[int]]:
+        count, size = self.config.num_passkeys, self.config.passkey_words
+        distinct = self.config.words == "vocabulary"
+        chosen = rng.choice(len(self._words), (count, size), replace=not distinct)
+        return [self._encode("".join(" " + self._words[w] for w in key)) for key in chosen]
+
+    def _assemble(self, keys, pieces, order=None):
+        """Join haystack pieces, needles and the tail; without pieces: everything else."""
+        config, encode = self.config, self._encode
+        before, after = config.needle.split("{passkey}")
+        tokens = [*self._bos, *encode(config.intro)]
+        for i, key in enumerate(keys):
+            if len(pieces):
+                tokens.extend(pieces[i])
+            tokens += encode(before.format(name=ORDINALS[i])) + key
+            tokens += encode(after.format(name=ORDINALS[i]))
+        if len(pieces):
+            tokens.extend(pieces[-1])
+        tokens += encode(config.closing)
+        tail_start, answers = len(tokens), []
+        for i in range(len(keys)) if order is None else order:
+            tokens += encode(config.question.format(name=ORDINALS[i]))
+            answers.append((len(tokens), len(tokens) + len(keys[i])))
+            tokens += keys[i] + encode(config.separator)
+        return tokens, tail_start, answers
+
+
+def _encoder(tokenizer) -> Callable[[str], list[int]]:
+    @functools.lru_cache(maxsize=4096)
+    def encode(text: str) -> tuple[int, ...]:
+        # verbose=False: whole documents are longer than the model's range, and meant to be.
+        return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+    return lambda text: list(encode(text)) if text else []
+
+
+def _bos(tokenizer) -> list[int]:
+    """Return the begin-of-sequence token where the model expects one."""
+    marked = tokenizer("a").input_ids
+    starts_with_bos = tokenizer.bos_token_id is not None and marked[0] == tokenizer.bos_token_id
+    return [tokenizer.bos_token_id] if starts_with_bos else []
+
+
+def _word_list(config: PasskeyConfig, tokenizer) -> list[str]:
+    if config.words == "nato":
+        return NATO
+    words = (tokenizer.decode([i]) for i in range(len(tokenizer)))
+    candidates = sorted({w[1:] for w in words if re.fullmatch(r" [a-z]{3,}", w)})
+    return [w for w in candidates if w not in ORDINALS]

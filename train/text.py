@@ -1,0 +1,135 @@
+"""Long text to hide passkeys in: files, folders, JSON lines, hub data sets, or Python's own manual.
+
+The default needs no download: `pydoc_data.topics`, the language reference that every Python
+installation carries (about 465 KB; it differs a little between Python versions).
+"""
+
+import io
+import itertools
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from duo_jax.errors import InputError
+
+# Enough for any haystack; reading on would only cost time and memory.
+_MAX_CHARACTERS = 50_000_000
+_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.zst")
+_TEXT_KEYS = ("text", "content", "chapter", "document", "article")
+
+
+def load_documents(sources: Sequence[str]) -> list[str]:
+    """Read documents in a fixed order.
+
+    Args:
+      sources: text files, folders (searched for .txt, .md, .rst, .jsonl and .jsonl.zst), or names
+        of Hugging Face data sets (needs the `datasets` extra). JSON lines hold their text under
+        "text", "content", "chapter", "document" or "article". Empty: the built-in text.
+
+    Returns:
+      Non-empty documents, at most 50 million characters in all.
+
+    Raises:
+      InputError: a source does not exist, cannot be read or holds no text.
+    """
+    if not sources:
+        return _built_in()
+    documents, characters = [], 0
+    for document in itertools.chain.from_iterable(map(_read_source, sources)):
+        if document.strip():
+            documents.append(document[: _MAX_CHARACTERS - characters])
+            characters += len(documents[-1])
+        if characters >= _MAX_CHARACTERS:
+            break
+    if not documents:
+        raise InputError(f"no text found in {', '.join(sources)}")
+    return documents
+
+
+def split_held_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split into training and held-out text: every tenth document, or the last tenth of a few."""
+    if len(documents) >= 10:
+        held_out = [d for i, d in enumerate(documents) if i % 10 == 9]
+        return [d for i, d in enumerate(documents) if i % 10 != 9], held_out
+    text = "\n\n".join(documents)
+    cut = len(text) * 9 // 10
+    return [text[:cut]], [text[cut:]]
+
+
+def _built_in() -> list[str]:
+    from pydoc_data import topics
+
+    return [topics.topics[name] for name in sorted(topics.topics)]
+
+
+def _read_source(source: str) -> Iterator[str]:
+    path = pathlib.Path(source)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(_TEXT_SUFFIXES))
+        if not files:
+            raise InputError(f"{path} holds no {', '.join(_TEXT_SUFFIXES)} files")
+        return itertools.chain.from_iterable(map(_read_file, files))
+    if path.is_file():
+        return _read_file(path)
+    if source.count("/") == 1 and not source.startswith((".", "/", "~")):
+        return _read_dataset(source)
+    raise InputError(f"no such text: {source} (a file, a folder or a data set's name is needed)")
+
+
+def _read_file(path: pathlib.Path) -> Iterator[str]:
+    try:
+        if path.name.endswith(".jsonl"):
+            with path.open(encoding="utf-8") as lines:
+                yield from _json_texts(lines, path)
+        elif path.name.endswith(".jsonl.zst"):
+            import zstandard
+
+            with path.open("rb") as packed:
+                try:
+                    stream = zstandard.ZstdDecompressor().stream_reader(packed)
+                    yield from _json_texts(io.TextIOWrapper(stream, encoding="utf-8"), path)
+                except zstandard.ZstdError as error:
+                    raise InputError(f"{path} is not a zstd file: {error}") from None
+        else:
+            yield path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _json_texts(lines: Iterable[str], path: pathlib.Path) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            raise InputError(f"{path}, line {number}: not JSON") from None
+        yield _text_of(record, f"{path}, line {number}")
+
+
+def _text_of(record, where: str) -> str:
+    if isinstance(record, dict):
+        for key in _TEXT_KEYS:
+            if isinstance(record.get(key), str):
+                return record[key]
+    raise InputError(f"{where}: no text under any of {', '.join(_TEXT_KEYS)}")
+
+
+def _read_dataset(name: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            f"no such file or folder: {name}; to read it as a Hugging Face data set, "
+            "pip install 'duo_jax[datasets]'"
+        ) from None
+    try:
+        records = datasets.load_dataset(name, split="train", streaming=True)
+        for record in records:
+            yield _text_of(record, f"data set {name}")
+    except InputError:
+        raise
+    except Exception as error:  # the library raises many kinds, all about this name
+        raise InputError(f"data set {name} cannot be read: {error}") from None
