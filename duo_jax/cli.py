@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import tyro
 
@@ -38,8 +38,13 @@ def run(
         config = tyro.cli(config_type, prog=prog, description=description, args=args, **given)
         main(config)
     except InputError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def fail(error: InputError) -> NoReturn:
+    """Report input that cannot be used, and exit."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)

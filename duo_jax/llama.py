@@ -126,7 +126,7 @@ class Llama(nn.Module):
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
         self.layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
             length=config.num_layers,
@@ -230,7 +230,7 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
-        return normed * jnp.expand_dims(scale, range(x.ndim - 1))
+        return normed * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))
 
 
 class Linear(nn.Module):

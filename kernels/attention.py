@@ -155,11 +155,12 @@ def _attend_one_head(
     *,
     softmax_scale: float,
 ) -> Float[Array, "batch q_len group head_dim"]:
-    accumulator = jnp.promote_types(q.dtype, jnp.float32)
-    scores = jnp.einsum("btgh,bsh->bgts", q, k, preferred_element_type=accumulator)
-    scores = jnp.where(mask[None, None], scores * softmax_scale, -jnp.inf)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    # dot_general keeps (q_len, group) together as rows of one matrix product; no transposes.
+    scores = jax.lax.dot_general(q, k, (((3,), (2,)), ((0,), (0,))), preferred_element_type=wide)
+    scores = jnp.where(mask[None, :, None, :], scores * softmax_scale, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    out = jnp.einsum("bgts,bsh->btgh", weights, v, preferred_element_type=accumulator)
+    out = jax.lax.dot_general(weights, v, (((3,), (1,)), ((0,), (0,))), preferred_element_type=wide)
     return out.astype(q.dtype)
 
 

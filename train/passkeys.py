@@ -90,15 +90,28 @@ class Sample:
 class PasskeySampler:
     """Makes sample number `index` of a seed; holds the tokenized text.
 
+    Args:
+      config: what samples look like.
+      tokenizer: the model's, as transformers loads it.
+      documents: the haystack.
+      seed: decides every sample, together with the index.
+      stream: another number gives another sequence of samples for the same seed.
+
     Raises:
       InputError: max_length has no room for the passkeys, or the text is too short for it.
     """
 
     def __init__(
-        self, config: PasskeyConfig, tokenizer, documents: Sequence[str], *, seed: int
+        self,
+        config: PasskeyConfig,
+        tokenizer,
+        documents: Sequence[str],
+        *,
+        seed: int,
+        stream: int = 0,
     ) -> None:
         self.config = config
-        self._seed = seed
+        self._entropy = (seed, stream)
         self._encode = _encoder(tokenizer)
         self._bos = _bos(tokenizer)
         self._words = _word_list(config, tokenizer)
@@ -137,7 +150,7 @@ class PasskeySampler:
             the configured lengths.
         """
         config = self.config
-        rng = np.random.default_rng([self._seed, index])
+        rng = np.random.default_rng([*self._entropy, index])
         lengths = np.linspace(config.min_length, config.max_length, config.num_lengths)
         drawn = int(lengths[rng.integers(config.num_lengths)])
         depths = rng.choice(np.linspace(0.05, 0.95, 1000), config.num_passkeys, replace=False)

@@ -1,0 +1,114 @@
+"""The distillation loss of the gates (DuoAttention, section 2.3).
+
+A teacher runs with full attention everywhere, a student with gate-mixed attention. With H the
+output of the final norm in float32, at the positions of the questions and answers:
+
+    distillation = mean over supervised tokens, mean over channels of (H_teacher - H_student)^2
+
+The penalty on the gates that is added to it belongs to the optimiser (`train.optimisation`).
+
+mixing="teacher" (as the reference code): the student's full term is the teacher's attention output,
+a constant. The teacher runs first, without gradient, and leaves its attention outputs behind
+([layers, batch, length, q_heads, head_dim]); the student then needs streaming attention only.
+mixing="self" (the paper's formula): both terms come from the student's own queries, keys, values.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from duo_jax import llama
+from duo_jax.config import ModelConfig
+from train import gates as gated
+
+Mixing = Literal["teacher", "self"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Token sequences of one padded length, and the supervised part of each."""
+
+    tokens: Int[Array, "batch length"]
+    tail_start: Int[Array, " batch"]  # first supervised position
+    total_length: Int[Array, " batch"]  # real tokens; the tail ends here
+
+
+def distillation_loss(
+    gates: Float[Array, "layers kv_heads"],
+    config: ModelConfig,
+    params: llama.Params,
+    batch: Batch,
+    *,
+    sink_size: int,
+    recent_size: int,
+    mixing: Mixing,
+    tail_size: int,
+) -> Float[Array, ""]:
+    """Return the mean squared difference between the student's and the teacher's final states.
+
+    Differentiable in `gates`; the layers are rematerialised, so that the backward pass keeps only
+    each layer's input. In the student with mixing="teacher", no array is quadratic in the length.
+
+    Args:
+      gates: one per layer and KV head, in [0, 1], float32.
+      config: the model.
+      params: its frozen parameters.
+      batch: the samples.
+      sink_size: sinks of the streaming term.
+      recent_size: recent tokens of the streaming term.
+      mixing: where the full term comes from.
+      tail_size: positions to compare; at least the longest supervised part.
+    """
+    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    total_length = jnp.max(batch.total_length)
+
+    def run(attend, layer_inputs, *, remat):
+        return llama.hidden_states(
+            config,
+            params,
+            batch.tokens,
+            attend=attend,
+            layer_inputs=layer_inputs,
+            total_length=total_length,
+            remat=remat,
+        )
+
+    def final(x):
+        tail = tail_of(x, batch, tail_size)
+        wide = tail.astype(jnp.promote_types(tail.dtype, jnp.float32))
+        return llama.final_norm(config, params, wide)
+
+    with jax.named_scope("teacher"):
+        if mixing == "teacher":
+            x, full = jax.lax.stop_gradient(run(gated.teacher, None, remat=False))
+        else:
+            x, _ = jax.lax.stop_gradient(run(llama.plain, None, remat=False))
+        target = final(x)
+    with jax.named_scope("student"):
+        if mixing == "teacher":
+            x, _ = run(gated.teacher_mixed(**sizes), (gates, full), remat=True)
+        else:
+            x, _ = run(gated.self_mixed(**sizes), gates, remat=True)
+        error = jnp.mean(jnp.square(final(x) - target), axis=-1)
+    supervised = tail_positions(batch, tail_size) >= batch.tail_start[:, None]
+    supervised &= tail_positions(batch, tail_size) < batch.total_length[:, None]
+    supervised = supervised.astype(error.dtype)
+    return jnp.sum(error * supervised) / jnp.sum(supervised)
+
+
+def tail_positions(batch: Batch, tail_size: int) -> Int[Array, "batch tail"]:
+    """Return which positions `tail_of` cuts out: the tail's, or earlier ones at the very end."""
+    start = jnp.minimum(batch.tail_start, batch.tokens.shape[1] - tail_size)
+    return start[:, None] + jnp.arange(tail_size)[None, :]
+
+
+def tail_of(
+    x: Float[Array, "batch length channels"], batch: Batch, tail_size: int
+) -> Float[Array, "batch tail channels"]:
+    """Cut the supervised part out of a whole sequence of states."""
+    start = tail_positions(batch, tail_size)[:, 0]
+    return jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, tail_size))(x, start)

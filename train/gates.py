@@ -1,0 +1,72 @@
+"""Gate-mixed attention: each KV head between retrieval (gate 1) and streaming (gate 0).
+
+    attention[head] = gate * full_attention[head] + (1 - gate) * streaming_attention[head]
+
+(DuoAttention, section 2.2). The gate of a KV head acts on all query heads that read it. During
+identification the full term may come from another stream, the teacher; see `train.distillation`.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duo_jax import llama
+from kernels import full_attention, streaming_attention
+
+
+def mix(
+    gates: Float[Array, " kv_heads"],
+    full: Float[Array, "batch length q_heads head_dim"],
+    streaming: Float[Array, "batch length q_heads head_dim"],
+) -> Float[Array, "batch length q_heads head_dim"]:
+    """Blend two attention outputs head by head, in the wider of their dtype and the gates'."""
+    group = full.shape[2] // gates.shape[0]
+    dtype = jnp.promote_types(full.dtype, gates.dtype)
+    alpha = jnp.repeat(gates.astype(dtype), group)[None, None, :, None]
+    mixed = alpha * full.astype(dtype) + (1 - alpha) * streaming.astype(dtype)
+    return mixed.astype(full.dtype)
+
+
+def self_mixed(*, sink_size: int, recent_size: int) -> llama.Attend:
+    """Return an attention that mixes both terms from the layer's own queries, keys and values.
+
+    The layer input is the layer's gates, [kv_heads]. With gates 0 and 1 this is exactly the
+    attention of a deployed pattern.
+    """
+
+    def attend(q, k, v, gates):
+        scale = q.shape[-1] ** -0.5
+        full = full_attention(q, k, v, softmax_scale=scale)
+        streaming = streaming_attention(
+            q, k, v, sink_size=sink_size, recent_size=recent_size, softmax_scale=scale
+        )
+        return mix(gates, full, streaming), None
+
+    return attend
+
+
+def teacher(q, k, v, layer_input):
+    """Attend causally and report the output, for `teacher_mixed` to use."""
+    out, _ = llama.plain(q, k, v, layer_input)
+    return out, out
+
+
+def teacher_mixed(*, sink_size: int, recent_size: int) -> llama.Attend:
+    """Return an attention whose full term is the teacher's output of the same layer.
+
+    The layer input is (gates [kv_heads], teacher's output [batch, length, q_heads, head_dim]).
+    Only streaming attention is computed, so nothing quadratic is differentiated.
+    """
+
+    def attend(q, k, v, layer_input):
+        gates, full = layer_input
+        streaming = streaming_attention(
+            q,
+            k,
+            v,
+            sink_size=sink_size,
+            recent_size=recent_size,
+            softmax_scale=q.shape[-1] ** -0.5,
+        )
+        return mix(gates, full, streaming), None
+
+    return attend

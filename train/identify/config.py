@@ -1,0 +1,111 @@
+"""The settings of `python -m train.identify`, and the presets that models may bring along."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from duo_jax.errors import InputError
+from train.distillation import Mixing
+from train.passkeys import PasskeyConfig
+
+PRESET_FILE = "identify.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdentifyConfig:
+    """Flags of the command. The defaults are the paper's, unless the model brings a preset."""
+
+    model: str = "demo"
+    """A Hugging Face folder, a hub name, a converted checkpoint, or "demo" (ships with duo_jax)."""
+    text: tuple[str, ...] = ()
+    """Files, folders, .jsonl or .jsonl.zst, or a Hugging Face data set to hide the passkeys in.
+    Default: the language reference that comes with Python (about 465 KB)."""
+    workdir: str | None = None
+    """Where everything is written; started again, the command resumes from here.
+    Default: runs/identify-MODEL."""
+
+    num_steps: int = 2000
+    """Optimisation steps, one sample each."""
+    learning_rate: float = 0.02
+    """Peak learning rate; rises over the first fifth of the steps, falls over the last."""
+    reg_weight: float = 0.05
+    """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
+    target_sparsity: float | None = None
+    """Drive the mean gate to 1 - this, instead of using a fixed weight. Useful where most gates
+    stay at 1, as on models with grouped queries."""
+    mixing: Mixing = "teacher"
+    """Where the gated full-attention term comes from: the teacher's output (as in the reference
+    code; cheapest), or the student itself (the paper's formula)."""
+    sink: int = 128
+    """First tokens a streaming head keeps."""
+    recent: int = 256
+    """Latest tokens a streaming head keeps."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of weights and activations; gates and loss are float32 always."""
+    seed: int = 0
+    """Decides every sample; same seed, same gates."""
+    length_buckets: int = 8
+    """Samples are padded to one of this many lengths; each is compiled once."""
+
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    tensorboard: bool = False
+    """Also write TensorBoard events (needs the tensorboard extra)."""
+
+    eval_samples: int = 8
+    """Held-out samples of the longest length for the report; 0 skips the retrieval tests."""
+    eval_sparsities: tuple[float, ...] = (0.25, 0.5, 0.75)
+    """Fractions of streaming heads at which the learned pattern is tested."""
+    eval_random_seeds: int = 5
+    """Random patterns of the same size per sparsity, for comparison."""
+
+    data: Annotated[PasskeyConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=PasskeyConfig
+    )
+
+    def __post_init__(self) -> None:
+        positive = ("num_steps", "recent", "length_buckets", "checkpoint_every")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("sink", "reg_weight", "eval_samples", "eval_random_seeds", "seed"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} {getattr(self, name)} must not be negative")
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate {self.learning_rate} must be above 0")
+        for sparsity in (*self.eval_sparsities, self.target_sparsity or 0.0):
+            if not 0.0 <= sparsity <= 1.0:
+                raise InputError(f"sparsity {sparsity} is not in [0, 1]")
+
+    def folder(self) -> pathlib.Path:
+        """Return the work folder."""
+        name = pathlib.PurePath(self.model.rstrip("/")).name
+        return pathlib.Path(self.workdir or f"runs/identify-{name}")
+
+
+def default_config(model: str, folder: pathlib.Path) -> IdentifyConfig:
+    """Return the defaults for a model: the paper's, changed by its preset if it has one.
+
+    Args:
+      model: what the user called it.
+      folder: where it is; may hold an `identify.json` with any fields of IdentifyConfig.
+    """
+    config = IdentifyConfig(model=model)
+    file = folder / PRESET_FILE
+    if not file.is_file():
+        return config
+    try:
+        return from_dict(json.loads(file.read_text(encoding="utf-8")), config)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} is not a valid preset: {error}") from None
+
+
+def from_dict(values: dict[str, Any], config: IdentifyConfig) -> IdentifyConfig:
+    """Return `config` with some fields replaced; the inverse of dataclasses.asdict."""
+    values = dict(values)
+    data = dataclasses.replace(config.data, **values.pop("data", {}))
+    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
+    return dataclasses.replace(config, **(values | lists), data=data)

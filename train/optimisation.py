@@ -1,0 +1,126 @@
+"""One step of gate training: the published optimiser, schedule and penalty.
+
+    loss = distillation + reg_weight * mean |gate|
+
+AdamW (betas 0.9 and 0.999, eps 1e-8, no weight decay, no clipping), gates in float32, kept in
+[0, 1], starting at 1. With `target_sparsity` the fixed weight becomes a controller that holds
+the mean gate at 1 - target_sparsity, because on models with grouped queries the fixed weight leaves
+most gates at 1. It is the method of multipliers: with c = mean gate - (1 - target_sparsity),
+
+    loss = distillation + multiplier * c + c^2 / 2,    multiplier <- multiplier + rate * c
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from duo_jax import llama
+from duo_jax.config import ModelConfig
+from train.distillation import Batch, Mixing, distillation_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """Everything a training step is compiled for."""
+
+    num_steps: int
+    learning_rate: float
+    reg_weight: float
+    target_sparsity: float | None
+    sink_size: int
+    recent_size: int
+    mixing: Mixing
+    tail_size: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GateState:
+    """All that changes from step to step, and all that a checkpoint holds."""
+
+    step: Int[Array, ""]
+    gates: Float[Array, "layers kv_heads"]
+    optimiser: PyTree
+    multiplier: Float[Array, ""]  # of the sparsity constraint; idle without target_sparsity
+
+
+def learning_rate(config: StepConfig, step: Int[Array, ""]) -> Float[Array, ""]:
+    """Rise over the first fifth of the steps, hold, fall over the last fifth; 0.1 at both ends."""
+    ramp = max(config.num_steps // 5, 1)
+    step = step.astype(jnp.float32)
+    rise, fall = (step + 1) / ramp, (config.num_steps - step) / ramp
+    return config.learning_rate * jnp.clip(jnp.minimum(rise, fall), 0.1, 1.0)
+
+
+def init_state(model: ModelConfig, config: StepConfig) -> GateState:
+    """Return the start: every head a retrieval head."""
+    gates = jnp.ones((model.num_layers, model.num_kv_heads), jnp.float32)
+    return GateState(
+        step=jnp.zeros((), jnp.int32),
+        gates=gates,
+        optimiser=_optimiser(config).init(gates),
+        multiplier=jnp.asarray(config.reg_weight, jnp.float32),
+    )
+
+
+def train_step(
+    state: GateState, params: llama.Params, batch: Batch, *, model: ModelConfig, config: StepConfig
+) -> tuple[GateState, dict[str, Float[Array, ""]]]:
+    """Update the gates on one batch.
+
+    Returns:
+      The new state, and metrics: loss, distillation, penalty, mean_gate (after the step),
+      learning_rate.
+    """
+
+    def loss_of(gates):
+        distillation = distillation_loss(
+            gates,
+            model,
+            params,
+            batch,
+            sink_size=config.sink_size,
+            recent_size=config.recent_size,
+            mixing=config.mixing,
+            tail_size=config.tail_size,
+        )
+        penalty = _penalty(gates, state.multiplier, config)
+        return distillation + penalty, (distillation, penalty)
+
+    (loss, (distillation, penalty)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+        state.gates
+    )
+    updates, optimiser = _optimiser(config).update(gradient, state.optimiser, state.gates)
+    gates = jnp.clip(optax.apply_updates(state.gates, updates), 0.0, 1.0)
+    multiplier = state.multiplier
+    if config.target_sparsity is not None:
+        multiplier = multiplier + config.learning_rate * _excess(state.gates, config)
+    metrics = {
+        "loss": loss,
+        "distillation": distillation,
+        "penalty": penalty,
+        "mean_gate": jnp.mean(gates),
+        "learning_rate": learning_rate(config, state.step),
+    }
+    new = GateState(step=state.step + 1, gates=gates, optimiser=optimiser, multiplier=multiplier)
+    return new, metrics
+
+
+def _optimiser(config: StepConfig) -> optax.GradientTransformation:
+    return optax.adamw(
+        lambda step: learning_rate(config, step), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0
+    )
+
+
+def _penalty(gates, multiplier, config: StepConfig) -> Float[Array, ""]:
+    if config.target_sparsity is None:
+        return config.reg_weight * jnp.mean(jnp.abs(gates))
+    excess = _excess(gates, config)
+    return multiplier * excess + 0.5 * jnp.square(excess)
+
+
+def _excess(gates, config: StepConfig) -> Float[Array, ""]:
+    return jnp.mean(gates) - (1.0 - config.target_sparsity)
