@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from duo_jax import rope
 from duo_jax.config import ModelConfig
 from kernels import full_attention
+from kernels.precision import accumulator
 
 Params = Mapping[str, Any]
 
@@ -227,7 +228,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide = x.astype(accumulator(x.dtype))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         normed = (wide * jax.lax.rsqrt(mean_square + self.eps)).astype(x.dtype)
         return normed * jnp.expand_dims(scale.astype(x.dtype), range(x.ndim - 1))

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from duo_jax.config import ModelConfig, RopeConfig
+from kernels.precision import accumulator
 
 
 def rotation(
@@ -40,7 +41,7 @@ def rotate(
     sin: Float[Array, "batch length half"],
 ) -> Float[Array, "batch length heads head_dim"]:
     """Rotate every head's channel pairs; computed in float32, returned in the dtype of `x`."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = accumulator(x.dtype)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     cos, sin = cos[:, :, None, :].astype(dtype), sin[:, :, None, :].astype(dtype)
     turned = (first * cos - second * sin, second * cos + first * sin)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from kernels import masks
+from kernels.precision import accumulator
 
 # Causal blocks are unrolled, so their number bounds the program's size; 16 blocks already
 # compute only 17/32 of the square.
@@ -155,7 +156,7 @@ def _attend_one_head(
     *,
     softmax_scale: float,
 ) -> Float[Array, "batch q_len group head_dim"]:
-    wide = jnp.promote_types(q.dtype, jnp.float32)
+    wide = accumulator(q.dtype)
     # dot_general keeps (q_len, group) together as rows of one matrix product; no transposes.
     scores = jax.lax.dot_general(q, k, (((3,), (2,)), ((0,), (0,))), preferred_element_type=wide)
     scores = jnp.where(mask[None, :, None, :], scores * softmax_scale, -jnp.inf)

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from duo_jax import llama
 from duo_jax.config import ModelConfig
+from kernels.precision import accumulator
 from train import gates as gated
 
 Mixing = Literal["teacher", "self"]
@@ -79,7 +80,7 @@ def distillation_loss(
 
     def final(x):
         tail = tail_of(x, batch, tail_size)
-        wide = tail.astype(jnp.promote_types(tail.dtype, jnp.float32))
+        wide = tail.astype(accumulator(tail.dtype))
         return llama.final_norm(config, params, wide)
 
     with jax.named_scope("teacher"):

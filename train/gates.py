@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from duo_jax import llama
 from kernels import full_attention, streaming_attention
+from kernels.precision import accumulator
 
 
 def mix(
@@ -18,9 +19,9 @@ def mix(
     full: Float[Array, "batch length q_heads head_dim"],
     streaming: Float[Array, "batch length q_heads head_dim"],
 ) -> Float[Array, "batch length q_heads head_dim"]:
-    """Blend two attention outputs head by head, in the wider of their dtype and the gates'."""
+    """Blend two attention outputs head by head, in float32."""
     group = full.shape[2] // gates.shape[0]
-    dtype = jnp.promote_types(full.dtype, gates.dtype)
+    dtype = accumulator(full.dtype)
     alpha = jnp.repeat(gates.astype(dtype), group)[None, None, :, None]
     mixed = alpha * full.astype(dtype) + (1 - alpha) * streaming.astype(dtype)
     return mixed.astype(full.dtype)
