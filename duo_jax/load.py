@@ -1,0 +1,161 @@
+"""A model by name: its folder, its config, its parameters, its tokenizer.
+
+Everything that takes a model takes a Hugging Face folder, a hub name ("org/name") or a converted
+checkpoint (`python -m convert`); `resolve` turns any of them into a folder, and the other functions
+treat both kinds of folder alike.
+"""
+
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from duo_jax.config import ModelConfig, read_config
+from duo_jax.errors import InputError
+from duo_jax.weights import open_weights
+
+# What a model needs besides its weights; copied along by `python -m convert`.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve(name: str | pathlib.Path) -> pathlib.Path:
+    """Return the folder of a model, downloading it if it is a hub name.
+
+    The cache and offline settings of huggingface_hub apply (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
+
+    Args:
+      name: a local folder, or "org/name".
+
+    Raises:
+      InputError: there is no such model, or it cannot be fetched.
+    """
+    path = pathlib.Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{path} is a file; a model is a folder or a hub name such as org/name")
+    if isinstance(name, pathlib.Path) or not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"no such model: {str(name)!r} is neither a folder nor a hub name such as org/name"
+        )
+    return _download(name)
+
+
+def load_config(folder: pathlib.Path) -> ModelConfig:
+    """Read the architecture of the model in `folder`.
+
+    Raises:
+      InputError: there is no readable config.json, or the model is not supported.
+    """
+    return read_config(folder)
+
+
+def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
+    """Load all parameters as the nested dict that duo_jax.llama describes.
+
+    Layers are stacked one leaf at a time, so host memory peaks at about one stacked leaf more than
+    what the device holds.
+
+    Args:
+      folder: a Hugging Face folder or a converted checkpoint.
+      dtype: type to cast to; None keeps each tensor's own.
+
+    Raises:
+      InputError: files are missing or damaged, or tensors do not fit config.json; all of them are
+        listed at once.
+    """
+    weights = open_weights(folder)
+    leaves = {}
+    for tensor in weights.tensors:
+        leaves.setdefault(tensor.path, []).append(tensor)
+
+    params: dict[str, Any] = {}
+    for path, parts in leaves.items():
+        branch = params
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = jax.device_put(_read_leaf(weights, parts, dtype))
+    return params
+
+
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """Load the tokenizer of the model in `folder`, without touching the network.
+
+    Returns:
+      A transformers tokenizer.
+
+    Raises:
+      InputError: there are no tokenizer files, or transformers cannot use them.
+    """
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever is wrong with the files, they are the caller's
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+
+
+def _read_leaf(weights, parts, dtype: DTypeLike | None) -> np.ndarray:
+    stored = {weights.dtype(tensor) for tensor in parts}
+    # Layers of different types meet in float32, which holds all of them exactly.
+    dtype = np.dtype(dtype or (stored.pop() if len(stored) == 1 else np.float32))
+    if parts[0].layer is None:
+        leaf = np.empty(parts[0].shape, dtype)
+        weights.read_into(leaf, parts[0])
+        return leaf
+    leaf = np.empty((len(parts), *parts[0].shape), dtype)
+    for tensor in parts:
+        weights.read_into(leaf[tensor.layer], tensor)
+    return leaf
+
+
+def _download(name: str) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES],
+            # Sub-folders and consolidated files repeat the weights in other formats.
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{name} is gated: accept its terms on https://huggingface.co/{name}, then "
+            "log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"no such model: {name} is neither a folder here nor a public model on the "
+            "Hugging Face hub (a private one needs `hf auth login` or HF_TOKEN)"
+        ) from None
+    except Exception as error:  # network, disk, cache: the libraries' errors share no base class
+        raise InputError(
+            f"{name} is not a folder here, and cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {_first_sentence(error)})"
+        ) from None
+    return pathlib.Path(folder)
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"(?<=[.!])\s", " ".join(str(error).split()))[0]
