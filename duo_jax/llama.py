@@ -22,7 +22,7 @@ Activations have the dtype of the parameters; norms, rotation and softmax comput
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ from kernels.precision import accumulator
 Params = Mapping[str, Any]
 
 
+@runtime_checkable
 class Attend(Protocol):
     """What a layer's attention does once queries, keys and values are projected and rotated."""
 
@@ -249,10 +250,12 @@ class Linear(nn.Module):
 
         kernel = self.param("kernel", init, self.in_shape + self.out_shape, self.param_dtype)
         contracted = tuple(range(x.ndim - len(self.in_shape), x.ndim))
-        out = jax.lax.dot_general(
-            x, kernel, ((contracted, tuple(range(len(self.in_shape)))), ((), ()))
-        )
-        if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
-            out = out + jnp.expand_dims(bias, range(out.ndim - bias.ndim))
-        return out
+        dimensions = ((contracted, tuple(range(len(self.in_shape)))), ((), ()))
+        if not self.use_bias:
+            return jax.lax.dot_general(x, kernel, dimensions)
+        # The product is rounded once, after the bias.
+        bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
+        wide = accumulator(x.dtype)
+        out = jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=wide)
+        bias = jnp.expand_dims(bias.astype(wide), range(out.ndim - bias.ndim))
+        return (out + bias).astype(x.dtype)

@@ -1,0 +1,102 @@
+"""Our model against transformers: norm, rope, attention, layer, logits."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import llama, load, rope
+from tests import models
+from tests.golden import generate
+
+RUNGS = ("norm", "rope_cos", "rope_sin", "attention", "layer", "logits")
+HAS_TORCH = importlib.util.find_spec("torch") is not None
+needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
+every_family = pytest.mark.parametrize("raw", models.CASES.values(), ids=models.CASES.keys())
+
+
+def our_ladder(folder, tokens, *, dtype=None) -> dict[str, np.ndarray]:
+    config = load.load_config(folder)
+    params = load.load_params(folder, dtype=dtype)
+
+    @jax.jit
+    def run(params, tokens):
+        return llama.Llama(config).apply(
+            {"params": params},
+            tokens,
+            None,
+            None,
+            capture_intermediates=True,
+            mutable=["intermediates"],
+        )
+
+    logits, state = run(params, jnp.asarray(tokens))
+    layers = state["intermediates"]["layers"]
+    cos, sin = rope.rotation(config, jnp.arange(tokens.shape[1])[None])
+    rungs = {
+        "norm": layers["input_layernorm"]["__call__"][0][0],
+        "rope_cos": cos[0],
+        "rope_sin": sin[0],
+        "attention": layers["self_attn"]["__call__"][0][0][0],
+        "layer": layers["__call__"][0][0][0],
+        "logits": logits,
+    }
+    return {k: np.asarray(v.astype(jnp.float32)) for k, v in rungs.items()}
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+@functools.cache
+def golden() -> dict[str, np.ndarray]:
+    with np.load(generate.FILE) as file:
+        return dict(file)
+
+
+@pytest.mark.parametrize("name", models.CASES.keys())
+def test_every_rung_equals_the_golden_file(tmp_path, name):
+    raw = models.CASES[name]
+    folder = models.write_hf(tmp_path / "model", raw)
+    ours = our_ladder(folder, models.tokens(raw, batch=1))
+    for rung in RUNGS:
+        assert relative_error(ours[rung], golden()[f"{name}/{rung}"]) < 1e-5, rung
+
+
+@needs_torch
+@every_family
+def test_every_rung_equals_transformers(tmp_path, raw):
+    folder = models.write_hf(tmp_path / "model", raw)
+    tokens = models.tokens(raw)
+    theirs = generate.transformers_ladder(folder, tokens)
+    ours = our_ladder(folder, tokens)
+    for rung in RUNGS:
+        assert relative_error(ours[rung], theirs[rung]) < 1e-5, rung
+
+
+@needs_torch
+@every_family
+def test_bfloat16_errs_no_more_than_transformers_does(tmp_path, raw):
+    """Against the same rounded weights in float32, both bfloat16 models' logits are off a bit."""
+    folder = models.write_hf(tmp_path / "model", raw, dtype="bfloat16")
+    tokens = models.tokens(raw, batch=4)
+    truth = our_ladder(folder, tokens, dtype=jnp.float32)["logits"]
+    ours = our_ladder(folder, tokens)["logits"]
+    theirs = generate.transformers_ladder(folder, tokens)["logits"]
+    our_error = np.sqrt(np.mean((ours - truth) ** 2))
+    their_error = np.sqrt(np.mean((theirs - truth) ** 2))
+    assert our_error <= 1.05 * their_error
+
+
+def test_padding_to_the_right_changes_nothing_before_it(tmp_path):
+    raw = models.CASES["llama, dynamic rope"]
+    folder = models.write_hf(tmp_path / "model", raw)
+    config, params = load.load_config(folder), load.load_params(folder)
+    tokens = jnp.asarray(models.tokens(raw))
+    padded = jnp.pad(tokens, ((0, 0), (0, 19)))
+    plain, _ = llama.hidden_states(config, params, tokens)
+    longer, _ = llama.hidden_states(config, params, padded, total_length=tokens.shape[1])
+    np.testing.assert_allclose(longer[:, : tokens.shape[1]], plain, atol=1e-5)
