@@ -1,0 +1,214 @@
+"""Gate mixing and the distillation loss: what must hold exactly, and the gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import llama
+from duo_jax.config import parse_config
+from kernels import full_attention, streaming_attention
+from tests import models
+from train import gates as gated
+from train.distillation import Batch, distillation_loss, tail_of, tail_positions
+
+SIZES = {"sink_size": 3, "recent_size": 9}
+LENGTH, TAIL = 64, 24
+
+
+@functools.cache
+def model(name="llama-3, grouped queries"):
+    config = parse_config(models.CASES[name])
+    return config, llama.init_params(config, jax.random.key(0))
+
+
+def batch(rows: int = 1, total: int = 60) -> Batch:
+    tokens = np.random.default_rng(1).integers(0, 96, (rows, LENGTH), np.int32)
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        tail_start=jnp.full(rows, total - 20),
+        total_length=jnp.full(rows, total),
+    )
+
+
+def loss(gates, mixing="teacher", data=None, params=None):
+    config, own = model()
+    return distillation_loss(
+        gates, config, params or own, data or batch(), mixing=mixing, tail_size=TAIL, **SIZES
+    )
+
+
+def some_gates(seed=2):
+    return jnp.asarray(np.random.default_rng(seed).uniform(0.1, 0.9, (2, 2)), jnp.float32)
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+def test_all_gates_one_is_the_teacher_exactly(mixing):
+    assert loss(jnp.ones((2, 2)), mixing) == 0.0
+    assert loss(some_gates(), mixing) > 0.0
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+def test_all_gates_zero_is_pure_streaming(mixing):
+    config, params = model()
+    data = batch()
+
+    def streaming(q, k, v, _):
+        return streaming_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **SIZES), None
+
+    def final(attend):
+        x, _ = llama.hidden_states(config, params, data.tokens, attend=attend)
+        return llama.final_norm(config, params, x)[:, 40:60]
+
+    expected = jnp.mean(jnp.square(final(streaming) - final(llama.plain)))
+    np.testing.assert_allclose(loss(jnp.zeros((2, 2)), mixing, data), expected, rtol=1e-5)
+
+
+def test_self_mixing_with_binary_gates_masks_head_by_head():
+    config, _ = model()
+    shape = (1, 40, config.num_q_heads, config.head_dim)
+    q = jax.random.normal(jax.random.key(1), shape)
+    k = jax.random.normal(jax.random.key(2), (1, 40, config.num_kv_heads, config.head_dim))
+    v = jax.random.normal(jax.random.key(3), k.shape)
+    out, _ = gated.self_mixed(**SIZES)(q, k, v, jnp.array([0.0, 1.0]))
+    scale = config.head_dim**-0.5
+    streaming = streaming_attention(q, k, v, softmax_scale=scale, **SIZES)
+    np.testing.assert_array_equal(out[:, :, :2], streaming[:, :, :2])
+    full = full_attention(q, k, v, softmax_scale=scale)
+    np.testing.assert_array_equal(out[:, :, 2:], full[:, :, 2:])
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+def test_gradient_equals_central_differences_in_float64(mixing):
+    with jax.enable_x64(True):
+        config, params = model()
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        gates = some_gates().astype(jnp.float64)
+        value = jax.jit(functools.partial(loss, mixing=mixing, params=params))
+        gradient = jax.jit(jax.grad(value))(gates)
+        step = 1e-5
+        for index in np.ndindex(2, 2):
+            nudge = jnp.zeros((2, 2), jnp.float64).at[index].set(step)
+            difference = (value(gates + nudge) - value(gates - nudge)) / (2 * step)
+            np.testing.assert_allclose(gradient[index], difference, rtol=1e-6)
+    assert config.num_layers == 2
+    assert np.abs(gradient).min() > 0
+
+
+def test_teacher_mixing_is_the_formula_with_a_constant_full_term():
+    """Two layers by hand: the second layer's full term must come from the teacher's stream."""
+    config, params = model()
+    data, gates = batch(), some_gates()
+    _, teacher_out = llama.hidden_states(config, params, data.tokens, attend=gated.teacher)
+
+    def student(q, k, v, layer_input):
+        gate, full = layer_input
+        streaming = streaming_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **SIZES)
+        weight = jnp.repeat(gate, 2)[None, None, :, None]
+        return weight * full + (1 - weight) * streaming, None
+
+    x_student, _ = llama.hidden_states(
+        config, params, data.tokens, attend=student, layer_inputs=(gates, teacher_out)
+    )
+    x_teacher, _ = llama.hidden_states(config, params, data.tokens)
+    difference = llama.final_norm(config, params, x_student) - llama.final_norm(
+        config, params, x_teacher
+    )
+    expected = jnp.mean(jnp.square(difference[:, 40:60]))
+    np.testing.assert_allclose(loss(gates), expected, rtol=1e-5)
+
+
+def test_only_real_tail_positions_count():
+    data = batch()
+    padding_changed = Batch(
+        tokens=data.tokens.at[:, 60:].set(5),
+        tail_start=data.tail_start,
+        total_length=data.total_length,
+    )
+    np.testing.assert_array_equal(loss(some_gates()), loss(some_gates(), data=padding_changed))
+    tail_changed = Batch(
+        tokens=data.tokens.at[:, 59].set((data.tokens[0, 59] + 1) % 96),
+        tail_start=data.tail_start,
+        total_length=data.total_length,
+    )
+    assert loss(some_gates()) != loss(some_gates(), data=tail_changed)
+
+
+def test_tail_at_the_very_end_is_cut_from_further_left():
+    data = Batch(
+        tokens=jnp.zeros((1, LENGTH), jnp.int32),
+        tail_start=jnp.array([60]),
+        total_length=jnp.array([64]),
+    )
+    x = jnp.arange(LENGTH, dtype=jnp.float32)[None, :, None]
+    np.testing.assert_array_equal(tail_of(x, data, TAIL)[0, :, 0], np.arange(40, 64))
+    np.testing.assert_array_equal(tail_positions(data, TAIL)[0], np.arange(40, 64))
+
+
+def test_student_backward_holds_nothing_quadratic():
+    """No array of the student's forward and backward pass has two axes as long as the text."""
+    config, params = model()
+    length = 1024
+    data = Batch(
+        tokens=jnp.zeros((1, length), jnp.int32),
+        tail_start=jnp.array([1000]),
+        total_length=jnp.array([length]),
+    )
+    full = jnp.zeros((2, 1, length, config.num_q_heads, config.head_dim))
+
+    def student(gates):
+        x, _ = llama.hidden_states(
+            config,
+            params,
+            data.tokens,
+            attend=gated.teacher_mixed(**SIZES),
+            layer_inputs=(gates, full),
+            remat=True,
+        )
+        return jnp.sum(x)
+
+    def quadratic(function) -> bool:
+        jaxpr = jax.make_jaxpr(jax.grad(function))(jnp.ones((2, 2)))
+        return any(
+            np.prod([n for n in shape if n >= 128], initial=1) >= length * length // 32
+            for shape in _shapes(jaxpr.jaxpr)
+        )
+
+    assert not quadratic(student)
+
+    def self_student(gates):  # the check itself must be able to fail
+        x, _ = llama.hidden_states(
+            config, params, data.tokens, attend=gated.self_mixed(**SIZES), layer_inputs=gates
+        )
+        return jnp.sum(x)
+
+    assert quadratic(self_student)
+
+
+def _shapes(jaxpr):
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield getattr(variable.aval, "shape", ())
+        for parameter in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr"),
+        ):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from _shapes(inner)
+
+
+def test_only_gates_get_gradients():
+    """Nothing of a weight's shape is computed in the backward pass of the gates."""
+    config, params = model()
+    mlp_shape = (config.embed_size, config.mlp_size)
+
+    def computes_weight_shapes(gradient, argument) -> bool:
+        shapes = _shapes(jax.make_jaxpr(gradient)(argument).jaxpr)
+        return any(shape[-2:] == mlp_shape for shape in shapes)
+
+    assert not computes_weight_shapes(jax.grad(loss), some_gates())
+    of_weights = jax.grad(lambda p: loss(some_gates(), params=p))
+    assert computes_weight_shapes(of_weights, params)  # the check itself must be able to fail
