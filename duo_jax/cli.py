@@ -1,5 +1,8 @@
 """How every command of this project parses its flags and reports bad input."""
 
+import contextlib
+import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
@@ -34,8 +37,15 @@ def run(
       args: the words of the command line; default sys.argv[1:].
     """
     given = {} if default is None else {"default": default}
+    complaint = io.StringIO()
     try:
-        config = tyro.cli(config_type, prog=prog, description=description, args=args, **given)
+        with contextlib.redirect_stderr(complaint):
+            config = tyro.cli(config_type, prog=prog, description=description, args=args, **given)
+    except SystemExit as exit_:
+        if exit_.code:
+            fail(InputError(f"{_unboxed(complaint.getvalue())} (see {prog} --help)"))
+        raise
+    try:
         main(config)
     except InputError as error:
         fail(error)
@@ -48,3 +58,10 @@ def fail(error: InputError) -> NoReturn:
     """Report input that cannot be used, and exit."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)
+
+
+def _unboxed(text: str) -> str:
+    """Reduce tyro's boxed complaint to what it says, without the excerpt of the help below it."""
+    rows = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in text.splitlines()[1:]]
+    message = rows[: rows.index("")] if "" in rows else rows
+    return " ".join(message)

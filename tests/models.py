@@ -152,12 +152,17 @@ def write_hf(
     return folder
 
 
-def write_tokenizer(folder: pathlib.Path, *, vocab_size: int = 400) -> pathlib.Path:
+def write_tokenizer(folder: pathlib.Path, *, vocab_size: int = 600) -> pathlib.Path:
     """Train a small byte-level BPE and save it as transformers would."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
     from tokenizers import models as tokenizer_models
 
-    text = "the passkey to the vault is alpha bravo charlie delta echo foxtrot golf hotel\n"
+    text = (
+        "Here is a long text with passkeys hidden in it. Remember them. Take note: this is the "
+        "first second third passkey to the vault. What is the passkey to the vault? alpha bravo "
+        "charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa "
+        "quebec romeo sierra tango uniform victor whiskey xray yankee zulu\n"
+    )
     tokenizer = Tokenizer(tokenizer_models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

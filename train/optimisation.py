@@ -93,7 +93,9 @@ def train_step(
     (loss, (distillation, penalty)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
         state.gates
     )
-    updates, optimiser = _optimiser(config).update(gradient, state.optimiser, state.gates)
+    # optax mixes its integer step count with floats; our own code promotes nothing silently.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, optimiser = _optimiser(config).update(gradient, state.optimiser, state.gates)
     gates = jnp.clip(optax.apply_updates(state.gates, updates), 0.0, 1.0)
     multiplier = state.multiplier
     if config.target_sparsity is not None:

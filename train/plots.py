@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 
@@ -39,7 +40,7 @@ def save_gates(pattern: Pattern, path: pathlib.Path, *, title: str) -> None:
     _save(figure, path)
 
 
-def save_history(metrics: Sequence[dict[str, float]], path: pathlib.Path, *, title: str) -> None:
+def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
     """Draw distillation loss and mean gate against the step."""
     steps = [m["step"] for m in metrics]
     figure, (above, below) = plt.subplots(

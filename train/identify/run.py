@@ -1,5 +1,6 @@
 """Identification from start to end: load, train (or resume), save the pattern, report."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -18,7 +19,7 @@ from train import plots, report
 from train.distillation import Batch
 from train.evaluate import RetrievalTest
 from train.identify.config import IdentifyConfig
-from train.identify.workdir import WorkDir
+from train.identify.workdir import WorkDir, check
 from train.optimisation import GateState, StepConfig, init_state, train_step
 from train.passkeys import PasskeySampler, Sample
 from train.text import load_documents, split_held_out
@@ -45,47 +46,46 @@ def identify(config: IdentifyConfig) -> None:
     tokenizer = load.load_tokenizer(folder)
     training_text, held_out_text = split_held_out(load_documents(config.text))
     sampler = PasskeySampler(config.data, tokenizer, training_text, seed=config.seed)
-    workdir = WorkDir(config.folder(), config)
-    try:
-        report_file = workdir.path / "report.md"
-        if report_file.exists():
-            print(report_file.read_text(encoding="utf-8"))
-            print(f"This run was complete already; all of it is in {workdir.path}")
-            return
-        params = load.load_params(folder, dtype=jnp.dtype(config.dtype))
-        test = None
-        if config.eval_samples:
-            test = RetrievalTest(
-                config.data,
-                tokenizer,
-                training_text,
-                held_out_text,
-                num_samples=config.eval_samples,
-                seed=config.seed,
-            )
-        state, step_seconds = _train(config, model, params, sampler, workdir)
-        pattern = _pattern(config, state)
-        save_pattern(pattern, workdir.path / "pattern")
-        plots.save_gates(pattern, workdir.path / "gates.png", title=config.model)
-        plots.save_history(workdir.metrics(), workdir.path / "history.png", title=config.model)
-        results = report.make(
-            config=dataclasses.asdict(config),
-            model=model,
-            params=params,
-            pattern=pattern,
-            test=test,
-            sparsities=config.eval_sparsities,
-            random_seeds=config.eval_random_seeds,
-        )
-        results["seconds"] = {
-            "per_training_step": step_seconds,
-            "whole_command": round(time.monotonic() - started, 1),
-        }
-        report.save(results, workdir.path)
+    check(config.folder(), config)
+    report_file = config.folder() / "report.md"
+    if report_file.exists():
         print(report_file.read_text(encoding="utf-8"))
-        print(f"Pattern, pictures and report are in {workdir.path}")
-    finally:
-        workdir.close()
+        print(f"This run was complete already; all of it is in {config.folder()}")
+        return
+    params = load.load_params(folder, dtype=jnp.dtype(config.dtype))
+    test = None
+    if config.eval_samples:
+        test = RetrievalTest(
+            config.data,
+            tokenizer,
+            training_text,
+            held_out_text,
+            num_samples=config.eval_samples,
+            seed=config.seed,
+        )
+    with contextlib.closing(WorkDir(config.folder(), config)) as workdir:
+        state, step_seconds = _train(config, model, params, sampler, workdir)
+        metrics = workdir.metrics()
+    pattern = _pattern(config, state)
+    save_pattern(pattern, workdir.path / "pattern")
+    plots.save_gates(pattern, workdir.path / "gates.png", title=config.model)
+    plots.save_history(metrics, workdir.path / "history.png", title=config.model)
+    results = report.make(
+        config=dataclasses.asdict(config),
+        model=model,
+        params=params,
+        pattern=pattern,
+        test=test,
+        sparsities=config.eval_sparsities,
+        random_seeds=config.eval_random_seeds,
+    )
+    results["seconds"] = {
+        "per_training_step": step_seconds,
+        "whole_command": round(time.monotonic() - started, 1),
+    }
+    report.save(results, workdir.path)
+    print(report_file.read_text(encoding="utf-8"))
+    print(f"Pattern, pictures and report are in {workdir.path}")
 
 
 def _train(

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,61 +18,73 @@ from duo_jax.errors import InputError
 from train.identify.config import IdentifyConfig
 from train.optimisation import GateState
 
+_CONFIG_FILE = "config.json"
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
 
 
-class WorkDir:
-    """Opens or creates a work folder for exactly one configuration.
+def check(path: pathlib.Path, config: IdentifyConfig) -> None:
+    """Refuse a work folder that cannot be used, before hours are spent; writes nothing.
 
     Raises:
       InputError: the folder cannot be written, or holds a run of another configuration.
     """
+    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"workdir {path} cannot be written")
+    file = path / _CONFIG_FILE
+    if not file.exists():
+        if path.exists() and any(path.iterdir()):
+            raise InputError(f"workdir {path} holds other files; choose an empty or new folder")
+        return
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+    mine = _as_json(config)
+    before, after = _flat(theirs, mine), _flat(mine, theirs)
+    changed = [
+        f"{name} was {before[name]!r}, is {after[name]!r}"
+        for name in before
+        if before[name] != after[name] and name not in _OPERATIONAL
+    ]
+    if changed:
+        raise InputError(
+            f"{path} holds a run of another configuration ({'; '.join(changed)}); "
+            "choose another --workdir, or repeat the run's own settings"
+        )
+
+
+class WorkDir:
+    """A work folder that belongs to exactly one configuration; made if it does not exist.
+
+    Raises:
+      InputError: as `check` does, or the folder cannot be made.
+    """
 
     def __init__(self, path: pathlib.Path, config: IdentifyConfig) -> None:
+        check(path, config)
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if not os.access(path, os.W_OK):
-                raise PermissionError(13, "Permission denied")
+            files.write_text(path / _CONFIG_FILE, json.dumps(_as_json(config), indent=2) + "\n")
         except OSError as error:
             raise InputError(f"workdir {path} cannot be written: {error.strerror}") from None
-        self._claim(config)
         self._checkpoints = ocp.CheckpointManager(
             (path / "checkpoints").absolute(),
             options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
         )
 
-    def _claim(self, config: IdentifyConfig) -> None:
-        file = self.path / "config.json"
-        # Through JSON, so that tuples and lists compare equal.
-        mine = json.loads(json.dumps(dataclasses.asdict(config)))
-        if file.exists():
-            try:
-                theirs = json.loads(file.read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise InputError(f"{file} cannot be read: {error}") from None
-            changed = [
-                f"{name} was {before!r}, is {after!r}"
-                for (name, before), after in zip(
-                    _flat(theirs, mine).items(), _flat(mine, theirs).values(), strict=True
-                )
-                if before != after and name not in _OPERATIONAL
-            ]
-            if changed:
-                raise InputError(
-                    f"{self.path} holds a run of another configuration ({'; '.join(changed)}); "
-                    "choose another --workdir, or repeat the run's own settings"
-                )
-        files.write_text(file, json.dumps(mine, indent=2) + "\n")
-
     def restore(self, state: GateState) -> GateState:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit."""
         step = self._checkpoints.latest_step()
         if step is not None:
-            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-            state = self._checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+            leaves = self._checkpoints.restore(
+                step, args=ocp.args.StandardRestore(jax.eval_shape(_named_leaves, state))
+            )
+            names = _named_leaves(state)
+            state = jax.tree.unflatten(jax.tree.structure(state), [leaves[n] for n in names])
         done = int(state.step)
         kept = [m for m in self.metrics() if m["step"] <= done]
         files.write_text(self.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
@@ -80,9 +93,11 @@ class WorkDir:
     def save(self, state: GateState) -> None:
         """Write a checkpoint; it counts only once it is complete."""
         if self._checkpoints.latest_step() != int(state.step):
-            self._checkpoints.save(int(state.step), args=ocp.args.StandardSave(state))
+            self._checkpoints.save(
+                int(state.step), args=ocp.args.StandardSave(_named_leaves(state))
+            )
 
-    def metrics(self) -> list[dict[str, float]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """Read the metrics so far, without a last line that a kill cut short."""
         if not self.metrics_file.exists():
             return []
@@ -97,6 +112,17 @@ class WorkDir:
     def close(self) -> None:
         """Release the checkpoint manager's threads."""
         self._checkpoints.close()
+
+
+def _as_json(config: IdentifyConfig) -> dict:
+    # Through JSON, so that tuples and lists compare equal.
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _named_leaves(state: GateState) -> dict[str, jax.Array]:
+    """Name every array; a plain dict can be restored without the optimiser's classes."""
+    paths, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in paths}
 
 
 def _flat(values: dict, other: dict, prefix: str = "") -> dict:

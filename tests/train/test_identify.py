@@ -1,0 +1,237 @@
+"""The whole command: outputs, resuming, presets, and input that cannot be used."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from duo_jax.pattern import load_pattern
+from tests import models
+from tests.train.conftest import TINY_FLAGS
+from train.identify import IdentifyConfig, default_config
+from train.identify.__main__ import main
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(model, workdir, *flags) -> None:
+    main(["--model", str(model), "--workdir", str(workdir), *TINY_FLAGS, *flags])
+
+
+def gates_bytes(workdir: pathlib.Path) -> bytes:
+    return (workdir / "pattern" / "full_attention_heads.tsv").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    run(tiny_model, workdir)
+    return workdir
+
+
+def test_writes_pattern_pictures_metrics_and_report(finished):
+    pattern = load_pattern(finished / "pattern")
+    assert pattern.gates.shape == (2, 2)
+    assert (pattern.sink_size, pattern.recent_size) == (4, 12)
+    assert pattern.gates.min() < 1.0
+    for picture in ("gates.png", "history.png"):
+        with Image.open(finished / picture) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+    metrics = [json.loads(row) for row in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [m["step"] for m in metrics] == list(range(1, 25))
+    np.testing.assert_allclose(metrics[-1]["mean_gate"], pattern.gates.mean(), rtol=1e-6)
+
+
+def test_report_counts_what_it_claims(finished):
+    report = json.loads((finished / "report.json").read_text())
+    rows = {(r["heads"], r["sparsity"]): r for r in report["retrieval"]}
+    assert set(rows) == {
+        ("all retrieval (the model itself)", 0.0),
+        ("learned", 0.5),
+        ("random", 0.5),
+        ("all streaming", 1.0),
+    }
+    assert rows["random", 0.5]["runs"] == 2
+    assert rows["learned", 0.5]["retrieval_heads"] == 2
+    length, window = report["samples"]["length"], 16
+    np.testing.assert_allclose(rows["all streaming", 1.0]["kv_bytes_kept"], window / length)
+    np.testing.assert_allclose(rows["learned", 0.5]["kv_bytes_kept"], (1 + window / length) / 2)
+    assert "exact retrieval" in (finished / "report.md").read_text()
+
+
+def test_a_finished_run_is_not_repeated(finished, tiny_model, capsys):
+    before = (finished / "metrics.jsonl").stat().st_mtime_ns
+    run(tiny_model, finished)
+    assert "complete already" in capsys.readouterr().out
+    assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("lines", [3, 12])
+def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path, lines):
+    """SIGKILL before the first checkpoint (5 steps) and between later ones."""
+    workdir = tmp_path / "killed"
+    command = [sys.executable, "-m", "train.identify", "--model", str(tiny_model)]
+    process = subprocess.Popen(
+        [*command, "--workdir", str(workdir), *TINY_FLAGS],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    metrics = workdir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "report.md").exists()
+
+    run(tiny_model, workdir)
+    assert gates_bytes(workdir) == gates_bytes(finished)
+    assert metrics.read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_another_configuration_is_refused_by_name(finished, tiny_model, capsys):
+    before = gates_bytes(finished)
+    with pytest.raises(SystemExit) as exit_:
+        run(tiny_model, finished, "--seed", "7", "--passkey-words", "5")
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "seed was 0, is 7" in error
+    assert "data.passkey_words was 4, is 5" in error
+    assert error.count("\n") == 1
+    assert gates_bytes(finished) == before
+
+
+def test_preset_of_the_model_becomes_the_default(tmp_path):
+    (tmp_path / "identify.json").write_text(
+        json.dumps({"sink": 5, "data": {"num_passkeys": 2}, "eval_sparsities": [0.5]})
+    )
+    config = default_config("m", tmp_path)
+    assert (config.sink, config.recent, config.eval_sparsities) == (5, 256, (0.5,))
+    assert (config.data.num_passkeys, config.data.passkey_words) == (2, 32)
+
+
+def test_defaults_are_the_papers(tmp_path):
+    config = default_config("m", tmp_path)
+    assert config == IdentifyConfig(model="m")
+    assert (config.num_steps, config.learning_rate, config.reg_weight) == (2000, 0.02, 0.05)
+    assert (config.sink, config.recent, config.mixing) == (128, 256, "teacher")
+    assert (config.dtype, config.data.max_length) == ("bfloat16", 32_000)
+
+
+SHORT = ("--num-steps", "4", "--eval-samples", "0")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--learning-rate", "0.05"),
+        ("--reg-weight", "2.0"),
+        ("--target-sparsity", "0.9"),
+        ("--mixing", "self"),
+        ("--sink", "1"),
+        ("--recent", "3"),
+        ("--dtype", "bfloat16"),
+        ("--seed", "1"),
+        ("--num-steps", "3"),
+        ("--max-length", "208"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_every_setting_changes_the_gates(tiny_model, tmp_path, flags):
+    base = _gates_once(tiny_model, tmp_path / "base", SHORT)
+    assert _gates_once(tiny_model, tmp_path / "changed", (*SHORT, *flags)) != base
+
+
+def _gates_once(model, workdir, flags, *, cache={}) -> bytes:  # noqa: B006
+    if flags not in cache:
+        run(model, workdir, *flags)
+        cache[flags] = gates_bytes(workdir)
+    return cache[flags]
+
+
+def test_text_changes_the_gates_and_is_read_from_files(tiny_model, tmp_path):
+    book = tmp_path / "book.txt"
+    book.write_text("It was a dark night and the vault was open. " * 300)
+    changed = _gates_once(tiny_model, tmp_path / "text", (*SHORT, "--text", str(book)))
+    assert changed != _gates_once(tiny_model, tmp_path / "base", SHORT)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "nosuchmodel"), "no such model"),
+        (("--model", "org/nosuchmodel"), "org/nosuchmodel"),
+        (("--max-length", "4096"), "beyond the model's range of 512"),
+        (("--passkey-words", "200"), "no room for 3 passkeys"),
+        (("--text", "/no/such/file"), "no such text"),
+        (("--workdir", "/dev/null/run"), "cannot be written"),
+        (("--num-steps", "0"), "must be at least 1"),
+        (("--eval-sparsities", "1.5"), "not in [0, 1]"),
+        (("--tensorboard",), "pip install"),
+        (("--no-such-flag",), "--no-such-flag"),
+        (("--sink", "many"), "--sink"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_unusable_input_is_one_line_and_exit_code_2(tiny_model, tmp_path, capsys, flags, message):
+    workdir = tmp_path / "run"
+    with pytest.raises(SystemExit) as exit_:
+        run(tiny_model, workdir, *flags)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (workdir / "pattern").exists()
+    assert not (workdir / "report.md").exists()
+
+
+def test_short_text_is_refused_before_anything_is_written(tiny_model, tmp_path, capsys):
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(SystemExit):
+        run(tiny_model, tmp_path / "run", "--text", str(short))
+    assert "give more with --text" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_weights_leave_no_workdir_results(tmp_path, capsys):
+    broken = tmp_path / "broken"
+    models.write_tokenizer(
+        models.write_hf(broken, models.llama(vocab_size=600, max_position_embeddings=512))
+    )
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:2000])
+    with pytest.raises(SystemExit) as exit_:
+        run(broken, tmp_path / "run")
+    assert exit_.value.code == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_reads_well():
+    shown = subprocess.run(
+        [sys.executable, "-m", "train.identify", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"COLUMNS": "100"},
+        check=True,
+    ).stdout
+    for flag in dataclasses.fields(IdentifyConfig):
+        if flag.name != "data":
+            assert "--" + flag.name.replace("_", "-") in shown
+    assert "--max-length" in shown
+    assert "--data" not in shown
