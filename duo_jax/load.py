@@ -13,9 +13,13 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from duo_jax.checkpoint import nested
 from duo_jax.config import ModelConfig, read_config
 from duo_jax.errors import InputError
-from duo_jax.weights import open_weights
+from duo_jax.safetensors_files import has_safetensors
+from duo_jax.tensor_info import copy_cast
+from duo_jax.tensor_names import Path, Tensor
+from duo_jax.weights import Weights, open_weights
 
 # What a model needs besides its weights; copied along by `python -m convert`.
 TOKENIZER_FILES = (
@@ -30,16 +34,18 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
+DEMO = "demo"  # the name of the model that ships with the package
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def resolve(name: str | pathlib.Path) -> pathlib.Path:
+def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.Path:
     """Return the folder of a model, downloading it if it is a hub name.
 
     The cache and offline settings of huggingface_hub apply (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
 
     Args:
       name: a local folder, or "org/name".
+      allow_pickle: of a hub model without safetensors, fetch the pickled weights.
 
     Raises:
       InputError: there is no such model, or it cannot be fetched.
@@ -49,11 +55,15 @@ def resolve(name: str | pathlib.Path) -> pathlib.Path:
         return path
     if path.exists():
         raise InputError(f"{path} is a file; a model is a folder or a hub name such as org/name")
-    if isinstance(name, pathlib.Path) or not _HUB_NAME.fullmatch(name):
+    if not _HUB_NAME.fullmatch(str(name)):
         raise InputError(
             f"no such model: {str(name)!r} is neither a folder nor a hub name such as org/name"
         )
-    return _download(name)
+    files = ["*.json", *TOKENIZER_FILES]
+    folder = _download(str(name), [*files, "*.safetensors"])
+    if allow_pickle and not has_safetensors(folder):
+        return _download(str(name), [*files, "pytorch_model*.bin"])
+    return folder
 
 
 def load_config(folder: pathlib.Path) -> ModelConfig:
@@ -80,17 +90,16 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
         listed at once.
     """
     weights = open_weights(folder)
-    leaves = {}
+    parts: dict[Path, list[Tensor]] = {}  # in order of layers
     for tensor in weights.tensors:
-        leaves.setdefault(tensor.path, []).append(tensor)
-
-    params: dict[str, Any] = {}
-    for path, parts in leaves.items():
-        branch = params
-        for key in path[:-1]:
-            branch = branch.setdefault(key, {})
-        branch[path[-1]] = jax.device_put(_read_leaf(weights, parts, dtype))
-    return params
+        parts.setdefault(tensor.path, []).append(tensor)
+    # The array is handed over, so that a leaf is on the device before the next one is read.
+    return nested(
+        {
+            path: jax.device_put(_read_leaf(weights, tensors, dtype)).block_until_ready()
+            for path, tensors in parts.items()
+        }
+    )
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -114,28 +123,25 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
-def _read_leaf(weights, parts, dtype: DTypeLike | None) -> np.ndarray:
+def _read_leaf(weights: Weights, parts: list[Tensor], dtype: DTypeLike | None) -> np.ndarray:
+    """Read one leaf of the tree, its layers stacked."""
     stored = {weights.dtype(tensor) for tensor in parts}
-    # Layers of different types meet in float32, which holds all of them exactly.
-    dtype = np.dtype(dtype or (stored.pop() if len(stored) == 1 else np.float32))
-    if parts[0].layer is None:
-        leaf = np.empty(parts[0].shape, dtype)
-        weights.read_into(leaf, parts[0])
-        return leaf
-    leaf = np.empty((len(parts), *parts[0].shape), dtype)
-    for tensor in parts:
-        weights.read_into(leaf[tensor.layer], tensor)
-    return leaf
+    if dtype is None:  # layers of different types meet in float32, which holds all of them exactly
+        dtype = stored.pop() if len(stored) == 1 else np.float32
+    leaf = np.empty((len(parts), *parts[0].shape), np.dtype(dtype))
+    for i, tensor in enumerate(parts):
+        copy_cast(leaf[i], weights.read(tensor), tensor.name)
+    return leaf if parts[0].layer is not None else leaf[0]
 
 
-def _download(name: str) -> pathlib.Path:
+def _download(name: str, patterns: list[str]) -> pathlib.Path:
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
         folder = huggingface_hub.snapshot_download(
             name,
-            allow_patterns=["*.safetensors", "*.json", *TOKENIZER_FILES],
+            allow_patterns=patterns,
             # Sub-folders and consolidated files repeat the weights in other formats.
             ignore_patterns=["*/*", "consolidated*"],
         )

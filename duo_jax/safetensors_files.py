@@ -1,40 +1,23 @@
 """The weights of a Hugging Face folder: safetensors files, opened lazily, without torch.
 
-Opening reads only the headers. The files stay memory mapped; reading a tensor copies that tensor
-and nothing else, so that host memory stays at about one tensor whatever the size of the model.
+Opening reads only the headers; a tensor is a view of the memory-mapped file, and its bytes are read
+when they are used. The safetensors library checks each file, but its own readers copy every
+tensor, which would double the host memory of loading; so the views are made here, from the same
+header: 8 bytes of its length N (little-endian), N bytes of JSON, then the data, at the offsets that
+the JSON gives for each tensor.
 """
 
-import dataclasses
 import json
 import pathlib
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from duo_jax.errors import InputError
+from duo_jax.tensor_info import DTYPES, TensorInfo, shortened
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-# safetensors' names of the types that weights may have.
-DTYPES = {
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """What a file says about one tensor, without reading it.
-
-    `dtype` is None where the type is not one that weights may have; `dtype_name` names it.
-    """
-
-    shape: tuple[int, ...]
-    dtype_name: str
-    dtype: np.dtype | None
 
 
 class SafetensorsFiles:
@@ -46,26 +29,24 @@ class SafetensorsFiles:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.info: dict[str, TensorInfo] = {}
-        self._paths: dict[str, pathlib.Path] = {}
-        self._open_files = {path: _open(path) for path in _weight_files(folder)}
-        for path, file in self._open_files.items():
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                header = file.get_slice(name)
-                dtype_name = header.get_dtype()
+        self._data: dict[str, np.ndarray] = {}  # the raw bytes, mapped
+        for path in _weight_files(folder):
+            header, data = _open(path)
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                self._data[name] = data[start:end]
                 self.info[name] = TensorInfo(
-                    shape=tuple(header.get_shape()),
-                    dtype_name=dtype_name,
-                    dtype=DTYPES.get(dtype_name),
+                    shape=tuple(entry["shape"]),
+                    dtype_name=entry["dtype"],
+                    dtype=DTYPES.get(entry["dtype"]),
                 )
-                self._paths[name] = path
 
     def read(self, name: str) -> np.ndarray:
-        """Copy one tensor from its file."""
-        path = self._paths[name]
-        try:
-            return self._open_files[path].get_tensor(name)
-        except SafetensorError as error:
-            raise InputError(f"{path} cannot be read: {error}") from None
+        """Return one tensor as a read-only view of its file."""
+        info = self.info[name]
+        return self._data[name].view(info.dtype).reshape(info.shape)
 
 
 def has_safetensors(folder: pathlib.Path) -> bool:
@@ -73,8 +54,8 @@ def has_safetensors(folder: pathlib.Path) -> bool:
     return (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
 
 
-def read_index(path: pathlib.Path) -> list[str]:
-    """Return the names of the files that a sharded checkpoint's index lists, sorted.
+def read_index(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files that a sharded checkpoint's index lists, sorted.
 
     Raises:
       InputError: the index cannot be read, or names something that is not a file beside it.
@@ -87,46 +68,56 @@ def read_index(path: pathlib.Path) -> list[str]:
         raise InputError(
             f"{path} cannot be read as an index of weight files ({type(error).__name__}: {error})"
         ) from None
-    if outside:
-        raise InputError(f"{path} names {outside[0]!r}, which is not a file beside it")
+    if outside or not names:
+        raise InputError(f"{path} must name files beside it, not {outside or 'none'}")
     missing = [name for name in names if not (path.parent / name).exists()]
     if missing:
         raise InputError(
             f"{path.parent} lacks {shortened(missing)}, listed in {path.name}; "
             "was the download complete?"
         )
-    return names
-
-
-def shortened(words: list[str], limit: int = 5) -> str:
-    """Join a list for an error message: "a, b, c and 287 more"."""
-    shown = ", ".join(words[:limit])
-    return shown if len(words) <= limit else f"{shown} and {len(words) - limit} more"
+    return [path.parent / name for name in names]
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / SINGLE_FILE).exists():  # transformers prefers it too
         return [folder / SINGLE_FILE]
     if (folder / INDEX_FILE).exists():
-        return [folder / name for name in read_index(folder / INDEX_FILE)]
-    pickled = [*folder.glob("pytorch_model*.bin"), *folder.glob("*.pth")]
+        return read_index(folder / INDEX_FILE)
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
     if pickled:
         raise InputError(
             f"{folder} has only pickled weights ({pickled[0].name}), which can run code when "
             "opened; if you trust them: python -m convert --allow-pickle SRC DST"
         )
-    raise InputError(f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE}")
+    raise InputError(
+        f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} (pickled .bin weights "
+        "are read, and fetched from the hub, only by python -m convert --allow-pickle)"
+    )
 
 
-def _open(path: pathlib.Path):
+def _open(path: pathlib.Path) -> tuple[dict, np.ndarray]:
+    """Check one file; return its header and its data as mapped bytes."""
     try:
-        return safe_open(path, framework="np")
+        with safe_open(path, framework="np"):  # offsets, sizes and the file's length fit together
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        # A file of empty tensors has no bytes to map.
+        rest = path.stat().st_size - 8 - length
+        if rest == 0:
+            return header, np.empty(0, np.uint8)
+        return header, np.asarray(np.memmap(path, np.uint8, mode="r", offset=8 + length))
     except (SafetensorError, OSError) as error:
+        raise InputError(_what_is_wrong(path, error)) from None
+
+
+def _what_is_wrong(path: pathlib.Path, error: Exception) -> str:
+    try:
         with path.open("rb") as file:
             if file.read(23) == b"version https://git-lfs":
-                raise InputError(
-                    f"{path} is a git-lfs pointer instead of weights; run git lfs pull"
-                ) from None
-        raise InputError(
-            f"{path} is not a complete safetensors file ({error}); was the download complete?"
-        ) from None
+                return f"{path} is a git-lfs pointer instead of weights; run git lfs pull"
+    except OSError as unreadable:
+        return f"{path} cannot be read: {unreadable.strerror}"
+    return f"{path} is not a complete safetensors file ({error}); was the download complete?"

@@ -116,6 +116,11 @@ class Tensor:
     _order: tuple[int, ...] = dataclasses.field(repr=False)
     _split: tuple[int, ...] = dataclasses.field(repr=False)
 
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
     def from_hf(self, array: np.ndarray) -> np.ndarray:
         """Return a view of a Hugging Face array in our layout."""
         if array.shape != self.hf_shape:

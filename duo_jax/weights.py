@@ -1,23 +1,51 @@
-"""The tensors of a model folder, one at a time, in our layout."""
+"""The tensors of a model folder, one at a time, in our layout.
+
+The folder may be a Hugging Face one or a converted checkpoint; `open_weights` tells. To walk a
+model layer by layer:
+
+    weights = open_weights(folder)
+    for tensor in weights.tensors:  # embedding, layer 0, layer 1, ..., final norm, lm_head
+        array = weights.read(tensor)  # [*tensor.shape], belongs at tensor.path, tensor.layer
+"""
 
 import pathlib
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from duo_jax import tensor_names
+from duo_jax import tensor_info, tensor_names
+from duo_jax.checkpoint import CheckpointWeights, is_checkpoint
 from duo_jax.config import ModelConfig, read_config
-from duo_jax.errors import InputError
-from duo_jax.safetensors_files import DTYPES, SafetensorsFiles, TensorInfo, shortened
+from duo_jax.safetensors_files import SafetensorsFiles
+from duo_jax.tensor_info import TensorInfo
 from duo_jax.tensor_names import Tensor
 
 
+@runtime_checkable
+class Weights(Protocol):
+    """A model's tensors, each to be read when it is needed."""
+
+    config: ModelConfig
+    tensors: tuple[Tensor, ...]
+
+    def dtype(self, tensor: Tensor) -> np.dtype:
+        """Return the type a tensor is stored in."""
+        ...
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """Read one tensor, in our layout; possibly a read-only, strided view of a file."""
+        ...
+
+
+@runtime_checkable
 class Files(Protocol):
-    """Weight files: what they hold, by Hugging Face name, and a way to read one tensor."""
+    """Weight files in Hugging Face's layout: what they hold, by name, and a way to read it."""
 
     info: dict[str, TensorInfo]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor, as it is in the file."""
+        ...
 
 
 class HuggingFaceWeights:
@@ -30,84 +58,36 @@ class HuggingFaceWeights:
 
     Raises:
       InputError: tensors are missing, unknown, or of another shape or type than config.json
-        implies; all are listed.
+        implies; all are counted in one line.
     """
 
     def __init__(self, files: Files, config: ModelConfig, where: str) -> None:
         self.config = config
         self.tensors = tensor_names.tensors(config)
         self._files = files
-        _check(files.info, config, where)
+        tensor_info.check(
+            files.info,
+            {tensor.name: tensor.hf_shape for tensor in self.tensors},
+            where=where,
+            ignored=lambda name: tensor_names.is_ignored(name, config),
+        )
 
     def dtype(self, tensor: Tensor) -> np.dtype:
-        """Return the type a tensor is stored in."""
         dtype = self._files.info[tensor.name].dtype
-        assert dtype is not None  # _check saw to it
+        assert dtype is not None, f"{tensor.name} passed the check"
         return dtype
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        """Read one tensor, in our layout (not necessarily contiguous)."""
         return tensor.from_hf(self._files.read(tensor.name))
 
-    def read_into(self, out: np.ndarray, tensor: Tensor) -> None:
-        """Read one tensor into an array of `tensor.shape`, casting to its type."""
-        out[...] = cast(self.read(tensor), out.dtype, tensor.name)
 
-
-def open_weights(folder: pathlib.Path) -> HuggingFaceWeights:
+def open_weights(folder: pathlib.Path) -> Weights:
     """Open a model's weights; reads headers only.
-
-    To walk a model layer by layer: `weights.tensors` is ordered (embedding, layer 0, layer 1, ...,
-    final norm, output projection), each with its `path`, `layer` and `shape`, and
-    `weights.read(tensor)` returns that one tensor.
 
     Raises:
       InputError: files are missing or damaged, or tensors do not fit config.json.
     """
     config = read_config(folder)
+    if is_checkpoint(folder):
+        return CheckpointWeights(folder, config)
     return HuggingFaceWeights(SafetensorsFiles(folder), config, str(folder))
-
-
-def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Cast weights (round to nearest even); bits stay as they are if the type does.
-
-    Raises:
-      InputError: a finite value is beyond the range of `dtype`.
-    """
-    if array.dtype == dtype:
-        return array
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if dtype == np.float16 and np.isinf(result).sum() > np.isinf(array).sum():
-        raise InputError(f"{name} has values beyond the range of float16; use bfloat16 or float32")
-    return result
-
-
-def _check(info: dict[str, TensorInfo], config: ModelConfig, where: str) -> None:
-    expected = {tensor.name: tensor.hf_shape for tensor in tensor_names.tensors(config)}
-    missing = [name for name in expected if name not in info]
-    extra = [
-        name for name in info if name not in expected and not tensor_names.is_ignored(name, config)
-    ]
-    shape = [
-        f"{name} is {list(info[name].shape)} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in info and info[name].shape != shape
-    ]
-    dtype = [
-        f"{name} is {info[name].dtype_name}"
-        for name in expected
-        if name in info and info[name].dtype is None
-    ]
-    problems = [
-        f"{len(found)} {kind}: {shortened(found)}"
-        for kind, found in (
-            ("missing", missing),
-            ("unknown", extra),
-            ("of another shape", shape),
-            (f"of another type than {', '.join(DTYPES)}", dtype),
-        )
-        if found
-    ]
-    if problems:
-        raise InputError(f"{where}: tensors do not fit config.json; {'; '.join(problems)}")

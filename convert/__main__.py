@@ -1,0 +1,25 @@
+"""Command line of conversion."""
+
+import jax
+
+from convert.config import ConvertConfig
+from convert.run import convert
+from duo_jax import cli
+
+_DESCRIPTION = """\
+Convert a model from Hugging Face safetensors to an orbax checkpoint of duo_jax, or back (--to-hf).
+
+Every command of duo_jax also reads Hugging Face folders directly; a checkpoint is smaller
+(compressed) and its tensors can be read one by one. Both directions keep every bit, need host
+memory for about one tensor, and write DST only when it is complete.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command on a list of words; default: the process's own."""
+    jax.config.update("jax_platforms", "cpu")  # orbax starts jax, which would claim the GPU
+    cli.run(convert, ConvertConfig, prog="python -m convert", description=_DESCRIPTION, args=args)
+
+
+if __name__ == "__main__":
+    main()

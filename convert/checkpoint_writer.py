@@ -1,0 +1,75 @@
+"""Write a model's parameters as an orbax checkpoint, a few tensors at a time.
+
+A plain orbax save takes the whole tree, which for a 70B model is 140 GB of host memory. Its partial
+saves (orbax.checkpoint.experimental.v1.partial) add arrays to a checkpoint that becomes visible
+when it is finalized, and the result is one ordinary checkpoint. Two things are chosen here:
+
+- Each partial save costs time that grows with their number (300 of single small arrays took 59 s,
+  and 20 s to finalize; 32 took 1.2 s and 0.4 s), so tensors are saved in groups that are together
+  no larger than the model's largest tensor, or than _MIN_GROUP for small models.
+- Arrays are written in chunks of 8 MB. Orbax copies a group once; without chunks, tensorstore would
+  also lay out and compress every array as a whole.
+"""
+
+import pathlib
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from duo_jax.checkpoint import nested, stored_path
+from duo_jax.tensor_info import cast
+from duo_jax.tensor_names import Tensor
+from duo_jax.weights import Weights
+
+_MIN_GROUP = 1 << 24
+_CHUNK = 1 << 23
+
+
+def write_params(
+    path: pathlib.Path,
+    weights: Weights,
+    *,
+    dtype: np.dtype | None,
+    progress: Callable[[int], object],
+) -> None:
+    """Write all tensors of `weights` below `path`, which must not exist.
+
+    Args:
+      path: the orbax checkpoint to make.
+      weights: where tensors come from.
+      dtype: type to cast to; None keeps each tensor's own.
+      progress: called with the number of bytes read, again and again.
+
+    Raises:
+      InputError: a tensor cannot be read or cast.
+      OSError, ValueError: it cannot be written (the latter from tensorstore).
+    """
+    from orbax.checkpoint.experimental import v1 as ocp
+
+    path = path.absolute()
+    context = ocp.Context()
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK
+    with context:
+        for group in _groups(weights, dtype):
+            arrays = {}
+            for tensor in group:
+                array = weights.read(tensor)
+                arrays[stored_path(tensor)] = cast(array, dtype or array.dtype, tensor.name)
+            ocp.partial.save(path, nested(arrays))
+            progress(sum(weights.dtype(tensor).itemsize * tensor.size for tensor in group))
+        ocp.partial.finalize(path)
+
+
+def _groups(weights: Weights, dtype: np.dtype | None) -> Iterator[list[Tensor]]:
+    """Split the tensors, in order, into groups no larger than the largest of them."""
+    sizes = [(dtype or weights.dtype(tensor)).itemsize * tensor.size for tensor in weights.tensors]
+    limit = max(_MIN_GROUP, *sizes)
+    group: list[Tensor] = []
+    group_size = 0
+    for tensor, size in zip(weights.tensors, sizes, strict=True):
+        if group_size + size > limit:
+            yield group
+            group, group_size = [], 0
+        group.append(tensor)
+        group_size += size
+    yield group

@@ -1,0 +1,80 @@
+"""Convert a model folder: weights one way or the other, everything else copied as it is."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+from tqdm import tqdm
+
+from convert import checkpoint_writer, huggingface_writer
+from convert.config import ConvertConfig
+from convert.pickled_files import PickledFiles
+from duo_jax import load
+from duo_jax.checkpoint import FORMAT, MARKER_FILE, PARAMS_FOLDER, VERSION, is_checkpoint
+from duo_jax.errors import InputError
+from duo_jax.files import new_folder
+from duo_jax.safetensors_files import has_safetensors
+from duo_jax.weights import HuggingFaceWeights, Weights, open_weights
+
+COPIED_FILES = ("config.json", "generation_config.json", "identify.json", *load.TOKENIZER_FILES)
+
+
+def convert(config: ConvertConfig) -> None:
+    """Write the model `config.src` to the folder `config.dst`, which appears when complete.
+
+    Host memory peaks at about one tensor (the largest, in whatever order) beyond the mapped files.
+
+    Raises:
+      InputError: there is no such model, it cannot be read, or `config.dst` cannot be written.
+    """
+    source = load.resolve(config.src, allow_pickle=config.allow_pickle)
+    weights = _open(source, allow_pickle=config.allow_pickle)
+    dtype = None if config.dtype is None else np.dtype(config.dtype)
+    total = sum(weights.dtype(tensor).itemsize * tensor.size for tensor in weights.tensors)
+    try:
+        with (
+            new_folder(config.dst) as folder,
+            tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="converting") as bar,
+        ):
+            if config.to_hf:
+                huggingface_writer.write_params(
+                    folder,
+                    weights,
+                    dtype=dtype,
+                    max_shard_size=int(config.max_shard_gb * 1e9),
+                    progress=bar.update,
+                )
+            else:
+                checkpoint_writer.write_params(
+                    folder / PARAMS_FOLDER, weights, dtype=dtype, progress=bar.update
+                )
+                marker = {"format": FORMAT, "version": VERSION}
+                (folder / MARKER_FILE).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+            _copy_files(source, folder, dtype)
+    except OSError as error:
+        raise InputError(f"{config.dst} cannot be written: {error.strerror or error}") from None
+    print(f"{config.dst} is complete: {len(weights.tensors)} tensors, {total / 1e9:.3g} GB read")
+
+
+def _open(folder: pathlib.Path, *, allow_pickle: bool) -> Weights:
+    if allow_pickle and not is_checkpoint(folder) and not has_safetensors(folder):
+        config = load.load_config(folder)
+        return HuggingFaceWeights(PickledFiles(folder), config, str(folder))
+    return open_weights(folder)
+
+
+def _copy_files(source: pathlib.Path, folder: pathlib.Path, dtype: np.dtype | None) -> None:
+    for name in COPIED_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if dtype is not None:
+        _rewrite_dtype(folder / "config.json", dtype)
+
+
+def _rewrite_dtype(path: pathlib.Path, dtype: np.dtype) -> None:
+    """Make config.json name the new type: transformers loads weights in the type it names."""
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    named = [key for key in ("dtype", "torch_dtype") if key in raw]
+    raw |= dict.fromkeys(named or ["dtype"], dtype.name)
+    path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
