@@ -11,7 +11,11 @@ when it is finalized, and the result is one ordinary checkpoint. Two things are 
   also lay out and compress every array as a whole.
 """
 
+import contextlib
+import logging
+import os
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -42,7 +46,7 @@ def write_params(
 
     Raises:
       InputError: a tensor cannot be read or cast.
-      OSError, ValueError: it cannot be written (the latter from tensorstore).
+      OSError: it cannot be written.
     """
     from orbax.checkpoint.experimental import v1 as ocp
 
@@ -55,9 +59,31 @@ def write_params(
             for tensor in group:
                 array = weights.read(tensor)
                 arrays[stored_path(tensor)] = cast(array, dtype or array.dtype, tensor.name)
-            ocp.partial.save(path, nested(arrays))
+            with _os_errors():
+                ocp.partial.save(path, nested(arrays))
             progress(sum(weights.dtype(tensor).itemsize * tensor.size for tensor in group))
-        ocp.partial.finalize(path)
+        with _os_errors():
+            ocp.partial.finalize(path)
+
+
+@contextlib.contextmanager
+def _os_errors() -> Iterator[None]:
+    """Turn tensorstore's ValueError for a full or failing disk into the OSError it stands for.
+
+    Orbax also logs the traceback of what it raises; once is enough.
+    """
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
+    finally:
+        log.setLevel(level)
 
 
 def _groups(weights: Weights, dtype: np.dtype | None) -> Iterator[list[Tensor]]:

@@ -90,5 +90,5 @@ def _write_file(
         file.write(text)
         for tensor in tensors:
             array = tensor.to_hf(cast(weights.read(tensor), stored(tensor), tensor.name))
-            array.reshape(-1).view(np.uint8).tofile(file)
+            file.write(array.reshape(-1).view(np.uint8).data)
             progress(weights.dtype(tensor).itemsize * tensor.size)

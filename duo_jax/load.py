@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 DEMO = "demo"  # the name of the model that ships with the package
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.Path:
@@ -51,9 +51,9 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
       InputError: there is no such model, or it cannot be fetched.
     """
     path = pathlib.Path(name)
-    if path.is_dir():
+    if str(name) and path.is_dir():  # Path("") would be the current folder
         return path
-    if path.exists():
+    if path.is_file():
         raise InputError(f"{path} is a file; a model is a folder or a hub name such as org/name")
     if not _HUB_NAME.fullmatch(str(name)):
         raise InputError(

@@ -1,0 +1,258 @@
+"""Conversion both ways: every bit, every family, every dtype, with transformers as the judge."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from convert.__main__ import main
+from duo_jax import load
+from duo_jax.checkpoint import flattened
+from duo_jax.errors import InputError
+from duo_jax.weights import open_weights
+from tests import models
+
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed"
+)
+every_family = pytest.mark.parametrize("raw", models.CASES.values(), ids=models.CASES.keys())
+every_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+
+OTHER_FILES = {
+    "generation_config.json": b'{"eos_token_id": 1 }',
+    "tokenizer.json": b'{"a":  1}',
+    "tokenizer_config.json": b"{}\n\n",
+    "special_tokens_map.json": b"{ }",
+    "tokenizer.model": bytes(range(256)),
+    "chat_template.jinja": b"{{ messages }}",
+    "identify.json": b'{"sink": 8}',
+}
+
+
+def write_random_bits(folder: pathlib.Path, raw: dict, dtype: str) -> pathlib.Path:
+    """Write a model whose values are random bits: NaNs of all kinds, infinities, subnormals."""
+    models.write_hf(folder, raw, dtype=dtype)
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: rng.integers(0, 256, array.nbytes, np.uint8).view(array.dtype).reshape(array.shape)
+        for name, array in load_file(folder / "model.safetensors").items()
+    }
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def stored_bits(folder: pathlib.Path) -> dict[str, tuple]:
+    """Return type, shape and bytes of every tensor in a folder's safetensors files."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        for name, array in load_file(path).items():
+            assert name not in found
+            found[name] = (str(array.dtype), array.shape, array.tobytes())
+    return found
+
+
+def params_bits(folder: pathlib.Path) -> dict[tuple, tuple]:
+    leaves = flattened(load.load_params(folder))
+    return {
+        path: (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
+        for path, leaf in leaves.items()
+    }
+
+
+@every_family
+def test_a_checkpoint_loads_as_the_folder_it_came_from(tmp_path, raw):
+    folder = write_random_bits(tmp_path / "hf", raw, "bfloat16")
+    main([str(folder), str(tmp_path / "checkpoint")])
+    assert params_bits(tmp_path / "checkpoint") == params_bits(folder)
+    assert load.load_config(tmp_path / "checkpoint") == load.load_config(folder)
+
+
+@every_dtype
+@pytest.mark.parametrize("raw", [models.llama(), models.qwen3()], ids=["llama", "qwen3"])
+def test_round_trip_is_exact_to_the_bit(tmp_path, raw, dtype):
+    folder = write_random_bits(tmp_path / "hf", raw, dtype)
+    main([str(folder), str(tmp_path / "checkpoint")])
+    main(["--to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")])
+    assert stored_bits(tmp_path / "back") == stored_bits(folder)
+    with safe_open(tmp_path / "back" / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_layers_read_one_by_one_are_those_of_the_folder(tmp_path):
+    folder = models.write_hf(tmp_path / "hf", models.llama(), dtype="float16")
+    main([str(folder), str(tmp_path / "checkpoint")])
+    before, after = open_weights(folder), open_weights(tmp_path / "checkpoint")
+    assert before.tensors == after.tensors
+    for tensor in before.tensors:
+        assert after.dtype(tensor) == before.dtype(tensor) == np.float16
+        np.testing.assert_array_equal(after.read(tensor), before.read(tensor))
+
+
+def test_shards_both_ways(tmp_path):
+    folder = write_random_bits(tmp_path / "hf", models.llama(), "float32")
+    main(["--to-hf", "--max-shard-gb", "2e-5", str(folder), str(tmp_path / "shards")])
+    names = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
+    assert len(names) > 3
+    assert names[0] == f"model-00001-of-{len(names):05d}.safetensors"
+    index = json.loads((tmp_path / "shards" / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / "shards" / file, "np") as opened:
+            assert name in opened.keys()  # noqa: SIM118 (not a dict)
+    assert index["metadata"]["total_size"] == sum(
+        len(b) for _, _, b in stored_bits(folder).values()
+    )
+    assert stored_bits(tmp_path / "shards") == stored_bits(folder)
+
+    main([str(tmp_path / "shards"), str(tmp_path / "checkpoint")])
+    assert params_bits(tmp_path / "checkpoint") == params_bits(folder)
+    main(["--to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")])
+    assert stored_bits(tmp_path / "back") == stored_bits(folder)
+
+
+def test_types_may_be_mixed(tmp_path):
+    folder = write_random_bits(tmp_path / "hf", models.llama(), "float32")
+    tensors = load_file(folder / "model.safetensors")
+    for i, name in enumerate(tensors):
+        if i % 2 and "mlp" in name:
+            tensors[name] = tensors[name].view(np.uint16)[:, ::2].copy().view(ml_dtypes.bfloat16)
+    save_file(tensors, folder / "model.safetensors")
+    main([str(folder), str(tmp_path / "checkpoint")])
+    main(["--to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")])
+    assert stored_bits(tmp_path / "back") == stored_bits(folder)
+
+
+def test_everything_else_is_copied_byte_for_byte(tmp_path):
+    folder = models.write_hf(tmp_path / "hf", models.llama())
+    (folder / "config.json").write_text(json.dumps(models.llama(), indent=7) + " \n")
+    for name, content in OTHER_FILES.items():
+        (folder / name).write_bytes(content)
+    (folder / "unrelated.txt").write_text("stays")
+    main([str(folder), str(tmp_path / "checkpoint")])
+    main(["--to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")])
+    for made, weights in (
+        ("checkpoint", {"params", "duo_jax.json"}),
+        ("back", {"model.safetensors"}),
+    ):
+        names = {path.name for path in (tmp_path / made).iterdir()}
+        assert names == {"config.json", *OTHER_FILES, *weights}
+        for name in ("config.json", *OTHER_FILES):
+            assert (tmp_path / made / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_cast(tmp_path, to_hf, key):
+    folder = models.write_hf(tmp_path / "hf", models.llama())
+    (folder / "config.json").write_text(json.dumps(models.llama() | {key: "float32"}))
+    main([*to_hf, "--dtype", "bfloat16", str(folder), str(tmp_path / "out")])
+    params = load.load_params(tmp_path / "out")
+    expected = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), load.load_params(folder))
+    for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
+        assert ours.dtype == "bfloat16"
+        np.testing.assert_array_equal(ours, theirs)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == models.llama() | {key: "bfloat16"}
+
+
+def test_a_hub_name(tmp_path, monkeypatch):
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    repo = cache / "models--org--name"
+    folder = models.write_hf(repo / "snapshots" / ("b" * 40), models.llama())
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("b" * 40)
+    main(["org/name", str(tmp_path / "checkpoint")])
+    assert params_bits(tmp_path / "checkpoint") == params_bits(folder)
+
+
+# --- with PyTorch ---
+
+
+def transformers_logits(folder: pathlib.Path, raw: dict) -> np.ndarray:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    with torch.no_grad():
+        return model(torch.from_numpy(models.tokens(raw)).long()).logits.float().numpy()
+
+
+@needs_torch
+@every_family
+@pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
+def test_what_transformers_saves_comes_back_with_the_same_logits(tmp_path, raw, shards):
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**raw)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf", max_shard_size="20KB" if shards else "5GB")
+    assert (tmp_path / "hf" / "model.safetensors").exists() != shards
+
+    main([str(tmp_path / "hf"), str(tmp_path / "checkpoint")])
+    limit = ["--max-shard-gb", "1e-5"] if shards else []
+    main(["--to-hf", *limit, str(tmp_path / "checkpoint"), str(tmp_path / "back")])
+    assert stored_bits(tmp_path / "back") == stored_bits(tmp_path / "hf")
+    before = transformers_logits(tmp_path / "hf", raw)
+    np.testing.assert_array_equal(transformers_logits(tmp_path / "back", raw), before)
+
+
+@needs_torch
+@every_dtype
+@pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
+def test_pickled_weights_with_the_flag(tmp_path, dtype, shards):
+    import torch
+
+    folder = write_random_bits(tmp_path / "hf", models.llama(), dtype)
+    expected = params_bits(folder)
+    tensors = {
+        name: torch.from_numpy(array.view(np.uint8).copy()).view(getattr(torch, dtype))
+        for name, array in load_file(folder / "model.safetensors").items()
+    }
+    (folder / "model.safetensors").unlink()
+    if shards:
+        names = sorted(tensors)
+        for i in range(2):
+            part = {name: tensors[name] for name in names[i::2]}
+            torch.save(part, folder / f"pytorch_model-{i}.bin")
+        weight_map = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+        index = json.dumps({"weight_map": weight_map})
+        (folder / "pytorch_model.bin.index.json").write_text(index)
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    main(["--allow-pickle", str(folder), str(tmp_path / "checkpoint")])
+    assert params_bits(tmp_path / "checkpoint") == expected
+
+
+@needs_torch
+def test_pickled_code_is_not_run(tmp_path, capsys):
+    import torch
+
+    class Trap:
+        def __reduce__(self):
+            return pathlib.Path.touch, (tmp_path / "sprung",)
+
+    folder = models.write_hf(tmp_path / "hf", models.llama())
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(SystemExit, match="2"):
+        main(["--allow-pickle", str(folder), str(tmp_path / "out")])
+    assert "pytorch_model.bin cannot be read as pickled weights" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_without_pytorch_pickled_weights_say_what_to_install(tmp_path, monkeypatch):
+    from convert.pickled_files import PickledFiles
+
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    monkeypatch.setitem(__import__("sys").modules, "torch", None)
+    with pytest.raises(InputError, match=r"needs PyTorch: pip install 'duo_jax\[pickle\]'"):
+        PickledFiles(tmp_path)
