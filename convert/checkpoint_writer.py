@@ -12,7 +12,6 @@ when it is finalized, and the result is one ordinary checkpoint. Two things are 
 """
 
 import contextlib
-import logging
 import os
 import pathlib
 import re
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from duo_jax.checkpoint import nested, stored_path
+from duo_jax.checkpoint import nested, quiet_orbax, stored_path
 from duo_jax.tensor_info import cast
 from duo_jax.tensor_names import Tensor
 from duo_jax.weights import Weights
@@ -68,22 +67,15 @@ def write_params(
 
 @contextlib.contextmanager
 def _os_errors() -> Iterator[None]:
-    """Turn tensorstore's ValueError for a full or failing disk into the OSError it stands for.
-
-    Orbax also logs the traceback of what it raises; once is enough.
-    """
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    """Turn tensorstore's ValueError for a full or failing disk into the OSError it stands for."""
     try:
-        yield
+        with quiet_orbax():
+            yield
     except ValueError as error:
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code is None:
             raise
         raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
-    finally:
-        log.setLevel(level)
 
 
 def _groups(weights: Weights, dtype: np.dtype | None) -> Iterator[list[Tensor]]:

@@ -9,8 +9,11 @@ written and read: layers/self_attn/q_proj/kernel is 32 arrays, layers/0/self_att
 layers/31/...
 """
 
+import contextlib
 import json
+import logging
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -56,7 +59,7 @@ class CheckpointWeights:
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
-            with context:
+            with quiet_orbax(), context:
                 leaf = ocp.load(self._path, nested({path: self._metadata[path]}))
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
             raise self._damaged(error) from None
@@ -68,12 +71,27 @@ class CheckpointWeights:
         from orbax.checkpoint.experimental import v1 as ocp  # takes a second to import
 
         try:
-            return flattened(ocp.metadata(self._path).metadata)
+            with quiet_orbax():
+                return flattened(ocp.metadata(self._path).metadata)
         except Exception as error:  # as above
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> InputError:
         return InputError(f"{self._path} is damaged ({type(error).__name__}: {str(error)[:200]})")
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silence the warnings and tracebacks that orbax logs about errors that it also raises."""
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

@@ -1,0 +1,131 @@
+"""What only a process of its own can show: host memory, and death in the middle."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert.__main__ import main
+from duo_jax import tensor_names
+from duo_jax.config import parse_config
+from duo_jax.weights import open_weights
+from tests import models
+
+both_ways = pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
+REPOSITORY = pathlib.Path(__file__).parents[2]
+
+# The matrices of its MLPs have 8 MB each; everything else is small.
+MB = 1 << 20
+LARGE = models.llama(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+    vocab_size=64,
+)
+TENSOR = 8 * MB
+
+# Runs the command and reports, in MB, by how much the anonymous memory of the process (what is its
+# own, unlike mapped files) grew over what importing everything takes.
+MEASURED = """
+import json, sys, threading, time
+from convert.__main__ import main
+from orbax.checkpoint.experimental import v1
+
+def anonymous():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+before = peak = anonymous()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+main(sys.argv[1:])
+done.set()
+thread.join()
+print(peak - before)
+"""
+
+
+def write_large(folder: pathlib.Path, num_layers: int) -> pathlib.Path:
+    """Write the model in bfloat16; every matrix repeats one random block."""
+    raw = LARGE | {"num_hidden_layers": num_layers}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    block = np.random.default_rng(0).standard_normal(4096 * 1024, np.float32) * 0.02
+    data = block.astype(ml_dtypes.bfloat16).tobytes()
+    header, end = {}, 0
+    for tensor in tensor_names.tensors(parse_config(raw)):
+        start, end = end, end + 2 * tensor.size
+        header[tensor.name] = {
+            "dtype": "BF16",
+            "shape": tensor.hf_shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for entry in header.values():
+            start, end = entry["data_offsets"]
+            file.write(data[: end - start])
+    return folder
+
+
+def run(*args: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+
+
+def growth(*args: object) -> float:
+    """Return by how many bytes a conversion's own memory grew."""
+    done = run("-c", MEASURED, *args)
+    assert done.returncode == 0, done.stderr
+    grown = float(done.stdout.splitlines()[-1]) * MB
+    print(f"grew by {grown / MB:.0f} MB; a tensor has {TENSOR / MB:.0f}")
+    return grown
+
+
+def test_host_memory_is_a_few_tensors_not_the_model(tmp_path):
+    """48 equal tensors of 8 MB, 403 MB in all, there and back.
+
+    Measured: 60 MB and 110 MB, of which orbax's threads and tensorstore's pools are about 40 MB
+    whatever the model; 66 and 113 MB for 40 layers (1 GB); 1 MB from safetensors to safetensors.
+    """
+    large = write_large(tmp_path / "large", num_layers=16)
+    total = 48 * TENSOR
+    assert growth(large, tmp_path / "checkpoint") < 0.4 * total
+    assert growth("--to-hf", tmp_path / "checkpoint", tmp_path / "back") < 0.4 * total
+    assert growth("--to-hf", large, tmp_path / "copy") < 3 * TENSOR
+
+
+@both_ways
+def test_killed_in_the_middle_then_started_again(tmp_path, to_hf):
+    large, out = write_large(tmp_path / "large", num_layers=6), tmp_path / "out"
+    command = [sys.executable, "-m", "convert", *to_hf, str(large), str(out)]
+    process = subprocess.Popen(command, cwd=REPOSITORY)
+    written = "params*" if not to_hf else "*.safetensors"
+    while not list(tmp_path.glob(f".out.*/{written}")):
+        assert process.poll() is None, "ended before it was killed"
+        time.sleep(0.002)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+
+    main([*to_hf, str(large), str(out)])
+    ours, theirs = open_weights(out), open_weights(large)
+    for tensor in ours.tensors[-3:]:
+        assert ours.read(tensor).tobytes() == theirs.read(tensor).tobytes()
