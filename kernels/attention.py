@@ -24,8 +24,8 @@ from kernels.precision import accumulator
 # compute only 17/32 of the square.
 _MIN_CAUSAL_BLOCK = 128
 _MAX_CAUSAL_BLOCKS = 16
-# Streaming scores of as many KV heads as fit in this many bytes are computed together.
-_STREAMING_SCORE_BYTES = 2**28
+# Scores of as many KV heads as fit in this many bytes are computed together.
+_SCORE_BYTES = 2**28
 
 
 def full_attention(
@@ -52,19 +52,19 @@ def full_attention(
     block = max(_MIN_CAUSAL_BLOCK, math.ceil(length / _MAX_CAUSAL_BLOCKS))
 
     @functools.partial(jax.checkpoint, static_argnums=3)
-    def attend_block(q_block, k_seen, v_seen, start):
-        mask = masks.causal(
-            jnp.arange(start, start + q_block.shape[1]), jnp.arange(k_seen.shape[1])
-        )
-        return _attend(q_block, k_seen, v_seen, mask, softmax_scale)
+    def attend_block(q, k, v, start):
+        mask = masks.causal(jnp.arange(start, k.shape[1]), jnp.arange(k.shape[1]))
+        return _attend(q[:, start:], k, v, mask, softmax_scale=softmax_scale)
 
-    return jnp.concatenate(
-        [
-            attend_block(q[:, i : i + block], k[:, : i + block], v[:, : i + block], i)
-            for i in range(0, length, block)
-        ],
-        axis=1,
-    )
+    def one_kv_head(q, k, v):
+        blocks = [
+            attend_block(*(x[:, : start + block] for x in (q, k, v)), start)
+            for start in range(0, length, block)
+        ]
+        return jnp.concatenate(blocks, axis=1)
+
+    # One block of queries at a time meets at most all keys.
+    return _over_kv_heads(one_kv_head, q, k, v, scores_per_query=block)
 
 
 def streaming_attention(
@@ -103,16 +103,16 @@ def streaming_attention(
     lookback = min(math.ceil((recent_size - 1) / block), num_blocks - 1)
     sink_size = min(sink_size, length)
 
-    def one_kv_head(args):
-        q, k, v = args  # [batch, length, group, head_dim], [batch, length, head_dim] twice
+    band_size = sink_size + (lookback + 1) * block
+
+    @jax.checkpoint
+    def one_kv_head(q, k, v):
         q = _pad_length(q, 0, num_blocks * block - length)
         q = q.reshape(batch, num_blocks, block, group, head_dim)
-        band = [
+        k_band, v_band = (
             _bands(x[:, :sink_size], x, lookback=lookback, block=block, num_blocks=num_blocks)
             for x in (k, v)
-        ]  # [batch, num_blocks, sink + (lookback + 1) * block, head_dim]
-
-        starts = jnp.arange(num_blocks) * block
+        )  # [batch, num_blocks, band_size, head_dim]
         mask = jax.vmap(
             functools.partial(
                 _band_mask,
@@ -121,34 +121,32 @@ def streaming_attention(
                 sink_size=sink_size,
                 recent_size=recent_size,
             )
-        )(starts)
-        out = jax.vmap(
-            functools.partial(_attend_one_head, softmax_scale=softmax_scale), (1, 1, 1, 0), 1
-        )(q, *band, mask)
+        )(jnp.arange(num_blocks) * block)
+        attend = functools.partial(_attend, softmax_scale=softmax_scale)
+        out = jax.vmap(attend, (1, 1, 1, 0), 1)(q, k_band, v_band, mask)
         return out.reshape(batch, num_blocks * block, group, head_dim)[:, :length]
 
-    per_head = batch * length * group * (sink_size + (lookback + 1) * block) * 4
+    return _over_kv_heads(one_kv_head, q, k, v, scores_per_query=band_size)
+
+
+def _over_kv_heads(one_kv_head, q, k, v, *, scores_per_query: int):
+    """Apply a function of one KV head and its query group to all of them, some at a time.
+
+    `one_kv_head` takes q [batch, length, group, head_dim], k and v [batch, length, head_dim].
+    """
+    batch, length, num_q_heads, head_dim = q.shape
+    num_kv_heads = k.shape[2]
+    grouped = q.reshape(batch, length, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
+    bytes_per_head = batch * length * (num_q_heads // num_kv_heads) * scores_per_query * 4
     out = jax.lax.map(
-        jax.checkpoint(one_kv_head),
-        (
-            jnp.moveaxis(q.reshape(batch, length, num_kv_heads, group, head_dim), 2, 0),
-            jnp.moveaxis(k, 2, 0),
-            jnp.moveaxis(v, 2, 0),
-        ),
-        batch_size=max(1, min(num_kv_heads, _STREAMING_SCORE_BYTES // per_head)),
+        lambda heads: one_kv_head(*heads),
+        tuple(jnp.moveaxis(x, 2, 0) for x in (grouped, k, v)),
+        batch_size=max(1, min(num_kv_heads, _SCORE_BYTES // bytes_per_head)),
     )
     return jnp.moveaxis(out, 0, 2).reshape(q.shape)
 
 
-def _attend(q, k, v, mask: Bool[Array, "q_len kv_len"], softmax_scale: float):
-    """Attend one block of queries to some keys under one mask, all heads at once."""
-    group = q.shape[2] // k.shape[2]
-    grouped = q.reshape(*q.shape[:2], k.shape[2], group, q.shape[3])
-    attend_head = functools.partial(_attend_one_head, softmax_scale=softmax_scale)
-    return jax.vmap(attend_head, (2, 2, 2, None), 2)(grouped, k, v, mask).reshape(q.shape)
-
-
-def _attend_one_head(
+def _attend(
     q: Float[Array, "batch q_len group head_dim"],
     k: Float[Array, "batch kv_len head_dim"],
     v: Float[Array, "batch kv_len head_dim"],
@@ -156,6 +154,7 @@ def _attend_one_head(
     *,
     softmax_scale: float,
 ) -> Float[Array, "batch q_len group head_dim"]:
+    """Attend one block of queries of one KV head's group to some keys under one mask."""
     wide = accumulator(q.dtype)
     # dot_general keeps (q_len, group) together as rows of one matrix product; no transposes.
     scores = jax.lax.dot_general(q, k, (((3,), (2,)), ((0,), (0,))), preferred_element_type=wide)

@@ -84,11 +84,14 @@ def test_full_matches_float64(case):
 
 def test_head_groups_share_memory_bound_without_changing_the_result(monkeypatch):
     case = Case(length=97, q_heads=8, kv_heads=4)
-    arguments = dict(sink_size=case.sink, recent_size=case.recent, softmax_scale=case.scale)
-    together = streaming_attention(*draw(case), **arguments)
-    monkeypatch.setattr(attention, "_STREAMING_SCORE_BYTES", 1)
-    one_by_one = streaming_attention(*draw(case), **arguments)
-    np.testing.assert_allclose(together, one_by_one, atol=1e-6)
+    sizes = {"sink_size": case.sink, "recent_size": case.recent}
+    streaming = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
+    full = full_attention(*draw(case), softmax_scale=case.scale)
+    monkeypatch.setattr(attention, "_SCORE_BYTES", 1)
+    one_by_one = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
+    np.testing.assert_allclose(streaming, one_by_one, atol=1e-6)
+    one_by_one = full_attention(*draw(case), softmax_scale=case.scale)
+    np.testing.assert_allclose(full, one_by_one, atol=1e-6)
 
 
 def test_bfloat16_keeps_its_dtype_and_its_accuracy():
@@ -109,7 +112,10 @@ def test_gradients_equal_those_of_the_dense_form(name):
     positions = jnp.arange(case.length)
 
     def dense(q, k, v, mask):
-        return attention._attend(q, k, v, mask, case.scale)
+        grouped = q.reshape(*q.shape[:2], case.kv_heads, -1, case.head_dim)
+        scores = case.scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k)
+        weights = jax.nn.softmax(jnp.where(mask[None, None, None], scores, -jnp.inf))
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
     streaming_mask = masks.streaming(
         positions, positions, sink_size=case.sink, recent_size=case.recent

@@ -33,11 +33,15 @@ def batch(rows: int = 1, total: int = 60) -> Batch:
     )
 
 
-def loss(gates, mixing="teacher", data=None, params=None):
-    config, own = model()
+@functools.partial(jax.jit, static_argnames="mixing")
+def _loss(gates, params, data, mixing):
     return distillation_loss(
-        gates, config, params or own, data or batch(), mixing=mixing, tail_size=TAIL, **SIZES
+        gates, model()[0], params, data, mixing=mixing, tail_size=TAIL, **SIZES
     )
+
+
+def loss(gates, mixing="teacher", data=None, params=None):
+    return _loss(gates, params or model()[1], data or batch(), mixing)
 
 
 def some_gates(seed=2):
