@@ -1,0 +1,205 @@
+"""The demo model: the one that ships, and the command that makes it."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import llama, load
+from duo_jax.errors import InputError
+from train.demo_model import run
+from train.demo_model.config import MODEL, PRESET, TEMPLATES, DemoConfig, Stage
+from train.demo_model.documents import DocumentSource
+from train.evaluate import RetrievalTest
+from train.passkeys import ORDINALS, PasskeyConfig
+from train.text import load_documents, split_held_out
+
+
+@pytest.fixture(scope="module")
+def demo():
+    folder = load.resolve("demo")
+    return (
+        folder,
+        load.load_config(folder),
+        load.load_params(folder, dtype=jnp.float32),
+        load.load_tokenizer(folder),
+    )
+
+
+def test_tokenizer_round_trips_any_text(demo):
+    tokenizer = demo[3]
+    text = "def f(x):\n    return x ** 2  # Grüße, 你好\t\n\n  The end."
+    tokens = tokenizer(text).input_ids
+    assert tokens[0] == tokenizer.bos_token_id == 0
+    assert tokenizer.eos_token_id == 1
+    assert tokenizer.decode(tokens, skip_special_tokens=True) == text
+
+
+def test_ordinals_are_single_tokens(demo):
+    tokenizer = demo[3]
+    for name in ORDINALS:
+        assert len(tokenizer(f" {name}", add_special_tokens=False).input_ids) == 1
+
+
+def test_preset_is_in_the_folder_and_describes_the_samples(demo):
+    preset = json.loads((demo[0] / "identify.json").read_text())
+    assert preset == PRESET
+    data = PasskeyConfig(**preset["data"])
+    assert (data.needle, data.question) == (TEMPLATES.needle, TEMPLATES.question)
+
+
+def test_retrieves_at_its_longest_length_and_not_while_streaming(demo):
+    _, model, params, tokenizer = demo
+    assert model.max_length == 1024
+    _, held_out = split_held_out(load_documents([]))
+    data = dataclasses.replace(
+        TEMPLATES, num_passkeys=10, passkey_words=8, min_length=1, max_length=1024
+    )
+    samples = RetrievalTest(data, tokenizer, held_out, held_out, num_samples=4, seed=7)
+    heads = np.ones((model.num_layers, model.num_kv_heads), bool)
+    sizes = {"sink_size": PRESET["sink"], "recent_size": PRESET["recent"]}
+    full = samples.accuracy(model, params, heads, **sizes)
+    streaming = samples.accuracy(model, params, ~heads, **sizes)
+    assert full.mean() >= 0.9
+    assert streaming.mean() < 0.2
+
+
+def test_transformers_computes_the_same_logits(demo):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder, model, params, _ = demo
+    tokens = np.random.default_rng(0).integers(2, model.vocab_size, (2, 70), np.int32)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, local_files_only=True
+    )
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens).long()).logits.numpy()
+    x, _ = llama.hidden_states(model, params, jnp.asarray(tokens))
+    ours = np.asarray(llama.logits(model, params, x))
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+TINY = DemoConfig(
+    model=dataclasses.replace(
+        MODEL, embed_size=16, mlp_size=16, num_layers=1, num_q_heads=2, num_kv_heads=1, head_dim=8
+    ),
+    curriculum=(
+        Stage(
+            length=64,
+            batch_size=2,
+            num_passkeys=2,
+            passkey_words=(3,),
+            repeat=0.5,
+            learning_rate=1e-2,
+            threshold=0.0,  # reached at the first check
+        ),
+        Stage(
+            length=64,
+            batch_size=2,
+            num_passkeys=2,
+            passkey_words=(3, 4),
+            learning_rate=1e-2,
+            final_learning_rate=1e-3,
+            max_steps=5,
+        ),
+    ),
+    check_every=3,
+    checkpoint_every=2,
+    test_samples=1,
+    test_lengths=(64,),
+)
+
+
+class _KilledError(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def little_text():
+    """Make the command's text short; tokenizing all of it takes most of a tiny run's time."""
+    text = load_documents([])[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "load_documents", lambda _: text)
+        yield
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, little_text):  # noqa: ARG001
+    config = dataclasses.replace(TINY, workdir=str(tmp_path_factory.mktemp("demo") / "run"))
+    run.train_demo_model(config)
+    return config
+
+
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, uninterrupted):
+    config = dataclasses.replace(TINY, workdir=str(tmp_path / "run"))
+    train_step = run.train_step
+
+    def die_after(state, *args, **kwargs):
+        if int(state.step) == 5:
+            raise _KilledError
+        return train_step(state, *args, **kwargs)
+
+    monkeypatch.setattr(run, "train_step", die_after)
+    with pytest.raises(_KilledError):
+        run.train_demo_model(config)
+    assert not config.folder().exists()
+    monkeypatch.setattr(run, "train_step", train_step)
+    run.train_demo_model(config)
+
+    first, second = (
+        {f.name: f.read_bytes() for f in c.folder().iterdir()} for c in (uninterrupted, config)
+    )
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        assert first[name] == second[name]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert [m["step"] for m in metrics] == list(range(1, 9))
+    assert [m["stage"] for m in metrics] == [1] * 3 + [2] * 5
+
+
+def test_another_configuration_is_refused(uninterrupted):
+    changed = dataclasses.replace(
+        uninterrupted, filler_weight=0.1, output=uninterrupted.folder().with_name("other")
+    )
+    with pytest.raises(InputError, match=r"filler_weight was 0.2, is 0.1"):
+        run.train_demo_model(changed)
+
+
+def test_a_finished_model_is_not_overwritten(uninterrupted):
+    with pytest.raises(InputError, match="exists already"):
+        run.train_demo_model(uninterrupted)
+
+
+def test_a_stage_that_is_not_learned_is_reported(tmp_path, little_text):  # noqa: ARG001
+    stage = dataclasses.replace(TINY.curriculum[0], threshold=1.0, max_steps=3)
+    config = dataclasses.replace(TINY, workdir=str(tmp_path / "run"), curriculum=(stage,))
+    with pytest.raises(InputError, match=r"stage 1 predicts .* after 3 steps"):
+        run.train_demo_model(config)
+    assert not config.folder().exists()
+
+
+def test_weights_mark_exactly_what_can_be_predicted(demo):
+    stage = dataclasses.replace(TINY.curriculum[0], length=96, batch_size=16)
+    training, _ = split_held_out(load_documents([]))
+    batch = DocumentSource(stage, demo[3], training, TEMPLATES, seed=0).training_batch(0)
+    again = DocumentSource(stage, demo[3], training, TEMPLATES, seed=0).training_batch(0)
+    jax.tree.map(np.testing.assert_array_equal, batch, again)
+    kinds = set()
+    for tokens, answer, filler in zip(batch.tokens, batch.answer, batch.filler, strict=True):
+        tokens, answer, filler = (np.asarray(x) for x in (tokens, answer, filler))
+        assert not (answer * filler).any()
+        if filler.any():
+            kinds.add("passkeys")
+            unpredictable = (answer == 0) & (filler == 0)
+            assert answer.sum() == 2 * 3
+            assert unpredictable.sum() == 2 * 3 + 1  # where the words are hidden, and the first
+            assert sorted(tokens[answer > 0]) == sorted(tokens[1:][unpredictable[1:]])
+        else:
+            kinds.add("repeat")
+            period = int((answer == 0).sum())
+            np.testing.assert_array_equal(tokens[period:], tokens[:-period])
+    assert kinds == {"passkeys", "repeat"}

@@ -1,0 +1,121 @@
+"""Training documents: text with passkeys, or repeated blocks, with a weight for every token.
+
+A batch is a pure function of (stage, tokenizer, text, seed, index).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from train.demo_model.config import Stage
+from train.passkeys import PasskeyConfig, PasskeySampler, Sample
+
+_SHORTEST_BLOCK = 6
+_CHECK_STREAM = 2  # other passkeys than training's
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Documents:
+    """A batch. Token t + 1 is the target of position t; the weights are those of the targets.
+
+    Answers and second periods of repeated blocks have answer weight 1, ordinary text has filler
+    weight 1; what nobody can predict (a passkey where it is hidden, a first period) has neither.
+    """
+
+    tokens: Int[Array, "batch length"]
+    answer: Float[Array, "batch length"]
+    filler: Float[Array, "batch length"]
+
+
+class DocumentSource:
+    """Draws the documents of one stage.
+
+    Args:
+      stage: their length and kind.
+      tokenizer: as transformers loads it.
+      text: what passkeys are hidden in.
+      templates: how they are hidden and asked for.
+      seed: decides every document, together with an index.
+    """
+
+    def __init__(
+        self, stage: Stage, tokenizer, text: list[str], templates: PasskeyConfig, *, seed: int
+    ) -> None:
+        self._stage = stage
+        self._seed = seed
+        self._vocab_size = len(tokenizer)
+        self._special = len(tokenizer.all_special_ids)
+        self._samplers = {}
+        for stream in (0, _CHECK_STREAM):
+            self._samplers[stream] = [
+                PasskeySampler(
+                    dataclasses.replace(
+                        templates,
+                        num_passkeys=stage.num_passkeys,
+                        passkey_words=words,
+                        min_length=1,
+                        max_length=stage.length,
+                    ),
+                    tokenizer,
+                    text,
+                    seed=seed,
+                    stream=stream,
+                )
+                for words in stage.passkey_words
+            ]
+
+    def training_batch(self, index: int) -> Documents:
+        """Make the batch of training step `index`."""
+        rows = []
+        for row in range(self._stage.batch_size):
+            rng = np.random.default_rng([self._seed, index, row])
+            if rng.random() < self._stage.repeat:
+                rows.append(self._repeated(rng))
+            else:
+                sampler = self._samplers[0][rng.integers(len(self._samplers[0]))]
+                number = index * self._stage.batch_size + row
+                rows.append(self._weighted(sampler.sample(number, length=self._stage.length)))
+        return _stack(rows)
+
+    def check_batch(self) -> Documents:
+        """Make the fixed batch that decides when the stage is over: passkeys only."""
+        samplers = self._samplers[_CHECK_STREAM]
+        return _stack(
+            [
+                self._weighted(samplers[i % len(samplers)].sample(i, length=self._stage.length))
+                for i in range(self._stage.batch_size)
+            ]
+        )
+
+    def _weighted(self, sample: Sample):
+        answer = np.zeros(sample.tokens.size, np.float32)
+        filler = np.ones(sample.tokens.size, np.float32)
+        filler[0] = 0.0  # nothing predicts the first token
+        for start, stop in sample.answers:
+            answer[start:stop] = 1.0
+            filler[start:stop] = 0.0
+            hidden = _find(sample.tokens[: sample.tail_start], sample.tokens[start:stop])
+            filler[hidden : hidden + stop - start] = 0.0
+        return sample.tokens, answer, filler
+
+    def _repeated(self, rng: np.random.Generator):
+        length = self._stage.length
+        size = rng.integers(_SHORTEST_BLOCK, length // 2 + 1)
+        block = rng.integers(self._special, self._vocab_size, size)
+        tokens = np.resize(block, length).astype(np.int32)
+        answer = (np.arange(length) >= size).astype(np.float32)
+        return tokens, answer, np.zeros(length, np.float32)
+
+
+def _find(tokens: np.ndarray, key: np.ndarray) -> int:
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, key.size)
+    return int(np.flatnonzero((windows == key).all(axis=1))[0])
+
+
+def _stack(rows) -> Documents:
+    tokens, answer, filler = (jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True))
+    return Documents(tokens=tokens, answer=answer, filler=filler)

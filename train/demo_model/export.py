@@ -1,0 +1,143 @@
+"""The finished demo model as a Hugging Face folder."""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+from safetensors.numpy import save_file
+
+from duo_jax import files, llama, tensor_names
+from duo_jax.config import ModelConfig
+from train.demo_model.config import PRESET, TEMPLATES
+from train.demo_model.tokenizer import write_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What the model card tells about the training."""
+
+    steps: int
+    seconds: float
+    seed: int
+    table: str
+
+
+def rounded(params: PyTree) -> PyTree:
+    """Round weights to float16, as they are stored, and back to float32."""
+    return jax.tree.map(lambda x: x.astype("float16").astype("float32"), params)
+
+
+def write_model(
+    folder: pathlib.Path,
+    model: ModelConfig,
+    params: llama.Params,
+    documents: list[str],
+    summary: Summary,
+) -> None:
+    """Write config, weights (float16), tokenizer, identification preset and model card.
+
+    Args:
+      folder: where; must exist.
+      model: the architecture, of the Llama family.
+      params: its parameters.
+      documents: what the tokenizer is trained on.
+      summary: for the model card.
+    """
+    _write_json(folder / "config.json", _hf_config(model))
+    tokens = {"bos_token_id": 0, "eos_token_id": 1}
+    _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
+    _write_json(folder / "identify.json", PRESET)
+    write_tokenizer(
+        folder, documents, TEMPLATES, vocab_size=model.vocab_size, max_length=model.max_length
+    )
+    tensors = {t.name: t.to_hf(_leaf(params, t)) for t in tensor_names.tensors(model)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    files.write_text(folder / "README.md", _card(model, summary))
+
+
+def _leaf(params: llama.Params, tensor: tensor_names.Tensor) -> np.ndarray:
+    leaf: Any = params
+    for name in tensor.path:
+        leaf = leaf[name]
+    array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
+    return array.astype(np.float16)
+
+
+def _hf_config(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": model.o_bias,
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "dtype": "float16",
+        "eos_token_id": 1,
+        "head_dim": model.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": model.embed_size,
+        "initializer_range": 0.02,
+        "intermediate_size": model.mlp_size,
+        "max_position_embeddings": model.max_length,
+        "mlp_bias": model.mlp_bias,
+        "model_type": "llama",
+        "num_attention_heads": model.num_q_heads,
+        "num_hidden_layers": model.num_layers,
+        "num_key_value_heads": model.num_kv_heads,
+        "pad_token_id": None,
+        "rms_norm_eps": model.norm_eps,
+        "rope_parameters": {"rope_theta": model.rope.theta, "rope_type": "default"},
+        # For transformers 4, which reads it here.
+        "rope_theta": model.rope.theta,
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+        "vocab_size": model.vocab_size,
+    }
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    files.write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def _card(model: ModelConfig, summary: Summary) -> str:
+    parameters = sum(t.size for t in tensor_names.tensors(model))
+    example = TEMPLATES.needle.format(name="third", passkey=" value order call match").strip()
+    question = TEMPLATES.question.format(name="third")
+    return f"""\
+---
+license: apache-2.0
+library_name: transformers
+tags: [duo_jax, duo-attention, demo]
+---
+
+# duo_jax demo model
+
+A Llama of {parameters:,} parameters ({model.num_layers} layers, width {model.embed_size}, \
+{model.num_q_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}) that finds passkeys
+in up to {model.max_length:,} tokens of text. It shows how DuoAttention works; it can do nothing
+else: its English is nonsense.
+
+The text may hold lines such as
+
+    {example}
+
+and at its end the model continues "{question}" with the words of that passkey. Words are entries
+of its vocabulary, of one token each.
+
+Made by `python -m train.demo_model --seed {summary.seed}`: {summary.steps:,} steps, \
+{summary.seconds / 60:.0f} minutes on a CPU, from the language
+reference that comes with Python {platform.python_version()} (`pydoc_data.topics`, every tenth
+topic held out), with jax {importlib.metadata.version("jax")}. Other versions of Python carry
+another text, so weights and tokenizer belong together. `identify.json` holds the settings with
+which `python -m train.identify` finds its retrieval heads.
+
+Exact retrieval (every token of a passkey right) on held-out text, and by depth with full attention:
+
+{summary.table}
+
+"All streaming": every head sees {PRESET["sink"]} sinks and {PRESET["recent"]} recent tokens only.
+"""

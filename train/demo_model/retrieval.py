@@ -1,0 +1,96 @@
+"""How well the demo model retrieves: by length, by depth, and with all heads streaming."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from duo_jax import llama
+from duo_jax.config import ModelConfig
+from train.demo_model.config import PRESET, TEMPLATES
+from train.evaluate import RetrievalTest
+
+_PASSKEY_WORDS = 8
+_MAX_PASSKEYS = 10
+_TOKENS_PER_PASSKEY = 64  # of text, at least
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Exact retrieval at one length: fractions of passkeys whose every token is right.
+
+    Attributes:
+      length: tokens of each sample.
+      passkeys: number of passkeys asked for.
+      full: every head retrieves.
+      streaming: every head streams.
+      by_depth: as `full`, by the tenth of the text in which the passkey was hidden; NaN where no
+        passkey was.
+    """
+
+    length: int
+    passkeys: int
+    full: float
+    streaming: float
+    by_depth: Float[np.ndarray, " 10"]
+
+
+def test(
+    model: ModelConfig,
+    params: llama.Params,
+    tokenizer,
+    training_text: list[str],
+    held_out_text: list[str],
+    *,
+    lengths: Sequence[int],
+    num_samples: int,
+    seed: int,
+) -> list[Retrieval]:
+    """Measure exact retrieval on held-out samples of every length."""
+    results = []
+    for length in lengths:
+        data = dataclasses.replace(
+            TEMPLATES,
+            num_passkeys=max(1, min(_MAX_PASSKEYS, length // _TOKENS_PER_PASSKEY)),
+            passkey_words=_PASSKEY_WORDS,
+            min_length=1,
+            max_length=length,
+        )
+        samples = RetrievalTest(
+            data, tokenizer, training_text, held_out_text, num_samples=num_samples, seed=seed
+        )
+        shape = (model.num_layers, model.num_kv_heads)
+        full, streaming = (
+            samples.accuracy(
+                model, params, heads, sink_size=PRESET["sink"], recent_size=PRESET["recent"]
+            )
+            for heads in (np.ones(shape, bool), np.zeros(shape, bool))
+        )
+        tenth = np.array([[int(10 * d) for d in s.depths] for s in samples.samples])
+        by_depth = [full[tenth == i].mean() if (tenth == i).any() else np.nan for i in range(10)]
+        results.append(
+            Retrieval(
+                length=length,
+                passkeys=full.size,
+                full=float(full.mean()),
+                streaming=float(streaming.mean()),
+                by_depth=np.array(by_depth),
+            )
+        )
+    return results
+
+
+def to_markdown(results: list[Retrieval]) -> str:
+    """Write the table that the command prints and the model card shows."""
+    depths = " | ".join(f"{10 * i}-{10 * i + 10}%" for i in range(10))
+    lines = [
+        f"| length | passkeys | full attention | all streaming | {depths} |",
+        "|" + "---|" * 14,
+    ]
+    for r in results:
+        cells = " | ".join("-" if np.isnan(x) else f"{x:.1%}" for x in r.by_depth)
+        lines.append(
+            f"| {r.length:,} | {r.passkeys} | {r.full:.1%} | {r.streaming:.1%} | {cells} |"
+        )
+    return "\n".join(lines)
