@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,16 +83,32 @@ class CheckpointWeights:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Silence the warnings and tracebacks that orbax logs about errors that it also raises."""
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
+    """Silence what orbax prints about errors that it also raises.
+
+    It logs warnings and tracebacks. And where several arrays fail at once, only one error is
+    raised; asyncio reports the others whenever their tasks are collected, and Python reports
+    callbacks that find the event loop closed. So after an error those two filters stay.
+    """
+    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
+    level, report = absl.level, sys.unraisablehook
+
+    def report_unless_late(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    absl.setLevel(logging.CRITICAL)
+    asyncio.addFilter(_is_not_tensorstore)
+    sys.unraisablehook = report_unless_late
     try:
         yield
+        sys.unraisablehook = report
+        asyncio.removeFilter(_is_not_tensorstore)
     finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+        absl.setLevel(level)
+
+
+def _is_not_tensorstore(record: logging.LogRecord) -> bool:
+    return "OCDBT" not in record.getMessage()
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

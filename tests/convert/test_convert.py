@@ -116,7 +116,9 @@ def test_shards_both_ways(tmp_path):
 
 
 def test_types_may_be_mixed(tmp_path):
-    folder = write_random_bits(tmp_path / "hf", models.llama(), "float32")
+    # Odd numbers of values, so that the order in the file decides what is aligned.
+    raw = models.llama(hidden_size=35, intermediate_size=49, head_dim=8)
+    folder = write_random_bits(tmp_path / "hf", raw, "float32")
     tensors = load_file(folder / "model.safetensors")
     for i, name in enumerate(tensors):
         if i % 2 and "mlp" in name:
@@ -125,6 +127,12 @@ def test_types_may_be_mixed(tmp_path):
     main([str(folder), str(tmp_path / "checkpoint")])
     main(["--to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")])
     assert stored_bits(tmp_path / "back") == stored_bits(folder)
+    content = (tmp_path / "back" / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for entry in (entry for name, entry in header.items() if name != "__metadata__"):
+        aligned = {"BF16": 2, "F32": 4}[entry["dtype"]]
+        assert (8 + length + entry["data_offsets"][0]) % aligned == 0
 
 
 def test_everything_else_is_copied_byte_for_byte(tmp_path):

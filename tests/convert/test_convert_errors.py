@@ -183,13 +183,11 @@ def cut_data(folder: pathlib.Path) -> None:
 
 
 def scramble_data(folder: pathlib.Path) -> None:
-    """Overwrite the arrays, but not what describes them at the files' ends."""
-    for path in (folder / "params").rglob("d/*"):
-        if path.stat().st_size > 50_000:
-            with path.open("r+b") as file:
-                file.write(b"\xff" * 50_000)
-            return
-    raise AssertionError("no large data file")
+    """Overwrite the first half of the largest data file, but not what describes it at its end."""
+    files = [path for path in (folder / "params").rglob("d/*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    with path.open("r+b") as file:
+        file.write(b"\xff" * (path.stat().st_size // 2))
 
 
 CHECKPOINTS = {
