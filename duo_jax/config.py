@@ -53,11 +53,6 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(RopeKind):
-            raise InputError(
-                f"rope type {self.kind!r} is not supported; supported: "
-                f"{', '.join(get_args(RopeKind))}"
-            )
         if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_length is None:
             raise InputError(f"rope type {self.kind!r} needs original_max_position_embeddings")
 
@@ -116,6 +111,8 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
         raise InputError(f"{path} does not exist; a model folder has a config.json") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path} holds no JSON object; a model's settings are one")
     return parse_config(raw)
 
 
@@ -129,13 +126,12 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
       InputError: a key is missing, or the model uses something that is not supported.
     """
     family = raw.get("model_type")
-    for key, feature in _UNSUPPORTED_KEYS.items():
-        if raw.get(key):
-            raise InputError(f"model type {family!r} uses {feature} ({key}): not supported")
+    unsupported = [f"{feature} ({k})" for k, feature in _UNSUPPORTED_KEYS.items() if raw.get(k)]
+    if unsupported:
+        raise InputError(f"model type {family!r} uses {', '.join(unsupported)}: not supported")
     if family not in FAMILIES:
-        raise InputError(
-            f"model type {family!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        named = f"model type {family!r} is not supported" if family else "there is no model_type"
+        raise InputError(f"{named}; supported: {', '.join(FAMILIES)}")
     if raw.get("hidden_act", "silu") != "silu":
         raise InputError(f"activation {raw['hidden_act']!r} is not supported; supported: silu")
 
@@ -144,11 +140,15 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     missing = [key for key in required if raw.get(key) is None]
     if missing:
         raise InputError(f"config.json lacks {', '.join(missing)}")
-    _refuse_active_window(raw, family)
+    for key in (*required, "num_key_value_heads", "head_dim"):
+        _check_positive(key, raw.get(key))
 
     num_q_heads = raw["num_attention_heads"]
-    attention_bias = bool(raw.get("attention_bias", False))
+    # transformers reads attention_bias in these two only.
+    attention_bias = family in ("llama", "qwen3") and bool(raw.get("attention_bias", False))
     rope = _parse_rope(raw)
+    max_length = _max_length(raw["max_position_embeddings"], rope)
+    _refuse_active_window(raw, family, max_length)
     return ModelConfig(
         family=family,
         vocab_size=raw["vocab_size"],
@@ -158,15 +158,23 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         num_q_heads=num_q_heads,
         num_kv_heads=raw.get("num_key_value_heads") or num_q_heads,
         head_dim=_head_dim(raw, family),
-        norm_eps=raw["rms_norm_eps"],
-        max_length=_max_length(raw["max_position_embeddings"], rope),
+        norm_eps=float(raw["rms_norm_eps"]),
+        max_length=max_length,
         rope=rope,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
-        o_bias=family in ("llama", "qwen3") and attention_bias,
+        o_bias=attention_bias,
         mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
     )
+
+
+def _check_positive(key: str, value: Any) -> None:
+    kinds = (int, float) if key == "rms_norm_eps" else int
+    if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and value > 0):
+        return
+    kind = "number" if key == "rms_norm_eps" else "whole number"
+    raise InputError(f"{key} is {value!r} in config.json, not a positive {kind}")
 
 
 def _head_dim(raw: Mapping[str, Any], family: str) -> int:
@@ -182,13 +190,13 @@ def _head_dim(raw: Mapping[str, Any], family: str) -> int:
     return raw["hidden_size"] // raw["num_attention_heads"]
 
 
-def _refuse_active_window(raw: Mapping[str, Any], family: str) -> None:
+def _refuse_active_window(raw: Mapping[str, Any], family: str, max_length: int) -> None:
     """Refuse sliding-window attention, unless the window is as long as the model's range."""
     window = raw.get("sliding_window", _MISTRAL_DEFAULT_WINDOW if family == "mistral" else None)
     switched_on = raw.get("use_sliding_window", family == "mistral")
     if "sliding_attention" in (raw.get("layer_types") or ()):
         switched_on = True
-    if family != "llama" and switched_on and window and window < raw["max_position_embeddings"]:
+    if family != "llama" and switched_on and window and window < max_length:
         raise InputError(
             f"sliding-window attention (window {window}) is not supported; models without it, "
             "such as Mistral v0.2 and v0.3 or Qwen with use_sliding_window false, are"
@@ -199,6 +207,10 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     # transformers 5 keeps everything in rope_parameters, 4 in rope_theta and rope_scaling.
     settings = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
     kind = settings.get("rope_type") or settings.get("type") or "default"
+    if kind not in get_args(RopeKind):
+        raise InputError(
+            f"rope type {kind!r} is not supported; supported: {', '.join(get_args(RopeKind))}"
+        )
     partial = settings.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise InputError(f"partial rotary embedding (factor {partial}) is not supported")
@@ -207,7 +219,8 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     original = settings.get("original_max_position_embeddings") or max_positions
     if kind == "dynamic":
         original = max_positions  # transformers stretches from the configured range
-    optional = {key: settings[key] for key in _ROPE_OPTIONS if settings.get(key) is not None}
+    given = {key: settings[key] for key in _ROPE_OPTIONS if settings.get(key) is not None}
+    optional = {k: bool(v) if k == "truncate" else float(v) for k, v in given.items()}
     return RopeConfig(
         kind=kind,
         theta=float(theta),
