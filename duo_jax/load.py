@@ -44,7 +44,7 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
     The cache and offline settings of huggingface_hub apply (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
 
     Args:
-      name: a local folder, or "org/name".
+      name: a local folder, "org/name", or "demo" for the model that ships with duo_jax.
       allow_pickle: of a hub model without safetensors, fetch the pickled weights.
 
     Raises:
@@ -53,6 +53,8 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
     path = pathlib.Path(name)
     if str(name) and path.is_dir():  # Path("") would be the current folder
         return path
+    if name == DEMO:
+        return pathlib.Path(__file__).with_name("demo")
     if path.is_file():
         raise InputError(f"{path} is a file; a model is a folder or a hub name such as org/name")
     if not _HUB_NAME.fullmatch(str(name)):
