@@ -33,24 +33,45 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
     try:
         yield partial
-        partial.chmod(0o755)
-        if path.is_dir():
-            old = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            path.rename(old / "old")
-            partial.rename(path)
-            shutil.rmtree(old)
-        else:
-            partial.rename(path)
+        try:
+            partial.chmod(0o755)
+            _take_place(partial, path)
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it."""
+    """Write a text file under a temporary name, then rename it.
+
+    Raises:
+      InputError: it cannot be written.
+    """
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _take_place(partial: pathlib.Path, path: pathlib.Path) -> None:
+    """Rename `partial` to `path`; a folder that is there is put back if that fails."""
+    if not path.is_dir():
+        partial.rename(path)
+        return
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.rename(aside / "old")
+        try:
+            partial.rename(path)
+        except BaseException:
+            (aside / "old").rename(path)
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

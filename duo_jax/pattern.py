@@ -20,6 +20,7 @@ from duo_jax.errors import InputError
 
 _GATES_FILE = "full_attention_heads.tsv"
 _CONFIG_FILE = "config.json"
+_SMALLEST = {"sink_size": 0, "recent_size": 1}  # the sizes every config.json has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,18 +49,23 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
         if not file.is_file():
             raise InputError(f"{file} does not exist; a pattern folder holds {_GATES_FILE} "
                              f"and {_CONFIG_FILE}")  # fmt: skip
+    gates = _parse_gates(_read(gates_file), gates_file)
     try:
-        rows = gates_file.read_text(encoding="utf-8").split("\n")
-        gates = np.array([[float(x) for x in row.split("\t")] for row in rows if row.strip()])
-        config = dict(json.loads(config_file.read_text(encoding="utf-8")))
-        sink_size, recent_size = int(config.pop("sink_size")), int(config.pop("recent_size"))
-    except KeyError as error:
-        raise InputError(f"{config_file} lacks {error}") from None
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{folder} is not a readable pattern: {error}") from None
-    if gates.ndim != 2 or not np.isfinite(gates).all():
-        raise InputError(f"{gates_file} does not hold a table of finite numbers")
-    return Pattern(gates=gates, sink_size=sink_size, recent_size=recent_size, extra=config)
+        config = json.loads(_read(config_file))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{config_file} is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise InputError(f"{config_file} holds no JSON object")
+    missing = [key for key in _SMALLEST if key not in config]
+    if missing:
+        raise InputError(f"{config_file} lacks {', '.join(missing)}")
+    sizes = {key: config.pop(key) for key in _SMALLEST}
+    for key, size in sizes.items():
+        if type(size) is not int or size < _SMALLEST[key]:
+            raise InputError(
+                f"{key} is {size!r} in {config_file}, not a whole number from {_SMALLEST[key]}"
+            )
+    return Pattern(gates=gates, **sizes, extra=config)
 
 
 def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
@@ -105,3 +111,30 @@ def check_fits(pattern: Pattern, *, num_layers: int, num_kv_heads: int) -> None:
             f"pattern has {layers} layers x {heads} KV heads, the model has {num_layers} x "
             f"{num_kv_heads}; was it learned on another model?"
         )
+
+
+def _read(file: pathlib.Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _parse_gates(text: str, file: pathlib.Path) -> Float[np.ndarray, "layers kv_heads"]:
+    try:
+        rows = [[float(x) for x in row.split("\t")] for row in text.split("\n") if row.strip()]
+    except ValueError as error:
+        raise InputError(f"{file} is not a table of tab-separated numbers: {error}") from None
+    if not rows:
+        raise InputError(f"{file} holds no numbers")
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(rows[0]):
+            raise InputError(
+                f"{file}: row {number} has {len(row)} values, row 1 has {len(rows[0])}"
+            )
+    gates = np.array(rows)
+    if not np.isfinite(gates).all():
+        raise InputError(f"{file} holds values that are not finite")
+    return gates

@@ -1,0 +1,160 @@
+"""Outputs that appear only when they are complete."""
+
+import os
+import pathlib
+
+import pytest
+
+from duo_jax import files
+from duo_jax.errors import InputError
+
+
+def listing(folder: pathlib.Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
+
+
+def fill(path: pathlib.Path, *, then_raise: type[BaseException], replace: bool) -> None:
+    with files.new_folder(path, replace=replace) as partial:
+        (partial / "new.txt").write_text("new")
+        raise then_raise
+
+
+def test_folder_appears_only_when_the_block_has_ended(tmp_path):
+    path = tmp_path / "deep" / "er" / "out"
+    with files.new_folder(path) as partial:
+        (partial / "a.txt").write_text("a")
+        assert not path.exists()
+        assert partial.parent == path.parent  # one file system, so that the rename is atomic
+    assert (path / "a.txt").read_text() == "a"
+    assert listing(path.parent) == ["out", "out/a.txt"]
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("exception", [ValueError, OSError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("replace", [False, True])
+def test_nothing_is_left_after_an_exception(tmp_path, exception, replace):
+    with pytest.raises(exception):
+        fill(tmp_path / "out", then_raise=exception, replace=replace)
+    assert listing(tmp_path) == []
+
+
+def test_an_existing_folder_is_refused_before_any_work(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with (
+        pytest.raises(InputError, match="already exists; remove it or choose another name"),
+        files.new_folder(tmp_path / "out"),
+    ):
+        pytest.fail("the block must not run")
+    assert listing(tmp_path) == ["out", "out/mine.txt"]
+
+
+def test_an_empty_folder_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    with files.new_folder(tmp_path / "out") as partial:
+        (partial / "a.txt").write_text("a")
+    assert listing(tmp_path) == ["out", "out/a.txt"]
+
+
+def test_replacing_takes_the_old_folder_away_only_at_the_end(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    with files.new_folder(tmp_path / "out", replace=True) as partial:
+        (partial / "new.txt").write_text("new")
+        assert (tmp_path / "out" / "old.txt").exists()
+    assert listing(tmp_path) == ["out", "out/new.txt"]
+
+
+def test_an_exception_leaves_the_folder_that_was_to_be_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    with pytest.raises(RuntimeError):
+        fill(tmp_path / "out", then_raise=RuntimeError, replace=True)
+    assert listing(tmp_path) == ["out", "out/old.txt"]
+
+
+def test_a_failed_exchange_puts_the_old_folder_back(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    rename = pathlib.Path.rename
+
+    def fail_for_the_new_one(self, target):
+        if (self / "new.txt").exists():
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail_for_the_new_one)
+    with (
+        pytest.raises(InputError, match="cannot be written: No space left"),
+        files.new_folder(tmp_path / "out", replace=True) as partial,
+    ):
+        (partial / "new.txt").write_text("new")
+    assert listing(tmp_path) == ["out", "out/old.txt"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_where_no_folder_can_be_is_one_clear_line(tmp_path, monkeypatch, replace):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    places = {
+        "file": "is a file; an output folder is needed",
+        "file/out": "cannot be written",
+        "dangling": "cannot be written",
+        "/dev/null/out": "cannot be written",
+        "/proc/out": "cannot be written",
+    }
+    for place, message in places.items():
+        with (
+            pytest.raises(InputError, match=message) as error,
+            files.new_folder(place, replace=replace),
+        ):
+            pass
+        assert "\n" not in str(error.value)
+    assert listing(tmp_path) == ["dangling", "file"]
+
+
+def test_the_current_folder_is_refused_and_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="cannot be written"), files.new_folder("."):
+        pass
+    assert tmp_path.is_dir()
+    assert listing(tmp_path) == []
+
+
+def test_text_is_replaced_whole(tmp_path):
+    path = tmp_path / "report.md"
+    for text in ("first, and longer", "second — ünlike"):
+        files.write_text(path, text)
+        assert path.read_text(encoding="utf-8") == text
+        assert listing(tmp_path) == ["report.md"]
+
+
+def test_a_failed_write_leaves_the_old_text_and_nothing_else(tmp_path):
+    path = tmp_path / "report.md"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "x" * 100_000 + "\ud800")
+    assert path.read_text() == "old"
+    assert listing(tmp_path) == ["report.md"]
+
+
+def test_text_that_cannot_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "file" / "a", tmp_path / "no" / "a", tmp_path / "folder"):
+        with pytest.raises(InputError, match="cannot be written"):
+            files.write_text(path, "x")
+    assert listing(tmp_path) == ["file", "folder"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_one_clear_line(tmp_path):
+    tmp_path.chmod(0o555)
+    with (
+        pytest.raises(InputError, match="cannot be written: Permission denied"),
+        files.new_folder(tmp_path / "out"),
+    ):
+        pass
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        files.write_text(tmp_path / "a", "x")
