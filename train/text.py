@@ -4,7 +4,7 @@ The default needs no download: `pydoc_data.topics`, the language reference that 
 installation carries (about 465 KB; it differs a little between Python versions).
 """
 
-import io
+import codecs
 import itertools
 import json
 import pathlib
@@ -65,7 +65,9 @@ def _built_in() -> list[str]:
 def _read_source(source: str) -> Iterator[str]:
     path = pathlib.Path(source)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(_TEXT_SUFFIXES))
+        files = sorted(
+            p for p in path.rglob("*") if p.name.endswith(_TEXT_SUFFIXES) and p.is_file()
+        )
         if not files:
             raise InputError(f"{path} holds no {', '.join(_TEXT_SUFFIXES)} files")
         return itertools.chain.from_iterable(map(_read_file, files))
@@ -82,20 +84,41 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
             with path.open(encoding="utf-8") as lines:
                 yield from _json_texts(lines, path)
         elif path.name.endswith(".jsonl.zst"):
-            import zstandard
-
-            with path.open("rb") as packed:
-                try:
-                    stream = zstandard.ZstdDecompressor().stream_reader(packed)
-                    yield from _json_texts(io.TextIOWrapper(stream, encoding="utf-8"), path)
-                except zstandard.ZstdError as error:
-                    raise InputError(f"{path} is not a zstd file: {error}") from None
+            yield from _json_texts(_zstd_lines(path), path)
         else:
             yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _zstd_lines(path: pathlib.Path) -> Iterator[str]:
+    """Yield the lines of all frames of a file; zstandard's own reader hides a cut-off end."""
+    import zstandard
+
+    frame = None
+
+    def unpacked() -> Iterator[bytes]:
+        nonlocal frame
+        with path.open("rb") as packed:
+            while data := packed.read(1 << 20):
+                while data:
+                    if frame is None or frame.eof:
+                        frame = zstandard.ZstdDecompressor().decompressobj()
+                    yield frame.decompress(data)
+                    data = frame.unused_data
+
+    rest = ""
+    try:
+        for decoded in codecs.iterdecode(unpacked(), "utf-8"):
+            *lines, rest = (rest + decoded).split("\n")
+            yield from lines
+    except zstandard.ZstdError as error:
+        raise InputError(f"{path} is not a zstd file: {error}") from None
+    if frame is not None and not frame.eof:
+        raise InputError(f"{path} is cut short: its last zstd frame has no end")
+    yield rest
 
 
 def _json_texts(lines: Iterable[str], path: pathlib.Path) -> Iterator[str]:
