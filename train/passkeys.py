@@ -75,6 +75,13 @@ class PasskeyConfig:
             raise InputError(f"num_lengths {self.num_lengths} must be at least 1")
         if self.needle.count("{passkey}") != 1:
             raise InputError("the needle must hold {passkey} once")
+        for template in (self.needle, self.question):
+            try:
+                template.replace("{passkey}", "").format(name=ORDINALS[0])
+            except (KeyError, IndexError, ValueError):
+                raise InputError(
+                    f"needle and question may hold {{name}} and no other braces: {template!r}"
+                ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,20 +132,15 @@ class PasskeySampler:
         text = [t for d in documents for t in self._encode(d + "\n\n")]
         self._text = np.array(text, np.int32)
 
-        longest = config.max_length // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
-        overhead = len(self._assemble(self._draw_keys(np.random.default_rng(0)), [])[0])
-        self._longest_haystack = longest - overhead
-        if self._longest_haystack < 1:
+        self._longest_haystack(self._draw_keys(np.random.default_rng(0)))
+        # Words differ in tokens; the shortest leave the most room, which the text must fill.
+        words = self._words if config.words == "nato" else self._words[:1]
+        shortest = min((self._encode(" " + w) for w in words), key=len)
+        needed = self._longest_haystack([shortest * config.passkey_words] * config.num_passkeys)
+        if self._text.size < needed:
             raise InputError(
-                f"max_length {config.max_length} has no room for {config.num_passkeys} passkeys "
-                f"of {config.passkey_words} words (they take {overhead} tokens); raise it, or ask "
-                "for fewer or shorter passkeys"
-            )
-        # Key lengths in tokens vary a little from sample to sample.
-        if self._text.size < min(longest, self._longest_haystack + overhead // 4):
-            raise InputError(
-                f"the text has {self._text.size:,} tokens, samples of {longest:,} need at least "
-                f"{self._longest_haystack:,}; give more with --text, or lower --max-length"
+                f"the text has {self._text.size:,} tokens, samples of {config.max_length:,} need "
+                f"at least {needed:,}; give more with --text, or lower --max-length"
             )
 
     def sample(self, index: int, *, length: int | None = None) -> Sample:
@@ -158,8 +160,7 @@ class PasskeySampler:
         keys = self._draw_keys(rng)
 
         overhead = len(self._assemble(keys, [])[0])
-        longest = config.max_length // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
-        size = min(length or drawn, longest - overhead)
+        size = min(length or drawn, self._longest_haystack(keys))
         size += -(size + overhead) % _LENGTH_MULTIPLE
         start = rng.integers(self._text.size - size + 1)
         haystack = self._text[start : start + size]
@@ -187,6 +188,19 @@ class PasskeySampler:
         distinct = self.config.words == "vocabulary"
         chosen = rng.choice(len(self._words), (count, size), replace=not distinct)
         return [self._encode("".join(" " + self._words[w] for w in key)) for key in chosen]
+
+    def _longest_haystack(self, keys: list[list[int]]) -> int:
+        """Return how much text fits into max_length beside these passkeys."""
+        config = self.config
+        overhead = len(self._assemble(keys, [])[0])
+        longest = config.max_length // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
+        if longest <= overhead:
+            raise InputError(
+                f"max_length {config.max_length} has no room for {config.num_passkeys} passkeys "
+                f"of {config.passkey_words} words (they take {overhead} tokens); raise it, or ask "
+                "for fewer or shorter passkeys"
+            )
+        return longest - overhead
 
     def _assemble(self, keys, pieces, order=None):
         """Join haystack pieces, needles and the tail; without pieces: everything else."""
