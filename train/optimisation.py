@@ -3,11 +3,14 @@
     loss = distillation + reg_weight * mean |gate|
 
 AdamW (betas 0.9 and 0.999, eps 1e-8, no weight decay, no clipping), gates in float32, kept in
-[0, 1], starting at 1. With `target_sparsity` the fixed weight becomes a controller that holds
-the mean gate at 1 - target_sparsity, because on models with grouped queries the fixed weight leaves
-most gates at 1. It is the method of multipliers: with c = mean gate - (1 - target_sparsity),
+[0, 1], starting at 1. With `target_sparsity` the fixed weight becomes a controller that steers the
+mean gate to 1 - target_sparsity, because on models with grouped queries the fixed weight leaves
+most gates at 1. It is the method of multipliers: with the excess c = mean gate - goal,
 
-    loss = distillation + multiplier * c + c^2 / 2,    multiplier <- multiplier + rate * c
+    loss = distillation + multiplier * c + 5 * c^2,    multiplier <- multiplier + 0.1 * c
+
+The goal moves from 1 to 1 - target_sparsity over the first half of the steps and stays there, so
+that the excess is small all the time and the multiplier does not run away at the start.
 """
 
 import dataclasses
@@ -20,6 +23,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from duo_jax import llama
 from duo_jax.config import ModelConfig
 from train.distillation import Batch, Mixing, distillation_loss
+
+_STIFFNESS = 10.0  # of the quadratic term: 5 = 10 / 2 above
+_MULTIPLIER_RATE = 0.1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ def init_state(model: ModelConfig, config: StepConfig) -> GateState:
         step=jnp.zeros((), jnp.int32),
         gates=gates,
         optimiser=_optimiser(config).init(gates),
-        multiplier=jnp.asarray(config.reg_weight, jnp.float32),
+        multiplier=jnp.zeros((), jnp.float32),
     )
 
 
@@ -87,7 +93,7 @@ def train_step(
             mixing=config.mixing,
             tail_size=config.tail_size,
         )
-        penalty = _penalty(gates, state.multiplier, config)
+        penalty = _penalty(gates, state, config)
         return distillation + penalty, (distillation, penalty)
 
     (loss, (distillation, penalty)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
@@ -99,7 +105,7 @@ def train_step(
     gates = jnp.clip(optax.apply_updates(state.gates, updates), 0.0, 1.0)
     multiplier = state.multiplier
     if config.target_sparsity is not None:
-        multiplier = multiplier + config.learning_rate * _excess(state.gates, config)
+        multiplier = multiplier + _MULTIPLIER_RATE * _excess(state.gates, state.step, config)
     metrics = {
         "loss": loss,
         "distillation": distillation,
@@ -117,12 +123,14 @@ def _optimiser(config: StepConfig) -> optax.GradientTransformation:
     )
 
 
-def _penalty(gates, multiplier, config: StepConfig) -> Float[Array, ""]:
+def _penalty(gates, state: GateState, config: StepConfig) -> Float[Array, ""]:
     if config.target_sparsity is None:
         return config.reg_weight * jnp.mean(jnp.abs(gates))
-    excess = _excess(gates, config)
-    return multiplier * excess + 0.5 * jnp.square(excess)
+    excess = _excess(gates, state.step, config)
+    return state.multiplier * excess + 0.5 * _STIFFNESS * jnp.square(excess)
 
 
-def _excess(gates, config: StepConfig) -> Float[Array, ""]:
-    return jnp.mean(gates) - (1.0 - config.target_sparsity)
+def _excess(gates, step: Int[Array, ""], config: StepConfig) -> Float[Array, ""]:
+    """Return how far the mean gate is above its goal at this step."""
+    progress = jnp.minimum(2.0 * step.astype(jnp.float32) / config.num_steps, 1.0)
+    return jnp.mean(gates) - (1.0 - config.target_sparsity * progress)
