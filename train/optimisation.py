@@ -78,8 +78,8 @@ def train_step(
     """Update the gates on one batch.
 
     Returns:
-      The new state, and metrics: loss, distillation, penalty, mean_gate (after the step),
-      learning_rate.
+      The new state, and metrics: loss, distillation, penalty, mean_gate and gates_above_half
+      (a fraction; both after the step), learning_rate.
     """
 
     def loss_of(gates):
@@ -111,6 +111,7 @@ def train_step(
         "distillation": distillation,
         "penalty": penalty,
         "mean_gate": jnp.mean(gates),
+        "gates_above_half": jnp.mean((gates > 0.5).astype(jnp.float32)),
         "learning_rate": learning_rate(config, state.step),
     }
     new = GateState(step=state.step + 1, gates=gates, optimiser=optimiser, multiplier=multiplier)

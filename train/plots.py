@@ -23,7 +23,7 @@ def save_gates(pattern: Pattern, path: pathlib.Path, *, title: str) -> None:
     height = min(9.0, max(2.6, 1.5 + 0.36 * heads))
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=axes, label="gate: 0 streaming, 1 retrieval")
+    figure.colorbar(image, ax=axes, label="gate (1: retrieval head)")
     axes.set_xlabel("layer")
     axes.set_ylabel("KV head")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -41,21 +41,21 @@ def save_gates(pattern: Pattern, path: pathlib.Path, *, title: str) -> None:
 
 
 def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
-    """Draw distillation loss and mean gate against the step."""
+    """Draw the distillation loss and the gates against the step."""
     steps = [m["step"] for m in metrics]
     figure, (above, below) = plt.subplots(
         2, 1, sharex=True, figsize=(7.0, 4.8), layout="constrained"
     )
-    # The first steps' loss is exactly 0 (all gates are 1); a log axis has no place for it.
-    losses = [m["distillation"] if m["distillation"] > 0 else np.nan for m in metrics]
-    above.plot(steps, losses, color="tab:blue", linewidth=1.0)
-    if np.isfinite(losses).any():
-        above.set_yscale("log")
+    above.plot(steps, [m["distillation"] for m in metrics], color="tab:blue", linewidth=1.0)
+    above.set_ylim(bottom=0)
     above.set_ylabel("distillation loss\n(mean squared error)")
     above.set_title(f"{title}: gate training", fontsize=10)
-    below.plot(steps, [m["mean_gate"] for m in metrics], color="tab:orange")
+    below.plot(steps, [m["mean_gate"] for m in metrics], color="tab:orange", label="mean gate")
+    above_half = [m["gates_above_half"] for m in metrics]
+    below.plot(steps, above_half, "--", color="tab:green", label="fraction above 0.5")
+    below.legend()
     below.set_ylim(-0.02, 1.02)
-    below.set_ylabel("mean gate")
+    below.set_ylabel("gates")
     below.set_xlabel("step")
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
