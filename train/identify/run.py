@@ -16,13 +16,16 @@ from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 from duo_jax.pattern import Pattern, save_pattern
 from train import plots, report
+from train import workdir as work
 from train.distillation import Batch
 from train.evaluate import RetrievalTest
 from train.identify.config import IdentifyConfig
-from train.identify.workdir import WorkDir, check
 from train.optimisation import GateState, StepConfig, init_state, train_step
 from train.passkeys import PasskeySampler, Sample
 from train.text import load_documents, split_held_out
+
+# Fields that may differ when a run is resumed: they do not change its result.
+_OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
 
 
 def identify(config: IdentifyConfig) -> None:
@@ -46,7 +49,7 @@ def identify(config: IdentifyConfig) -> None:
     tokenizer = load.load_tokenizer(folder)
     training_text, held_out_text = split_held_out(load_documents(config.text))
     sampler = PasskeySampler(config.data, tokenizer, training_text, seed=config.seed)
-    check(config.folder(), config)
+    work.check(config.folder(), config, operational=_OPERATIONAL)
     report_file = config.folder() / "report.md"
     if report_file.exists():
         print(report_file.read_text(encoding="utf-8"))
@@ -63,7 +66,9 @@ def identify(config: IdentifyConfig) -> None:
             num_samples=config.eval_samples,
             seed=config.seed,
         )
-    with contextlib.closing(WorkDir(config.folder(), config)) as workdir:
+    with contextlib.closing(
+        work.WorkDir(config.folder(), config, operational=_OPERATIONAL)
+    ) as workdir:
         state, step_seconds = _train(config, model, params, sampler, workdir)
         metrics = workdir.metrics()
     pattern = _pattern(config, state)
@@ -89,7 +94,11 @@ def identify(config: IdentifyConfig) -> None:
 
 
 def _train(
-    config: IdentifyConfig, model: ModelConfig, params, sampler: PasskeySampler, workdir: WorkDir
+    config: IdentifyConfig,
+    model: ModelConfig,
+    params,
+    sampler: PasskeySampler,
+    workdir: work.WorkDir,
 ) -> tuple[GateState, float | None]:
     """Train from the latest checkpoint to the last step; return the state and seconds a step."""
     step_config = StepConfig(
@@ -172,7 +181,7 @@ def _pattern(config: IdentifyConfig, state: GateState) -> Pattern:
     )
 
 
-def _tensorboard(workdir: WorkDir):
+def _tensorboard(workdir: work.WorkDir):
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
