@@ -1,0 +1,204 @@
+"""The optimiser of the gates: schedule, first update, bounds, and the sparsity controller."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import llama
+from duo_jax.config import parse_config
+from tests import models
+from train import optimisation
+from train.distillation import Batch, distillation_loss
+from train.optimisation import StepConfig, init_state, train_step
+
+MODEL = parse_config(models.llama(num_hidden_layers=3))
+CONFIG = StepConfig(
+    num_steps=100,
+    learning_rate=0.02,
+    reg_weight=0.05,
+    target_sparsity=None,
+    sink_size=2,
+    recent_size=6,
+    mixing="teacher",
+    tail_size=16,
+)
+
+
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}  # compiling is what these tests wait for
+
+
+@functools.cache
+def params():
+    init = functools.partial(llama.init_params, MODEL)
+    return jax.jit(init, compiler_options=QUICK_COMPILE)(jax.random.key(0))
+
+
+def batch(index: int = 0, *, length: int = 48) -> Batch:
+    tokens = np.random.default_rng([3, index]).integers(0, 96, (1, length), np.int32)
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        tail_start=jnp.array([length - 14]),
+        total_length=jnp.array([length - 2]),
+    )
+
+
+@functools.cache
+def compiled(config: StepConfig):
+    step = functools.partial(train_step, model=MODEL, config=config)
+    return jax.jit(step, compiler_options=QUICK_COMPILE)
+
+
+def train(config: StepConfig, *, steps: int, weights=None):
+    """Return the states and metrics after each step."""
+    state, step = init_state(MODEL, config), compiled(config)
+    states, metrics = [], []
+    for index in range(steps):
+        state, values = step(state, weights or params(), batch(index))
+        states.append(state)
+        metrics.append({k: float(v) for k, v in values.items()})
+    return states, metrics
+
+
+def specified_factor(step: int, num_steps: int) -> float:
+    """SPEC section 2, as it stands there; w = 0 makes the ramps infinitely steep."""
+    w = num_steps // 5
+    rise, fall = ((step + 1) / w, (num_steps - step) / w) if w else (np.inf, np.inf)
+    return min(1, max(rise, 0.1), max(fall, 0.1))
+
+
+@pytest.mark.parametrize("num_steps", [1, 4, 5, 10, 2000])
+def test_learning_rate_is_the_specified_one_at_every_step(num_steps):
+    config = dataclasses.replace(CONFIG, num_steps=num_steps)
+    rate = jax.vmap(functools.partial(optimisation.learning_rate, config))
+    expected = [0.02 * specified_factor(step, num_steps) for step in range(num_steps)]
+    np.testing.assert_allclose(rate(jnp.arange(num_steps)), expected, rtol=1e-6)
+
+
+def test_the_step_uses_that_rate():
+    """A constant gradient makes every AdamW update as long as the learning rate."""
+    config = dataclasses.replace(CONFIG, num_steps=20, sink_size=100, recent_size=100)
+    states, metrics = train(config, steps=20)  # nothing is out of a streaming head's sight
+    gates = np.array([1.0, *(float(state.gates[0, 0]) for state in states)])
+    expected = [0.02 * specified_factor(step, 20) for step in range(20)]
+    np.testing.assert_allclose(-np.diff(gates), expected, rtol=1e-3)
+    np.testing.assert_allclose([m["learning_rate"] for m in metrics], expected, rtol=1e-6)
+
+
+def test_gates_start_at_one_in_float32():
+    state = init_state(MODEL, CONFIG)
+    assert state.gates.shape == (3, 2)
+    assert state.gates.dtype == jnp.float32
+    np.testing.assert_array_equal(state.gates, 1.0)
+    assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+def test_first_update_is_adamws_from_the_penalty_alone(mixing):
+    """With all gates 1 the student is the teacher, so only reg_weight / n pulls."""
+    config = dataclasses.replace(CONFIG, mixing=mixing)
+    (state,), (metrics,) = train(config, steps=1)
+    gradient = 0.05 / 6
+    first = (1 - 0.9) * gradient / (1 - 0.9)  # moments, bias-corrected
+    second = (1 - 0.999) * gradient**2 / (1 - 0.999)
+    expected = 1.0 - 0.02 * 0.1 * first / (np.sqrt(second) + 1e-8)
+    np.testing.assert_allclose(state.gates, expected, rtol=1e-6)
+    assert metrics["distillation"] == 0.0
+    np.testing.assert_allclose(metrics["penalty"], 0.05, rtol=1e-6)
+    assert int(state.step) == 1
+
+
+def test_later_updates_are_adamws_too():
+    """Three steps by hand; the gradient is taken from the loss itself."""
+    states, _ = train(CONFIG, steps=3)
+    gates = np.ones((3, 2))
+    first = second = np.zeros((3, 2))
+    for step in range(3):
+        gradient = gradient_of(jnp.asarray(gates, jnp.float32), batch(step))
+        gradient = np.asarray(gradient, np.float64) + 0.05 / 6
+        first, second = 0.9 * first + 0.1 * gradient, 0.999 * second + 0.001 * gradient**2
+        unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        rate = 0.02 * specified_factor(step, CONFIG.num_steps)
+        gates = np.clip(gates - rate * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8), 0, 1)
+        np.testing.assert_allclose(states[step].gates, gates, atol=2e-5)
+
+
+@functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
+@jax.grad
+def gradient_of(gates, data):
+    return distillation_loss(
+        gates, MODEL, params(), data, sink_size=2, recent_size=6, mixing="teacher", tail_size=16
+    )
+
+
+@pytest.mark.parametrize("target", [None, 0.5])
+def test_metrics_add_up(target):
+    states, metrics = train(dataclasses.replace(CONFIG, target_sparsity=target), steps=4)
+    for state, values in zip(states, metrics, strict=True):
+        above_half = float((state.gates > 0.5).mean())
+        np.testing.assert_allclose(values["gates_above_half"], above_half, rtol=1e-6)
+        np.testing.assert_allclose(
+            values["loss"], values["distillation"] + values["penalty"], rtol=1e-6
+        )
+        np.testing.assert_allclose(values["mean_gate"], state.gates.mean(), rtol=1e-6)
+    if target is None:
+        before = [1.0, *(float(s.gates.mean()) for s in states[:-1])]
+        np.testing.assert_allclose([m["penalty"] for m in metrics], 0.05 * np.array(before), 1e-5)
+
+
+def test_gates_stay_between_0_and_1():
+    """Steps of 0.9 overshoot both ends: distillation pulls up, a heavy penalty pulls down."""
+    config = dataclasses.replace(CONFIG, learning_rate=0.9, num_steps=12)
+    gates = np.array([state.gates for state in train(config, steps=12)[0]])
+    assert (gates[0] < 1).all()
+    assert gates[1:].max() == 1.0
+    heavy = dataclasses.replace(config, reg_weight=50.0)
+    gates = np.array([state.gates for state in train(heavy, steps=3)[0]])
+    np.testing.assert_array_equal(gates[-1], 0.0)
+
+
+def test_target_sparsity_brings_the_mean_gate_to_the_target_and_holds_it():
+    config = dataclasses.replace(CONFIG, num_steps=300, target_sparsity=0.5)
+    states, metrics = train(config, steps=300)
+    means = np.array([m["mean_gate"] for m in metrics])
+    assert abs(means[-1] - 0.5) < 0.05
+    assert np.abs(means[200:] - 0.5).max() < 0.1  # no swinging about
+    # By distillation, not by pulling all gates down alike.
+    assert states[-1].gates.max() - states[-1].gates.min() > 0.5
+
+
+def test_bfloat16_weights_keep_gates_and_optimiser_in_float32():
+    weights = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params())
+    states, metrics = train(CONFIG, steps=3, weights=weights)
+    for leaf in jax.tree.leaves(states[-1]):
+        assert leaf.dtype in (jnp.float32, jnp.int32)
+    gates = np.unique(np.asarray(states[-1].gates))
+    assert (gates.astype(jnp.bfloat16).astype(np.float32) != gates).any()
+    assert metrics[-1]["distillation"] > 0
+
+
+CHANGES = {
+    "num_steps": 4,
+    "learning_rate": 0.03,
+    "reg_weight": 0.5,
+    "target_sparsity": 0.5,
+    "sink_size": 3,
+    "recent_size": 7,
+    "mixing": "self",
+    "tail_size": 8,  # too short on purpose: cuts supervised positions off
+}
+
+
+def test_every_field_is_listed():
+    assert sorted(CHANGES) == sorted(field.name for field in dataclasses.fields(StepConfig))
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_field_changes_the_gates(field):
+    before = train(CONFIG, steps=4)[0][-1].gates
+    changed = dataclasses.replace(CONFIG, **{field: CHANGES[field]})
+    after = train(changed, steps=4)[0][-1].gates
+    assert np.abs(before - after).max() > 1e-6
