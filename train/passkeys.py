@@ -174,6 +174,11 @@ class PasskeySampler:
             depths=tuple(float(depths[i]) for i in order),
         )
 
+    @property
+    def largest_token(self) -> int:
+        """Largest token id in the text."""
+        return int(self._text.max())
+
     def longest_tail(self) -> int:
         """Return an upper bound on the tokens from the first question to the end."""
         config = self.config

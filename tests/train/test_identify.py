@@ -207,6 +207,15 @@ def test_short_text_is_refused_before_anything_is_written(tiny_model, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_another_models_tokenizer_is_noticed(tmp_path, capsys):
+    folder = models.write_hf(tmp_path / "m", models.llama(max_position_embeddings=512))
+    models.write_tokenizer(folder)
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / "run")
+    assert "do they belong together?" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_damaged_weights_leave_no_workdir_results(tmp_path, capsys):
     broken = tmp_path / "broken"
     models.write_tokenizer(

@@ -39,6 +39,8 @@ def identify(config: IdentifyConfig) -> None:
       InputError: anything in the configuration cannot be used.
     """
     started = time.monotonic()
+    if config.tensorboard:
+        _summary_writer()
     folder = load.resolve(config.model)
     model = load.load_config(folder)
     if config.data.max_length > model.max_length:
@@ -49,6 +51,11 @@ def identify(config: IdentifyConfig) -> None:
     tokenizer = load.load_tokenizer(folder)
     training_text, held_out_text = split_held_out(load_documents(config.text))
     sampler = PasskeySampler(config.data, tokenizer, training_text, seed=config.seed)
+    if sampler.largest_token >= model.vocab_size:
+        raise InputError(
+            f"the tokenizer makes token {sampler.largest_token:,}, the model has "
+            f"{model.vocab_size:,}; do they belong together?"
+        )
     work.check(config.folder(), config, operational=_OPERATIONAL)
     report_file = config.folder() / "report.md"
     if report_file.exists():
@@ -114,7 +121,7 @@ def _train(
     step = jax.jit(functools.partial(train_step, model=model, config=step_config))
     state = workdir.restore(init_state(model, step_config))
     first, durations = int(state.step), []
-    board = _tensorboard(workdir) if config.tensorboard else None
+    board = _summary_writer()(str(workdir.path / "tensorboard")) if config.tensorboard else None
     bar = tqdm(total=config.num_steps, initial=first, desc="identify", unit="step", disable=None)
     with bar, workdir.metrics_file.open("a", encoding="utf-8") as log:
         for index in range(first, config.num_steps):
@@ -181,9 +188,9 @@ def _pattern(config: IdentifyConfig, state: GateState) -> Pattern:
     )
 
 
-def _tensorboard(workdir: work.WorkDir):
+def _summary_writer():
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise InputError("--tensorboard needs: pip install 'duo_jax[tensorboard]'") from None
-    return SummaryWriter(str(workdir.path / "tensorboard"))
+    return SummaryWriter
