@@ -45,13 +45,15 @@ PRESET = {
     "num_steps": 150,
     "reg_weight": 0.8,
     "dtype": "float32",
+    "length_buckets": 2,
+    "eval_samples": 32,
     "data": {
         "num_passkeys": 8,
         "passkey_words": 8,
         "words": TEMPLATES.words,
         "min_length": 128,
         "max_length": 512,
-        "num_lengths": 8,
+        "num_lengths": 4,
         "intro": TEMPLATES.intro,
         "needle": TEMPLATES.needle,
         "closing": TEMPLATES.closing,
@@ -67,13 +69,16 @@ class Stage:
 
     A document either hides passkeys in text or repeats a random block of tokens (`repeat` is the
     fraction of the latter: repeating is the shortest way to induction, which retrieval builds on).
+    `rehearse` is the fraction of steps that go to a random earlier stage: without it, the model
+    that has learned to look 1,000 tokens back no longer finds what is 100 tokens back.
     """
 
     length: int
     batch_size: int
-    num_passkeys: int
-    passkey_words: tuple[int, ...]
+    num_passkeys: tuple[int, ...]  # a document has one of these numbers
+    passkey_words: tuple[int, ...]  # so do its passkeys
     repeat: float = 0.0
+    rehearse: float = 0.0
     learning_rate: float
     final_learning_rate: float | None = None  # reached at max_steps; None: constant
     threshold: float | None = None  # passkey tokens right before moving on; None: all the steps
@@ -82,15 +87,16 @@ class Stage:
     def __post_init__(self) -> None:
         if self.length > MODEL.max_length:
             raise InputError(f"stage length {self.length} is beyond {MODEL.max_length} tokens")
-        if not 0.0 <= self.repeat < 1.0:
-            raise InputError(f"repeat {self.repeat} is not in [0, 1)")
+        for name in ("repeat", "rehearse"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise InputError(f"{name} {getattr(self, name)} is not in [0, 1)")
 
 
 CURRICULUM = (
     Stage(
         length=64,
         batch_size=32,
-        num_passkeys=2,
+        num_passkeys=(2,),
         passkey_words=(3, 4, 5, 6),
         repeat=0.5,
         learning_rate=3e-3,
@@ -99,7 +105,7 @@ CURRICULUM = (
     Stage(
         length=64,
         batch_size=32,
-        num_passkeys=2,
+        num_passkeys=(2,),
         passkey_words=(3, 4, 5, 6),
         repeat=0.1,
         learning_rate=2e-3,
@@ -108,7 +114,7 @@ CURRICULUM = (
     Stage(
         length=128,
         batch_size=16,
-        num_passkeys=4,
+        num_passkeys=(4,),
         passkey_words=(4, 6, 8),
         repeat=0.1,
         learning_rate=2e-3,
@@ -117,26 +123,49 @@ CURRICULUM = (
     Stage(
         length=256,
         batch_size=8,
-        num_passkeys=8,
+        num_passkeys=(8,),
         passkey_words=(4, 6, 8),
         repeat=0.05,
+        rehearse=0.1,
         learning_rate=2e-3,
         threshold=0.97,
     ),
     Stage(
         length=512,
         batch_size=6,
-        num_passkeys=10,
+        num_passkeys=(12,),
         passkey_words=(4, 7, 10),
+        rehearse=0.2,
         learning_rate=2e-3,
         threshold=0.985,
     ),
     Stage(
         length=1024,
         batch_size=4,
-        num_passkeys=12,
-        passkey_words=(4, 8, 10),
+        num_passkeys=(12,),
+        passkey_words=(4, 7, 10),
+        rehearse=0.3,
         learning_rate=2e-3,
+        threshold=0.975,
+    ),
+    Stage(
+        length=1024,
+        batch_size=4,
+        num_passkeys=(12,),
+        passkey_words=(4, 7, 10),
+        rehearse=0.5,
+        learning_rate=2e-3,
+        final_learning_rate=1e-4,
+        max_steps=200,
+    ),
+    # With 12 passkeys only, the model learns in which part of the text each ordinal stands.
+    Stage(
+        length=1024,
+        batch_size=4,
+        num_passkeys=(6, 8, 10, 12),
+        passkey_words=(4, 8),
+        rehearse=0.3,
+        learning_rate=1e-3,
         final_learning_rate=1e-4,
         max_steps=120,
     ),
@@ -161,7 +190,7 @@ class DemoConfig:
     """Decoupled weight decay."""
     warmup_steps: int = 50
     """Steps over which the learning rate rises at the very start."""
-    check_every: int = 10
+    check_every: int = 20
     """Steps between checks whether a stage's threshold is reached."""
     test_samples: int = 32
     """Held-out documents per length for the table at the end."""

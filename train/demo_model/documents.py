@@ -4,6 +4,7 @@ A batch is a pure function of (stage, tokenizer, text, seed, index).
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from train.demo_model.config import Stage
 from train.passkeys import PasskeyConfig, PasskeySampler, Sample
 
 _SHORTEST_BLOCK = 6
+_CHECK_DOCUMENTS = 24
 _CHECK_STREAM = 2  # other passkeys than training's
 
 
@@ -23,7 +25,8 @@ class Documents:
     """A batch. Token t + 1 is the target of position t; the weights are those of the targets.
 
     Answers and second periods of repeated blocks have answer weight 1, ordinary text has filler
-    weight 1; what nobody can predict (a passkey where it is hidden, a first period) has neither.
+    weight 1. What nobody can predict has neither: a passkey where it is hidden, the order of the
+    questions, a first period.
     """
 
     tokens: Int[Array, "batch length"]
@@ -55,7 +58,7 @@ class DocumentSource:
                 PasskeySampler(
                     dataclasses.replace(
                         templates,
-                        num_passkeys=stage.num_passkeys,
+                        num_passkeys=number,
                         passkey_words=words,
                         min_length=1,
                         max_length=stage.length,
@@ -65,6 +68,7 @@ class DocumentSource:
                     seed=seed,
                     stream=stream,
                 )
+                for number in stage.num_passkeys
                 for words in stage.passkey_words
             ]
 
@@ -81,23 +85,21 @@ class DocumentSource:
                 rows.append(self._weighted(sampler.sample(number, length=self._stage.length)))
         return _stack(rows)
 
-    def check_batch(self) -> Documents:
-        """Make the fixed batch that decides when the stage is over: passkeys only."""
-        samplers = self._samplers[_CHECK_STREAM]
-        return _stack(
-            [
-                self._weighted(samplers[i % len(samplers)].sample(i, length=self._stage.length))
-                for i in range(self._stage.batch_size)
-            ]
-        )
+    def check_batches(self) -> list[Documents]:
+        """Make the fixed documents that decide when the stage is over: passkeys only."""
+        samplers, size = self._samplers[_CHECK_STREAM], self._stage.batch_size
+        rows = [
+            self._weighted(samplers[i % len(samplers)].sample(i, length=self._stage.length))
+            for i in range(math.ceil(_CHECK_DOCUMENTS / size) * size)
+        ]
+        return [_stack(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def _weighted(self, sample: Sample):
         answer = np.zeros(sample.tokens.size, np.float32)
-        filler = np.ones(sample.tokens.size, np.float32)
-        filler[0] = 0.0  # nothing predicts the first token
+        filler = np.zeros(sample.tokens.size, np.float32)
+        filler[1 : sample.tail_start] = 1.0
         for start, stop in sample.answers:
             answer[start:stop] = 1.0
-            filler[start:stop] = 0.0
             hidden = _find(sample.tokens[: sample.tail_start], sample.tokens[start:stop])
             filler[hidden : hidden + stop - start] = 0.0
         return sample.tokens, answer, filler

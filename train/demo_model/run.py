@@ -9,6 +9,7 @@ import tempfile
 import time
 
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from duo_jax import files
@@ -85,23 +86,32 @@ def _train(config: DemoConfig, tokenizer, text: list[str], workdir: work.WorkDir
         filler_weight=config.filler_weight,
         weight_decay=config.weight_decay,
     )
+
+    @functools.cache
+    def sources(number: int) -> DocumentSource:
+        stage = config.curriculum[number]
+        return DocumentSource(stage, tokenizer, text, TEMPLATES, seed=config.seed)
+
     bar = tqdm(initial=int(state.step), desc="demo model", unit="step", disable=None)
     with bar, workdir.metrics_file.open("a", encoding="utf-8") as log:
         while int(state.stage) < len(config.curriculum):
             number = int(state.stage)
             stage = config.curriculum[number]
-            source = DocumentSource(stage, tokenizer, text, TEMPLATES, seed=config.seed)
-            check_batch = source.check_batch()
+            check_batches = sources(number).check_batches()
             bar.set_description(f"stage {number + 1} of {len(config.curriculum)}")
             while int(state.stage) == number:
                 began, step = time.monotonic(), int(state.step)
                 rate = _learning_rate(config, stage, step, step - int(state.stage_start))
-                state, metrics = update(state, source.training_batch(step), jnp.float32(rate))
+                batch = sources(_drawn_stage(config, number, step)).training_batch(step)
+                state, metrics = update(state, batch, jnp.float32(rate))
                 done = step + 1 - int(state.stage_start)
                 checked = None
                 if done % config.check_every == 0 or done == stage.max_steps:
-                    right = answers_right(state.params, check_batch, model=config.model)
-                    checked = float(right)
+                    right = [
+                        answers_right(state.params, batch, model=config.model)
+                        for batch in check_batches
+                    ]
+                    checked = float(np.mean(right))
                     state = _advance(state, stage, done, checked)
                 values = {name: float(value) for name, value in metrics.items()}
                 record = {"step": step + 1, "stage": number + 1, **values, "checked": checked}
@@ -118,6 +128,14 @@ def _train(config: DemoConfig, tokenizer, text: list[str], workdir: work.WorkDir
                     workdir.save(state)
     workdir.save(state)
     return state
+
+
+def _drawn_stage(config: DemoConfig, number: int, step: int) -> int:
+    """Return the stage that a step's documents come from: the present one, or an earlier one."""
+    rng = np.random.default_rng([config.seed, step])
+    if rng.random() < config.curriculum[number].rehearse:
+        return int(rng.integers(number))
+    return number
 
 
 def _advance(state: TrainState, stage: Stage, done: int, right: float) -> TrainState:
