@@ -48,7 +48,9 @@ def qwen3(**changes) -> dict:
 CASES = {
     "llama-2, one KV head per query head": llama(num_key_value_heads=4),
     "llama-3, grouped queries": llama(rope={"rope_theta": 500000.0}),
+    # A head_dim of 64 has channel pairs on every part of the scaling ramps.
     "llama-3.1, scaled rope": llama(
+        head_dim=64,
         rope={
             "rope_type": "llama3",
             "rope_theta": 500000.0,
@@ -67,14 +69,15 @@ CASES = {
         rope={"rope_type": "dynamic", "factor": 4.0}, max_position_embeddings=24
     ),
     "llama, yarn with mscale": llama(
+        head_dim=64,
         rope={
             "rope_type": "yarn",
             "factor": 4.0,
             "original_max_position_embeddings": 32,
             "mscale": 1.0,
             "mscale_all_dim": 0.5,
-            "beta_fast": 16.0,
-            "beta_slow": 2.0,
+            "beta_fast": 4.0,
+            "beta_slow": 0.5,
             "truncate": False,
         }
     ),
@@ -84,6 +87,9 @@ CASES = {
         "Qwen2ForCausalLM",
         tie_word_embeddings=True,
         use_sliding_window=False,
+        hidden_size=128,
+        num_attention_heads=2,
+        num_key_value_heads=1,
         rope={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
     ),
     "qwen3, norms on q and k": qwen3(rope={"rope_theta": 1000000.0}),
