@@ -67,7 +67,7 @@ def main(config: BenchmarkConfig) -> None:
         "command": "python -m benchmarks.identify",
         "settings": dataclasses.asdict(config),
         "mixing": "teacher",
-        "hardware": f"{device.device_kind}, {os.cpu_count()} host cores, {platform.machine()}",
+        "hardware": f"{device.device_kind}, {_cores()} cores, {platform.machine()}",
         "jax": jax.__version__,
         "python": platform.python_version(),
         "rows": rows,
@@ -171,6 +171,13 @@ def _measure(config: BenchmarkConfig, model: ModelConfig, params, length: int) -
         "floor": floor / (linear + full),
         "floor_remat": (floor + linear + streaming) / (linear + full),
     }
+
+
+def _cores() -> int:
+    """Count the cores this process may use (fewer than the machine's under taskset)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _plot(result: dict, path: pathlib.Path) -> None:

@@ -1,0 +1,51 @@
+"""The README tells the truth: its numbers are those of the committed result files."""
+
+import json
+import pathlib
+
+import pytest
+
+from benchmarks import identify
+from duo_jax.pattern import load_pattern
+from train import report
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_demo_table_is_that_of_the_committed_run():
+    results = json.loads((ROOT / "docs/demo/report.json").read_text())
+    markdown = report.to_markdown(results)
+    assert markdown == (ROOT / "docs/demo/report.md").read_text(encoding="utf-8")
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(table) == 10
+    assert "\n".join(table) in README
+
+
+def test_demo_run_meets_its_bars():
+    results = json.loads((ROOT / "docs/demo/report.json").read_text())
+    rows = {(r["heads"], r["sparsity"]): r for r in results["retrieval"]}
+    full = rows["all retrieval (the model itself)", 0.0]["accuracy"]
+    learned, random = rows["learned", 0.5], rows["random", 0.5]
+    assert learned["accuracy"] >= full - 0.02
+    assert rows["all streaming", 1.0]["accuracy"] < 0.2
+    assert random["runs"] == 5
+    assert random["accuracy"] < learned["accuracy"] - 0.2
+
+
+def test_committed_pattern_is_the_runs_own():
+    pattern = load_pattern(ROOT / "docs/demo/pattern")
+    results = json.loads((ROOT / "docs/demo/report.json").read_text())
+    assert pattern.clipped().mean() == pytest.approx(results["gates"]["mean"])
+
+
+def test_cost_table_is_that_of_the_committed_benchmark():
+    results = json.loads((ROOT / "benchmarks/results/identify.json").read_text())
+    assert identify.to_markdown(results) in README
+    assert max(results["settings"]["lengths"]) >= 4096
+
+
+@pytest.mark.parametrize("target", [word.split(")")[0] for word in README.split("](")[1:]])
+def test_links_lead_somewhere(target):
+    if not target.startswith(("http", "#")):
+        assert (ROOT / target).exists()
