@@ -42,8 +42,9 @@ class PasskeyConfig:
     passkey_words: int = 32
     """Words of each passkey."""
     words: Literal["nato", "vocabulary"] = "nato"
-    """Draw words from the NATO alphabet, with replacement, or distinct ones from the tokenizer's
-    vocabulary (lower-case words of one token each; what a very small model can spell)."""
+    """What passkeys are made of.
+    nato: words of the NATO alphabet, with replacement.
+    vocabulary: distinct lower-case words of one token each, for very small models."""
     min_length: int = 1000
     """Shortest haystack, in tokens."""
     max_length: int = 32_000

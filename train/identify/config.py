@@ -34,11 +34,12 @@ class IdentifyConfig:
     reg_weight: float = 0.05
     """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
     target_sparsity: float | None = None
-    """Drive the mean gate to 1 - this, instead of using a fixed weight. Useful where most gates
-    stay at 1, as on models with grouped queries."""
+    """Steer the mean gate to 1 minus this, instead of using the fixed weight.
+    For models whose gates nearly all stay at 1, as they do with grouped queries."""
     mixing: Mixing = "teacher"
-    """Where the gated full-attention term comes from: the teacher's output (as in the reference
-    code; cheapest), or the student itself (the paper's formula)."""
+    """Where the gated full-attention term comes from.
+    teacher: the teacher's output, as in the reference code; cheapest.
+    self: the student's own queries, keys and values, the paper's formula."""
     sink: int = 128
     """First tokens a streaming head keeps."""
     recent: int = 256
