@@ -58,7 +58,7 @@ CASES = {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 32,
-        }
+        },
     ),
     "llama-3.2, tied embeddings": llama(tie_word_embeddings=True, head_dim=16),
     "llama, multi-query, biases": llama(
@@ -79,7 +79,7 @@ CASES = {
             "beta_fast": 4.0,
             "beta_slow": 0.5,
             "truncate": False,
-        }
+        },
     ),
     "mistral, no window": _config("mistral", "MistralForCausalLM", sliding_window=None, head_dim=8),
     "qwen2.5, biases, yarn": _config(
