@@ -1,8 +1,8 @@
 """The demo model: the one that ships, and the command that makes it."""
 
 import dataclasses
+import functools
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from train.text import load_documents, split_held_out
 
 @pytest.fixture(scope="module")
 def demo():
-    folder = pathlib.Path(load.__file__).with_name("demo")
+    folder = load.resolve("demo")
     return (
         folder,
         load.load_config(folder),
@@ -57,7 +57,7 @@ def test_retrieves_at_its_longest_length_and_not_while_streaming(demo):
     assert model.max_length == 1024
     _, held_out = split_held_out(load_documents([]))
     data = dataclasses.replace(
-        TEMPLATES, num_passkeys=10, passkey_words=8, min_length=1, max_length=1024
+        TEMPLATES, num_passkeys=8, passkey_words=8, min_length=1, max_length=1024
     )
     samples = RetrievalTest(data, tokenizer, held_out, held_out, num_samples=4, seed=7)
     heads = np.ones((model.num_layers, model.num_kv_heads), bool)
@@ -122,10 +122,11 @@ class _KilledError(Exception):
 
 @pytest.fixture(scope="module")
 def little_text():
-    """Make the command's text short; tokenizing all of it takes most of a tiny run's time."""
+    """Spare tiny runs what takes most of their time: tokenizing all text, drawing weights anew."""
     text = load_documents([])[:20]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "load_documents", lambda _: text)
+        patch.setattr(run, "init_state", functools.cache(run.init_state))
         yield
 
 
@@ -208,3 +209,18 @@ def test_weights_mark_exactly_what_can_be_predicted(demo):
             period = int((answer == 0).sum())
             np.testing.assert_array_equal(tokens[period:], tokens[:-period])
     assert kinds == {"passkeys", "repeat"}
+
+
+def test_learning_rate_warms_up_and_decays():
+    steady, decaying = TINY.curriculum
+    config = dataclasses.replace(TINY, warmup_steps=10)
+    assert run._learning_rate(config, steady, 0, 0) == pytest.approx(1e-3)
+    assert run._learning_rate(config, steady, 9, 9) == pytest.approx(1e-2)
+    assert run._learning_rate(config, decaying, 20, 0) == pytest.approx(1e-2)
+    assert run._learning_rate(config, decaying, 24, 4) == pytest.approx(2.8e-3)
+
+
+def test_rehearsal_draws_earlier_stages():
+    drawn = [run._drawn_stage(TINY, 1, step) for step in range(200)]
+    assert 0.35 < np.mean([number == 0 for number in drawn]) < 0.65
+    assert {run._drawn_stage(TINY, 0, step) for step in range(20)} == {0}

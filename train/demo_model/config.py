@@ -192,7 +192,7 @@ class DemoConfig:
     """Steps over which the learning rate rises at the very start."""
     check_every: int = 20
     """Steps between checks whether a stage's threshold is reached."""
-    test_samples: int = 32
+    test_samples: int = 64
     """Held-out documents per length for the table at the end."""
     test_lengths: tuple[int, ...] = (256, 512, 1024)
     """Lengths of the table at the end, in tokens."""
