@@ -109,6 +109,7 @@ def _card(model: ModelConfig, summary: Summary) -> str:
     parameters = sum(t.size for t in tensor_names.tensors(model))
     example = TEMPLATES.needle.format(name="third", passkey=" value order call match").strip()
     question = TEMPLATES.question.format(name="third")
+    usual = PRESET["data"]["num_passkeys"]
     return f"""\
 ---
 license: apache-2.0
@@ -142,5 +143,5 @@ Exact retrieval (every token of a passkey right) on held-out text, and by depth 
 {summary.table}
 
 "All streaming": every head sees {PRESET["sink"]} sinks and {PRESET["recent"]} recent tokens only.
-With more than {PRESET["data"]["num_passkeys"]} passkeys in one text it misses some, above all the ninth and the tenth.
+With more than {usual} passkeys in one text it misses some, above all the ninth and the tenth.
 """
