@@ -40,8 +40,8 @@ MODEL = ModelConfig(
 # What `python -m train.identify` uses for this model: heads stream with few tokens, because the
 # texts are short, and the penalty is large, because the steps are few.
 PRESET = {
-    "sink": 8,
-    "recent": 32,
+    "sink": 16,
+    "recent": 64,
     "num_steps": 150,
     "reg_weight": 0.8,
     "dtype": "float32",
