@@ -254,7 +254,7 @@ def test_biases_are_where_each_family_has_them():
 def test_whole_numbers_are_taken_where_fractions_are_meant():
     scaling = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
     scaling |= {"rope_type": "llama3", "rope_theta": 500000, "original_max_position_embeddings": 32}
-    config = parse_config(models.llama(rope=scaling))
+    config = parse_config(models.llama(rope=scaling, head_dim=64))
     assert config == parse_config(models.CASES["llama-3.1, scaled rope"])
     assert isinstance(config.rope.high_freq_factor, float)
 
@@ -404,11 +404,11 @@ CHANGES = {
     "mlp_bias": True,
     "qk_norm": True,
 }
-# With more channel pairs than the parity cases have, so that the ramps of llama3 and YaRN have
-# pairs on them.
-LLAMA_31 = models.CASES["llama-3.1, scaled rope"] | {"head_dim": 64}
-YARN = models.CASES["llama, yarn with mscale"] | {"head_dim": 64}
-YARN["rope_parameters"] = YARN["rope_parameters"] | {"original_max_position_embeddings": 256}
+LLAMA_31 = models.CASES["llama-3.1, scaled rope"]
+YARN = models.CASES["llama, yarn with mscale"]
+YARN = YARN | {  # a longer range, so that the ramp has pairs on either side
+    "rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 256}
+}
 ROPE_CHANGES = {
     "kind": (models.llama(rope={"factor": 4.0}), "linear"),
     "theta": (models.llama(), 5e5),
@@ -417,7 +417,7 @@ ROPE_CHANGES = {
     "low_freq_factor": (LLAMA_31, 0.5),
     "high_freq_factor": (LLAMA_31, 8.0),
     "beta_fast": (YARN, 8.0),
-    "beta_slow": (YARN, 0.5),
+    "beta_slow": (YARN, 1.0),
     "attention_factor": (YARN, 2.0),
     "mscale": (YARN, 3.0),
     "mscale_all_dim": (YARN, 2.0),
