@@ -5,6 +5,7 @@ checkpoint (`python -m convert`); `resolve` turns any of them into a folder, and
 treat both kinds of folder alike.
 """
 
+import os
 import pathlib
 import re
 from typing import Any
@@ -115,6 +116,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     """
     if not any((folder / file).exists() for file in TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    # Without PyTorch transformers announces that models are missing; here none is wanted of it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes seconds to import
 
     try:
