@@ -41,9 +41,13 @@ def run(
     try:
         with contextlib.redirect_stderr(complaint):
             config = tyro.cli(config_type, prog=prog, description=description, args=args, **given)
+    except InputError as error:  # from a dataclass within the dataclass
+        fail(error)
     except SystemExit as exit_:
         if exit_.code:
-            fail(InputError(f"{_unboxed(complaint.getvalue())} (see {prog} --help)"))
+            complained = _unboxed(complaint.getvalue())
+            complained = complained.removeprefix(f"Error parsing {config_type.__name__}: ")
+            fail(InputError(f"{complained} (see {prog} --help)"))
         raise
     try:
         main(config)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Annotated, Any, Literal
 
@@ -75,8 +76,10 @@ class IdentifyConfig:
         for name in ("sink", "reg_weight", "eval_samples", "eval_random_seeds", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} must not be negative")
-        if not self.learning_rate > 0:
+        if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate {self.learning_rate} must be above 0")
+        if not math.isfinite(self.reg_weight):
+            raise InputError(f"reg_weight {self.reg_weight} must be a number")
         for sparsity in (*self.eval_sparsities, self.target_sparsity or 0.0):
             if not 0.0 <= sparsity <= 1.0:
                 raise InputError(f"sparsity {sparsity} is not in [0, 1]")
