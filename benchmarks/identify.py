@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import time
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +50,7 @@ class BenchmarkConfig:
     """Sinks of the streaming heads."""
     recent: int = 256
     """Recent tokens of the streaming heads."""
-    dtype: str = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of weights and activations."""
     repeats: int = 3
     """Timed rounds per length, after one that compiles; the median counts."""

@@ -1,6 +1,7 @@
 """The flags of `python -m convert`."""
 
 import dataclasses
+import math
 import pathlib
 from typing import Annotated, Literal
 
@@ -32,5 +33,5 @@ class ConvertConfig:
     """With --to-hf: the size above which weights are split into several files, in GB (1e9)."""
 
     def __post_init__(self) -> None:
-        if not self.max_shard_gb > 0:
+        if not 0 < self.max_shard_gb < math.inf:
             raise InputError(f"--max-shard-gb must be positive, not {self.max_shard_gb}")

@@ -45,14 +45,16 @@ def run(
         fail(error)
     except SystemExit as exit_:
         if exit_.code:
-            complained = _unboxed(complaint.getvalue())
-            complained = complained.removeprefix(f"Error parsing {config_type.__name__}: ")
+            complained = re.sub(r"^Error parsing \w*Config: ", "", _unboxed(complaint.getvalue()))
             fail(InputError(f"{complained} (see {prog} --help)"))
         raise
     try:
         main(config)
     except InputError as error:
         fail(error)
+    except OSError as error:  # a full disk, a name too long, a folder nobody may read
+        where = f"{str(error.filename)[:80]}: " if error.filename else ""
+        fail(InputError(f"{where}{error.strerror or error}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -66,6 +68,6 @@ def fail(error: InputError) -> NoReturn:
 
 def _unboxed(text: str) -> str:
     """Reduce tyro's boxed complaint to what it says, without the excerpt of the help below it."""
-    rows = [re.sub(r"[\u2500-\u257f]", " ", line).strip() for line in text.splitlines()[1:]]
-    message = rows[: rows.index("")] if "" in rows else rows
-    return " ".join(message)
+    rows = [re.sub(r"[\u2500-\u257f]|-{5,}", " ", line).strip() for line in text.splitlines()]
+    rows = " ".join(row or "\n" for row in rows[1:]).strip().split("\n")
+    return rows[0].strip()

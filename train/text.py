@@ -63,6 +63,8 @@ def _built_in() -> list[str]:
 
 
 def _read_source(source: str) -> Iterator[str]:
+    if not source:
+        raise InputError("--text got an empty name; leave it out for the built-in text")
     path = pathlib.Path(source)
     if path.is_dir():
         files = sorted(
@@ -127,7 +129,7 @@ def _json_texts(lines: Iterable[str], path: pathlib.Path) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             raise InputError(f"{path}, line {number}: not JSON") from None
         yield _text_of(record, f"{path}, line {number}")
 
@@ -136,7 +138,8 @@ def _text_of(record, where: str) -> str:
     if isinstance(record, dict):
         for key in _TEXT_KEYS:
             if isinstance(record.get(key), str):
-                return record[key]
+                # Half a surrogate pair is legal JSON, but no text.
+                return record[key].encode("utf-8", "replace").decode("utf-8")
     raise InputError(f"{where}: no text under any of {', '.join(_TEXT_KEYS)}")
 
 

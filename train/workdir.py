@@ -44,7 +44,8 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str]) -> Non
         raise InputError(f"workdir {path} cannot be written")
     file = path / _CONFIG_FILE
     if not file.exists():
-        if path.exists() and any(path.iterdir()):
+        # A kill may have left our own temporary file.
+        if path.exists() and any(not p.name.startswith(".config") for p in path.iterdir()):
             raise InputError(f"workdir {path} holds other files; choose an empty or new folder")
         return
     try:
@@ -113,9 +114,12 @@ class WorkDir:
         read = []
         for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
             try:
-                read.append(json.loads(line))
+                record = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(record, dict) or "step" not in record:
+                break
+            read.append(record)
         return read
 
     def close(self) -> None:

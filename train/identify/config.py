@@ -73,9 +73,14 @@ class IdentifyConfig:
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        for name in ("num_steps", "sink", "recent", "length_buckets"):
+            if getattr(self, name) >= 2**31:
+                raise InputError(f"{name} {getattr(self, name)} must be below 2^31")
         for name in ("sink", "reg_weight", "eval_samples", "eval_random_seeds", "seed"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} {getattr(self, name)} must not be negative")
+        if "{name}" not in self.data.question:
+            raise InputError("the question must hold {name}, or nothing can be looked up")
         if not 0 < self.learning_rate < math.inf:
             raise InputError(f"learning_rate {self.learning_rate} must be above 0")
         if not math.isfinite(self.reg_weight):
