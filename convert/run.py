@@ -10,14 +10,19 @@ from tqdm import tqdm
 from convert import checkpoint_writer, huggingface_writer
 from convert.config import ConvertConfig
 from convert.pickled_files import PickledFiles
-from duo_jax import load
+from duo_jax import pretrained
 from duo_jax.checkpoint import FORMAT, MARKER_FILE, PARAMS_FOLDER, VERSION, is_checkpoint
 from duo_jax.errors import InputError
 from duo_jax.files import new_folder
 from duo_jax.safetensors_files import has_safetensors
 from duo_jax.weights import HuggingFaceWeights, Weights, open_weights
 
-COPIED_FILES = ("config.json", "generation_config.json", "identify.json", *load.TOKENIZER_FILES)
+COPIED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "identify.json",
+    *pretrained.TOKENIZER_FILES,
+)
 
 
 def convert(config: ConvertConfig) -> None:
@@ -28,7 +33,7 @@ def convert(config: ConvertConfig) -> None:
     Raises:
       InputError: there is no such model, it cannot be read, or `config.dst` cannot be written.
     """
-    source = load.resolve(config.src, allow_pickle=config.allow_pickle)
+    source = pretrained.resolve(config.src, allow_pickle=config.allow_pickle)
     weights = _open(source, allow_pickle=config.allow_pickle)
     dtype = None if config.dtype is None else np.dtype(config.dtype)
     total = sum(weights.dtype(tensor).itemsize * tensor.size for tensor in weights.tensors)
@@ -59,7 +64,7 @@ def convert(config: ConvertConfig) -> None:
 
 def _open(folder: pathlib.Path, *, allow_pickle: bool) -> Weights:
     if allow_pickle and not is_checkpoint(folder) and not has_safetensors(folder):
-        config = load.load_config(folder)
+        config = pretrained.load_config(folder)
         return HuggingFaceWeights(PickledFiles(folder), config, str(folder))
     return open_weights(folder)
 

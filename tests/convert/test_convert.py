@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from duo_jax import load
+from duo_jax import pretrained
 from duo_jax.checkpoint import flattened
 from duo_jax.errors import InputError
 from duo_jax.weights import open_weights
@@ -58,7 +58,7 @@ def stored_bits(folder: pathlib.Path) -> dict[str, tuple]:
 
 
 def params_bits(folder: pathlib.Path) -> dict[tuple, tuple]:
-    leaves = flattened(load.load_params(folder))
+    leaves = flattened(pretrained.load_params(folder))
     return {
         path: (str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes())
         for path, leaf in leaves.items()
@@ -70,7 +70,7 @@ def test_a_checkpoint_loads_as_the_folder_it_came_from(tmp_path, raw):
     folder = write_random_bits(tmp_path / "hf", raw, "bfloat16")
     main([str(folder), str(tmp_path / "checkpoint")])
     assert params_bits(tmp_path / "checkpoint") == params_bits(folder)
-    assert load.load_config(tmp_path / "checkpoint") == load.load_config(folder)
+    assert pretrained.load_config(tmp_path / "checkpoint") == pretrained.load_config(folder)
 
 
 @every_dtype
@@ -159,8 +159,8 @@ def test_cast(tmp_path, to_hf, key):
     folder = models.write_hf(tmp_path / "hf", models.llama())
     (folder / "config.json").write_text(json.dumps(models.llama() | {key: "float32"}))
     main([*to_hf, "--dtype", "bfloat16", str(folder), str(tmp_path / "out")])
-    params = load.load_params(tmp_path / "out")
-    expected = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), load.load_params(folder))
+    params = pretrained.load_params(tmp_path / "out")
+    expected = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), pretrained.load_params(folder))
     for ours, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         assert ours.dtype == "bfloat16"
         np.testing.assert_array_equal(ours, theirs)

@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from duo_jax import load
+from duo_jax import pretrained
 from duo_jax.errors import InputError
 from tests import models
 
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint(folder, assert_refused, change, message):
     assert_refused(message, "--to-hf", checkpoint, folder.parent / "back")
     assert names(folder.parent) == ["checkpoint", "model"]
     with pytest.raises(InputError, match=message.split(";")[0]):
-        load.load_params(checkpoint)
+        pretrained.load_params(checkpoint)
 
 
 def test_a_real_process_says_one_line(folder):

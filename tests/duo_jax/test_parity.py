@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import llama, load, rope
+from duo_jax import llama, pretrained, rope
 from tests import models
 from tests.golden import generate
 
@@ -19,8 +19,8 @@ every_family = pytest.mark.parametrize("raw", models.CASES.values(), ids=models.
 
 
 def our_ladder(folder, tokens, *, dtype=None) -> dict[str, np.ndarray]:
-    config = load.load_config(folder)
-    params = load.load_params(folder, dtype=dtype)
+    config = pretrained.load_config(folder)
+    params = pretrained.load_params(folder, dtype=dtype)
 
     @jax.jit
     def run(params, tokens):
@@ -94,7 +94,7 @@ def test_bfloat16_errs_no_more_than_transformers_does(tmp_path, raw):
 def test_padding_to_the_right_changes_nothing_before_it(tmp_path):
     raw = models.CASES["llama, dynamic rope"]
     folder = models.write_hf(tmp_path / "model", raw)
-    config, params = load.load_config(folder), load.load_params(folder)
+    config, params = pretrained.load_config(folder), pretrained.load_params(folder)
     tokens = jnp.asarray(models.tokens(raw))
     padded = jnp.pad(tokens, ((0, 0), (0, 19)))
     plain, _ = llama.hidden_states(config, params, tokens)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import llama, load
+from duo_jax import llama, pretrained
 from duo_jax.errors import InputError
 from train.demo_model import run
 from train.demo_model.config import MODEL, PRESET, TEMPLATES, DemoConfig, Stage
@@ -21,12 +21,12 @@ from train.text import load_documents, split_held_out
 
 @pytest.fixture(scope="module")
 def demo():
-    folder = load.resolve("demo")
+    folder = pretrained.resolve("demo")
     return (
         folder,
-        load.load_config(folder),
-        load.load_params(folder, dtype=jnp.float32),
-        load.load_tokenizer(folder),
+        pretrained.load_config(folder),
+        pretrained.load_params(folder, dtype=jnp.float32),
+        pretrained.load_tokenizer(folder),
     )
 
 

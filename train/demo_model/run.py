@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from duo_jax import files
 from duo_jax.errors import InputError
-from duo_jax.load import load_tokenizer
+from duo_jax.pretrained import load_tokenizer
 from train import workdir as work
 from train.demo_model import export, retrieval
 from train.demo_model.config import TEMPLATES, DemoConfig, Stage

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from duo_jax import cli, load
+from duo_jax import cli, pretrained
 from duo_jax.errors import InputError
 from train.identify.config import IdentifyConfig, default_config
 from train.identify.run import identify
@@ -36,7 +36,7 @@ def _defaults(args: list[str]) -> IdentifyConfig | None:
     peek.add_argument("--model", default=IdentifyConfig.model)
     try:
         model = peek.parse_known_args(args)[0].model
-        return default_config(model, load.resolve(model))
+        return default_config(model, pretrained.resolve(model))
     except argparse.ArgumentError:
         return None  # the real parser will complain
     except InputError as error:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from duo_jax import load
+from duo_jax import pretrained
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 from duo_jax.pattern import Pattern, save_pattern
@@ -41,14 +41,14 @@ def identify(config: IdentifyConfig) -> None:
     started = time.monotonic()
     if config.tensorboard:
         _summary_writer()
-    folder = load.resolve(config.model)
-    model = load.load_config(folder)
+    folder = pretrained.resolve(config.model)
+    model = pretrained.load_config(folder)
     if config.data.max_length > model.max_length:
         raise InputError(
             f"max_length {config.data.max_length:,} is beyond the model's range of "
             f"{model.max_length:,} tokens; lower --max-length"
         )
-    tokenizer = load.load_tokenizer(folder)
+    tokenizer = pretrained.load_tokenizer(folder)
     training_text, held_out_text = split_held_out(load_documents(config.text))
     sampler = PasskeySampler(config.data, tokenizer, training_text, seed=config.seed)
     if sampler.largest_token >= model.vocab_size:
@@ -62,7 +62,7 @@ def identify(config: IdentifyConfig) -> None:
         print(report_file.read_text(encoding="utf-8"))
         print(f"This run was complete already; all of it is in {config.folder()}")
         return
-    params = load.load_params(folder, dtype=jnp.dtype(config.dtype))
+    params = pretrained.load_params(folder, dtype=jnp.dtype(config.dtype))
     test = None
     if config.eval_samples:
         test = RetrievalTest(

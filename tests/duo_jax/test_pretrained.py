@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from duo_jax import llama, load
+from duo_jax import llama, pretrained
 from duo_jax.checkpoint import flattened
 from duo_jax.errors import InputError
 from duo_jax.weights import open_weights
@@ -73,8 +73,8 @@ def folder(tmp_path) -> pathlib.Path:
 @every_dtype
 def test_tree_is_what_the_model_takes(tmp_path, raw, dtype):
     folder = models.write_hf(tmp_path / "model", raw, dtype=dtype)
-    config = load.load_config(folder)
-    params = load.load_params(folder)
+    config = pretrained.load_config(folder)
+    params = pretrained.load_params(folder)
     key = jax.random.key(0)
     expected = jax.eval_shape(lambda: llama.init_params(config, key, jnp.dtype(dtype)))
     assert jax.tree.structure(params) == jax.tree.structure(expected)
@@ -85,7 +85,7 @@ def test_tree_is_what_the_model_takes(tmp_path, raw, dtype):
 
 def test_layers_are_stacked_in_order(tmp_path):
     raw = models.qwen3(num_hidden_layers=11)  # by name, layer 10 comes before layer 2
-    params = load.load_params(models.write_hf(tmp_path / "model", raw))
+    params = pretrained.load_params(models.write_hf(tmp_path / "model", raw))
     tensors = models.hf_tensors(raw)
     for layer in range(11):
         up = params["layers"]["mlp"]["up_proj"]["kernel"][layer]
@@ -98,7 +98,7 @@ def test_layers_are_stacked_in_order(tmp_path):
 def test_large_tensors_are_copied_whole(tmp_path):
     """Large enough for more than one block of the copy, and not a multiple of it."""
     raw = models.llama(vocab_size=70_001, num_hidden_layers=1)
-    params = load.load_params(models.write_hf(tmp_path / "model", raw))
+    params = pretrained.load_params(models.write_hf(tmp_path / "model", raw))
     kernel = params["lm_head"]["kernel"]
     np.testing.assert_array_equal(kernel, models.hf_tensors(raw)["lm_head.weight"].T)
 
@@ -107,12 +107,12 @@ def test_large_tensors_are_copied_whole(tmp_path):
 def test_shards_equal_a_single_file(tmp_path, dtype):
     single = models.write_hf(tmp_path / "single", models.llama(), dtype=dtype)
     shards = shard(models.write_hf(tmp_path / "shards", models.llama(), dtype=dtype))
-    assert_same(load.load_params(single), load.load_params(shards))
+    assert_same(pretrained.load_params(single), pretrained.load_params(shards))
 
 
 def test_layer_by_layer(folder):
     weights = open_weights(folder)
-    stacked = flattened(load.load_params(folder))
+    stacked = flattened(pretrained.load_params(folder))
     for tensor in weights.tensors:
         array = weights.read(tensor)
         leaf = stacked[tensor.path]
@@ -122,8 +122,8 @@ def test_layer_by_layer(folder):
 
 @every_dtype
 def test_cast(folder, dtype):
-    cast = load.load_params(folder, dtype=dtype)
-    as_stored = load.load_params(folder)
+    cast = pretrained.load_params(folder, dtype=dtype)
+    as_stored = pretrained.load_params(folder)
     assert_same(cast, jax.tree.map(lambda leaf: leaf.astype(dtype), as_stored))
 
 
@@ -133,7 +133,7 @@ def test_mixed_types_meet_in_float32_only_where_they_must(folder):
     tensors |= {n: t.astype(np.float16) for n, t in tensors.items() if "layers" in n}
     tensors[name.format(1)] = tensors[name.format(1)].astype(ml_dtypes.bfloat16)
     save_file(tensors, folder / "model.safetensors")
-    params = load.load_params(folder)
+    params = pretrained.load_params(folder)
     assert params["layers"]["mlp"]["up_proj"]["kernel"].dtype == jnp.float32
     assert params["layers"]["mlp"]["gate_proj"]["kernel"].dtype == jnp.float16
     assert params["norm"]["scale"].dtype == jnp.float32
@@ -143,18 +143,18 @@ def test_mixed_types_meet_in_float32_only_where_they_must(folder):
 
 def test_a_value_beyond_float16_is_refused_not_made_infinite(folder):
     edit(folder, **{"model.norm.weight": np.full(32, 7e4, np.float32)})
-    assert load.load_params(folder, dtype="bfloat16")["norm"]["scale"].dtype == jnp.bfloat16
+    assert pretrained.load_params(folder, dtype="bfloat16")["norm"]["scale"].dtype == jnp.bfloat16
     with pytest.raises(InputError, match=r"model.norm.weight has values beyond the range of float"):
-        load.load_params(folder, dtype="float16")
+        pretrained.load_params(folder, dtype="float16")
 
 
 def test_tied_embeddings_and_buffers_in_the_file_are_not_read(tmp_path):
     raw = models.llama(tie_word_embeddings=True)
     folder = models.write_hf(tmp_path / "model", raw)
-    before = load.load_params(folder)
+    before = pretrained.load_params(folder)
     extra = {"lm_head.weight": np.zeros((96, 32), np.float32)}
     edit(folder, **extra, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4)})
-    assert_same(load.load_params(folder), before)
+    assert_same(pretrained.load_params(folder), before)
 
 
 def test_only_what_is_used_is_read(tmp_path):
@@ -254,7 +254,7 @@ BROKEN_SHARDS = {
 def test_a_broken_folder_is_one_clear_line(folder, change, message):
     change(folder)
     with pytest.raises(InputError, match=message) as raised:
-        load.load_params(folder)
+        pretrained.load_params(folder)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 700
 
@@ -263,27 +263,27 @@ def test_a_broken_folder_is_one_clear_line(folder, change, message):
 def test_a_broken_shard_is_one_clear_line(folder, change, message):
     change(shard(folder))
     with pytest.raises(InputError, match=message):
-        load.load_params(folder)
+        pretrained.load_params(folder)
 
 
 def test_pickled_weights_alone_are_refused(folder):
     (folder / SINGLE).rename(folder / "pytorch_model.bin")
     with pytest.raises(InputError, match=r"only pickled weights \(pytorch_model.bin\).*allow-pick"):
-        load.load_params(folder)
+        pretrained.load_params(folder)
 
 
 def test_tokenizer(folder):
     write_tokenizer(folder)
-    assert load.load_tokenizer(folder)("hello world")["input_ids"] == [1, 2]
+    assert pretrained.load_tokenizer(folder)("hello world")["input_ids"] == [1, 2]
 
 
 def test_a_missing_or_broken_tokenizer_is_one_clear_line(folder):
     with pytest.raises(InputError, match="model has no tokenizer"):
-        load.load_tokenizer(folder)
+        pretrained.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
     with pytest.raises(InputError, match=r"the tokenizer in .* cannot be loaded: "):
-        load.load_tokenizer(folder)
+        pretrained.load_tokenizer(folder)
 
 
 # --- names ---
@@ -314,33 +314,33 @@ def write_cached(cache: pathlib.Path, name: str = "org/tiny-llama_1.1") -> pathl
 
 
 def test_a_folder_is_itself(folder):
-    assert load.resolve(folder) == folder
-    assert load.resolve(str(folder)) == folder
+    assert pretrained.resolve(folder) == folder
+    assert pretrained.resolve(str(folder)) == folder
 
 
 def test_a_hub_name_is_its_snapshot_in_the_cache(hub_cache, folder):
     snapshot = write_cached(hub_cache)
-    found = load.resolve("org/tiny-llama_1.1")
+    found = pretrained.resolve("org/tiny-llama_1.1")
     assert found == snapshot
-    assert_same(load.load_params(found), load.load_params(folder))
-    assert load.load_tokenizer(found)("world")["input_ids"] == [2]
+    assert_same(pretrained.load_params(found), pretrained.load_params(folder))
+    assert pretrained.load_tokenizer(found)("world")["input_ids"] == [2]
 
 
 @pytest.mark.parametrize("name", ["", "nothing", "/no/such/folder", "a/b/c", "a b/c", "../x"])
 def test_what_is_neither_folder_nor_hub_name(name):
     with pytest.raises(InputError, match=r"no such model: .*is neither a folder nor a hub name"):
-        load.resolve(name)
+        pretrained.resolve(name)
 
 
 def test_a_file_is_not_a_model(folder):
     with pytest.raises(InputError, match="is a file; a model is a folder or a hub name"):
-        load.resolve(folder / SINGLE)
+        pretrained.resolve(folder / SINGLE)
 
 
 @pytest.mark.usefixtures("hub_cache")
 def test_offline_and_not_in_the_cache():
     with pytest.raises(InputError, match=r"^org/unknown is not a folder here, and cannot be fet"):
-        load.resolve("org/unknown")
+        pretrained.resolve("org/unknown")
 
 
 @pytest.mark.parametrize(
@@ -372,6 +372,6 @@ def test_what_the_hub_refuses(monkeypatch, status, code, message):
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         with pytest.raises(InputError, match=message) as raised:
-            load.resolve("org/name")
+            pretrained.resolve("org/name")
         server.shutdown()
     assert "\n" not in str(raised.value)
