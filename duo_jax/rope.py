@@ -18,20 +18,21 @@ def rotation(
     config: ModelConfig,
     positions: Int[Array, "batch length"],
     *,
-    total_length: Int[Array, ""] | int | None = None,
+    total_length: Int[Array, "*batch"] | int | None = None,
 ) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
     """Return the cosine and sine of every position's angles, in float32.
 
     Args:
       config: the model.
       positions: absolute positions, from 0.
-      total_length: tokens of the whole sequence; only "dynamic" scaling depends on it.
-        Default: the largest position + 1.
+      total_length: tokens of the whole sequence, one number or one per row; only "dynamic" scaling
+        depends on it. Default: the largest position + 1.
     """
     if total_length is None:
         total_length = jnp.max(positions) + 1
     frequencies, scale = frequencies_and_scale(config.rope, config.head_dim, total_length)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies[None, None, :]
+    frequencies = frequencies.reshape(-1, 1, frequencies.shape[-1])  # of all rows, or of each
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
 
@@ -49,19 +50,22 @@ def rotate(
 
 
 def frequencies_and_scale(
-    rope: RopeConfig, head_dim: int, total_length: Int[Array, ""] | int
-) -> tuple[Float[Array, " half"], float]:
-    """Return radians per token of each channel pair, and the factor on cosine and sine."""
+    rope: RopeConfig, head_dim: int, total_length: Int[Array, "*batch"] | int
+) -> tuple[Float[Array, "*batch half"] | Float[Array, " half"], float]:
+    """Return radians per token of each channel pair, and the factor on cosine and sine.
+
+    Frequencies of "dynamic" scaling have the shape of `total_length` in front.
+    """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     plain = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
         return plain / rope.factor, 1.0
     if rope.kind == "dynamic":
         # "NTK-aware" stretching of the base once the sequence outgrows the trained range.
-        length = jnp.maximum(jnp.asarray(total_length), rope.original_max_length)
+        length = jnp.maximum(jnp.asarray(total_length), rope.original_max_length)[..., None]
         stretch = rope.factor * length.astype(jnp.float32) / rope.original_max_length
         theta = rope.theta * (stretch - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
-        return 1.0 / theta**exponents, 1.0
+        return 1.0 / theta ** exponents.reshape((1,) * (theta.ndim - 1) + (-1,)), 1.0
     if rope.kind == "llama3":
         return _llama3(rope, plain), 1.0
     if rope.kind == "yarn":

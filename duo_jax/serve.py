@@ -1,0 +1,188 @@
+"""A split model as pure functions: (params, cache, tokens) -> (logits, cache).
+
+    cache = init_cache(config, batch_size=1, max_len=4096)
+    logits, cache = prefill(config, params, cache, tokens, num_tokens)   # any number of chunks
+    logits, cache = decode(config, params, cache, next_tokens)           # one token per row
+
+`config` is static; jit, shard or vmap them as you like, and donate the cache: it is updated in
+place. Parameters are in serving form (duo_jax.split). Rows may have different lengths; each row's
+tokens are appended to what its cache holds.
+
+Prefill has two semantics for streaming heads (DuoAttention, section 2.4, and its public code):
+"exact" gives every token the streaming mask, so nothing depends on how a text is cut into chunks;
+"chunk" lets a token see the cached sinks and recent tokens and all of its own chunk before it.
+Decoding is the same for both.
+"""
+
+import functools
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from duo_jax import cache as caches
+from duo_jax import llama, rope
+from duo_jax.cache import Cache, KVCache, LayerCache
+from duo_jax.llama import Params
+from duo_jax.split import DuoConfig
+from kernels import decode as decode_attention
+from kernels import prefill as prefill_attention
+from kernels import streaming_attention
+
+PrefillMode = Literal["exact", "chunk"]
+
+
+def prefill(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    num_tokens: Int[Array, " batch"],
+    *,
+    mode: PrefillMode = "exact",
+    total_lengths: Int[Array, " batch"] | None = None,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Append a chunk of tokens to every row.
+
+    Args:
+      config: the split model.
+      params: its parameters.
+      cache: what the rows hold so far; rows must have room for the chunk.
+      tokens: the chunk; row b counts up to num_tokens[b], the rest is padding.
+      num_tokens: from 0 to length.
+      mode: what streaming heads see of their chunk.
+      total_lengths: tokens per row when the whole prompt is read, of which this chunk may be a
+        part; only "dynamic" rope scaling reads it. Default: up to this chunk's end.
+
+    Returns:
+      Logits after each row's last token (meaningless for a row of 0 tokens), and the cache.
+    """
+    x, cache = hidden_states(
+        config, params, cache, tokens, num_tokens, mode=mode, total_lengths=total_lengths
+    )
+    last = jnp.clip(num_tokens - 1, 0, tokens.shape[1] - 1)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    return logits(config, params, x)[:, 0], cache
+
+
+def decode(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, " batch"],
+    active: Bool[Array, " batch"] | None = None,
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Append one token to every row, and return the logits after it.
+
+    Args:
+      config: the split model.
+      params: its parameters.
+      cache: what the rows hold so far.
+      tokens: one per row.
+      active: rows that take part; the cache of the others stays as it is, and their logits mean
+        nothing. Default: all.
+    """
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    return prefill(config, params, cache, tokens[:, None], active.astype(jnp.int32))
+
+
+def hidden_states(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    num_tokens: Int[Array, " batch"],
+    *,
+    mode: PrefillMode = "exact",
+    total_lengths: Int[Array, " batch"] | None = None,
+) -> tuple[Float[Array, "batch length embed"], Cache]:
+    """Append a chunk as `prefill` does; return the residual stream at all its tokens instead."""
+    if mode not in get_args(PrefillMode):
+        raise ValueError(f"{mode=} is not one of {', '.join(get_args(PrefillMode))}")
+    lengths = cache.lengths
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=lengths.dtype)[None, :]
+    if total_lengths is None:
+        total_lengths = lengths + num_tokens
+    cos_sin = rope.rotation(config.model, positions, total_length=total_lengths)
+    x = params["embed_tokens"]["embedding"][tokens]
+    layers = []
+    for heads, layer_params, layer_cache in zip(
+        config.retrieval_heads, params["layers"], cache.layers, strict=True
+    ):
+        attend = functools.partial(_attend, config=config, retrieval_heads=heads, mode=mode)
+        layer = llama.DecoderLayer(config.model, attend=attend)
+        layer_input = (layer_cache, lengths, num_tokens)
+        x, layer_cache = layer.apply({"params": layer_params}, x, cos_sin, layer_input)
+        layers.append(layer_cache)
+    return x, Cache(layers=tuple(layers), lengths=lengths + num_tokens)
+
+
+def logits(
+    config: DuoConfig, params: Params, x: Float[Array, "batch length embed"]
+) -> Float[Array, "batch length vocab"]:
+    """Turn residual streams into next-token logits."""
+    ends = {name: part for name, part in params.items() if name != "layers"}
+    return llama.logits(config.model, ends, x)
+
+
+def _attend(q, k, v, layer_input, *, config: DuoConfig, retrieval_heads: int, mode: PrefillMode):
+    """Attend with the first KV heads to the full cache, with the others to sinks and recents."""
+    cache, lengths, num_tokens = layer_input
+    num_q_heads = retrieval_heads * config.model.q_per_kv
+    outputs, full, streaming = [], None, None
+    if cache.full is not None:
+        mine = q[:, :, :num_q_heads], k[:, :, :retrieval_heads], v[:, :, :retrieval_heads]
+        out, full = _attend_full(*mine, cache.full, lengths, num_tokens)
+        outputs.append(out)
+    if cache.streaming is not None:
+        mine = q[:, :, num_q_heads:], k[:, :, retrieval_heads:], v[:, :, retrieval_heads:]
+        out, streaming = _attend_streaming(
+            *mine, cache.streaming, lengths, num_tokens, config=config, mode=mode
+        )
+        outputs.append(out)
+    return jnp.concatenate(outputs, axis=2), LayerCache(full=full, streaming=streaming)
+
+
+def _attend_full(q, k, v, cache: KVCache, lengths, num_tokens):
+    scale = q.shape[-1] ** -0.5
+    cache = caches.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
+    if q.shape[1] == 1:
+        filled = lengths + num_tokens
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, softmax_scale=scale)
+        return out[:, None], cache
+    out = prefill_attention(q, cache.keys, cache.values, lengths, softmax_scale=scale)
+    return out, cache
+
+
+def _attend_streaming(
+    q, k, v, cache: KVCache, lengths, num_tokens, *, config: DuoConfig, mode: PrefillMode
+):
+    scale, sink_size = q.shape[-1] ** -0.5, config.sink_size
+    update = functools.partial(
+        caches.append_to_ring, lengths=lengths, num_tokens=num_tokens, sink_size=sink_size
+    )
+    if q.shape[1] == 1:
+        cache = update(cache, k, v)
+        filled = jnp.minimum(lengths + num_tokens, config.ring_slots)
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, softmax_scale=scale)
+        return out[:, None], cache
+    if mode == "exact":
+        past = caches.past(cache, k, v, lengths=lengths, num_tokens=num_tokens, sink_size=sink_size)
+        out = streaming_attention(
+            q,
+            k,
+            v,
+            sink_size=sink_size,
+            recent_size=config.recent_size,
+            softmax_scale=scale,
+            past=past,
+        )
+        return out, update(cache, k, v)
+    # To a causal chunk all cached tokens are past, in whatever order: lay it behind them.
+    filled = jnp.minimum(lengths, config.ring_slots)
+    room = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))), cache)
+    laid_out = caches.append(room, k, v, starts=filled, num_tokens=num_tokens)
+    out = prefill_attention(q, laid_out.keys, laid_out.values, filled, softmax_scale=scale)
+    return out, update(cache, k, v)

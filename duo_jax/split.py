@@ -1,0 +1,129 @@
+"""Which KV heads of a model keep everything, and parameters reordered so that they come first.
+
+After the reordering only the number of retrieval heads per layer matters; nothing is gathered when
+the model runs.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Shaped
+
+from duo_jax.config import ModelConfig
+from duo_jax.errors import InputError
+
+Params = Mapping[str, Any]
+
+# Axis of the heads in each parameter of a layer's attention, by (module, leaf).
+_HEAD_AXIS = {
+    ("q_proj", "kernel"): 1,
+    ("k_proj", "kernel"): 1,
+    ("v_proj", "kernel"): 1,
+    ("q_proj", "bias"): 0,
+    ("k_proj", "bias"): 0,
+    ("v_proj", "bias"): 0,
+    ("o_proj", "kernel"): 0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DuoConfig:
+    """A model split into retrieval and streaming heads. Hashable: static under jax.jit."""
+
+    model: ModelConfig
+    retrieval_heads: tuple[int, ...]  # per layer, layer 0 first
+    sink_size: int = 128
+    recent_size: int = 256
+
+    def __post_init__(self) -> None:
+        if len(self.retrieval_heads) != self.model.num_layers:
+            raise InputError(
+                f"retrieval heads are given for {len(self.retrieval_heads)} layers, the model has "
+                f"{self.model.num_layers}"
+            )
+        if not all(0 <= heads <= self.model.num_kv_heads for heads in self.retrieval_heads):
+            raise InputError(
+                f"a layer has 0 to {self.model.num_kv_heads} retrieval heads, not "
+                f"{max(self.retrieval_heads, key=abs)}"
+            )
+        if self.sink_size < 0 or self.recent_size < 1:
+            raise InputError(
+                f"sink {self.sink_size} must be at least 0 and recent {self.recent_size} at least 1"
+            )
+
+    @property
+    def ring_slots(self) -> int:
+        """Tokens that a streaming head holds."""
+        return self.sink_size + self.recent_size
+
+    @property
+    def num_retrieval_heads(self) -> int:
+        """Retrieval heads of the whole model."""
+        return sum(self.retrieval_heads)
+
+
+def duo_config(
+    model: ModelConfig,
+    heads: Bool[np.ndarray, "layers kv_heads"],
+    *,
+    sink_size: int,
+    recent_size: int,
+) -> DuoConfig:
+    """Return the split of a model whose retrieval heads are True in `heads`."""
+    return DuoConfig(
+        model=model,
+        retrieval_heads=tuple(int(count) for count in heads.sum(axis=1)),
+        sink_size=sink_size,
+        recent_size=recent_size,
+    )
+
+
+def split_params(
+    config: ModelConfig, params: Params, heads: Bool[np.ndarray, "layers kv_heads"]
+) -> dict[str, Any]:
+    """Return parameters in serving form: one dict per layer, retrieval heads first.
+
+    The caller's parameters (duo_jax.llama's stacked form) stay as they are; everything but the
+    layers is shared with them.
+    """
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(len(heads))]
+    split = tuple(
+        reorder_layer(config, layer, row) for layer, row in zip(layers, heads, strict=True)
+    )
+    return {**params, "layers": split}
+
+
+def reorder_layer(
+    config: ModelConfig, layer: Params, heads: Bool[np.ndarray, " kv_heads"]
+) -> dict[str, Any]:
+    """Return one layer's parameters with the heads in `heads` first; otherwise order is kept.
+
+    Query heads follow their KV head. Norms of queries and keys are shared by all heads.
+    """
+    kv_order = np.argsort(~heads, kind="stable")
+    group = np.arange(config.q_per_kv)
+    q_order = (kv_order[:, None] * config.q_per_kv + group[None, :]).reshape(-1)
+    if np.array_equal(kv_order, np.arange(len(heads))):
+        return dict(layer)
+
+    def reorder(name: str, module: Params) -> dict[str, Any]:
+        order = q_order if name in ("q_proj", "o_proj") else kv_order
+        return {
+            leaf: _take(array, order, axis=_HEAD_AXIS[name, leaf])
+            if (name, leaf) in _HEAD_AXIS
+            else array
+            for leaf, array in module.items()
+        }
+
+    attention = {name: reorder(name, module) for name, module in layer["self_attn"].items()}
+    return {**layer, "self_attn": attention}
+
+
+def _take(array: Shaped[Array, "..."] | np.ndarray, order: np.ndarray, *, axis: int):
+    if isinstance(array, np.ndarray):
+        return np.take(array, order, axis=axis)
+    return jnp.take(array, order, axis=axis)

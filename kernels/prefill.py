@@ -1,0 +1,83 @@
+"""Causal attention of a chunk of new tokens over cached keys and values, their own included."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import masks, online_softmax
+
+_BLOCK_KV = 512
+# Scores of one block of queries with one block of keys, over all rows and heads, take at most
+# this many bytes.
+_SCORE_BYTES = 2**25
+
+
+def prefill(
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"],
+    v: Float[Array, "batch kv_heads slots head_dim"],
+    offsets: Int[Array, " batch"],
+    *,
+    softmax_scale: float,
+) -> Float[Array, "batch length q_heads head_dim"]:
+    """Attend with query t of row b to slots 0 .. offsets[b] + t.
+
+    The chunk's own keys and values must be in the cache already. Queries go in blocks, and each
+    block walks the key blocks up to its last query, so that memory does not grow with the cache and
+    keys beyond the diagonal are not multiplied.
+
+    Args:
+      q: rotated queries of the chunk.
+      k: cached keys, slot = position.
+      v: cached values.
+      offsets: position of each row's first query.
+      softmax_scale: factor on the scores.
+
+    Returns:
+      The output in the dtype of `q`.
+    """
+    batch, length, num_q_heads, head_dim = q.shape
+    num_kv_heads, slots = k.shape[1], k.shape[2]
+    group = num_q_heads // num_kv_heads
+    offsets = offsets.astype(int)  # as jnp.arange
+    block_kv = min(_BLOCK_KV, slots)
+    block_q = _SCORE_BYTES // (4 * batch * num_q_heads * block_kv)
+    block_q = min(length, max(16, 1 << (max(block_q, 1).bit_length() - 1)))
+    num_q_blocks = math.ceil(length / block_q)
+
+    # [q_blocks, batch, kv_heads, block_q * group, head_dim]: the rows of one matrix product.
+    padded = jnp.pad(q, ((0, 0), (0, num_q_blocks * block_q - length), (0, 0), (0, 0)))
+    blocks = padded.reshape(batch, num_q_blocks, block_q, num_kv_heads, group, head_dim)
+    blocks = blocks.transpose(1, 0, 3, 2, 4, 5)
+    blocks = blocks.reshape(num_q_blocks, batch, num_kv_heads, block_q * group, head_dim)
+
+    def one_block(index_and_q):
+        index, q = index_and_q
+        q_positions = offsets[:, None] + index * block_q + jnp.arange(block_q)[None, :]
+
+        def add_block(kv_index, state):
+            first = kv_index * block_kv
+            at = jnp.minimum(first, slots - block_kv)  # the last block may reach back
+            positions = at + jnp.arange(block_kv)
+            mask = jax.vmap(masks.causal, (0, None))(q_positions, positions)
+            mask = mask & (positions >= first)[None, None, :]
+            return online_softmax.add_block(
+                state,
+                q,
+                jax.lax.dynamic_slice_in_dim(k, at, block_kv, axis=2),
+                jax.lax.dynamic_slice_in_dim(v, at, block_kv, axis=2),
+                jnp.repeat(mask, group, axis=1)[:, None],
+                softmax_scale=softmax_scale,
+            )
+
+        end = jnp.minimum(jnp.max(q_positions) + 1, slots)
+        num_kv_blocks = (end + block_kv - 1) // block_kv
+        state = jax.lax.fori_loop(0, num_kv_blocks, add_block, online_softmax.start(q))
+        return online_softmax.finish(state)[0].astype(q.dtype)
+
+    out = jax.lax.map(one_block, (jnp.arange(num_q_blocks), blocks))
+    out = out.reshape(num_q_blocks, batch, num_kv_heads, block_q, group, head_dim)
+    out = out.transpose(1, 0, 3, 2, 4, 5).reshape(batch, -1, num_q_heads, head_dim)
+    return out[:, :length]
