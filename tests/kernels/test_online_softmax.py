@@ -1,4 +1,4 @@
-"""Softmax block by block: however the keys are cut and ordered, the result is that of all at once."""
+"""Softmax block by block: however keys are cut and ordered, the result is that of all at once."""
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,13 @@ def at_once(q, k, v, mask):
     return np.einsum("bkrs,bksh->bkrh", weights, v), lse
 
 
+add_block = jax.jit(online_softmax.add_block, static_argnames="softmax_scale")
+
+
 def in_blocks(q, k, v, mask, blocks):
     state = online_softmax.start(q)
     for keys in blocks:
-        state = online_softmax.add_block(
+        state = add_block(
             state, q, k[:, :, keys], v[:, :, keys], mask[..., keys], softmax_scale=SCALE
         )
     return online_softmax.finish(state)
