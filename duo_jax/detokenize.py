@@ -1,0 +1,149 @@
+"""Tokens to text while they arrive: whole characters only, up to a stop string."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from duo_jax.errors import InputError
+
+# Tokens of decoded text that stay in the window. What precedes them can no longer matter: a
+# character has at most four bytes, a token at least one, and only the very first token of a
+# window may lose its leading space.
+_CONTEXT = 8
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Detokenizer:
+    """The growing text of one row.
+
+    What `push` and `finish` return adds up to tokenizer.decode of all tokens, cut off before the
+    first stop string. Nothing is returned that a later token could change:
+
+    - Bytes that do not end a character wait for the rest of it.
+    - A run of byte tokens (<0xE4> <0xBD> ..., as in Llama-2) waits for its end, because one bad
+      byte turns every character of the run into U+FFFD.
+    - Text that may be the beginning of a stop string waits until that is decided.
+
+    Only a window of the last tokens is ever decoded. The window's first token may be decoded
+    differently from the middle of a text (without its leading space, or as half a character), but
+    that shows equally before and after new tokens, so what is new is still right.
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, stop: Sequence[str] = (), skip_special_tokens: bool = True
+    ) -> None:
+        """Start with an empty text.
+
+        Args:
+          tokenizer: a transformers tokenizer.
+          stop: the text ends just before the first of these to be complete; of several that
+            become complete with the same character, before the longest.
+          skip_special_tokens: leave out tokens such as <s>, as in tokenizer.decode.
+
+        Raises:
+          InputError: a stop string is empty.
+        """
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if "" in self._stop:
+            raise InputError("a stop string is empty; nothing could be generated before it")
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
+        self._special = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._window: list[int] = []  # decoded tokens that later ones are decoded with
+        self._decoded = 0  # characters of the window's text that were passed on
+        self._byte_run: list[int] = []  # byte tokens whose run may go on
+        self._held = ""  # certain text that may be the beginning of a stop string
+        self._parts: list[str] = []  # what was returned
+        self._stopped = self._finished = False
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string appeared; tokens that come later are ignored."""
+        return self._stopped
+
+    @property
+    def text(self) -> str:
+        """Everything returned so far."""
+        return "".join(self._parts)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Append tokens; return the text that became certain, often none.
+
+        How tokens are divided among calls does not change the text.
+        """
+        if self._finished:
+            raise RuntimeError("tokens were pushed after finish")
+        if self._stopped:
+            return ""
+        closed = self._close_byte_run(token_ids)
+        return self._return(self._until_stop(self._decode(closed))) if closed else ""
+
+    def finish(self) -> str:
+        """End the text; return what was held back, and U+FFFD for an incomplete character."""
+        if self._finished or self._stopped:
+            self._finished = True
+            return ""
+        self._finished = True
+        rest = self._until_stop(self._decode(self._byte_run, last=True))
+        if not self._stopped:
+            rest, self._held = rest + self._held, ""
+        return self._return(rest)
+
+    def _return(self, text: str) -> str:
+        self._parts.append(text)
+        return text
+
+    def _close_byte_run(self, token_ids: Sequence[int]) -> list[int]:
+        """Return the tokens up to the last one that is no byte token; keep the others."""
+        tokens = self._byte_run
+        end = 0
+        for token_id in map(int, token_ids):
+            piece = self._tokenizer.convert_ids_to_tokens(token_id)
+            # A model may have more logits than its tokenizer has tokens; those have no text.
+            if not piece or token_id in self._special:
+                continue
+            tokens.append(token_id)
+            if not _BYTE_TOKEN.fullmatch(piece):
+                end = len(tokens)
+        self._byte_run = tokens[end:]
+        return tokens[:end]
+
+    def _decode(self, token_ids: list[int], *, last: bool = False) -> str:
+        """Move the window over new tokens; return the text they complete."""
+        self._window += token_ids
+        text = self._text_of(self._window)
+        # A character that is cut off shows as one U+FFFD, the last; those before are there to stay.
+        certain = text if last else text.removesuffix(_REPLACEMENT)
+        new = certain[self._decoded :]
+        self._window = self._window[-_CONTEXT:]
+        self._decoded = len(self._text_of(self._window)) - (len(text) - len(certain))
+        return new
+
+    def _text_of(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            token_ids,
+            skip_special_tokens=self._skip_special,
+            clean_up_tokenization_spaces=False,  # it would change text that was returned
+        )
+
+    def _until_stop(self, new: str) -> str:
+        """Return the text up to a stop string, or up to what may become one (which is held)."""
+        text = self._held + new
+        # The stop string that is complete first counts, however the text is divided.
+        found = [(start + len(s), start) for s in self._stop if (start := text.find(s)) >= 0]
+        if found:
+            self._stopped, self._held = True, ""
+            return text[: min(found)[1]]
+        longest = max(map(len, self._stop), default=1) - 1
+        for start in range(max(0, len(text) - longest), len(text)):
+            if any(s.startswith(text[start:]) for s in self._stop):
+                self._held = text[start:]
+                return text[:start]
+        self._held = ""
+        return text
+
+
+def _special_ids(tokenizer: Any) -> frozenset[int]:
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}

@@ -1,0 +1,167 @@
+"""Choosing the next token: the options of a user, and one pure function that obeys them.
+
+The options enter compiled code as arrays. Which of them are there decides what is compiled; their
+values do not, so trying another temperature costs nothing.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from duo_jax.errors import InputError
+
+_LARGEST_INT = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. The words mean what they mean in transformers."""
+
+    temperature: float = 0.0
+    """0 always takes the likeliest token; 1 draws from the model's own probabilities.
+    Above 1: more surprising text."""
+    top_k: int | None = None
+    """Draw only from this many of the likeliest tokens."""
+    top_p: float | None = None
+    """Draw only from the likeliest tokens that reach this probability together."""
+    min_p: float | None = None
+    """Draw only from tokens at least this times as probable as the likeliest."""
+    repetition_penalty: float | None = None
+    """Above 1: tokens that already occurred, in the prompt or the answer, become less likely."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.temperature < math.inf:
+            raise InputError(f"temperature {self.temperature} must be a number from 0")
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise InputError(f"top_k {self.top_k} must be a whole number from 1")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
+            raise InputError(f"min_p {self.min_p} must be in [0, 1]")
+        penalty = self.repetition_penalty
+        if penalty is not None and not 0.0 < penalty < math.inf:
+            raise InputError(f"repetition_penalty {penalty} must be a number above 0")
+
+    def options(self) -> dict[str, Array]:
+        """Return the options that are switched on, as scalars for `sample`.
+
+        None switches an option off, and so does the value that changes nothing: 1 for top_p and
+        repetition_penalty, 0 for min_p. At temperature 0 the likeliest token survives top_k,
+        top_p and min_p, so these are off as well.
+        """
+        on = {}
+        if self.repetition_penalty not in (None, 1.0):
+            on["repetition_penalty"] = _positive(self.repetition_penalty)
+        if self.temperature > 0.0:
+            on["temperature"] = _positive(self.temperature)
+            if self.top_k is not None:
+                on["top_k"] = jnp.asarray(min(self.top_k, _LARGEST_INT), jnp.int32)
+            if self.top_p not in (None, 1.0):
+                on["top_p"] = _positive(self.top_p)
+            if self.min_p not in (None, 0.0):
+                on["min_p"] = _positive(self.min_p)
+        return on
+
+
+def sample(
+    logits: Float[Array, "batch vocab"],
+    options: Mapping[str, Array],
+    keys: Key[Array, " batch"],
+    seen: Bool[Array, "batch vocab"] | None,
+) -> Int[Array, " batch"]:
+    """Choose the next token of every row.
+
+    Without a temperature the likeliest token, the first one of several; with it a draw from
+    softmax(processed_logits). A row's token depends on that row's logits, key and seen tokens only.
+
+    Args:
+      logits: of any floating dtype; a row with no finite logit gives a valid token all the same.
+      options: what SamplingConfig.options returned.
+      keys: one typed key per row; not used without a temperature.
+      seen: as for `processed_logits`.
+    """
+    scores = processed_logits(logits, options, seen)
+    if "temperature" not in options:
+        return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+
+def processed_logits(
+    logits: Float[Array, "batch vocab"],
+    options: Mapping[str, Array],
+    seen: Bool[Array, "batch vocab"] | None,
+) -> Float[Array, "batch vocab"]:
+    """Return the float32 logits that are drawn from; tokens that are ruled out get -inf.
+
+    In the order of transformers: repetition_penalty (a seen token's logit is divided by it where
+    positive, multiplied where negative), temperature, top_k, top_p, min_p; the last two look at
+    the probabilities of what is left. With a temperature, rows are shifted to a maximum of 0: no
+    probability changes, and dividing by a tiny temperature cannot overflow.
+
+    Ties: tokens equal to the last one that top_k or top_p keeps are all kept. In transformers that
+    holds for top_k; among equals top_p keeps whichever its unstable sort puts first.
+
+    Args:
+      logits: of any floating dtype.
+      options: what SamplingConfig.options returned.
+      seen: tokens of the prompt and of the output so far (see `mark_seen`); may be None
+        unless there is a repetition_penalty.
+    """
+    x = logits.astype(jnp.float32)
+    if "repetition_penalty" in options:
+        if seen is None:
+            raise ValueError("repetition_penalty needs the seen tokens")
+        penalty = options["repetition_penalty"]
+        x = jnp.where(seen, jnp.where(x < 0, x * penalty, x / penalty), x)
+    if "temperature" not in options:
+        return x
+    x = jnp.minimum(x, jnp.finfo(jnp.float32).max)  # inf - inf below would be NaN
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    x = (x - jnp.where(largest == -jnp.inf, 0.0, largest)) / options["temperature"]
+    if "top_k" in options or "top_p" in options:
+        x = jnp.where(x < _smallest_kept(x, options), -jnp.inf, x)
+    if "min_p" in options:  # the maximum is 0, so exp gives the ratio to the likeliest
+        x = jnp.where(jnp.exp(x) < options["min_p"], -jnp.inf, x)
+    return x
+
+
+def mark_seen(
+    seen: Bool[Array, "batch vocab"],
+    tokens: Int[Array, "batch length"],
+    valid: Bool[Array, "batch length"],
+) -> Bool[Array, "batch vocab"]:
+    """Set seen[b, tokens[b, t]] wherever valid[b, t].
+
+    Padding may hold any number; valid tokens outside the vocabulary are ignored.
+    """
+    batch, vocab = seen.shape
+    columns = jnp.where(valid & (tokens >= 0), tokens, vocab)  # a negative index would wrap
+    return seen.at[jnp.arange(batch)[:, None], columns].set(True, mode="drop")
+
+
+def _smallest_kept(
+    x: Float[Array, "batch vocab"], options: Mapping[str, Array]
+) -> Float[Array, "batch 1"]:
+    """Return the smallest logit that top_k, then top_p, keeps in each row."""
+    vocab = x.shape[-1]
+    ascending = jnp.sort(x, axis=-1)
+    kept = ascending[:, :1]
+    if "top_k" in options:
+        rank = vocab - jnp.minimum(options["top_k"], vocab)
+        kept = jax.lax.dynamic_slice_in_dim(ascending, rank, 1, axis=1)
+    if "top_p" in options:
+        # Summed upwards from the least likely, where float32 is finest, as transformers does.
+        left = jnp.where(ascending < kept, -jnp.inf, ascending)
+        removed = jnp.cumsum(jax.nn.softmax(left, axis=-1), axis=-1) <= 1.0 - options["top_p"]
+        first = jnp.minimum(jnp.sum(removed, axis=-1, keepdims=True), vocab - 1)
+        kept = jnp.take_along_axis(ascending, first, axis=-1)
+    return kept
+
+
+def _positive(value: float) -> Float[Array, ""]:
+    """Bring a positive number to where it and its reciprocal are normal in float32."""
+    return jnp.asarray(min(max(value, 1e-37), 1e37), jnp.float32)
