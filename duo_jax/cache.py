@@ -90,6 +90,20 @@ def cache_bytes(config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTyp
     return 2 * batch_size * slots * config.model.head_dim * jnp.dtype(dtype).itemsize
 
 
+def grow(cache: Cache, *, max_len: int) -> Cache:
+    """Return the cache with room for `max_len` tokens; copies the full caches one by one."""
+
+    def larger(layer: LayerCache) -> LayerCache:
+        if layer.full is None:
+            return layer
+        more = ((0, 0), (0, 0), (0, max_len - layer.full.keys.shape[2]), (0, 0))
+        return dataclasses.replace(
+            layer, full=jax.tree.map(lambda buffer: jnp.pad(buffer, more), layer.full)
+        )
+
+    return dataclasses.replace(cache, layers=tuple(map(larger, cache.layers)))
+
+
 def append(
     cache: KVCache,
     keys: Float[Array, "batch length kv_heads head_dim"],

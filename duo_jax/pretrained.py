@@ -13,7 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Bool
+from tqdm import tqdm
 
+from duo_jax import split
 from duo_jax.checkpoint import nested
 from duo_jax.config import ModelConfig, read_config
 from duo_jax.errors import InputError
@@ -103,6 +106,44 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
             for path, tensors in parts.items()
         }
     )
+
+
+def load_split_params(
+    folder: pathlib.Path,
+    heads: Bool[np.ndarray, "layers kv_heads"],
+    *,
+    dtype: DTypeLike | None = None,
+) -> dict[str, Any]:
+    """Load all parameters in serving form: one dict per layer, retrieval heads first.
+
+    Goes layer by layer, so host memory peaks at about one layer more than what the device holds.
+
+    Args:
+      folder: a Hugging Face folder or a converted checkpoint.
+      heads: which KV heads are retrieval heads.
+      dtype: type to cast to; None keeps the stored types, or float32 where they differ.
+
+    Raises:
+      InputError: as `load_params`.
+    """
+    weights = open_weights(folder)
+    if dtype is None:
+        stored = {weights.dtype(tensor) for tensor in weights.tensors}
+        dtype = stored.pop() if len(stored) == 1 else np.float32
+    ends: dict[Path, Any] = {}
+    layers: list[dict[Path, Any]] = [{} for _ in heads]
+    bar = tqdm(weights.tensors, desc="weights", unit="tensor", leave=False, disable=None)
+    for tensor in bar:
+        array = np.empty(tensor.shape, np.dtype(dtype))
+        copy_cast(array, weights.read(tensor), tensor.name)
+        if tensor.layer is None:
+            ends[tensor.path] = jax.device_put(array).block_until_ready()
+            continue
+        order = split.head_order(weights.config, tensor.path[-2:], heads[tensor.layer])
+        if order is not None:
+            array = np.take(array, order.indices, axis=order.axis)
+        layers[tensor.layer][tensor.path[1:]] = jax.device_put(array).block_until_ready()
+    return nested(ends) | {"layers": tuple(nested(layer) for layer in layers)}
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:

@@ -6,12 +6,12 @@ the model runs.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
@@ -60,6 +60,11 @@ class DuoConfig:
         """Tokens that a streaming head holds."""
         return self.sink_size + self.recent_size
 
+    def all_retrieval(self) -> "DuoConfig":
+        """Return the same model without streaming heads."""
+        heads = (self.model.num_kv_heads,) * self.model.num_layers
+        return dataclasses.replace(self, retrieval_heads=heads)
+
     @property
     def num_retrieval_heads(self) -> int:
         """Retrieval heads of the whole model."""
@@ -100,30 +105,38 @@ def split_params(
 def reorder_layer(
     config: ModelConfig, layer: Params, heads: Bool[np.ndarray, " kv_heads"]
 ) -> dict[str, Any]:
-    """Return one layer's parameters with the heads in `heads` first; otherwise order is kept.
+    """Return one layer's parameters with the heads in `heads` first; otherwise order is kept."""
 
-    Query heads follow their KV head. Norms of queries and keys are shared by all heads.
-    """
-    kv_order = np.argsort(~heads, kind="stable")
-    group = np.arange(config.q_per_kv)
-    q_order = (kv_order[:, None] * config.q_per_kv + group[None, :]).reshape(-1)
-    if np.array_equal(kv_order, np.arange(len(heads))):
-        return dict(layer)
+    def reorder(module: str, leaf: str, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        order = head_order(config, (module, leaf), heads)
+        return array if order is None else jnp.take(array, order.indices, axis=order.axis)
 
-    def reorder(name: str, module: Params) -> dict[str, Any]:
-        order = q_order if name in ("q_proj", "o_proj") else kv_order
-        return {
-            leaf: _take(array, order, axis=_HEAD_AXIS[name, leaf])
-            if (name, leaf) in _HEAD_AXIS
-            else array
-            for leaf, array in module.items()
-        }
-
-    attention = {name: reorder(name, module) for name, module in layer["self_attn"].items()}
+    attention = {
+        module: {leaf: reorder(module, leaf, array) for leaf, array in leaves.items()}
+        for module, leaves in layer["self_attn"].items()
+    }
     return {**layer, "self_attn": attention}
 
 
-def _take(array: Shaped[Array, "..."] | np.ndarray, order: np.ndarray, *, axis: int):
-    if isinstance(array, np.ndarray):
-        return np.take(array, order, axis=axis)
-    return jnp.take(array, order, axis=axis)
+class HeadOrder(NamedTuple):
+    """How a parameter's heads are to be reordered."""
+
+    axis: int
+    indices: Int[np.ndarray, " heads"]
+
+
+def head_order(
+    config: ModelConfig, name: tuple[str, ...], heads: Bool[np.ndarray, " kv_heads"]
+) -> HeadOrder | None:
+    """Return the order of a layer's parameter, such as ("q_proj", "kernel"); None: as it is.
+
+    Query heads follow their KV head. Norms of queries and keys are shared by all heads.
+    """
+    axis = _HEAD_AXIS.get(name)
+    kv_order = np.argsort(~heads, kind="stable")
+    if axis is None or np.array_equal(kv_order, np.arange(len(heads))):
+        return None
+    if name[0] in ("k_proj", "v_proj"):
+        return HeadOrder(axis, kv_order)
+    group = np.arange(config.q_per_kv)
+    return HeadOrder(axis, (kv_order[:, None] * config.q_per_kv + group[None, :]).reshape(-1))

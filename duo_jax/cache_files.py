@@ -1,0 +1,198 @@
+"""Caches on disk: a folder that makes a text that has been read once readable at once.
+
+    cache.json                what it belongs to, and the lengths of its rows
+    tokens.safetensors        "0", "1", ...: the tokens of every row
+    logits.safetensors        "logits" [batch, vocab]: what follows the cached tokens (if known)
+    layer-00000.safetensors   "full.keys", "full.values", "streaming.keys", "streaming.values"
+                              [batch, kv_heads, slots, head_dim]
+
+Only slots that hold something are stored. Host memory peaks at one layer.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from duo_jax import files
+from duo_jax.cache import KVCache, LayerCache
+from duo_jax.errors import InputError
+from duo_jax.runtime import Runtime
+from duo_jax.session import Session, Snapshot
+
+FORMAT, VERSION = "duo_jax cache", 1
+_MARKER = "cache.json"
+
+
+def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any]) -> None:
+    """Write a session's tokens and cache; the folder appears only when complete.
+
+    Args:
+      session: has read something.
+      folder: must not exist, or be empty.
+      extra: anything JSON can hold, kept with the cache.
+
+    Raises:
+      InputError: there is nothing to save, or the folder cannot be written.
+    """
+    snapshot = session.snapshot()
+    lengths = np.asarray(snapshot.cache.lengths)
+    longest = int(lengths.max())
+    marker = {
+        "format": FORMAT,
+        "version": VERSION,
+        **_belongs_to(session.runtime),
+        "lengths": lengths.tolist(),
+        "logits_at": snapshot.logits_at,
+        "extra": extra,
+    }
+    with files.new_folder(folder) as partial:
+        for number, layer in enumerate(snapshot.cache.layers):
+            save_file(_to_arrays(layer, longest), partial / _layer_file(number))
+        if snapshot.logits is not None:
+            save_file({"logits": np.asarray(snapshot.logits)}, partial / "logits.safetensors")
+        tokens = {str(i): np.array(row, np.int32) for i, row in enumerate(snapshot.tokens)}
+        save_file(tokens, partial / "tokens.safetensors")
+        (partial / _MARKER).write_text(json.dumps(marker, indent=2))
+
+
+def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
+    """Load a saved cache into a new session, and return what was kept with it.
+
+    Raises:
+      InputError: the folder holds no cache, is damaged, or belongs to another model, pattern,
+        dtype or version.
+    """
+    folder = pathlib.Path(folder)
+    marker = _read_marker(folder)
+    runtime = session.runtime
+    for key, mine in _belongs_to(runtime).items():
+        if marker[key] != mine:
+            raise InputError(
+                f"{folder} was saved with another {_DESCRIPTIONS[key]}"
+                f"{_difference(marker[key], mine)}; read the text again"
+            )
+    lengths = marker["lengths"]
+    if not isinstance(lengths, list) or len(lengths) != session.batch_size:
+        raise InputError(f"{folder} does not hold {session.batch_size} rows but {lengths}")
+    with _damage(folder):
+        tokens = load_file(folder / "tokens.safetensors")
+        rows = [tokens[str(i)].tolist() for i in range(len(lengths))]
+        if any(not 0 < n <= len(row) for n, row in zip(lengths, rows, strict=True)):
+            raise ValueError(f"{lengths=} do not fit the tokens")
+    empty = session.prepare(rows)
+    layers = []
+    with _damage(folder):
+        for number, layer in enumerate(empty.layers):
+            layers.append(_from_arrays(layer, load_file(folder / _layer_file(number))))
+        logits_file = folder / "logits.safetensors"
+        logits = load_file(logits_file)["logits"] if logits_file.exists() else None
+    session.restore(
+        Snapshot(
+            tokens=rows,
+            cache=dataclasses.replace(
+                empty, layers=tuple(layers), lengths=jnp.array(lengths, jnp.int32)
+            ),
+            logits=None if logits is None else jnp.asarray(logits),
+            logits_at=marker["logits_at"],
+        )
+    )
+    return marker["extra"]
+
+
+_DESCRIPTIONS = {
+    "weights": "model or choice of retrieval heads (their values differ)",
+    "model": "model",
+    "retrieval_heads": "pattern or sparsity",
+    "sink_size": "sink size",
+    "recent_size": "recent size",
+    "dtype": "dtype",
+    "prefill_mode": "prefill mode",
+}
+
+
+def _belongs_to(runtime: Runtime) -> dict[str, Any]:
+    """Describe what a cache depends on, coarsest first."""
+    return {
+        "model": json.loads(json.dumps(dataclasses.asdict(runtime.config.model))),
+        "dtype": runtime.dtype.name,
+        "sink_size": runtime.config.sink_size,
+        "recent_size": runtime.config.recent_size,
+        "retrieval_heads": list(runtime.config.retrieval_heads),
+        "prefill_mode": runtime.prefill_mode,
+        "weights": runtime.weights_digest,
+    }
+
+
+def _difference(theirs: Any, mine: Any) -> str:
+    return f" ({theirs}, here {mine})" if isinstance(mine, int) or len(mine) < 12 else ""
+
+
+def _read_marker(folder: pathlib.Path) -> dict[str, Any]:
+    file = folder / _MARKER
+    try:
+        marker = json.loads(file.read_text(encoding="utf-8"))
+        found = (marker["format"], marker["version"])
+    except FileNotFoundError:
+        raise InputError(f"{folder} is no saved cache: there is no {_MARKER} in it") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{file} cannot be read ({type(error).__name__}: {error})") from None
+    if found != (FORMAT, VERSION):
+        raise InputError(
+            f"{file} says {found[0]!r}, version {found[1]!r}; this duo_jax reads {FORMAT!r}, "
+            f"version {VERSION}: read the text again"
+        )
+    missing = {*_DESCRIPTIONS, "lengths", "logits_at", "extra"} - set(marker)
+    if missing:
+        raise InputError(f"{file} lacks {', '.join(sorted(missing))}")
+    return marker
+
+
+@contextlib.contextmanager
+def _damage(folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is damaged: {error.filename} is missing") from None
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
+
+
+def _layer_file(number: int) -> str:
+    return f"layer-{number:05d}.safetensors"
+
+
+def _to_arrays(layer: LayerCache, longest: int) -> dict[str, np.ndarray]:
+    """Name a layer's filled slots; safetensors wants contiguous arrays."""
+    return {
+        f"{part}.{name}": np.ascontiguousarray(np.asarray(getattr(cache, name)[:, :, :longest]))
+        for part, cache in (("full", layer.full), ("streaming", layer.streaming))
+        if cache is not None
+        for name in ("keys", "values")
+    }
+
+
+def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray]) -> LayerCache:
+    """Put stored slots into an empty layer's buffers."""
+
+    def fill(part: str, cache: KVCache | None) -> KVCache | None:
+        if cache is None:
+            return None
+        filled = {}
+        for name in ("keys", "values"):
+            buffer, stored = getattr(cache, name), arrays[f"{part}.{name}"]
+            expected = (*buffer.shape[:2], stored.shape[2], buffer.shape[3])
+            if stored.shape != expected or stored.dtype != buffer.dtype:
+                raise ValueError(f"{part}.{name} is {stored.dtype} {stored.shape}")
+            filled[name] = jax.lax.dynamic_update_slice(buffer, stored, (0, 0, 0, 0))
+        return KVCache(**filled)
+
+    return LayerCache(full=fill("full", layer.full), streaming=fill("streaming", layer.streaming))

@@ -1,0 +1,232 @@
+"""Command line: continue a text or answer a question, streamed to the terminal."""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from duo_jax import cli, model, pretrained
+from duo_jax.conversation import Conversation
+from duo_jax.errors import InputError
+from duo_jax.sampling import SamplingConfig
+from duo_jax.serve import PrefillMode
+
+_DESCRIPTION = """\
+Write on from a prompt with a model whose attention heads are split: retrieval heads keep the whole
+text, streaming heads its first and latest tokens.
+
+Without flags this asks the demo model that ships with duo_jax for a passkey hidden in a text.
+"""
+_DEMO_PROMPT = "prompt.txt"  # a model that brings a prompt answers it when none is given
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Flags of the command."""
+
+    model: str = pretrained.DEMO
+    """A Hugging Face folder, a hub name, a converted checkpoint, or "demo" (ships with duo_jax)."""
+    pattern: str | None = None
+    """A pattern folder (python -m train.identify makes one), or "none" for the model as published,
+    every head with a full cache. Default: the pattern that the model's folder brings."""
+    sparsity: float | None = None
+    """Fraction of streaming heads, 0 to 1. Default: 0.5."""
+    threshold: float | None = None
+    """Instead of --sparsity: the gate above which a head is a retrieval head."""
+    sink: int | None = None
+    """First tokens a streaming head keeps. Default: the pattern's."""
+    recent: int | None = None
+    """Latest tokens a streaming head keeps. Default: the pattern's."""
+
+    prompt: str | None = None
+    """The text to continue, or with --chat the message to answer."""
+    prompt_file: pathlib.Path | None = None
+    """A file whose text comes before --prompt; "-" reads standard input."""
+    chat: bool = False
+    """Format the prompt with the model's chat template. Without a prompt, in a terminal: a
+    conversation, line by line."""
+    system: str | None = None
+    """System message of a chat."""
+    load_cache: pathlib.Path | None = None
+    """A folder that --save-cache wrote: its text comes first, and is not read again."""
+    save_cache: pathlib.Path | None = None
+    """Save text and cache here at the end, to be continued another day."""
+
+    max_new_tokens: int = 256
+    """Most tokens to write; 0 only reads the prompt (to save its cache)."""
+    stop: tuple[str, ...] = ()
+    """Strings at which to stop."""
+    seed: int = 0
+    """Of the random draws; the same seed gives the same text."""
+    sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SamplingConfig
+    )
+
+    prefill_chunk: int = 8192
+    """Tokens of the prompt that are read at a time: more is faster and takes more memory."""
+    prefill_mode: PrefillMode = "exact"
+    """What streaming heads see while the prompt is read. exact: sinks and recent tokens, so that
+    the result does not depend on the chunk. chunk: also all of the token's own chunk, as in the
+    reference implementation."""
+    max_len: int | None = None
+    """Tokens that the cache can hold. Default: as many as are needed."""
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Of weights, activations and caches. Default: as stored; float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 0:
+            raise InputError(f"max_new_tokens {self.max_new_tokens} is negative")
+        if self.system is not None and not self.chat:
+            raise InputError("--system belongs to a chat; add --chat")
+
+
+def generate(config: GenerateConfig) -> None:
+    """Read the prompt, write on, and sum up in one line.
+
+    Raises:
+      InputError: anything in the configuration cannot be used.
+    """
+    if config.save_cache is not None and config.save_cache.exists():
+        raise InputError(f"{config.save_cache} already exists; remove it or choose another name")
+    prompt = _prompt(config)
+    loaded = model.load(
+        config.model,
+        pattern=config.pattern,
+        sparsity=config.sparsity,
+        threshold=config.threshold,
+        sink=config.sink,
+        recent=config.recent,
+        dtype=config.dtype,
+        prefill_chunk=config.prefill_chunk,
+        prefill_mode=config.prefill_mode,
+    )
+    if config.load_cache is not None:
+        conversation = loaded.load_conversation(config.load_cache, max_len=config.max_len)
+    else:
+        conversation = loaded.conversation(max_len=config.max_len)
+    if config.system is not None:
+        conversation.tell(config.system, role="system")
+    try:
+        for text in _turns(prompt):
+            _turn(config, conversation, text)
+    except KeyboardInterrupt:  # what was read and written so far is worth its summary and its cache
+        print("\ninterrupted", file=sys.stderr)
+    if config.save_cache is not None:
+        conversation.save(config.save_cache)
+        print(f"cache of {conversation.num_tokens:,} tokens saved in {config.save_cache}")
+    print(_summary(conversation), file=sys.stderr)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command on a list of words; default: the process's own."""
+    cli.run(
+        generate,
+        GenerateConfig,
+        prog="python -m duo_jax.generate",
+        description=_DESCRIPTION,
+        args=args,
+    )
+
+
+def _prompt(config: GenerateConfig) -> str | None:
+    """Return the text to continue; None for a conversation in the terminal."""
+    parts = []
+    if config.prompt_file is not None:
+        parts.append(_read_file(config.prompt_file))
+    if config.prompt is not None:
+        parts.append(config.prompt)
+    if not parts and config.chat:
+        if sys.stdin.isatty():
+            return None
+        parts.append(sys.stdin.read())
+    if not parts and config.load_cache is None:
+        own = pretrained.resolve(config.model) / _DEMO_PROMPT
+        if not own.is_file():
+            raise InputError("there is no prompt; give --prompt or --prompt-file")
+        text = _read_file(own)
+        print(text[:200] + f"\n... ({len(text):,} characters, {own})\n" + text[-200:], flush=True)
+        parts.append(text)
+    prompt = "".join(parts)
+    if parts and not prompt:
+        raise InputError("the prompt is empty")
+    return prompt
+
+
+def _read_file(file: pathlib.Path) -> str:
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _turns(prompt: str | None) -> Iterator[str]:
+    """Yield what the user says, turn by turn."""
+    if prompt is not None:
+        yield prompt
+        return
+    print("A chat: one line per message, Ctrl-D ends it.", file=sys.stderr)
+    while True:
+        with contextlib.suppress(EOFError):
+            text = input("> ").strip()
+            if text:
+                yield text
+            continue
+        print(file=sys.stderr)
+        return
+
+
+def _turn(config: GenerateConfig, conversation: Conversation, text: str) -> None:
+    """Read one text and print what the model writes."""
+    bar = tqdm(desc="prefill", unit="token", unit_scale=True, leave=False, disable=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    if config.max_new_tokens == 0:
+        read = conversation.tell if config.chat else conversation.append
+        read(text, progress=progress)
+        return
+    pieces = (conversation.chat if config.chat else conversation.stream)(
+        text or None,
+        max_new_tokens=config.max_new_tokens,
+        stop=config.stop,
+        seed=config.seed,
+        progress=progress,
+        **dataclasses.asdict(config.sampling),
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def _summary(conversation: Conversation) -> str:
+    timing = conversation.session.timing
+    used, full = conversation.cache_bytes()
+    speed = timing.decode_tokens / timing.decode_seconds if timing.decode_seconds else 0.0
+    return (
+        f"[{timing.prefill_tokens:,} tokens read in {timing.prefill_seconds:.2f} s, "
+        f"{timing.decode_tokens:,} written at {speed:.1f} tokens/s, "
+        f"{timing.compile_seconds:.1f} s compiling; "
+        f"cache {_bytes(used)}, with full caches only {_bytes(full)}]"
+    )
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} bytes"
+
+
+if __name__ == "__main__":
+    main()

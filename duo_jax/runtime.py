@@ -1,0 +1,53 @@
+"""A split model that is ready to run, and how it reads prompts."""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+from duo_jax.errors import InputError
+from duo_jax.serve import PrefillMode
+from duo_jax.split import DuoConfig
+
+_SAMPLES_PER_LEAF = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Runtime:
+    """Parameters in serving form, and what is the same for all that is done with them."""
+
+    config: DuoConfig
+    params: dict[str, Any]
+    prefill_chunk: int = 8192  # tokens per row and step
+    prefill_mode: PrefillMode = "exact"
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk < 1:
+            raise InputError(f"prefill chunk {self.prefill_chunk} is not at least 1")
+        if self.prefill_mode not in get_args(PrefillMode):
+            raise InputError(
+                f"prefill mode {self.prefill_mode!r} is not one of "
+                f"{', '.join(get_args(PrefillMode))}"
+            )
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of activations and caches."""
+        return np.dtype(self.params["norm"]["scale"].dtype)
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """A digest of some values of every parameter, in the order in which the split left them.
+
+        Tells models and head orders apart; not a check against tampering.
+        """
+        digest = hashlib.sha256()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
+            values = leaf[np.unravel_index(at, leaf.shape)]
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(values).astype(np.float32).tobytes())
+        return digest.hexdigest()
