@@ -10,7 +10,7 @@ from duo_jax.errors import InputError
 # character has at most four bytes, a token at least one, and only the very first token of a
 # window may lose its leading space.
 _CONTEXT = 8
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f])[0-9A-Fa-f]>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -22,7 +22,8 @@ class Detokenizer:
 
     - Bytes that do not end a character wait for the rest of it.
     - A run of byte tokens (<0xE4> <0xBD> ..., as in Llama-2) waits for its end, because one bad
-      byte turns every character of the run into U+FFFD.
+      byte turns every character of the run into U+FFFD. Only ASCII at its beginning does not wait,
+      so that a newline (<0x0A>) can stop the text at once; it stays when the run turns out bad.
     - Text that may be the beginning of a stop string waits until that is decided.
 
     Only a window of the last tokens is ever decoded. The window's first token may be decoded
@@ -95,7 +96,7 @@ class Detokenizer:
         return text
 
     def _close_byte_run(self, token_ids: Sequence[int]) -> list[int]:
-        """Return the tokens up to the last one that is no byte token; keep the others."""
+        """Return the tokens in front of a run of byte tokens that may go on; keep that run."""
         tokens = self._byte_run
         end = 0
         for token_id in map(int, token_ids):
@@ -104,7 +105,9 @@ class Detokenizer:
             if not piece or token_id in self._special:
                 continue
             tokens.append(token_id)
-            if not _BYTE_TOKEN.fullmatch(piece):
+            byte = _BYTE_TOKEN.fullmatch(piece)
+            ascii_first = byte and byte[1] < "8" and end == len(tokens) - 1
+            if not byte or ascii_first:
                 end = len(tokens)
         self._byte_run = tokens[end:]
         return tokens[:end]
