@@ -17,6 +17,7 @@ from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 
 Params = Mapping[str, Any]
+Leaf = Shaped[Array | np.ndarray, "..."]
 
 # Axis of the heads in each parameter of a layer's attention, by (module, leaf).
 _HEAD_AXIS = {
@@ -45,10 +46,11 @@ class DuoConfig:
                 f"retrieval heads are given for {len(self.retrieval_heads)} layers, the model has "
                 f"{self.model.num_layers}"
             )
-        if not all(0 <= heads <= self.model.num_kv_heads for heads in self.retrieval_heads):
+        possible = range(self.model.num_kv_heads + 1)
+        wrong = [heads for heads in self.retrieval_heads if heads not in possible]
+        if wrong:
             raise InputError(
-                f"a layer has 0 to {self.model.num_kv_heads} retrieval heads, not "
-                f"{max(self.retrieval_heads, key=abs)}"
+                f"a layer has 0 to {self.model.num_kv_heads} retrieval heads, not {wrong[0]}"
             )
         if self.sink_size < 0 or self.recent_size < 1:
             raise InputError(
@@ -107,7 +109,7 @@ def reorder_layer(
 ) -> dict[str, Any]:
     """Return one layer's parameters with the heads in `heads` first; otherwise order is kept."""
 
-    def reorder(module: str, leaf: str, array: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    def reorder(module: str, leaf: str, array: Leaf) -> Leaf:
         order = head_order(config, (module, leaf), heads)
         return array if order is None else jnp.take(array, order.indices, axis=order.axis)
 
