@@ -6,7 +6,8 @@ sink + recent slots: position p < sink in slot p, a later one in slot
 sink + (p - sink) % recent, until the ring overwrites it. So the filled slots are always the first
 min(length, slots), and attention does not care about their order, since keys carry their rotation.
 
-Rows of a batch have lengths of their own. Slots beyond a row's length hold anything.
+Rows of a batch have lengths of their own. Slots beyond a row's length hold anything finite (zeros,
+or what was there before): attention gives them weight 0, and 0 * nan is nan.
 """
 
 import dataclasses

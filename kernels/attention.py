@@ -76,7 +76,7 @@ class Past:
     sink_keys: Float[Array, "batch kv_heads sink head_dim"]  # position = index; may be unfilled
     sink_values: Float[Array, "batch kv_heads sink head_dim"]
     recent_keys: Float[Array, "batch kv_heads recent head_dim"]  # the last is just before the chunk
-    recent_values: Float[Array, "batch kv_heads recent head_dim"]
+    recent_values: Float[Array, "batch kv_heads recent head_dim"]  # finite where unfilled too
     lengths: Int[Array, " batch"]  # tokens before the chunk
 
 

@@ -31,7 +31,7 @@ def decode(
     Args:
       q: the rotated query of every row.
       k: cached keys, already rotated.
-      v: cached values.
+      v: cached values; finite in slots beyond `lengths` too, which count 0 times.
       lengths: filled slots per row, the new token's own included; a row of 0 gets output 0.
       softmax_scale: factor on the scores.
 

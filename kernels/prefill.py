@@ -31,7 +31,7 @@ def prefill(
     Args:
       q: rotated queries of the chunk.
       k: cached keys, slot = position.
-      v: cached values.
+      v: cached values; finite in slots nobody sees too, which count 0 times.
       offsets: position of each row's first query.
       softmax_scale: factor on the scores.
 
