@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import attention, full_attention, masks, streaming_attention
+from kernels import Past, attention, full_attention, masks, streaming_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,3 +144,145 @@ def test_gradients_equal_those_of_the_dense_form(name):
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="at least"):
         streaming_attention(*draw(Case(length=3)), softmax_scale=1.0, **sizes)
+
+
+# ---- a chunk with a past
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChunkCase(Case):
+    starts: tuple[int, ...]  # of each row's chunk
+
+    @property
+    def total(self) -> int:
+        return max(self.starts) + self.length
+
+
+CHUNK_CASES = {
+    "one token": ChunkCase(length=1, starts=(0, 3, 27, 28, 29)),
+    "three tokens": ChunkCase(length=3, starts=(0, 1, 3, 4, 200)),
+    "one short of sink + recent": ChunkCase(length=27, starts=(0, 1, 27, 28, 55)),
+    "sink + recent": ChunkCase(length=28, starts=(0, 28, 2)),
+    "one past sink + recent": ChunkCase(length=29, starts=(0, 29, 3)),
+    "odd length, group of 7": ChunkCase(length=97, q_heads=7, kv_heads=1, starts=(0, 5, 97)),
+    "several blocks, group of 1": ChunkCase(length=300, q_heads=3, kv_heads=3, starts=(0, 130)),
+    "no sinks": ChunkCase(length=40, sink=0, starts=(0, 10, 40)),
+    "recent is the token itself": ChunkCase(length=40, recent=1, starts=(0, 2, 40)),
+    "recent one past a block": ChunkCase(length=20, recent=17, starts=(0, 16, 40)),
+    "recent longer than the text": ChunkCase(length=20, recent=200, starts=(0, 30)),
+    "sinks longer than the text": ChunkCase(length=20, sink=120, starts=(0, 7, 90)),
+    "head_dim 80": ChunkCase(length=33, head_dim=80, starts=(0, 50)),
+    "paper sizes": ChunkCase(
+        length=100, sink=128, recent=256, head_dim=128, kv_heads=1, starts=(0, 60, 383, 500)
+    ),
+}
+every_chunk_case = pytest.mark.parametrize("case", CHUNK_CASES.values(), ids=CHUNK_CASES.keys())
+
+
+def draw_chunk(case: ChunkCase, dtype=jnp.float32, *, stale=1e4):
+    """Return (q, k, v) of every row's whole text, those of its chunk, and the chunk's past."""
+    whole = dataclasses.replace(case, length=case.total, batch=len(case.starts), starts=(0,))
+    whole = [np.asarray(x.astype(dtype)) for x in draw(whole)]
+    rows = np.arange(len(case.starts))[:, None]
+    starts = np.array(case.starts)[:, None]
+
+    def held(x, positions, known):
+        kept = np.where(known[:, :, None, None], x[rows, positions * known], x.dtype.type(stale))
+        return jnp.asarray(np.moveaxis(kept, 1, 2))
+
+    sinks = np.broadcast_to(np.arange(case.sink), (len(rows), case.sink))
+    recents = starts + np.arange(-case.recent, 0)
+    has_come, is_recent = sinks < starts + case.length, recents >= case.sink
+    past = Past(
+        sink_keys=held(whole[1], sinks, has_come),
+        sink_values=held(whole[2], sinks, has_come),
+        recent_keys=held(whole[1], recents, is_recent),
+        recent_values=held(whole[2], recents, is_recent),
+        lengths=jnp.asarray(starts[:, 0]),
+    )
+    chunk = [jnp.asarray(x[rows, starts + np.arange(case.length)]) for x in whole]
+    return whole, chunk, past
+
+
+def attend_chunk(case: ChunkCase, chunk, past):
+    @jax.jit
+    def attend(chunk, past):
+        sizes = {"sink_size": case.sink, "recent_size": case.recent}
+        return streaming_attention(*chunk, **sizes, softmax_scale=case.scale, past=past)
+
+    return attend(chunk, past)
+
+
+def expected_of_chunk(case: ChunkCase, whole):
+    out = reference(*whole, scale=case.scale, sink=case.sink, recent=case.recent)
+    chunks = [row[start : start + case.length] for row, start in zip(out, case.starts, strict=True)]
+    return np.stack(chunks)
+
+
+@every_chunk_case
+def test_a_chunk_with_its_past_equals_its_part_of_the_whole(case):
+    whole, chunk, past = draw_chunk(case)
+    out = attend_chunk(case, chunk, past)
+    np.testing.assert_allclose(out, expected_of_chunk(case, whole), atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("name", ["three tokens", "odd length, group of 7", "paper sizes"])
+def test_half_precision_chunks_err_at_most_twice_as_much_as_the_dense_form(name, dtype):
+    case = CHUNK_CASES[name]
+    whole, chunk, past = draw_chunk(case, dtype)
+    out = attend_chunk(case, chunk, past)
+    assert out.dtype == dtype
+    expected = expected_of_chunk(case, whole)
+
+    @jax.jit
+    def dense(q, k, v):  # heads first, [batch, kv_heads, length, group, head_dim]
+        positions = jnp.arange(case.total)
+        mask = masks.streaming(positions, positions, sink_size=case.sink, recent_size=case.recent)
+        scores = jnp.einsum("bktgh,bksh->bktgs", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[None, None, :, None], scores * case.scale, -jnp.inf)
+        weights = jax.nn.softmax(scores).astype(v.dtype)
+        out = jnp.einsum("bktgs,bksh->bktgh", weights, v, preferred_element_type=jnp.float32)
+        return out.astype(q.dtype)
+
+    q, k, v = (jnp.asarray(x) for x in whole)
+    q = q.reshape(*q.shape[:2], case.kv_heads, -1, case.head_dim)
+    once = jnp.moveaxis(dense(*(jnp.moveaxis(x, 2, 1) for x in (q, k, v))), 1, 2)
+    once = np.asarray(once.reshape(whole[0].shape), np.float64)
+    once = np.stack([row[s : s + case.length] for row, s in zip(once, case.starts, strict=True)])
+
+    error = np.abs(np.asarray(out, np.float64) - expected).max()
+    assert error <= 2 * np.abs(once - expected).max()
+
+
+@pytest.mark.parametrize("name", ["three tokens", "one past sink + recent", "paper sizes"])
+def test_what_unfilled_slots_of_the_past_hold_changes_no_bit(name):
+    case = CHUNK_CASES[name]
+    _, chunk, past = draw_chunk(case, stale=0.0)
+    _, _, stale_past = draw_chunk(case, stale=-1e9)
+    assert not np.array_equal(past.recent_keys, stale_past.recent_keys)
+    np.testing.assert_array_equal(
+        attend_chunk(case, chunk, past), attend_chunk(case, chunk, stale_past)
+    )
+
+
+def test_rows_of_chunks_do_not_see_each_other():
+    case = CHUNK_CASES["one past sink + recent"]
+    _, chunk, past = draw_chunk(case)
+    out = attend_chunk(case, chunk, past)
+    lengths = past.lengths
+    chunk, past = jax.tree.map(
+        lambda x: x if x.dtype == lengths.dtype else x.at[1].set(jnp.nan), (chunk, past)
+    )
+    spoilt = attend_chunk(case, chunk, past)
+    assert np.isnan(spoilt[1]).all()
+    np.testing.assert_array_equal(spoilt[jnp.array([0, 2])], out[jnp.array([0, 2])])
+
+
+def test_float64_chunks_stay_float64():
+    case = CHUNK_CASES["one past sink + recent"]
+    with jax.enable_x64(True):
+        whole, chunk, past = draw_chunk(case, jnp.float64)
+        out = attend_chunk(case, chunk, past)
+        assert out.dtype == jnp.float64
+    np.testing.assert_allclose(out, expected_of_chunk(case, whole), atol=1e-13)
