@@ -23,6 +23,7 @@ text, streaming heads its first and latest tokens.
 Without flags this asks the demo model that ships with duo_jax for a passkey hidden in a text.
 """
 _DEMO_PROMPT = "prompt.txt"  # a model that brings a prompt answers it when none is given
+_SHOWN = 20  # characters of it that are shown, and the rest of their line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +150,8 @@ def _prompt(config: GenerateConfig) -> str | None:
         if not own.is_file():
             raise InputError("there is no prompt; give --prompt or --prompt-file")
         text = _read_file(own)
-        print(text[:200] + f"\n... ({len(text):,} characters, {own})\n" + text[-200:], flush=True)
+        end = text[text.rfind("\n", 0, -_SHOWN) + 1 :]
+        print(f"[{len(text):,} characters from {own.parent.name}/{own.name}]\n...\n{end}", end="")
         parts.append(text)
     prompt = "".join(parts)
     if parts and not prompt:
@@ -206,7 +208,7 @@ def _turn(config: GenerateConfig, conversation: Conversation, text: str) -> None
     )
     for piece in pieces:
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)
 
 
 def _summary(conversation: Conversation) -> str:
