@@ -133,7 +133,8 @@ class Conversation:
         if not text:
             raise InputError("the message is empty")
         messages = [*self.messages, {"role": role, "content": text}]
-        tokens = self._tokenization.encode_chat(messages, answer=answer)
+        before = self.session.tokens[0]
+        tokens = self._tokenization.encode_chat(messages, answer=answer, before=before)
         self.session.replace([tokens], room=room, progress=progress)
         self.messages = messages
 

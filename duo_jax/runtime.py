@@ -22,7 +22,7 @@ class Runtime:
     config: DuoConfig
     params: dict[str, Any]
     prefill_chunk: int = 8192  # tokens per row and step
-    prefill_mode: PrefillMode = "exact"
+    prefill_mode: str = "exact"  # a PrefillMode
 
     def __post_init__(self) -> None:
         if self.prefill_chunk < 1:

@@ -29,12 +29,16 @@ class Tokenization:
             raise InputError("the prompt is empty")
         return self.tokenizer(text, add_special_tokens=not continues)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[Message], *, answer: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Message], *, answer: bool = True, before: Sequence[int] = ()
+    ) -> list[int]:
         """Tokenise a chat with the model's template.
 
         Args:
           messages: roles and contents.
           answer: end with the opening of the assistant's turn.
+          before: tokens of the chat so far. They are kept if they say what the messages say: a
+            model need not spell an answer with the tokens that its tokenizer would choose.
 
         Raises:
           InputError: the model has no chat template, or it cannot render these messages.
@@ -47,8 +51,12 @@ class Tokenization:
             )
         except Exception as error:  # whatever a template written in Jinja may raise
             raise InputError(f"the model's chat template refuses this: {error}") from None
+        said = self.tokenizer.decode(list(before), clean_up_tokenization_spaces=False)
+        if not text.startswith(said):
+            said, before = "", ()
         # The template writes the special tokens itself.
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        new = self.tokenizer(text[len(said) :], add_special_tokens=False)["input_ids"]
+        return [*before, *new]
 
 
 def load_tokenization(folder: pathlib.Path) -> Tokenization:
