@@ -30,8 +30,10 @@ SOME = MIXED[:1]
 
 # Cached by configuration, so every test with the same shapes shares one compiled program.
 params = functools.cache(random_params)
-prefill = jax.jit(serve.prefill, static_argnums=0, static_argnames="mode", donate_argnums=2)
-decode = jax.jit(serve.decode, static_argnums=0, donate_argnums=2)
+# Compiling is what takes time here: without machine-code optimisation it takes half of it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+prefill = jit(serve.prefill, static_argnums=0, static_argnames="mode", donate_argnums=2)
+decode = jit(serve.decode, static_argnums=0, donate_argnums=2)
 
 
 def split(heads, *, config=CONFIG, weights=None, sink=SINK, recent=RECENT):
@@ -42,7 +44,7 @@ def split(heads, *, config=CONFIG, weights=None, sink=SINK, recent=RECENT):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "mask", "sink", "recent", "total_length"))
+@functools.partial(jit, static_argnames=("config", "mask", "sink", "recent", "total_length"))
 def _masked_logits(weights, heads, tokens, *, config, mask, sink, recent, total_length):
     def attend(q, k, v, is_retrieval):
         positions = jnp.arange(q.shape[1])
