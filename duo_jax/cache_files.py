@@ -2,7 +2,7 @@
 
     cache.json                what it belongs to, and the lengths of its rows
     tokens.safetensors        "0", "1", ...: the tokens of every row
-    logits.safetensors        "logits" [batch, vocab]: what follows the cached tokens (if known)
+    logits.safetensors        "logits" [batch, vocab]: what follows the first logits_at tokens
     layer-00000.safetensors   "full.keys", "full.values", "streaming.keys", "streaming.values"
                               [batch, kv_heads, slots, head_dim]
 
@@ -57,8 +57,7 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
     with files.new_folder(folder) as partial:
         for number, layer in enumerate(snapshot.cache.layers):
             save_file(_to_arrays(layer, longest), partial / _layer_file(number))
-        if snapshot.logits is not None:
-            save_file({"logits": np.asarray(snapshot.logits)}, partial / "logits.safetensors")
+        save_file({"logits": np.asarray(snapshot.logits)}, partial / "logits.safetensors")
         tokens = {str(i): np.array(row, np.int32) for i, row in enumerate(snapshot.tokens)}
         save_file(tokens, partial / "tokens.safetensors")
         (partial / _MARKER).write_text(json.dumps(marker, indent=2))
@@ -80,29 +79,33 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
                 f"{folder} was saved with another {_DESCRIPTIONS[key]}"
                 f"{_difference(marker[key], mine)}; read the text again"
             )
-    lengths = marker["lengths"]
-    if not isinstance(lengths, list) or len(lengths) != session.batch_size:
-        raise InputError(f"{folder} does not hold {session.batch_size} rows but {lengths}")
+    lengths, logits_at = marker["lengths"], marker["logits_at"]
+    if len(lengths) != session.batch_size:
+        raise InputError(f"{folder} holds {len(lengths)} rows, not {session.batch_size}")
     with _damage(folder):
         tokens = load_file(folder / "tokens.safetensors")
         rows = [tokens[str(i)].tolist() for i in range(len(lengths))]
-        if any(not 0 < n <= len(row) for n, row in zip(lengths, rows, strict=True)):
-            raise ValueError(f"{lengths=} do not fit the tokens")
+        for n, at, row in zip(lengths, logits_at, rows, strict=True):
+            if not (0 < n <= len(row) and 0 <= at <= len(row)):
+                raise ValueError(f"{lengths=} and {logits_at=} do not fit the tokens")
     empty = session.prepare(rows)
     layers = []
     with _damage(folder):
         for number, layer in enumerate(empty.layers):
-            layers.append(_from_arrays(layer, load_file(folder / _layer_file(number))))
-        logits_file = folder / "logits.safetensors"
-        logits = load_file(logits_file)["logits"] if logits_file.exists() else None
+            arrays = load_file(folder / _layer_file(number))
+            layers.append(_from_arrays(layer, arrays, longest=max(lengths)))
+        logits = load_file(folder / "logits.safetensors")["logits"]
+        expected = (session.batch_size, runtime.config.model.vocab_size)
+        if logits.shape != expected:
+            raise ValueError(f"logits are {logits.shape}, not {expected}")
     session.restore(
         Snapshot(
             tokens=rows,
             cache=dataclasses.replace(
                 empty, layers=tuple(layers), lengths=jnp.array(lengths, jnp.int32)
             ),
-            logits=None if logits is None else jnp.asarray(logits),
-            logits_at=marker["logits_at"],
+            logits=jnp.asarray(logits),
+            logits_at=logits_at,
         )
     )
     return marker["extra"]
@@ -153,6 +156,11 @@ def _read_marker(folder: pathlib.Path) -> dict[str, Any]:
     missing = {*_DESCRIPTIONS, "lengths", "logits_at", "extra"} - set(marker)
     if missing:
         raise InputError(f"{file} lacks {', '.join(sorted(missing))}")
+    for key in ("lengths", "logits_at"):
+        if not isinstance(marker[key], list) or any(type(n) is not int for n in marker[key]):
+            raise InputError(f"{key} is {marker[key]!r} in {file}, not a list of whole numbers")
+    if not isinstance(marker["extra"], dict):
+        raise InputError(f"extra is no JSON object in {file}")
     return marker
 
 
@@ -180,8 +188,8 @@ def _to_arrays(layer: LayerCache, longest: int) -> dict[str, np.ndarray]:
     }
 
 
-def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray]) -> LayerCache:
-    """Put stored slots into an empty layer's buffers."""
+def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray], *, longest: int) -> LayerCache:
+    """Put stored slots, `longest` of them unless there are fewer, into an empty layer's buffers."""
 
     def fill(part: str, cache: KVCache | None) -> KVCache | None:
         if cache is None:
@@ -189,7 +197,7 @@ def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray]) -> LayerCache
         filled = {}
         for name in ("keys", "values"):
             buffer, stored = getattr(cache, name), arrays[f"{part}.{name}"]
-            expected = (*buffer.shape[:2], stored.shape[2], buffer.shape[3])
+            expected = (*buffer.shape[:2], min(longest, buffer.shape[2]), buffer.shape[3])
             if stored.shape != expected or stored.dtype != buffer.dtype:
                 raise ValueError(f"{part}.{name} is {stored.dtype} {stored.shape}")
             filled[name] = jax.lax.dynamic_update_slice(buffer, stored, (0, 0, 0, 0))
