@@ -1,0 +1,172 @@
+"""Our side of the serving benchmarks: one set of weights, split in several ways."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Int
+
+from benchmarks import shapes
+from duo_jax import llama, pretrained, serve, split
+from duo_jax.cache import Cache, init_cache
+from duo_jax.config import ModelConfig
+from duo_jax.split import DuoConfig
+
+# Of keys and values; this much is drawn and repeated, since drawing all takes longer than timing.
+_RANDOM_TOKENS = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A way to split the model."""
+
+    name: str
+    retrieval: float  # fraction of retrieval heads
+    config: DuoConfig
+
+
+def variants(
+    model: ModelConfig, retrieval: Sequence[float], *, sink_size: int, recent_size: int
+) -> list[Variant]:
+    """Return the model with full caches ("full"), then its splits ("duo 50%", ...)."""
+    return [
+        Variant(
+            name="full" if fraction == 1.0 else f"duo {fraction:.0%}",
+            retrieval=fraction,
+            config=DuoConfig(
+                model=model,
+                retrieval_heads=shapes.retrieval_counts(model, 1.0 - fraction),
+                sink_size=sink_size,
+                recent_size=recent_size,
+            ),
+        )
+        for fraction in (1.0, *retrieval)
+    ]
+
+
+def load_params(folder: pathlib.Path, model: ModelConfig) -> dict[str, Any]:
+    """Load parameters in the serving form that all splits share (see shapes.retrieval_counts)."""
+    return pretrained.load_split_params(
+        folder, np.ones((model.num_layers, model.num_kv_heads), bool)
+    )
+
+
+def attention_params(model: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+    """Draw parameters for shapes.attention_only(model)."""
+    model = shapes.attention_only(model)
+    heads = np.ones((model.num_layers, model.num_kv_heads), bool)
+    params = llama.init_params(model, jax.random.key(0), jnp.dtype(dtype))
+    return split.split_params(model, params, heads)
+
+
+def filled_cache(config: DuoConfig, *, context: int, max_len: int, dtype: DTypeLike) -> Cache:
+    """Return the cache of one row after `context` random keys and values.
+
+    What a step costs does not depend on what the cache holds, and reading a long prompt takes
+    minutes on a CPU. All slots are written, so that all memory is really there.
+    """
+    cache = init_cache(config, batch_size=1, max_len=max_len, dtype=dtype)
+    leaves, treedef = jax.tree.flatten(cache.layers)
+    for i, key in enumerate(jax.random.split(jax.random.key(0), len(leaves))):
+        leaves[i] = _random_like(leaves[i], key)
+    return Cache(
+        layers=jax.tree.unflatten(treedef, leaves), lengths=jnp.array([context], jnp.int32)
+    )
+
+
+def live_bytes(cache: Cache) -> int:
+    """Return the bytes that the buffers of keys and values take on their device."""
+    return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(cache.layers))
+
+
+class Decoder:
+    """A split model that decodes one row, a token per call."""
+
+    def __init__(self, config: DuoConfig, params: dict[str, Any], cache: Cache) -> None:
+        """Compile for caches like `cache`."""
+        self._params, self._tokens = params, jnp.zeros(1, jnp.int32)
+        step = functools.partial(serve.decode, config)
+        self._step = _Program(step, params, cache, self._tokens)
+        self.temp_bytes = self._step.temp_bytes
+
+    def step(self, cache: Cache) -> Cache:
+        """Decode a token; return when it is done. The cache is updated in place."""
+        logits, cache = self._step(self._params, cache, self._tokens)
+        jax.block_until_ready((logits, cache))
+        return cache
+
+
+class Reader:
+    """A split model that reads one row's prompt in chunks, from the beginning each time."""
+
+    def __init__(
+        self,
+        config: DuoConfig,
+        params: dict[str, Any],
+        tokens: Int[np.ndarray, " length"],
+        *,
+        chunk: int,
+        mode: serve.PrefillMode,
+        dtype: DTypeLike,
+    ) -> None:
+        """Compile for this prompt."""
+        self._params = params
+        self.cache = init_cache(config, batch_size=1, max_len=len(tokens), dtype=dtype)
+        parts = [jnp.asarray(tokens[None, i : i + chunk]) for i in range(0, len(tokens), chunk)]
+        self._chunks = [(part, jnp.array([part.shape[1]], jnp.int32)) for part in parts]
+        read = functools.partial(serve.prefill, config, mode=mode)
+        self._read = {
+            part.shape: _Program(read, params, self.cache, part, num_tokens)
+            for part, num_tokens in (self._chunks[0], self._chunks[-1])
+        }
+        self.temp_bytes = max(program.temp_bytes for program in self._read.values())
+
+    def read(self) -> None:
+        """Read the prompt; return when it is done."""
+        self.cache = dataclasses.replace(self.cache, lengths=jnp.zeros(1, jnp.int32))
+        for part, num_tokens in self._chunks:
+            program = self._read[part.shape]
+            logits, self.cache = program(self._params, self.cache, part, num_tokens)
+        jax.block_until_ready((logits, self.cache))
+
+
+class _Program:
+    """A compiled function (params, cache, ...) -> (logits, cache) that donates the cache.
+
+    `temp_bytes` is the memory it needs beside parameters, cache and results. The cache enters as
+    plain buffers: lowering would build its dataclasses around descriptions of arrays, which the
+    type checker of the tests refuses.
+    """
+
+    def __init__(self, function: Callable, params: dict[str, Any], cache: Cache, *rest) -> None:
+        buffers, self._treedef = jax.tree.flatten(cache)
+
+        def on_buffers(params, buffers, *rest):
+            logits, cache = function(params, jax.tree.unflatten(self._treedef, buffers), *rest)
+            return logits, jax.tree.leaves(cache)
+
+        lowered = jax.jit(on_buffers, donate_argnums=1).lower(params, buffers, *rest)
+        self._compiled = lowered.compile()
+        self.temp_bytes: int = self._compiled.memory_analysis().temp_size_in_bytes
+
+    def __call__(self, params: dict[str, Any], cache: Cache, *rest) -> tuple[jax.Array, Cache]:
+        logits, buffers = self._compiled(params, jax.tree.leaves(cache), *rest)
+        return logits, jax.tree.unflatten(self._treedef, buffers)
+
+
+def _random_like(buffer: jax.Array, key: jax.Array) -> jax.Array:
+    batch, heads, slots, head_dim = buffer.shape
+    drawn = min(slots, _RANDOM_TOKENS)
+
+    @jax.jit
+    def repeated(key):
+        block = jax.random.normal(key, (batch, heads, drawn, head_dim), buffer.dtype)
+        return jnp.tile(block, (1, 1, -(-slots // drawn), 1))[:, :, :slots]
+
+    return repeated(key)
