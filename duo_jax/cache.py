@@ -18,10 +18,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from duo_jax.split import DuoConfig
-from kernels import Past
+from kernels import Past, pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
     """Keys (already rotated) and values of some KV heads of one layer."""
@@ -30,7 +30,7 @@ class KVCache:
     values: Float[Array, "batch kv_heads slots head_dim"]
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
     """The caches of one layer; None where it has no such head."""
@@ -39,7 +39,7 @@ class LayerCache:
     streaming: KVCache | None
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
     """Everything a model remembers of the tokens it has read."""

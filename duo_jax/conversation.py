@@ -133,10 +133,15 @@ class Conversation:
         if not text:
             raise InputError("the message is empty")
         messages = [*self.messages, {"role": role, "content": text}]
-        before = self.session.tokens[0]
-        tokens = self._tokenization.encode_chat(messages, answer=answer, before=before)
-        self.session.replace([tokens], room=room, progress=progress)
-        self.messages = messages
+        tokens = self._tokenization.encode_chat(
+            messages, answer=answer, before=self.session.tokens[0]
+        )
+        before, self.messages = self.messages, messages
+        try:
+            self.session.replace([tokens], room=room, progress=progress)
+        except InputError:  # nothing was read; after an interrupt the message is there to stay
+            self.messages = before
+            raise
 
     def cache_bytes(self) -> tuple[int, int]:
         """Return the live cache's bytes, and what it would take with retrieval heads only."""
@@ -157,6 +162,7 @@ class Conversation:
             seed=seed,
             sampling=sampling,
             segment=None,
+            continues=not self.messages,
         )
 
     def save(self, folder: str | pathlib.Path) -> None:

@@ -16,9 +16,10 @@ from duo_jax import sampling, serve
 from duo_jax.cache import Cache
 from duo_jax.llama import Params
 from duo_jax.split import DuoConfig
+from kernels import pytree
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeState:
     """Where every row of a batch is between two tokens."""

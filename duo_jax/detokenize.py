@@ -32,12 +32,19 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Any, *, stop: Sequence[str] = (), skip_special_tokens: bool = True
+        self,
+        tokenizer: Any,
+        *,
+        context: Sequence[int] = (),
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
         """Start with an empty text.
 
         Args:
           tokenizer: a transformers tokenizer.
+          context: tokens in front of the text, which is decoded as their continuation: it keeps
+            the leading space that a tokenizer drops at the beginning of a text.
           stop: the text ends just before the first of these to be complete; of several that
             become complete with the same character, before the longest.
           skip_special_tokens: leave out tokens such as <s>, as in tokenizer.decode.
@@ -51,8 +58,8 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
         self._special = _special_ids(tokenizer) if skip_special_tokens else frozenset()
-        self._window: list[int] = []  # decoded tokens that later ones are decoded with
-        self._decoded = 0  # characters of the window's text that were passed on
+        self._window = list(context[-_CONTEXT:])  # tokens that later ones are decoded with
+        self._decoded = len(self._text_of(self._window))  # characters that were passed on
         self._byte_run: list[int] = []  # byte tokens whose run may go on
         self._held = ""  # certain text that may be the beginning of a stop string
         self._parts: list[str] = []  # what was returned

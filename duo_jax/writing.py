@@ -100,6 +100,7 @@ def write_text(
     seed: int,
     sampling: SamplingConfig,
     segment: int | None,
+    continues: bool = True,
 ) -> Iterator[list[str]]:
     """Continue all rows of a session; yield the new text of every row, some at a time.
 
@@ -112,11 +113,16 @@ def write_text(
       sampling: how tokens are drawn.
       segment: as in `write_tokens`; with stop strings it is one token, so that nothing after one
         gets into the cache.
+      continues: the text goes on where the row ends, with a space between words; otherwise, as in
+        a chat, it is a text of its own.
 
     Raises:
       InputError: as `write_tokens`.
     """
-    rows = [Detokenizer(tokenization.tokenizer, stop=stop) for _ in session.tokens]
+    rows = [
+        Detokenizer(tokenization.tokenizer, context=tokens if continues else (), stop=stop)
+        for tokens in session.tokens
+    ]
     ended: set[int] = set()
     for new in write_tokens(
         session,

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels import masks
+from kernels import masks, pytree
 from kernels.precision import accumulator
 
 # Causal blocks are unrolled, so their number bounds the program's size; 16 blocks already
@@ -68,7 +68,7 @@ def full_attention(
     return _over_kv_heads(one_kv_head, q, k, v, scores_per_query=block)
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Past:
     """What a chunk's streaming heads still hold of the tokens before it, in order of position."""

@@ -370,3 +370,15 @@ def test_an_empty_stop_string_is_refused():
     with pytest.raises(InputError) as caught:
         Detokenizer(tokenizer_named("demo"), stop=["a", ""])
     assert str(caught.value) == "a stop string is empty; nothing could be generated before it"
+
+
+@pytest.mark.parametrize("name", ["llama-2", "metaspace"])
+def test_a_continuation_keeps_its_leading_space(name):
+    tokenizer = tokenizer_named(name)
+    whole = tokenizer("Hello the world", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("Hello", add_special_tokens=False)["input_ids"]
+    assert whole[: len(prompt)] == prompt
+    alone, going_on = Detokenizer(tokenizer), Detokenizer(tokenizer, context=prompt)
+    rest = whole[len(prompt) :]
+    assert alone.push(rest) + alone.finish() == "the world"
+    assert going_on.push(rest) + going_on.finish() == " the world"

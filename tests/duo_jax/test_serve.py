@@ -1,6 +1,9 @@
 """Properties of a split model with two caches, on tiny random models in float32."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -298,3 +301,51 @@ def test_hidden_states_are_those_of_every_token():
 
     logits = every_logit(config, weights, cache, tokens)
     np.testing.assert_allclose(logits, masked_logits(SOME, tokens, config=ONE_LAYER), atol=2e-5)
+
+
+def test_decode_can_be_vmapped():
+    """Two continuations of one text, as a beam search would try them."""
+    config, weights = split(SOME, config=ONE_LAYER)
+    tokens = tokens_of()
+    _, _, cache = read(config, weights, tokens[:, :12], chunk=12)
+    choices = jnp.asarray(tokens[:, 12:14].T)  # [choices, batch]
+    step = functools.partial(serve.decode, config, weights)
+    together, _ = jax.vmap(step, in_axes=(None, 0))(cache, choices)
+    for choice, logits in zip(choices, together, strict=True):
+        alone, _ = step(cache, choice)
+        np.testing.assert_allclose(logits, alone, atol=2e-5)
+
+
+_SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from duo_jax import serve
+from duo_jax.cache import init_cache
+from tests.duo_jax.test_serve import MIXED, LENGTH, split, tokens_of
+
+config, weights = split(MIXED)
+mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+rows, copy = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
+prefill = jax.jit(serve.prefill, static_argnums=0)
+inputs = jnp.asarray(tokens_of()), jnp.array([LENGTH, 20])
+cache = init_cache(config, batch_size=2, max_len=LENGTH)
+expected, _ = prefill(config, weights, cache, *inputs)
+logits, cache = prefill(
+    config,
+    jax.device_put(weights, copy),
+    jax.device_put(cache, rows),
+    *(jax.device_put(x, rows) for x in inputs),
+)
+assert len(cache.layers[0].full.keys.sharding.device_set) == 2
+assert cache.layers[0].full.keys.addressable_shards[0].data.shape[0] == 1
+np.testing.assert_allclose(logits, expected, atol=2e-5)
+print("the same")
+"""
+
+
+def test_rows_can_be_sharded_over_devices():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = subprocess.run(
+        [sys.executable, "-c", _SHARDED], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "the same\n", done.stderr
