@@ -2,10 +2,13 @@
 
 import json
 import pathlib
+import re
+import shlex
 
 import pytest
 
 from benchmarks import identify
+from duo_jax import generate
 from duo_jax.pattern import load_pattern
 from train import report
 
@@ -43,6 +46,27 @@ def test_cost_table_is_that_of_the_committed_benchmark():
     results = json.loads((ROOT / "benchmarks/results/identify.json").read_text())
     assert identify.to_markdown(results) in README
     assert max(results["settings"]["lengths"]) >= 4096
+
+
+def serve_examples() -> list[tuple[str, str]]:
+    """Return the serve section's commands and what the README says they print."""
+    part = README.split("<!-- serve example -->")[1].split("<!-- end -->")[0]
+    blocks = re.findall(r"```\n\$ (.*?)\n(.*?)```", part, re.DOTALL)
+    assert len(blocks) == 2
+    return blocks
+
+
+@pytest.mark.parametrize(("command", "printed"), serve_examples())
+def test_serve_examples_print_what_the_readme_says(command, printed, capsys):
+    python, minus_m, module, *args = shlex.split(command)
+    assert (python, minus_m, module) == ("python", "-m", "duo_jax.generate")
+    generate.main(args)
+    captured = capsys.readouterr()
+
+    def without_times(text: str) -> str:
+        return re.sub(r"[\d.]+ (s|tokens/s)\b", r"_ \1", text)
+
+    assert without_times(captured.out + captured.err) == without_times(printed)
 
 
 @pytest.mark.parametrize("target", [word.split(")")[0] for word in README.split("](")[1:]])
