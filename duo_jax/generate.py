@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import tyro
@@ -92,8 +94,8 @@ def generate(config: GenerateConfig) -> None:
     Raises:
       InputError: anything in the configuration cannot be used.
     """
-    if config.save_cache is not None and config.save_cache.exists():
-        raise InputError(f"{config.save_cache} already exists; remove it or choose another name")
+    if config.save_cache is not None:
+        _check_new(config.save_cache)
     prompt = _prompt(config)
     loaded = model.load(
         config.model,
@@ -116,11 +118,10 @@ def generate(config: GenerateConfig) -> None:
         for text in _turns(prompt):
             _turn(config, conversation, text)
     except KeyboardInterrupt:  # what was read and written so far is worth its summary and its cache
-        print("\ninterrupted", file=sys.stderr)
-    if config.save_cache is not None:
-        conversation.save(config.save_cache)
-        print(f"cache of {conversation.num_tokens:,} tokens saved in {config.save_cache}")
-    print(_summary(conversation), file=sys.stderr)
+        print(flush=True)
+        _finish(config, conversation)
+        raise
+    _finish(config, conversation)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -187,28 +188,79 @@ def _turns(prompt: str | None) -> Iterator[str]:
 def _turn(config: GenerateConfig, conversation: Conversation, text: str) -> None:
     """Read one text and print what the model writes."""
     bar = tqdm(desc="prefill", unit="token", unit_scale=True, leave=False, disable=None)
+    with bar, _interrupt_between_steps() as step_done:
 
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            if done == total:
+                bar.close()
+            step_done()
 
-    if config.max_new_tokens == 0:
-        read = conversation.tell if config.chat else conversation.append
-        read(text, progress=progress)
-        return
-    pieces = (conversation.chat if config.chat else conversation.stream)(
-        text or None,
-        max_new_tokens=config.max_new_tokens,
-        stop=config.stop,
-        seed=config.seed,
-        progress=progress,
-        **dataclasses.asdict(config.sampling),
-    )
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+        if config.max_new_tokens == 0:
+            read = conversation.tell if config.chat else conversation.append
+            read(text, progress=progress)
+            return
+        pieces = (conversation.chat if config.chat else conversation.stream)(
+            text or None,
+            max_new_tokens=config.max_new_tokens,
+            stop=config.stop,
+            seed=config.seed,
+            progress=progress,
+            **dataclasses.asdict(config.sampling),
+        )
+        with contextlib.closing(pieces):  # an answer belongs to the chat, however it ends
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                step_done()
+        print()
+
+
+@contextlib.contextmanager
+def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
+    """Put Ctrl-C off until the function that this yields is called; a second one acts at once.
+
+    In the middle of a step the cache belongs to the device, and an interrupt would lose it.
+    """
+    wanted = False
+
+    def on_signal(*_: object) -> None:
+        nonlocal wanted
+        if wanted:
+            raise KeyboardInterrupt
+        wanted = True
+
+    def step_done() -> None:
+        if wanted:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield step_done
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _check_new(folder: pathlib.Path) -> None:
+    """Refuse, before any work is done, a folder that could not be made afterwards."""
+    if folder.exists():
+        raise InputError(f"{folder} already exists; remove it or choose another name")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir():
+        raise InputError(f"{folder} cannot be written: {parent} is not a folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: nothing may be made in {parent}")
+
+
+def _finish(config: GenerateConfig, conversation: Conversation) -> None:
+    """Save the cache and sum up."""
+    if config.save_cache is not None and conversation.session.cache is None:
+        print("nothing saved: the cache was lost in the middle of a step", file=sys.stderr)
+    elif config.save_cache is not None:
+        conversation.save(config.save_cache)
+        tokens = f"{conversation.num_tokens:,} tokens"
+        print(f"cache of {tokens} saved in {config.save_cache}", file=sys.stderr)
+    print(_summary(conversation), file=sys.stderr)
 
 
 def _summary(conversation: Conversation) -> str:

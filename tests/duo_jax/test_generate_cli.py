@@ -1,0 +1,304 @@
+"""python -m duo_jax.generate: what it prints, where, and how it ends."""
+
+import io
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import duo_jax
+from duo_jax import generate, pretrained
+from duo_jax import session as session_module
+from duo_jax.pattern import Pattern, save_pattern
+from tests import models
+from tests.duo_jax.test_model import GATES, PATTERN, TEMPLATE, TEXT, VOCAB
+
+# A range so long that a decode can be interrupted in the middle.
+RAW = models.llama(vocab_size=VOCAB, num_key_value_heads=4, max_position_embeddings=30_000)
+QUESTION = " What is it?"
+SUMMARY = re.compile(
+    r"\[([\d,]+) tokens read in [\d.]+ s, ([\d,]+) written at [\d.]+ tokens/s, [\d.]+ s compiling; "
+    r"cache ([\d.]+) kB, with full caches only ([\d.]+) kB\]"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    folder = models.write_hf(tmp_path_factory.mktemp("model") / "tiny", RAW)
+    models.write_tokenizer(folder, vocab_size=VOCAB)
+    save_pattern(PATTERN, folder / "pattern")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture
+def run(folder, capsys):
+    """Run the command in this process; return what it printed to stdout and to stderr."""
+
+    def run(*words: object, settings=("--max-new-tokens", 12)) -> tuple[str, str]:
+        flags = ["--model", folder, "--prefill-chunk", 16, *settings, *words]
+        generate.main([str(word) for word in flags])
+        return tuple(capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def error(run, capsys):
+    """Run the command with input that cannot be used; return its one line."""
+
+    def error(*words: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            run(*words)
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return error
+
+
+@pytest.fixture(scope="module")
+def expected(folder) -> str:
+    """What is written after TEXT and QUESTION."""
+    model = duo_jax.load(folder, prefill_chunk=16)
+    return model.generate([TEXT + QUESTION], max_new_tokens=12)[0]
+
+
+def test_text_goes_to_stdout_and_the_summary_to_stderr(run, expected, folder):
+    out, err = run("--prompt", TEXT + QUESTION)
+    assert out == expected + "\n"
+    read, written, used, full = SUMMARY.fullmatch(err.strip()).groups()
+    tokenizer = pretrained.load_tokenizer(folder)
+    assert int(read) == len(tokenizer(TEXT + QUESTION)["input_ids"])
+    assert int(written) == 12
+    # Four of eight heads keep 256 tokens, the others 4 + 8; 8 channels of keys and values.
+    assert float(used) == round(2 * 8 * 4 * (4 * 256 + 4 * 12) / 1e3, 2)
+    assert float(full) == round(2 * 8 * 4 * 8 * 256 / 1e3, 2)
+
+
+def test_a_file_comes_before_the_prompt(run, expected, tmp_path, monkeypatch):
+    (tmp_path / "book.txt").write_text(TEXT)
+    words = ("--prompt", QUESTION)
+    assert run("--prompt-file", tmp_path / "book.txt", *words)[0] == expected + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(TEXT))
+    assert run("--prompt-file", "-", *words)[0] == expected + "\n"
+
+
+def test_a_saved_book_answers_as_if_read_now(run, expected, tmp_path):
+    read_only = ("--max-new-tokens", 0)
+    out, err = run("--prompt", TEXT, "--save-cache", tmp_path / "book", settings=read_only)
+    assert out == ""
+    saved, summary = err.splitlines()
+    tokens = SUMMARY.fullmatch(summary)[1]
+    assert saved == f"cache of {tokens} tokens saved in {tmp_path / 'book'}"
+    assert SUMMARY.fullmatch(summary)[2] == "0"
+    out, err = run("--load-cache", tmp_path / "book", "--prompt", QUESTION)
+    assert out == expected + "\n"
+    assert 0 < int(SUMMARY.fullmatch(err.strip())[1]) < int(tokens)
+    continued = run("--load-cache", tmp_path / "book")[0]
+    assert continued == run("--prompt", TEXT)[0]
+
+
+def test_a_chat_goes_through_the_template_and_the_cache(run, folder, tmp_path, monkeypatch):
+    chat = duo_jax.load(folder, prefill_chunk=16).conversation()
+    chat.tell("Be brief.", role="system")
+    answers = ["".join(chat.chat(text, max_new_tokens=12)) for text in ("Hello", "And then?")]
+    first = ("--chat", "--system", "Be brief.", "--prompt", "Hello")
+    assert run(*first, "--save-cache", tmp_path / "chat")[0] == answers[0] + "\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("And then?"))  # where --prompt is missing
+    assert run("--chat", "--load-cache", tmp_path / "chat")[0] == answers[1] + "\n"
+
+
+def test_a_conversation_in_a_terminal_ends_with_its_input(run, monkeypatch):
+    terminal = io.StringIO("Hello\n\nAnd then?\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    out, err = run("--chat")
+    assert out.count("> ") == 4
+    assert SUMMARY.fullmatch(err.splitlines()[-1])[2] == "24"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--pattern", "none"),
+        ("--sparsity", 0.75),
+        ("--threshold", 0.75),
+        ("--sink", 1),
+        ("--recent", 3),
+        ("--prefill-mode", "chunk"),
+        ("--sampling.temperature", 2.0),
+        ("--sampling.repetition-penalty", 5.0),
+    ],
+    ids=str,
+)
+def test_flags_change_the_text(run, expected, words):
+    words = [str(word).replace("--sampling.", "--") for word in words]
+    assert run("--prompt", TEXT + QUESTION, *words)[0] != expected + "\n"
+
+
+def test_drawing_flags(run, expected):
+    prompt = ("--prompt", TEXT + QUESTION)
+    hot = (*prompt, "--temperature", 2.0)
+    texts = {run(*hot, *words)[0] for words in ((), ("--seed", 1), ("--seed", 2))}
+    assert len(texts) == 3
+    assert run(*hot, "--seed", 1)[0] in texts
+    for words in (("--top-k", 1), ("--top-p", 1e-6), ("--min-p", 1.0)):
+        assert run(*hot, *words)[0] == expected + "\n"
+    assert run(*prompt, "--stop", expected[4:8])[0] == expected[:4] + "\n"
+
+
+def test_sizes_and_dtype_show_in_the_summary(run):
+    def used(*words):
+        return SUMMARY.fullmatch(run("--prompt", TEXT, *words)[1].strip())[3]
+
+    small = used("--max-len", 64)
+    assert float(small) < float(used())
+    assert float(used("--max-len", 64, "--dtype", "bfloat16")) == pytest.approx(
+        float(small) / 2, abs=0.01
+    )
+
+
+def test_the_demo_answers_without_flags(capsys):
+    generate.main(["--max-new-tokens", "16"])
+    out, err = capsys.readouterr()
+    prompt = (pretrained.resolve("demo") / "prompt.txt").read_text()
+    [passkey] = [line for line in prompt.splitlines() if line.startswith("Passkey third ")]
+    assert f"Repeat this.\n{passkey.removesuffix('.')}" in out
+    assert "866 tokens read" in err
+
+
+def test_errors_are_one_line(error, folder, tmp_path):
+    for words, message in [
+        ((), "there is no prompt; give --prompt or --prompt-file"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--prompt", "a", "--prompt-file", tmp_path / "no"), "No such file"),
+        (("--prompt-file", tmp_path), "cannot be read: Is a directory"),
+        (("--prompt", TEXT, "--max-len", 20), "too many: the cache was made for 20"),
+        (("--prompt", "a " * 31_000), "too many: the model's range is 30,000"),
+        (("--prompt", "a", "--max-len", 0), "a cache of 0 tokens cannot hold anything"),
+        (("--prompt", "a", "--sparsity", 2), "sparsity 2.0 is not in [0, 1]"),
+        (("--prompt", "a", "--sparsity", 0.5, "--threshold", 0.5), "not both"),
+        (("--prompt", "a", "--pattern", tmp_path), "does not exist; a pattern folder holds"),
+        (("--prompt", "a", "--system", "b"), "--system belongs to a chat; add --chat"),
+        (("--prompt", "a", "--max-new-tokens", -1), "max_new_tokens -1 is negative"),
+        (("--prompt", "a", "--temperature", -1), "temperature -1.0 must be a number from 0"),
+        (("--prompt", "a", "--top-k", 0), "top_k 0 must be a whole number from 1"),
+        (("--prompt", "a", "--top-p", 0), "top_p 0.0 must be above 0"),
+        (("--prompt", "a", "--min-p", 2), "min_p 2.0 must be in [0, 1]"),
+        (("--prompt", "a", "--repetition-penalty", 0), "repetition_penalty 0.0 must be"),
+        (("--prompt", "a", "--prefill-chunk", 0), "prefill chunk 0 is not at least 1"),
+        (("--prompt", "a", "--prefill-mode", "fast"), "fast"),
+        (("--prompt", "a", "--load-cache", tmp_path), "is no saved cache"),
+        (("--prompt", "a", "--save-cache", tmp_path), "already exists"),
+        (("--prompt", "a", "--model", tmp_path / "no"), "no such model"),
+    ]:
+        assert message in error(*words)
+    save_pattern(Pattern(gates=GATES[:1], sink_size=4, recent_size=8), tmp_path / "pattern")
+    line = error("--prompt", "a", "--pattern", tmp_path / "pattern")
+    assert "pattern has 1 layers x 4 KV heads, the model has 2 x 4" in line
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "chat_template.jinja").unlink()
+    assert "no chat template" in error("--model", other, "--chat", "--prompt", "a")
+    (other / "config.json").write_text(json.dumps(RAW | {"model_type": "mamba"}))
+    assert "mamba" in error("--model", other, "--prompt", "a")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    assert "is not UTF-8 text" in error("--prompt-file", tmp_path / "bytes")
+
+
+def test_an_unwritable_place_is_refused_before_any_work(error, tmp_path, monkeypatch):
+    monkeypatch.setattr(generate.model, "load", None)
+    (tmp_path / "file").touch()
+    assert "is not a folder" in error("--prompt", "a", "--save-cache", tmp_path / "file/cache")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    assert "nothing may be made" in error("--prompt", "a", "--save-cache", tmp_path / "cache")
+
+
+def test_an_interrupt_while_reading_ends_cleanly(run, capsys, tmp_path, monkeypatch):
+    prefill, calls = session_module._prefill, []
+
+    def interrupted(*args, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return prefill(*args, **settings)
+
+    monkeypatch.setattr(session_module, "_prefill", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        run("--prompt", TEXT, "--save-cache", tmp_path / "cache")
+    assert ended.value.code == 130
+    nothing, summary, last = capsys.readouterr().err.splitlines()
+    assert nothing.startswith("nothing saved")
+    assert summary.startswith("[0 tokens read")
+    assert last == "interrupted"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_between_two_chunks_keeps_what_was_read(
+    run, expected, tmp_path, monkeypatch, capsys
+):
+    prefill = session_module._prefill
+
+    def signalled(*args, **settings):
+        signal.raise_signal(signal.SIGINT)
+        return prefill(*args, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module, "_prefill", signalled)
+        with pytest.raises(SystemExit):
+            run("--prompt", TEXT + QUESTION, "--save-cache", tmp_path / "cache")
+    marker = json.loads((tmp_path / "cache/cache.json").read_text())
+    assert marker["lengths"] == [16]
+    capsys.readouterr()
+    assert run("--load-cache", tmp_path / "cache")[0] == expected + "\n"
+
+
+def test_an_interrupted_answer_belongs_to_the_chat(run, tmp_path, monkeypatch):
+    write = generate.Conversation._write
+
+    def signalled(*args):
+        for number, pieces in enumerate(write(*args)):
+            if number == 2:
+                signal.raise_signal(signal.SIGINT)
+            yield pieces
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generate.Conversation, "_write", signalled)
+        with pytest.raises(SystemExit):
+            run("--chat", "--prompt", "Hello", "--save-cache", tmp_path / "cache")
+    messages = json.loads((tmp_path / "cache/cache.json").read_text())["extra"]["messages"]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert run("--chat", "--load-cache", tmp_path / "cache", "--prompt", "And then?")[0]
+
+
+def test_an_interrupt_while_writing_keeps_the_text(folder, run, tmp_path):
+    """A real process and a real signal."""
+    words = ["--model", folder, "--prefill-chunk", 16, "--max-new-tokens", 20_000]
+    words += ["--prompt", TEXT, "--save-cache", tmp_path / "cache"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "duo_jax.generate", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=pathlib.Path(__file__).parents[2],
+    )
+    begun = process.stdout.read(30)
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=60)
+    assert b"Traceback" not in err
+    saved, summary, last = err.decode().splitlines()
+    assert process.returncode == 130
+    assert last == "interrupted"
+    written = int(re.search(r"([\d,]+) written", summary)[1].replace(",", ""))
+    assert 0 < written < 20_000
+    assert len(begun + rest) > 30
+    assert saved.endswith(f"saved in {tmp_path / 'cache'}")
+    assert run("--load-cache", tmp_path / "cache", "--prompt", QUESTION)[0]
