@@ -19,6 +19,7 @@ from duo_jax.split import duo_config, split_params
 from duo_jax.writing import write_tokens
 from tests import models
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 # One layer of retrieval heads only, one of streaming heads only, one mixed.
 RAW = models.llama(num_key_value_heads=4, num_hidden_layers=3)
 CONFIG = parse_config(RAW)

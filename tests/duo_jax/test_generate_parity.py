@@ -22,6 +22,7 @@ from duo_jax.writing import write_tokens
 from tests import models
 from tests.golden import generate
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
 every_case = pytest.mark.parametrize("name", models.CASES.keys())

@@ -19,6 +19,7 @@ from duo_jax.runtime import Runtime
 from duo_jax.split import split_params
 from tests import models
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
 VOCAB = 400
 RAW = models.llama(vocab_size=VOCAB, num_key_value_heads=4, max_position_embeddings=256)
 GATES = np.array([[0.9, 0.2, 0.4, 0.1], [0.3, 0.8, 0.7, 0.6]])
