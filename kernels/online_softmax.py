@@ -18,15 +18,16 @@ from kernels.precision import accumulator
 
 # Below any real score, yet finite: a row that has seen no key yet rescales by exp(0), not exp(nan).
 _LOWEST = -1e30
+_MANY_ROWS = 16
 
 State = tuple[
-    Float[Array, "batch kv_heads rows"],
-    Float[Array, "batch kv_heads rows"],
-    Float[Array, "batch kv_heads rows head_dim"],
+    Float[Array, "*batch rows"],
+    Float[Array, "*batch rows"],
+    Float[Array, "*batch rows head_dim"],
 ]
 
 
-def start(q: Float[Array, "batch kv_heads rows head_dim"]) -> State:
+def start(q: Float[Array, "*batch rows head_dim"]) -> State:
     """Return the state before the first block."""
     wide = accumulator(q.dtype)
     return (
@@ -38,27 +39,25 @@ def start(q: Float[Array, "batch kv_heads rows head_dim"]) -> State:
 
 def add_block(
     state: State,
-    q: Float[Array, "batch kv_heads rows head_dim"],
-    k: Float[Array, "batch kv_heads block head_dim"],
-    v: Float[Array, "batch kv_heads block head_dim"],
-    mask: Bool[Array, "batch #kv_heads rows block"],
+    q: Float[Array, "*batch rows head_dim"],
+    k: Float[Array, "*batch block head_dim"],
+    v: Float[Array, "*batch block head_dim"],
+    mask: Bool[Array, "*#batch rows block"],
     *,
     softmax_scale: float,
 ) -> State:
     """Let every row see the keys of one more block that its mask allows."""
     maximum, total, summed = state
-    # Keys first: a product with many rows and few columns is what XLA's CPU matmul does best.
-    scores = jax.lax.dot_general(
-        k, q, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=maximum.dtype
-    )
-    scores = jnp.where(mask, jnp.swapaxes(scores, 2, 3) * softmax_scale, -jnp.inf)
+    batch = tuple(range(q.ndim - 2))
+    scores = _product(q, k, maximum.dtype)
+    scores = jnp.where(mask, scores * softmax_scale, -jnp.inf)
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - new_maximum[..., None])
     shrink = jnp.exp(maximum - new_maximum)
     seen = jax.lax.dot_general(
         weights.astype(v.dtype),
         v,
-        (((3,), (2,)), ((0, 1), (0, 1))),
+        (((q.ndim - 1,), (q.ndim - 2,)), (batch, batch)),
         preferred_element_type=maximum.dtype,
     )
     return (
@@ -70,9 +69,22 @@ def add_block(
 
 def finish(
     state: State,
-) -> tuple[Float[Array, "batch kv_heads rows head_dim"], Float[Array, "batch kv_heads rows"]]:
+) -> tuple[Float[Array, "*batch rows head_dim"], Float[Array, "*batch rows"]]:
     """Return output and lse; a row that saw no key gets output 0 and lse -inf."""
     maximum, total, summed = state
     empty = total == 0
     out = summed / jnp.where(empty, 1, total)[..., None]
     return out, jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1, total)))
+
+
+def _product(q, k, dtype) -> Float[Array, "*batch rows block"]:
+    """Return q k^T.
+
+    XLA's CPU matmul is at its best with many rows: a few queries (decoding) go second, which is
+    worth a quarter; many queries (prefill) go first, which saves the transposition, half the time.
+    """
+    batch = tuple(range(q.ndim - 2))
+    dimensions = (((q.ndim - 1,), (q.ndim - 1,)), (batch, batch))
+    if q.shape[-2] >= _MANY_ROWS:
+        return jax.lax.dot_general(q, k, dimensions, preferred_element_type=dtype)
+    return jnp.swapaxes(jax.lax.dot_general(k, q, dimensions, preferred_element_type=dtype), -1, -2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Past, attention, full_attention, masks, streaming_attention
+from kernels import Past, full_attention, heads, masks, streaming_attention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ def test_head_groups_share_memory_bound_without_changing_the_result(monkeypatch)
     sizes = {"sink_size": case.sink, "recent_size": case.recent}
     streaming = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
     full = full_attention(*draw(case), softmax_scale=case.scale)
-    monkeypatch.setattr(attention, "_SCORE_BYTES", 1)
+    monkeypatch.setattr(heads, "_SCORE_BYTES", 1)
     one_by_one = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
     np.testing.assert_allclose(streaming, one_by_one, atol=1e-6)
     one_by_one = full_attention(*draw(case), softmax_scale=case.scale)
