@@ -383,6 +383,18 @@ def test_a_second_turn_of_a_chat_costs_only_its_own_tokens(chat_model):
     assert chat.messages[1] == {"role": "assistant", "content": first}
 
 
+def test_a_cut_answer_is_read_again_as_the_messages_say(chat_model):
+    whole = "".join(chat_model.conversation().chat(TEXT, max_new_tokens=20))
+    chat, stop = chat_model.conversation(), whole[5]
+    answer = "".join(chat.chat(TEXT, max_new_tokens=20, stop=[stop]))
+    assert stop not in answer
+    assert stop in chat_model.tokenizer.decode(chat.session.tokens[0]).split("assistant: ")[1]
+    chat.tell("And then?")
+    text = f"<s>user: {TEXT}</s>\n<s>assistant: {answer}</s>\n<s>user: And then?</s>\n"
+    tokens = chat_model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert chat.session.tokens == [tokens]
+
+
 def test_an_answer_nobody_wanted_to_the_end_counts(chat_model):
     chat = chat_model.conversation()
     answer = chat.chat("Hello there", max_new_tokens=50)
