@@ -12,16 +12,18 @@ kvpress follow at every context, on the same saved weights (see benchmarks.rival
 import dataclasses
 import json
 import pathlib
+import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
 from benchmarks import decode_report, floors, machine, random_model, serving, shapes, timing
-from benchmarks.rivals import KVPRESS_PYTHON, Rival, RivalError, running
+from benchmarks.rivals import Rival, RivalError, running
 from benchmarks.serving import Decoder, Variant
+from benchmarks.settings import ServingSettings
 from duo_jax import cli, files
 from duo_jax.cache import Cache
 from duo_jax.config import ModelConfig
@@ -31,56 +33,31 @@ _WARMUP = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeConfig:
+class DecodeConfig(ServingSettings):
     """Flags of the benchmark."""
 
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
     """Tokens in the cache when decoding begins."""
-    geometries: tuple[shapes.Geometry, ...] = ("gqa", "mha")
-    """Attention of Llama-3-8B (gqa: 32 query, 8 KV heads of 128) and Llama-2-7B (mha: 32, 32)."""
-    layers: int = 4
-    """Decoder layers; the published models have 32. The vocabulary shrinks with them."""
-    embed: int = 4096
-    """Model width; the MLP shrinks with it."""
-    q_heads: int = 32
-    """Query heads; fewer take KV heads along."""
-    retrieval: tuple[float, ...] = (0.5, 0.25)
-    """Fractions of retrieval heads."""
-    sink: int = 128
-    """Sinks of the streaming heads."""
-    recent: int = 256
-    """Recent tokens of the streaming heads."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of weights, activations and caches."""
     steps: int = 16
     """Timed steps of every program and context; the median counts."""
-    rivals: tuple[Literal["transformers", "kvpress"], ...] = ("transformers", "kvpress")
-    """Other libraries to measure."""
-    rival_steps: int = 8
-    """Timed steps of theirs."""
-    kvpress_python: pathlib.Path = KVPRESS_PYTHON
-    """Interpreter of kvpress' own environment."""
-    models: pathlib.Path = pathlib.Path("runs/benchmark-models")
-    """Where random models are kept between runs (gigabytes)."""
+    rival_steps: int = 6
+    """Timed steps of other libraries."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/decode")
     """Where to write .json and .png."""
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.rival_steps, *self.contexts) < 1:
+        super().__post_init__()
+        if not self.contexts or min(self.steps, self.rival_steps, *self.contexts) < 1:
             raise InputError("contexts, steps and rival steps must be at least 1")
-        if not all(0 <= fraction < 1 for fraction in self.retrieval):
-            raise InputError("fractions of retrieval heads lie in [0, 1)")
 
 
 def main(config: DecodeConfig) -> None:
     """Measure, print a table, write JSON and a picture."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    environment = machine.environment()
+    began, environment = time.monotonic(), machine.environment()
     rows, skipped, versions = [], [], {}
     for geometry in config.geometries:
-        model = shapes.model_config(
-            geometry, layers=config.layers, embed=config.embed, q_heads=config.q_heads
-        )
+        model = config.model(geometry)
         folder = random_model.ensure_folder(model, config.models, dtype=config.dtype)
         with running(
             config.rivals, folder, dtype=config.dtype, kvpress_python=config.kvpress_python
@@ -98,6 +75,7 @@ def main(config: DecodeConfig) -> None:
         **environment,
         "read_bandwidth": machine.read_bandwidth(),
         "rival_versions": versions,
+        "run_minutes": round((time.monotonic() - began) / 60, 1),
         "skipped": skipped,
         "rows": rows,
     }

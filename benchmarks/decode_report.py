@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from benchmarks import charts
+
 Row = dict[str, Any]
 
 
@@ -41,6 +43,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    settings = result["settings"]
     geometries = list(dict.fromkeys(row["geometry"] for row in result["rows"]))
     figure, axes = plt.subplots(
         2, len(geometries), figsize=(5.6 * len(geometries), 7.6), layout="constrained",
@@ -65,28 +68,21 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
             )  # fmt: skip
             if ours and name != "full":
                 for key, style, what in (
-                    ("attention_speedup", "o-", "measured"),
+                    ("attention_speedup", "o-", "time"),
                     ("floor_attention_speedup", "--", "bytes"),
                 ):
                     values = [row[key] for row in of_name]
                     label = f"{name}, {what}"
                     axes[1, column].plot(contexts, values, style, color=colours[name], label=label)
-        axes[0, column].set_title(f"{geometry}, {result['settings']['layers']} layers", fontsize=10)
-        axes[0, column].set_yscale("log")
-        axes[0, column].set_ylabel("ms per token (median, quartiles)")
-        axes[1, column].set_ylabel("attention part: full / duo")
+        axes[0, column].set_title(
+            f"{geometry} (layers: {settings['layers']}, width: {settings['embed']:,})", fontsize=10
+        )
+        charts.log_axis(axes[0, column], "ms per token (median, quartiles)")
+        axes[1, column].set_ylabel("attention part, full / duo")
         axes[1, column].set_xlabel("tokens in the cache")
         axes[1, column].set_ylim(bottom=0)
-        contexts = sorted({row["context"] for row in rows})
-        for axis in axes[:, column]:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(contexts, [f"{n:,}" for n in contexts])
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-    figure.suptitle(
-        f"Decoding one token\n{result['hardware']}, jax {result['jax']}, "
-        f"{result['settings']['dtype']}",
-        fontsize=10,
-    )
+        for panel in axes[:, column]:
+            charts.token_axis(panel, [row["context"] for row in rows])
+    figure.suptitle(charts.title(result, "Decoding one token"), fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)

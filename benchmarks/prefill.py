@@ -11,15 +11,17 @@ on the same saved weights (see benchmarks.rivals).
 import dataclasses
 import json
 import pathlib
+import time
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import floors, machine, prefill_report, random_model, serving, shapes, timing
-from benchmarks.rivals import KVPRESS_PYTHON, Rival, RivalError, running
+from benchmarks import floors, machine, prefill_report, random_model, serving, timing
+from benchmarks.rivals import Rival, RivalError, running
 from benchmarks.serving import Reader, Variant
+from benchmarks.settings import ServingSettings
 from duo_jax import cli, files
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
@@ -28,61 +30,41 @@ from duo_jax.serve import PrefillMode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillConfig:
+class PrefillConfig(ServingSettings):
     """Flags of the benchmark."""
 
     lengths: tuple[int, ...] = (1024, 4096, 16384)
     """Tokens of the prompt."""
+    layers: int = 1
+    """Decoder layers; the published models have 32. The vocabulary shrinks with them."""
+    embed: int = 1024
+    """Model width; the published models have 4,096. The MLP shrinks with it. At a quarter of the
+    width, attention at 16K tokens has the share of the operations that it has there at 130K (mha)
+    and 160K (gqa)."""
     chunk: int = Runtime.prefill_chunk
     """Tokens read at once."""
     mode: PrefillMode = "exact"
     """What streaming heads see of their chunk."""
-    geometries: tuple[shapes.Geometry, ...] = ("gqa", "mha")
-    """Attention of Llama-3-8B (gqa: 32 query, 8 KV heads of 128) and Llama-2-7B (mha: 32, 32)."""
-    layers: int = 1
-    """Decoder layers; the published models have 32. The vocabulary shrinks with them."""
-    embed: int = 1024
-    """Model width; the MLP shrinks with it. The published models have 4,096; at a quarter of it
-    attention weighs at 16K tokens what it weighs in them beyond 64K."""
-    q_heads: int = 32
-    """Query heads; fewer take KV heads along."""
-    retrieval: tuple[float, ...] = (0.5, 0.25)
-    """Fractions of retrieval heads."""
-    sink: int = 128
-    """Sinks of the streaming heads."""
-    recent: int = 256
-    """Recent tokens of the streaming heads."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Dtype of weights, activations and caches."""
     rounds: int = 2
     """Timed runs of every split and length; the median counts."""
-    rivals: tuple[Literal["transformers", "kvpress"], ...] = ("transformers", "kvpress")
-    """Other libraries to measure."""
     rival_rounds: int = 1
-    """Timed runs of theirs."""
-    kvpress_python: pathlib.Path = KVPRESS_PYTHON
-    """Interpreter of kvpress' own environment."""
-    models: pathlib.Path = pathlib.Path("runs/benchmark-models")
-    """Where random models are kept between runs (gigabytes)."""
+    """Timed runs of other libraries."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/prefill")
     """Where to write .json and .png."""
 
     def __post_init__(self) -> None:
-        if min(self.rounds, self.rival_rounds, self.chunk, *self.lengths) < 1:
+        super().__post_init__()
+        if not self.lengths or min(self.rounds, self.rival_rounds, self.chunk, *self.lengths) < 1:
             raise InputError("lengths, chunk and rounds must be at least 1")
-        if not all(0 <= fraction < 1 for fraction in self.retrieval):
-            raise InputError("fractions of retrieval heads lie in [0, 1)")
 
 
 def main(config: PrefillConfig) -> None:
     """Measure, print a table, write JSON and a picture."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    environment = machine.environment()
+    began, environment = time.monotonic(), machine.environment()
     rows, skipped, versions = [], [], {}
     for geometry in config.geometries:
-        model = shapes.model_config(
-            geometry, layers=config.layers, embed=config.embed, q_heads=config.q_heads
-        )
+        model = config.model(geometry)
         folder = random_model.ensure_folder(model, config.models, dtype=config.dtype)
         with running(
             config.rivals, folder, dtype=config.dtype, kvpress_python=config.kvpress_python
@@ -99,6 +81,7 @@ def main(config: PrefillConfig) -> None:
         "settings": machine.plain(config),
         **environment,
         "rival_versions": versions,
+        "run_minutes": round((time.monotonic() - began) / 60, 1),
         "skipped": skipped,
         "rows": rows,
     }
@@ -177,12 +160,14 @@ def _theirs(
 ) -> Iterator[dict[str, Any]]:
     """Measure a library at one length."""
     requests: dict[str, dict[str, Any]] = {"transformers, DynamicCache": {}}
-    if rival.library == "kvpress":  # reads the prompt alike for every split
-        variant = variants[1]
-        heads = {"retrieval_heads": variant.config.retrieval_heads}
+    if rival.library == "kvpress":
         requests = {
-            f"kvpress {variant.retrieval:.0%}": heads
-            | {"sink": config.sink, "recent": config.recent}
+            f"kvpress {variant.retrieval:.0%}": {
+                "retrieval_heads": variant.config.retrieval_heads,
+                "sink": config.sink,
+                "recent": config.recent,
+            }
+            for variant in variants[1:2]  # it reads a prompt alike for every split
         }
     for name, request in requests.items():
         try:

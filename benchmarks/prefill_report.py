@@ -3,6 +3,8 @@
 import pathlib
 from typing import Any
 
+from benchmarks import charts
+
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Write the rows as a table; floors and temporary memory are known of duo_jax only."""
@@ -35,6 +37,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    settings = result["settings"]
     geometries = list(dict.fromkeys(row["geometry"] for row in result["rows"]))
     figure, axes = plt.subplots(
         2, len(geometries), figsize=(5.6 * len(geometries), 7.6), layout="constrained",
@@ -53,31 +56,21 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
             )
             if ours and name != "full":
                 for key, style, what in (
-                    ("speedup", "o-", "measured"),
+                    ("speedup", "o-", "time"),
                     ("floor_speedup", "--", "FLOPs"),
                 ):
                     values = [row[key] for row in of_name]
                     label = f"{name}, {what}"
                     axes[1, column].plot(lengths, values, style, color=f"C{i}", label=label)
-        settings = result["settings"]
         axes[0, column].set_title(
-            f"{geometry}, {settings['layers']} layers of width {settings['embed']:,}", fontsize=10
+            f"{geometry} (layers: {settings['layers']}, width: {settings['embed']:,})", fontsize=10
         )
-        axes[0, column].set_yscale("log")
-        axes[0, column].set_ylabel("seconds (median)")
+        charts.log_axis(axes[0, column], "seconds (median)")
         axes[1, column].set_ylabel("full / duo")
         axes[1, column].set_xlabel("tokens of the prompt")
         axes[1, column].set_ylim(bottom=0)
-        lengths = sorted({row["length"] for row in rows})
-        for axis in axes[:, column]:
-            axis.set_xscale("log", base=2)
-            axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
-            axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
-    figure.suptitle(
-        f"Reading a prompt\n{result['hardware']}, jax {result['jax']}, "
-        f"{result['settings']['dtype']}",
-        fontsize=10,
-    )
+        for panel in axes[:, column]:
+            charts.token_axis(panel, [row["length"] for row in rows])
+    figure.suptitle(charts.title(result, "Reading a prompt"), fontsize=10)
     figure.savefig(path, dpi=150)
     plt.close(figure)

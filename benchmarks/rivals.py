@@ -4,7 +4,7 @@ transformers runs in the environment of the benchmark (PyTorch is needed: `pip i
 kvpress pins an older transformers, so it has an environment of its own:
 
     python3.11 -m venv .venv-kvpress
-    .venv-kvpress/bin/pip install torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu
+    .venv-kvpress/bin/pip install torch==2.13.0
     .venv-kvpress/bin/pip install kvpress==0.5.5 torch==2.13.0
 
 A library that is not there is skipped, with a line that says so.
@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from benchmarks import machine
+
+Library = Literal["transformers", "kvpress"]
 
 _ROOT = pathlib.Path(__file__).parents[1]
 KVPRESS_PYTHON = pathlib.Path(".venv-kvpress/bin/python")
@@ -63,12 +65,12 @@ class Rival:
 
 @contextlib.contextmanager
 def running(
-    libraries: Sequence[str], folder: pathlib.Path, *, dtype: str, kvpress_python: pathlib.Path
+    libraries: Sequence[Library], folder: pathlib.Path, *, dtype: str, kvpress_python: pathlib.Path
 ) -> Iterator[tuple[list[Rival], list[str]]]:
     """Start a worker per library; yield those that run, and one line for each that does not.
 
     Args:
-      libraries: of "transformers" and "kvpress".
+      libraries: which ones.
       folder: a Hugging Face model.
       dtype: of weights and activations.
       kvpress_python: the interpreter of kvpress' environment.
