@@ -70,7 +70,7 @@ def main(config: DecodeConfig) -> None:
                 else:
                     rows.append(row)
     result = {
-        "command": "python -m benchmarks.decode",
+        "command": machine.command("benchmarks.decode"),
         "settings": machine.plain(config),
         **environment,
         "read_bandwidth": machine.read_bandwidth(),

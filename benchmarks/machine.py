@@ -4,6 +4,8 @@ import dataclasses
 import os
 import pathlib
 import platform
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -21,6 +23,11 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
     }
+
+
+def command(module: str) -> str:
+    """Return how the running command was typed."""
+    return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def main(config: PrefillConfig) -> None:
                 else:
                     rows.append(row)
     result = {
-        "command": "python -m benchmarks.prefill",
+        "command": machine.command("benchmarks.prefill"),
         "settings": machine.plain(config),
         **environment,
         "rival_versions": versions,
