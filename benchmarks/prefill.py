@@ -45,9 +45,9 @@ class PrefillConfig(ServingSettings):
     """Tokens read at once."""
     mode: PrefillMode = "exact"
     """What streaming heads see of their chunk."""
-    rounds: int = 2
+    rounds: int = 3
     """Timed runs of every split and length; the median counts."""
-    rival_rounds: int = 1
+    rival_rounds: int = 2
     """Timed runs of other libraries."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/prefill")
     """Where to write .json and .png."""
@@ -128,7 +128,8 @@ def _ours(
         )
         for variant in variants
     }
-    # Programs are compiled before; a run to warm up would cost as much as a round.
+    # Programs are compiled before; a run to warm up would cost as much as a round. The median of
+    # three does not mind a slow first one.
     calls = {name: reader.read for name, reader in readers.items()}
     seconds = timing.interleaved(calls, rounds=config.rounds)
     rows = [

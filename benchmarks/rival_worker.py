@@ -21,6 +21,7 @@ import transformers
 
 # Of keys and values; this much is drawn and repeated, since drawing all takes longer than timing.
 _RANDOM_TOKENS = 512
+_WARMUP_TOKENS = 64  # read before anything is timed, so that libraries have set themselves up
 
 
 class Transformers:
@@ -147,6 +148,7 @@ def main(library: str, folder: str, dtype: str, threads: str) -> None:
     rival = _LIBRARIES[library](folder, dtype)
     print(json.dumps(rival.versions()), file=answers, flush=True)
     with torch.inference_mode():
+        Transformers.prefill(rival, length=_WARMUP_TOKENS)
         for line in sys.stdin:
             request = json.loads(line)
             method = getattr(rival, request.pop("measure"))
