@@ -43,7 +43,7 @@ class DecodeConfig(ServingSettings):
     rival_steps: int = 6
     """Timed steps of other libraries."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/decode")
-    """Where to write .json and .png."""
+    """Where to write .json, .md and .png."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,7 +52,7 @@ class DecodeConfig(ServingSettings):
 
 
 def main(config: DecodeConfig) -> None:
-    """Measure, print a table, write JSON and a picture."""
+    """Measure, print a table, write it, JSON and a picture."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
     began, environment = time.monotonic(), machine.environment()
     rows, skipped, versions = [], [], {}
@@ -81,7 +81,9 @@ def main(config: DecodeConfig) -> None:
     }
     files.write_text(config.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
     decode_report.plot(result, config.out.with_suffix(".png"))
-    print(decode_report.to_markdown(result))
+    table = decode_report.to_markdown(result)
+    files.write_text(config.out.with_suffix(".md"), table + "\n")
+    print(table)
 
 
 def _sweep(

@@ -50,7 +50,7 @@ class PrefillConfig(ServingSettings):
     rival_rounds: int = 2
     """Timed runs of other libraries."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/prefill")
-    """Where to write .json and .png."""
+    """Where to write .json, .md and .png."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +59,7 @@ class PrefillConfig(ServingSettings):
 
 
 def main(config: PrefillConfig) -> None:
-    """Measure, print a table, write JSON and a picture."""
+    """Measure, print a table, write it, JSON and a picture."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
     began, environment = time.monotonic(), machine.environment()
     rows, skipped, versions = [], [], {}
@@ -87,7 +87,9 @@ def main(config: PrefillConfig) -> None:
     }
     files.write_text(config.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
     prefill_report.plot(result, config.out.with_suffix(".png"))
-    print(prefill_report.to_markdown(result))
+    table = prefill_report.to_markdown(result)
+    files.write_text(config.out.with_suffix(".md"), table + "\n")
+    print(table)
 
 
 def _sweep(

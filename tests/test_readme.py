@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from benchmarks import identify
+from benchmarks import decode_report, identify, prefill_report
 from duo_jax import generate
 from duo_jax.pattern import load_pattern
 from train import report
@@ -46,6 +46,17 @@ def test_cost_table_is_that_of_the_committed_benchmark():
     results = json.loads((ROOT / "benchmarks/results/identify.json").read_text())
     assert identify.to_markdown(results) in README
     assert max(results["settings"]["lengths"]) >= 4096
+
+
+@pytest.mark.parametrize(
+    ("name", "made_by"), [("decode", decode_report), ("prefill", prefill_report)]
+)
+def test_serving_tables_are_those_of_the_committed_benchmarks(name, made_by):
+    results = ROOT / "benchmarks/results"
+    result = json.loads((results / f"{name}.json").read_text())
+    assert made_by.to_markdown(made_by.longest(result)) in README
+    assert made_by.to_markdown(result) + "\n" == (results / f"{name}.md").read_text()
+    assert result["command"].startswith(f"python -m benchmarks.{name}")
 
 
 def serve_examples() -> list[tuple[str, str]]:
