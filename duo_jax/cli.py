@@ -2,11 +2,14 @@
 
 import contextlib
 import io
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
+import jax
 import tyro
 
 from duo_jax.errors import InputError
@@ -52,6 +55,13 @@ def run(
         main(config)
     except InputError as error:
         fail(error)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        fail(InputError(f"not enough memory: {str(error).splitlines()[0]}"))
     except OSError as error:  # a full disk, a name too long, a folder nobody may read
         where = f"{str(error.filename)[:80]}: " if error.filename else ""
         fail(InputError(f"{where}{error.strerror or error}"))

@@ -82,8 +82,12 @@ class GenerateConfig:
     """Of weights, activations and caches. Default: as stored; float32 on a CPU."""
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 0:
-            raise InputError(f"max_new_tokens {self.max_new_tokens} is negative")
+        if not 0 <= self.max_new_tokens < 2**31:
+            raise InputError(f"max_new_tokens {self.max_new_tokens} is not from 0 to 2^31")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed {self.seed} is not from 0 to 2^32")
+        if "" in self.stop:
+            raise InputError("a stop string is empty; nothing could be written before it")
         if self.system is not None and not self.chat:
             raise InputError("--system belongs to a chat; add --chat")
 
@@ -96,7 +100,9 @@ def generate(config: GenerateConfig) -> None:
     """
     if config.save_cache is not None:
         _check_new(config.save_cache)
-    prompt = _prompt(config)
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?"
+        sys.stdout.reconfigure(errors="replace")
+    prompt, shown = _prompt(config)
     loaded = model.load(
         config.model,
         pattern=config.pattern,
@@ -112,13 +118,20 @@ def generate(config: GenerateConfig) -> None:
         conversation = loaded.load_conversation(config.load_cache, max_len=config.max_len)
     else:
         conversation = loaded.conversation(max_len=config.max_len)
+    print(shown, end="", flush=True)
     if config.system is not None:
         conversation.tell(config.system, role="system")
     try:
         for text in _turns(prompt):
-            _turn(config, conversation, text)
-    except KeyboardInterrupt:  # what was read and written so far is worth its summary and its cache
-        print(flush=True)
+            try:
+                _turn(config, conversation, text)
+            except InputError as error:
+                if prompt is not None:
+                    raise
+                print(f"error: {error}", file=sys.stderr)  # the chat is not over
+    except (KeyboardInterrupt, OSError):  # what was read and written is worth saving
+        with contextlib.suppress(OSError):
+            print(flush=True)
         _finish(config, conversation)
         raise
     _finish(config, conversation)
@@ -135,34 +148,38 @@ def main(args: list[str] | None = None) -> None:
     )
 
 
-def _prompt(config: GenerateConfig) -> str | None:
-    """Return the text to continue; None for a conversation in the terminal."""
-    parts = []
+def _prompt(config: GenerateConfig) -> tuple[str | None, str]:
+    """Return the text to continue (None: a chat in the terminal), and what to show of it."""
+    parts, shown = [], ""
     if config.prompt_file is not None:
         parts.append(_read_file(config.prompt_file))
     if config.prompt is not None:
         parts.append(config.prompt)
     if not parts and config.chat:
-        if sys.stdin.isatty():
-            return None
-        parts.append(sys.stdin.read())
+        if sys.stdin is not None and sys.stdin.isatty():
+            return None, shown
+        parts.append(_read_file(pathlib.Path("-")))
     if not parts and config.load_cache is None:
         own = pretrained.resolve(config.model) / _DEMO_PROMPT
         if not own.is_file():
             raise InputError("there is no prompt; give --prompt or --prompt-file")
         text = _read_file(own)
         end = text[text.rfind("\n", 0, -_SHOWN) + 1 :]
-        print(f"[{len(text):,} characters from {own.parent.name}/{own.name}]\n...\n{end}", end="")
+        shown = f"[{len(text):,} characters from {own.parent.name}/{own.name}]\n...\n{end}"
         parts.append(text)
     prompt = "".join(parts)
     if parts and not prompt:
         raise InputError("the prompt is empty")
-    return prompt
+    return prompt, shown
 
 
 def _read_file(file: pathlib.Path) -> str:
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        if str(file) != "-":
+            return file.read_text(encoding="utf-8-sig")
+        if sys.stdin is None:
+            raise InputError("standard input is closed")
+        return sys.stdin.read()
     except UnicodeDecodeError:
         raise InputError(f"{file} is not UTF-8 text") from None
     except OSError as error:

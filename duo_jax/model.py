@@ -202,6 +202,8 @@ def _split(
         learned = pattern if isinstance(pattern, Pattern) else load_pattern(pattern)
         check_fits(learned, num_layers=model.num_layers, num_kv_heads=model.num_kv_heads)
         if threshold is not None:
+            if not 0 <= threshold <= 1:
+                raise InputError(f"threshold {threshold} is not in [0, 1]")
             heads = learned.clipped() > threshold
         else:
             chosen = DEFAULT_SPARSITY if sparsity is None else sparsity

@@ -58,6 +58,7 @@ class Session:
         self._cache: caches.Cache | None = None
         self._logits: jax.Array | None = None  # [batch, vocab], after _logits_at tokens of each row
         self._logits_at = [0] * batch_size
+        self._turn = 0  # counts what was appended and written
 
     @property
     def batch_size(self) -> int:
@@ -101,6 +102,7 @@ class Session:
           InputError: as `append`.
         """
         self._check(rows)
+        self._turn += 1
         held = self._held()
         if any(old[:n] != new[:n] for old, new, n in zip(self.tokens, rows, held, strict=True)):
             self._cache = None  # another text, and a ring cannot go back
@@ -122,6 +124,20 @@ class Session:
                 f"{longest:,} tokens leave no room for new ones: {self._limit_words()}"
             )
         return room
+
+    def begin_turn(self) -> int:
+        """Say that somebody writes on now; return the number to be given to `check_turn`."""
+        self._turn += 1
+        return self._turn
+
+    def check_turn(self, turn: int) -> None:
+        """Refuse to go on for somebody whose turn is over.
+
+        Raises:
+          InputError: the session has been appended to or written on since.
+        """
+        if turn != self._turn:
+            raise InputError("the text went on meanwhile: this stream cannot be continued")
 
     def ready(self, *, room: int) -> jax.Array:
         """Read what is unread, with room for more tokens; return the logits after every row."""
@@ -231,11 +247,12 @@ class Session:
         done, total = 0, sum(map(len, self.tokens)) - sum(self._held())
         while done < total:
             with self.timing.prefill():
-                done += self._read_chunk()
+                read = self._read_chunk()
+            self._logits_at = self._held()
+            self.timing.prefill_tokens += read
+            done += read
             if progress is not None:
-                progress(done, total)
-        self._logits_at = self._held()
-        self.timing.prefill_tokens += done
+                progress(done, total)  # may raise: everything is in order by now
 
     def _read_chunk(self) -> int:
         """Read one chunk of every row that is not at its end; return how many tokens."""

@@ -27,7 +27,12 @@ class Tokenization:
         """
         if not text:
             raise InputError("the prompt is empty")
-        return self.tokenizer(text, add_special_tokens=not continues)["input_ids"]
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError("the prompt holds half characters that no text can hold") from None
+        # verbose: a text too long for the model is refused later, in one line.
+        return self.tokenizer(text, add_special_tokens=not continues, verbose=False)["input_ids"]
 
     def encode_chat(
         self, messages: Sequence[Message], *, answer: bool = True, before: Sequence[int] = ()
@@ -55,7 +60,9 @@ class Tokenization:
         if not text.startswith(said):
             said, before = "", ()
         # The template writes the special tokens itself.
-        new = self.tokenizer(text[len(said) :], add_special_tokens=False)["input_ids"]
+        new = self.tokenizer(text[len(said) :], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
         return [*before, *new]
 
 

@@ -45,8 +45,11 @@ def write_tokens(
     Raises:
       InputError: there is nothing to continue, or no room for a single new token.
     """
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens {max_new_tokens} is not at least 1")
+    if not 1 <= max_new_tokens < 2**31:
+        raise InputError(f"max_new_tokens {max_new_tokens} is not from 1 to 2^31")
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed} is not from 0 to 2^32")
+    turn = session.begin_turn()
     most = np.minimum(max_new_tokens, session.room())
     options = (sampling or SamplingConfig()).options()
     stops = jnp.array(tuple(stop_tokens), jnp.int32)
@@ -66,6 +69,7 @@ def write_tokens(
     while True:
         session.give_back(state.cache, new)
         yield new
+        session.check_turn(turn)
         stopped = np.array(state.stopped)
         stopped[list(ended or ())] = True
         limits = np.where(stopped, 0, np.minimum(most - counts, size))

@@ -191,7 +191,7 @@ def test_errors_are_one_line(error, folder, tmp_path):
         (("--prompt", "a", "--sparsity", 0.5, "--threshold", 0.5), "not both"),
         (("--prompt", "a", "--pattern", tmp_path), "does not exist; a pattern folder holds"),
         (("--prompt", "a", "--system", "b"), "--system belongs to a chat; add --chat"),
-        (("--prompt", "a", "--max-new-tokens", -1), "max_new_tokens -1 is negative"),
+        (("--prompt", "a", "--max-new-tokens", -1), "max_new_tokens -1 is not from 0"),
         (("--prompt", "a", "--temperature", -1), "temperature -1.0 must be a number from 0"),
         (("--prompt", "a", "--top-k", 0), "top_k 0 must be a whole number from 1"),
         (("--prompt", "a", "--top-p", 0), "top_p 0.0 must be above 0"),
@@ -239,7 +239,7 @@ def test_an_interrupt_while_reading_ends_cleanly(run, capsys, tmp_path, monkeypa
     assert ended.value.code == 130
     nothing, summary, last = capsys.readouterr().err.splitlines()
     assert nothing.startswith("nothing saved")
-    assert summary.startswith("[0 tokens read")
+    assert summary.startswith("[16 tokens read")
     assert last == "interrupted"
     assert list(tmp_path.iterdir()) == []
 

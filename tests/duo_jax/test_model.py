@@ -297,7 +297,7 @@ def test_progress_counts_the_tokens_of_the_prompt(model):
         ([], {}, "there is no prompt"),
         (["a", ""], {}, "the prompt is empty"),
         (["a " * 400], {}, "tokens are too many: the model's range is 256"),
-        (["a"], {"max_new_tokens": 0}, "max_new_tokens 0 is not at least 1"),
+        (["a"], {"max_new_tokens": 0}, "max_new_tokens 0 is not from 1"),
         (["a"], {"temperature": -1.0}, "temperature -1.0"),
         (["a"], {"stop": [""]}, "a stop string is empty"),
         (["a"], {"temprature": 1.0}, "temprature"),

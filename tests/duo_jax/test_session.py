@@ -267,3 +267,25 @@ def test_impossible_sessions(runtime):
         Session(runtime).snapshot()
     with pytest.raises(InputError, match="1 rows of tokens for a session of 2"):
         Session(runtime, batch_size=2).append([[1]])
+
+
+def test_a_stream_ends_when_its_session_goes_on_without_it(runtime):
+    session = Session(runtime)
+    session.append([prompt(9)])
+    stream = write_tokens(session, max_new_tokens=10, segment=1)
+    next(stream)
+    session.append([prompt(3, seed=1)])
+    after = [*session.tokens[0]]
+    with pytest.raises(InputError, match="went on meanwhile"):
+        next(stream)
+    assert write(session) == read_and_write(runtime, after)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_new_tokens": 0}, {"max_new_tokens": 2**31}, {"seed": -1}, {"seed": 2**32}]
+)
+def test_numbers_out_of_range(runtime, settings):
+    session = Session(runtime)
+    session.append([prompt(4)])
+    with pytest.raises(InputError, match="is not from"):
+        write(session, **settings)
