@@ -128,6 +128,20 @@ def test_a_conversation_in_a_terminal_ends_with_its_input(run, monkeypatch):
     assert SUMMARY.fullmatch(err.splitlines()[-1])[2] == "24"
 
 
+def test_a_message_too_long_does_not_end_the_chat(run, monkeypatch):
+    terminal = io.StringIO("Hello\n" + "much too long " * 40 + "\nBye\n")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdin", terminal)
+    _, err = run("--chat", "--max-len", 150)
+    assert "tokens are too many: the cache was made for 150" in err
+    assert SUMMARY.fullmatch(err.splitlines()[-1])[2] == "24"
+
+
+def test_a_byte_order_mark_is_no_text(run, expected, tmp_path):
+    (tmp_path / "text").write_text(TEXT + QUESTION, encoding="utf-8-sig")
+    assert run("--prompt-file", tmp_path / "text")[0].rstrip("\n") == expected
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -192,6 +206,11 @@ def test_errors_are_one_line(error, folder, tmp_path):
         (("--prompt", "a", "--pattern", tmp_path), "does not exist; a pattern folder holds"),
         (("--prompt", "a", "--system", "b"), "--system belongs to a chat; add --chat"),
         (("--prompt", "a", "--max-new-tokens", -1), "max_new_tokens -1 is not from 0"),
+        (("--prompt", "a", "--max-new-tokens", 10**20), "is not from 0"),
+        (("--prompt", "a", "--seed", 2**32), "seed 4294967296 is not from 0"),
+        (("--prompt", "a", "--stop", ""), "a stop string is empty"),
+        (("--prompt", "a", "--threshold", "nan"), "threshold nan is not in [0, 1]"),
+        (("--prompt", "caf\udce9"), "half characters"),
         (("--prompt", "a", "--temperature", -1), "temperature -1.0 must be a number from 0"),
         (("--prompt", "a", "--top-k", 0), "top_k 0 must be a whole number from 1"),
         (("--prompt", "a", "--top-p", 0), "top_p 0.0 must be above 0"),
