@@ -10,9 +10,8 @@ kvpress follow at every context, on the same saved weights (see benchmarks.rival
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +19,11 @@ import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks import decode_report, floors, machine, random_model, serving, shapes, timing
-from benchmarks.rivals import Rival, RivalError, running
+from benchmarks import decode_report, floors, machine, serving, shapes, sweep, timing
+from benchmarks.rivals import Rival, RivalError
 from benchmarks.serving import Decoder, Variant
 from benchmarks.settings import ServingSettings
-from duo_jax import cli, files
+from duo_jax import cli
 from duo_jax.cache import Cache
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
@@ -54,36 +53,14 @@ class DecodeConfig(ServingSettings):
 def main(config: DecodeConfig) -> None:
     """Measure, print a table, write it, JSON and a picture."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    began, environment = time.monotonic(), machine.environment()
-    rows, skipped, versions = [], [], {}
-    for geometry in config.geometries:
-        model = config.model(geometry)
-        folder = random_model.ensure_folder(model, config.models, dtype=config.dtype)
-        with running(
-            config.rivals, folder, dtype=config.dtype, kvpress_python=config.kvpress_python
-        ) as (libraries, lines):
-            skipped += [line for line in lines if line not in skipped]
-            versions |= {rival.library: rival.versions for rival in libraries}
-            for row in _sweep(config, geometry, model, folder, libraries):
-                if "skipped" in row:
-                    skipped.append(row["skipped"])
-                else:
-                    rows.append(row)
-    result = {
-        "command": machine.command("benchmarks.decode"),
-        "settings": machine.plain(config),
-        **environment,
-        "read_bandwidth": machine.read_bandwidth(),
-        "rival_versions": versions,
-        "run_minutes": round((time.monotonic() - began) / 60, 1),
-        "skipped": skipped,
-        "rows": rows,
-    }
-    files.write_text(config.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-    decode_report.plot(result, config.out.with_suffix(".png"))
-    table = decode_report.to_markdown(result)
-    files.write_text(config.out.with_suffix(".md"), table + "\n")
-    print(table)
+    rows_of = functools.partial(_sweep, config)
+    result = sweep.measure(
+        config,
+        rows_of,
+        module="benchmarks.decode",
+        extra={"read_bandwidth": machine.read_bandwidth},
+    )
+    sweep.publish(result, config.out, decode_report)
 
 
 def _sweep(

@@ -36,12 +36,6 @@ def _cells(row: Row) -> list[str]:
     ]
 
 
-def longest(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result with the rows of its longest context only."""
-    most = max(row["context"] for row in result["rows"])
-    return result | {"rows": [row for row in result["rows"] if row["context"] == most]}
-
-
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Draw time per token over the context, and below the speed-up of attention and its floor."""
     import matplotlib

@@ -9,20 +9,19 @@ on the same saved weights (see benchmarks.rivals).
 """
 
 import dataclasses
-import json
+import functools
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import floors, machine, prefill_report, random_model, serving, timing
-from benchmarks.rivals import Rival, RivalError, running
+from benchmarks import floors, prefill_report, serving, sweep, timing
+from benchmarks.rivals import Rival, RivalError
 from benchmarks.serving import Reader, Variant
 from benchmarks.settings import ServingSettings
-from duo_jax import cli, files
+from duo_jax import cli
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 from duo_jax.runtime import Runtime
@@ -61,35 +60,9 @@ class PrefillConfig(ServingSettings):
 def main(config: PrefillConfig) -> None:
     """Measure, print a table, write it, JSON and a picture."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    began, environment = time.monotonic(), machine.environment()
-    rows, skipped, versions = [], [], {}
-    for geometry in config.geometries:
-        model = config.model(geometry)
-        folder = random_model.ensure_folder(model, config.models, dtype=config.dtype)
-        with running(
-            config.rivals, folder, dtype=config.dtype, kvpress_python=config.kvpress_python
-        ) as (libraries, lines):
-            skipped += [line for line in lines if line not in skipped]
-            versions |= {rival.library: rival.versions for rival in libraries}
-            for row in _sweep(config, geometry, model, folder, libraries):
-                if "skipped" in row:
-                    skipped.append(row["skipped"])
-                else:
-                    rows.append(row)
-    result = {
-        "command": machine.command("benchmarks.prefill"),
-        "settings": machine.plain(config),
-        **environment,
-        "rival_versions": versions,
-        "run_minutes": round((time.monotonic() - began) / 60, 1),
-        "skipped": skipped,
-        "rows": rows,
-    }
-    files.write_text(config.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-    prefill_report.plot(result, config.out.with_suffix(".png"))
-    table = prefill_report.to_markdown(result)
-    files.write_text(config.out.with_suffix(".md"), table + "\n")
-    print(table)
+    rows_of = functools.partial(_sweep, config)
+    result = sweep.measure(config, rows_of, module="benchmarks.prefill", extra={})
+    sweep.publish(result, config.out, prefill_report)
 
 
 def _sweep(

@@ -30,12 +30,6 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join([*lines, *("\n" + line for line in result["skipped"])])
 
 
-def longest(result: dict[str, Any]) -> dict[str, Any]:
-    """Return a result with the rows of its longest length only."""
-    most = max(row["length"] for row in result["rows"])
-    return result | {"rows": [row for row in result["rows"] if row["length"] == most]}
-
-
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Draw seconds over the length, and below the speed-up and its floor."""
     import matplotlib
