@@ -85,7 +85,7 @@ def init_cache(
 
 def cache_bytes(config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTypeLike) -> int:
     """Return the bytes of the keys and values that `init_cache` allocates."""
-    retrieval = sum(config.retrieval_heads)
+    retrieval = config.num_retrieval_heads
     streaming = config.model.num_layers * config.model.num_kv_heads - retrieval
     slots = retrieval * max_len + streaming * config.ring_slots
     return 2 * batch_size * slots * config.model.head_dim * jnp.dtype(dtype).itemsize

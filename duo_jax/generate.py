@@ -15,7 +15,7 @@ from tqdm import tqdm
 from duo_jax import cli, model, pretrained
 from duo_jax.conversation import Conversation
 from duo_jax.errors import InputError
-from duo_jax.sampling import SamplingConfig
+from duo_jax.sampling import SamplingConfig, check_seed
 from duo_jax.serve import PrefillMode
 
 _DESCRIPTION = """\
@@ -84,8 +84,7 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.max_new_tokens < 2**31:
             raise InputError(f"max_new_tokens {self.max_new_tokens} is not from 0 to 2^31")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed {self.seed} is not from 0 to 2^32")
+        check_seed(self.seed)
         if "" in self.stop:
             raise InputError("a stop string is empty; nothing could be written before it")
         if self.system is not None and not self.chat:

@@ -67,6 +67,16 @@ class SamplingConfig:
         return on
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that jax would cut to 32 bits.
+
+    Raises:
+      InputError: with the seed.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"seed {seed} is not from 0 to 2^32")
+
+
 def sample(
     logits: Float[Array, "batch vocab"],
     options: Mapping[str, Array],

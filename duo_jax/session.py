@@ -181,8 +181,7 @@ class Session:
         self._check(rows)
         self._cache = None
         self._reserve(max(map(len, rows)))
-        cache, self._cache = self._cache, None
-        return cache
+        return self.take()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot whose cache came from `prepare`."""

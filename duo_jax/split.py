@@ -5,7 +5,6 @@ the model runs.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
+from duo_jax.llama import Params
 
-Params = Mapping[str, Any]
 Leaf = Shaped[Array | np.ndarray, "..."]
 
 # Axis of the heads in each parameter of a layer's attention, by (module, leaf).

@@ -9,7 +9,7 @@ import numpy as np
 from duo_jax import decoding
 from duo_jax.detokenize import Detokenizer
 from duo_jax.errors import InputError
-from duo_jax.sampling import SamplingConfig
+from duo_jax.sampling import SamplingConfig, check_seed
 from duo_jax.session import Session
 from duo_jax.tokenization import Tokenization
 
@@ -47,8 +47,7 @@ def write_tokens(
     """
     if not 1 <= max_new_tokens < 2**31:
         raise InputError(f"max_new_tokens {max_new_tokens} is not from 1 to 2^31")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed} is not from 0 to 2^32")
+    check_seed(seed)
     turn = session.begin_turn()
     most = np.minimum(max_new_tokens, session.room())
     options = (sampling or SamplingConfig()).options()
