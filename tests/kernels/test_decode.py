@@ -44,7 +44,11 @@ CASES = {
     "exactly one block": Case(lengths=(511, 512, 7), slots=512),
     "one slot past a block": Case(lengths=(511, 512, 513), slots=513),
     "one slot past two blocks": Case(lengths=(1023, 1024, 1025, 513, 0), slots=1025),
-    "ragged rows in many blocks": Case(lengths=(1, 700, 1600, 512), slots=1700),
+    "ragged rows in a full cache": Case(lengths=(1, 700, 1600, 512), slots=1700),
+    "ragged rows in blocks of an empty cache": Case(lengths=(1, 700, 1600, 512, 0), slots=3300),
+    "half full": Case(lengths=(1000, 3), slots=2000),
+    "one token less than half full": Case(lengths=(999, 3), slots=2000),
+    "one slot more than a block, nearly half full": Case(lengths=(256,), slots=513),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -98,7 +102,7 @@ def test_output_and_lse_match_float64(case):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
     "name",
-    ["odd length, group of 7", "head_dim 80", "head_dim 128", "ragged rows in many blocks"],
+    ["odd length, group of 7", "head_dim 128", "ragged rows in a full cache", "half full", "one token less than half full"],
 )
 def test_half_precision_errs_at_most_twice_as_much_as_the_dense_form(name, dtype):
     case = CASES[name]
