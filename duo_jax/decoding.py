@@ -16,7 +16,7 @@ from duo_jax import sampling, serve
 from duo_jax.cache import Cache
 from duo_jax.llama import Params
 from duo_jax.split import DuoConfig
-from kernels import pytree
+from kernels import Implementation, pytree
 
 
 @pytree.register
@@ -58,7 +58,9 @@ def begin(
     return _next_token(state, logits, options, stop_tokens, active=~state.stopped)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "capacity"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("config", "capacity", "implementation"), donate_argnames="state"
+)
 def decode_segment(
     config: DuoConfig,
     params: Params,
@@ -68,6 +70,7 @@ def decode_segment(
     limits: Int[Array, " batch"],
     *,
     capacity: int,
+    implementation: Implementation = "auto",
 ) -> tuple[DecodeState, Int[Array, "batch capacity"], Int[Array, " batch"]]:
     """Decode until every row has stopped or has `limits[b]` new tokens.
 
@@ -79,6 +82,7 @@ def decode_segment(
       stop_tokens: tokens that end a row; they are part of the output.
       limits: new tokens per row, at most `capacity`; run-time values.
       capacity: size of the output.
+      implementation: of attention, see kernels.dispatch.
 
     Returns:
       The state after the segment, the new tokens of every row (0 beyond their number), and their
@@ -92,7 +96,9 @@ def decode_segment(
     def step(carry):
         state, tokens, counts = carry
         running = active(state, counts)
-        logits, cache = serve.decode(config, params, state.cache, state.last, running)
+        logits, cache = serve.decode(
+            config, params, state.cache, state.last, running, implementation=implementation
+        )
         state = dataclasses.replace(state, cache=cache)
         state = _next_token(state, logits, options, stop_tokens, active=running)
         # A row that does not run writes beyond its tokens, or (dropped) beyond the buffer.

@@ -17,6 +17,7 @@ from duo_jax.conversation import Conversation
 from duo_jax.errors import InputError
 from duo_jax.sampling import SamplingConfig, check_seed
 from duo_jax.serve import PrefillMode
+from kernels import Implementation
 
 _DESCRIPTION = """\
 Write on from a prompt with a model whose attention heads are split: retrieval heads keep the whole
@@ -80,6 +81,9 @@ class GenerateConfig:
     """Tokens that the cache can hold. Default: as many as are needed."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of weights, activations and caches. Default: as stored; float32 on a CPU."""
+    implementation: Implementation = "auto"
+    """Of attention. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the kernels run
+    by Pallas' interpreter, to test them without a GPU; very slow."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_new_tokens < 2**31:
@@ -112,6 +116,7 @@ def generate(config: GenerateConfig) -> None:
         dtype=config.dtype,
         prefill_chunk=config.prefill_chunk,
         prefill_mode=config.prefill_mode,
+        implementation=config.implementation,
     )
     if config.load_cache is not None:
         conversation = loaded.load_conversation(config.load_cache, max_len=config.max_len)

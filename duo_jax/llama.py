@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax import rope
 from duo_jax.config import ModelConfig
-from kernels import full_attention
+from kernels import Implementation, full_attention
 from kernels.precision import accumulator
 
 Params = Mapping[str, Any]
@@ -52,10 +52,11 @@ class Attend(Protocol):
         ...
 
 
-def plain(q, k, v, layer_input):
+def plain(q, k, v, layer_input, *, implementation: Implementation = "auto"):
     """Attend causally with every head: the model as published."""
     del layer_input
-    return full_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5), None
+    out = full_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, implementation=implementation)
+    return out, None
 
 
 def hidden_states(

@@ -48,6 +48,7 @@ def load(
     dtype: DTypeLike | None = None,
     prefill_chunk: int = 8192,
     prefill_mode: str = "exact",
+    implementation: str = "auto",
 ) -> "DuoModel":
     """Load a model and split its heads.
 
@@ -62,6 +63,7 @@ def load(
       dtype: of weights, activations and caches; default: as stored, on CPU float32.
       prefill_chunk: tokens of a prompt that are read at a time.
       prefill_mode: "exact" or "chunk", see `duo_jax.serve`.
+      implementation: of attention: "auto", "xla", "triton" or "interpret", see `kernels.dispatch`.
 
     Raises:
       InputError: something cannot be used; the message is one line.
@@ -76,7 +78,11 @@ def load(
         dtype = np.float32  # CPUs compute in half precision by converting every number
     params = pretrained.load_split_params(folder, heads, dtype=dtype)
     runtime = Runtime(
-        config=config, params=params, prefill_chunk=prefill_chunk, prefill_mode=prefill_mode
+        config=config,
+        params=params,
+        prefill_chunk=prefill_chunk,
+        prefill_mode=prefill_mode,
+        implementation=implementation,
     )
     return DuoModel(runtime=runtime, tokenization=tokenization)
 

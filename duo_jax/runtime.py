@@ -11,6 +11,7 @@ import numpy as np
 from duo_jax.errors import InputError
 from duo_jax.serve import PrefillMode
 from duo_jax.split import DuoConfig
+from kernels import Implementation, compat
 
 _SAMPLES_PER_LEAF = 64
 
@@ -23,6 +24,7 @@ class Runtime:
     params: dict[str, Any]
     prefill_chunk: int = 8192  # tokens per row and step
     prefill_mode: str = "exact"  # a PrefillMode
+    implementation: str = "auto"  # of attention, see kernels.dispatch
 
     def __post_init__(self) -> None:
         if self.prefill_chunk < 1:
@@ -31,6 +33,15 @@ class Runtime:
             raise InputError(
                 f"prefill mode {self.prefill_mode!r} is not one of "
                 f"{', '.join(get_args(PrefillMode))}"
+            )
+        if self.implementation not in get_args(Implementation):
+            raise InputError(
+                f"implementation {self.implementation!r} is not one of "
+                f"{', '.join(get_args(Implementation))}"
+            )
+        if self.implementation == "triton" and compat.target_gpu() is None:
+            raise InputError(
+                f"implementation 'triton' needs an NVIDIA GPU; jax runs on {jax.default_backend()}"
             )
 
     @property

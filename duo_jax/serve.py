@@ -26,9 +26,9 @@ from duo_jax import llama, rope
 from duo_jax.cache import Cache, KVCache, LayerCache
 from duo_jax.llama import Params
 from duo_jax.split import DuoConfig
+from kernels import Implementation, streaming_attention
 from kernels import decode as decode_attention
 from kernels import prefill as prefill_attention
-from kernels import streaming_attention
 
 PrefillMode = Literal["exact", "chunk"]
 
@@ -42,6 +42,7 @@ def prefill(
     *,
     mode: PrefillMode = "exact",
     total_lengths: Int[Array, " batch"] | None = None,
+    implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Append a chunk of tokens to every row.
 
@@ -54,12 +55,20 @@ def prefill(
       mode: what streaming heads see of their chunk.
       total_lengths: tokens per row when the whole prompt is read, of which this chunk may be a
         part; only "dynamic" rope scaling reads it. Default: up to this chunk's end.
+      implementation: of attention, see kernels.dispatch.
 
     Returns:
       Logits after each row's last token (meaningless for a row of 0 tokens), and the cache.
     """
     x, cache = hidden_states(
-        config, params, cache, tokens, num_tokens, mode=mode, total_lengths=total_lengths
+        config,
+        params,
+        cache,
+        tokens,
+        num_tokens,
+        mode=mode,
+        total_lengths=total_lengths,
+        implementation=implementation,
     )
     last = jnp.clip(num_tokens - 1, 0, tokens.shape[1] - 1)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)
@@ -72,6 +81,8 @@ def decode(
     cache: Cache,
     tokens: Int[Array, " batch"],
     active: Bool[Array, " batch"] | None = None,
+    *,
+    implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Append one token to every row, and return the logits after it.
 
@@ -82,10 +93,18 @@ def decode(
       tokens: one per row.
       active: rows that take part; the cache of the others stays as it is, and their logits mean
         nothing. Default: all.
+      implementation: of attention, see kernels.dispatch.
     """
     if active is None:
         active = jnp.ones(tokens.shape, bool)
-    return prefill(config, params, cache, tokens[:, None], active.astype(jnp.int32))
+    return prefill(
+        config,
+        params,
+        cache,
+        tokens[:, None],
+        active.astype(jnp.int32),
+        implementation=implementation,
+    )
 
 
 def hidden_states(
@@ -97,6 +116,7 @@ def hidden_states(
     *,
     mode: PrefillMode = "exact",
     total_lengths: Int[Array, " batch"] | None = None,
+    implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "batch length embed"], Cache]:
     """Append a chunk as `prefill` does; return the residual stream at all its tokens instead."""
     if mode not in get_args(PrefillMode):
@@ -111,7 +131,13 @@ def hidden_states(
     for heads, layer_params, layer_cache in zip(
         config.retrieval_heads, params["layers"], cache.layers, strict=True
     ):
-        attend = functools.partial(_attend, config=config, retrieval_heads=heads, mode=mode)
+        attend = functools.partial(
+            _attend,
+            config=config,
+            retrieval_heads=heads,
+            mode=mode,
+            implementation=implementation,
+        )
         layer = llama.DecoderLayer(config.model, attend=attend)
         layer_input = (layer_cache, lengths, num_tokens)
         x, layer_cache = layer.apply({"params": layer_params}, x, cos_sin, layer_input)
@@ -127,62 +153,84 @@ def logits(
     return llama.logits(config.model, ends, x)
 
 
-def _attend(q, k, v, layer_input, *, config: DuoConfig, retrieval_heads: int, mode: PrefillMode):
+def _attend(
+    q,
+    k,
+    v,
+    layer_input,
+    *,
+    config: DuoConfig,
+    retrieval_heads: int,
+    mode: PrefillMode,
+    implementation: Implementation,
+):
     """Attend with the first KV heads to the full cache, with the others to sinks and recents."""
     cache, lengths, num_tokens = layer_input
     num_q_heads = retrieval_heads * config.model.q_per_kv
     outputs, full, streaming = [], None, None
     if cache.full is not None:
         mine = q[:, :, :num_q_heads], k[:, :, :retrieval_heads], v[:, :, :retrieval_heads]
-        out, full = _attend_full(*mine, cache.full, lengths, num_tokens)
+        out, full = _attend_full(
+            *mine, cache.full, lengths, num_tokens, implementation=implementation
+        )
         outputs.append(out)
     if cache.streaming is not None:
         mine = q[:, :, num_q_heads:], k[:, :, retrieval_heads:], v[:, :, retrieval_heads:]
         out, streaming = _attend_streaming(
-            *mine, cache.streaming, lengths, num_tokens, config=config, mode=mode
+            *mine,
+            cache.streaming,
+            lengths,
+            num_tokens,
+            config=config,
+            mode=mode,
+            implementation=implementation,
         )
         outputs.append(out)
     return jnp.concatenate(outputs, axis=2), LayerCache(full=full, streaming=streaming)
 
 
-def _attend_full(q, k, v, cache: KVCache, lengths, num_tokens):
-    scale = q.shape[-1] ** -0.5
+def _attend_full(q, k, v, cache: KVCache, lengths, num_tokens, *, implementation: Implementation):
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
     cache = caches.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
     if q.shape[1] == 1:
         filled = lengths + num_tokens
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, softmax_scale=scale)
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
         return out[:, None], cache
-    out = prefill_attention(q, cache.keys, cache.values, lengths, softmax_scale=scale)
+    out, _ = prefill_attention(q, cache.keys, cache.values, lengths, **options)
     return out, cache
 
 
 def _attend_streaming(
-    q, k, v, cache: KVCache, lengths, num_tokens, *, config: DuoConfig, mode: PrefillMode
+    q,
+    k,
+    v,
+    cache: KVCache,
+    lengths,
+    num_tokens,
+    *,
+    config: DuoConfig,
+    mode: PrefillMode,
+    implementation: Implementation,
 ):
-    scale, sink_size = q.shape[-1] ** -0.5, config.sink_size
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
+    sink_size = config.sink_size
     update = functools.partial(
         caches.append_to_ring, lengths=lengths, num_tokens=num_tokens, sink_size=sink_size
     )
     if q.shape[1] == 1:
         cache = update(cache, k, v)
         filled = jnp.minimum(lengths + num_tokens, config.ring_slots)
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, softmax_scale=scale)
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
         return out[:, None], cache
     if mode == "exact":
         past = caches.past(cache, k, v, lengths=lengths, num_tokens=num_tokens, sink_size=sink_size)
-        out = streaming_attention(
-            q,
-            k,
-            v,
-            sink_size=sink_size,
-            recent_size=config.recent_size,
-            softmax_scale=scale,
-            past=past,
+        out, _ = streaming_attention(
+            q, k, v, sink_size=sink_size, recent_size=config.recent_size, past=past, **options
         )
         return out, update(cache, k, v)
     # To a causal chunk all cached tokens are past, in whatever order: lay it behind them.
     filled = jnp.minimum(lengths, config.ring_slots)
     room = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))), cache)
     laid_out = caches.append(room, k, v, starts=filled, num_tokens=num_tokens)
-    out = prefill_attention(q, laid_out.keys, laid_out.values, filled, softmax_scale=scale)
+    out, _ = prefill_attention(q, laid_out.keys, laid_out.values, filled, **options)
     return out, update(cache, k, v)

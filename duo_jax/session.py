@@ -23,7 +23,9 @@ Progress = Callable[[int, int], None]  # tokens read, tokens to read
 _SMALLEST_CHUNK = 16
 _SMALLEST_CACHE = 256
 
-_prefill = jax.jit(serve.prefill, static_argnames=("config", "mode"), donate_argnames="cache")
+_prefill = jax.jit(
+    serve.prefill, static_argnames=("config", "mode", "implementation"), donate_argnames="cache"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -270,6 +272,7 @@ class Session:
             jnp.asarray(padded),
             jnp.asarray(num_tokens),
             mode=self.runtime.prefill_mode,
+            implementation=self.runtime.implementation,
             total_lengths=jnp.array([len(row) for row in self.tokens], jnp.int32),
         )
         if self._logits is not None:

@@ -85,6 +85,7 @@ def write_tokens(
                 stops,
                 jnp.asarray(limits, jnp.int32),
                 capacity=SEGMENT,
+                implementation=session.runtime.implementation,
             )
             num = np.asarray(num)
             new = [row[:n].tolist() for row, n in zip(np.asarray(tokens), num, strict=True)]

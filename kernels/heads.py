@@ -11,7 +11,8 @@ def over_kv_heads(one_kv_head, q, k, v, *, head_major=(), scores_per_query: int)
     """Apply a function of one KV head and its query group to all of them, some at a time.
 
     `one_kv_head` takes q [batch, length, group, head_dim], k and v [batch, length, head_dim], then
-    the slice of every tree in `head_major` (leading axis: KV heads).
+    the slice of every tree in `head_major` (leading axis: KV heads). It returns arrays
+    [batch, length, group, ...]; they come back as [batch, length, q_heads, ...].
     """
     batch, length, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
@@ -22,4 +23,6 @@ def over_kv_heads(one_kv_head, q, k, v, *, head_major=(), scores_per_query: int)
         (*(jnp.moveaxis(x, 2, 0) for x in (grouped, k, v)), *head_major),
         batch_size=max(1, min(num_kv_heads, _SCORE_BYTES // bytes_per_head)),
     )
-    return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, length, num_q_heads, *x.shape[4:]), out
+    )

@@ -42,15 +42,16 @@ def add_block(
     q: Float[Array, "*batch rows head_dim"],
     k: Float[Array, "*batch block head_dim"],
     v: Float[Array, "*batch block head_dim"],
-    mask: Bool[Array, "*#batch rows block"],
+    mask: Bool[Array, "*#batch rows block"] | None,
     *,
     softmax_scale: float,
 ) -> State:
-    """Let every row see the keys of one more block that its mask allows."""
+    """Let every row see the keys of one more block that its mask allows; None allows all."""
     maximum, total, summed = state
     batch = tuple(range(q.ndim - 2))
-    scores = _product(q, k, maximum.dtype)
-    scores = jnp.where(mask, scores * softmax_scale, -jnp.inf)
+    scores = _product(q, k, maximum.dtype) * softmax_scale
+    if mask is not None:
+        scores = jnp.where(mask, scores, -jnp.inf)
     new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
     weights = jnp.exp(scores - new_maximum[..., None])
     shrink = jnp.exp(maximum - new_maximum)

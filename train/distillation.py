@@ -14,6 +14,7 @@ mixing="self" (the paper's formula): both terms come from the student's own quer
 """
 
 import dataclasses
+import functools
 from typing import Literal
 
 import jax
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from duo_jax import llama
 from duo_jax.config import ModelConfig
+from kernels import Implementation
 from kernels.precision import accumulator
 from train import gates as gated
 
@@ -48,6 +50,7 @@ def distillation_loss(
     recent_size: int,
     mixing: Mixing,
     tail_size: int,
+    implementation: Implementation = "auto",
 ) -> Float[Array, ""]:
     """Return the mean squared difference between the student's and the teacher's final states.
 
@@ -63,8 +66,10 @@ def distillation_loss(
       recent_size: recent tokens of the streaming term.
       mixing: where the full term comes from.
       tail_size: positions to compare; at least the longest supervised part.
+      implementation: of attention, see kernels.dispatch.
     """
-    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    options = {"implementation": implementation}
+    sizes = {"sink_size": sink_size, "recent_size": recent_size} | options
     total_length = jnp.max(batch.total_length)
 
     def run(attend, layer_inputs, *, remat):
@@ -85,9 +90,13 @@ def distillation_loss(
 
     with jax.named_scope("teacher"):
         if mixing == "teacher":
-            x, full = jax.lax.stop_gradient(run(gated.teacher, None, remat=False))
+            x, full = jax.lax.stop_gradient(
+                run(functools.partial(gated.teacher, **options), None, remat=False)
+            )
         else:
-            x, _ = jax.lax.stop_gradient(run(llama.plain, None, remat=False))
+            x, _ = jax.lax.stop_gradient(
+                run(functools.partial(llama.plain, **options), None, remat=False)
+            )
         target = final(x)
     with jax.named_scope("student"):
         if mixing == "teacher":

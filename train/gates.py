@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from duo_jax import llama
-from kernels import full_attention, streaming_attention
+from kernels import Implementation, full_attention, streaming_attention
 from kernels.precision import accumulator
 
 
@@ -27,7 +27,9 @@ def mix(
     return mixed.astype(full.dtype)
 
 
-def self_mixed(*, sink_size: int, recent_size: int) -> llama.Attend:
+def self_mixed(
+    *, sink_size: int, recent_size: int, implementation: Implementation = "auto"
+) -> llama.Attend:
     """Return an attention that mixes both terms from the layer's own queries, keys and values.
 
     The layer input is the layer's gates, [kv_heads]. With gates 0 and 1 this is exactly the
@@ -35,23 +37,25 @@ def self_mixed(*, sink_size: int, recent_size: int) -> llama.Attend:
     """
 
     def attend(q, k, v, gates):
-        scale = q.shape[-1] ** -0.5
-        full = full_attention(q, k, v, softmax_scale=scale)
-        streaming = streaming_attention(
-            q, k, v, sink_size=sink_size, recent_size=recent_size, softmax_scale=scale
+        options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
+        full = full_attention(q, k, v, **options)
+        streaming, _ = streaming_attention(
+            q, k, v, sink_size=sink_size, recent_size=recent_size, **options
         )
         return mix(gates, full, streaming), None
 
     return attend
 
 
-def teacher(q, k, v, layer_input):
+def teacher(q, k, v, layer_input, *, implementation: Implementation = "auto"):
     """Attend causally and report the output, for `teacher_mixed` to use."""
-    out, _ = llama.plain(q, k, v, layer_input)
+    out, _ = llama.plain(q, k, v, layer_input, implementation=implementation)
     return out, out
 
 
-def teacher_mixed(*, sink_size: int, recent_size: int) -> llama.Attend:
+def teacher_mixed(
+    *, sink_size: int, recent_size: int, implementation: Implementation = "auto"
+) -> llama.Attend:
     """Return an attention whose full term is the teacher's output of the same layer.
 
     The layer input is (gates [kv_heads], teacher's output [batch, length, q_heads, head_dim]).
@@ -60,13 +64,14 @@ def teacher_mixed(*, sink_size: int, recent_size: int) -> llama.Attend:
 
     def attend(q, k, v, layer_input):
         gates, full = layer_input
-        streaming = streaming_attention(
+        streaming, _ = streaming_attention(
             q,
             k,
             v,
             sink_size=sink_size,
             recent_size=recent_size,
             softmax_scale=q.shape[-1] ** -0.5,
+            implementation=implementation,
         )
         return mix(gates, full, streaming), None
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax import llama
 from duo_jax.config import ModelConfig
+from kernels import Implementation
 from train.distillation import Batch, Mixing, distillation_loss
 
 _STIFFNESS = 10.0  # of the quadratic term: 5 = 10 / 2 above
@@ -40,6 +41,7 @@ class StepConfig:
     recent_size: int
     mixing: Mixing
     tail_size: int
+    implementation: Implementation = "auto"
 
 
 @jax.tree_util.register_dataclass
@@ -92,6 +94,7 @@ def train_step(
             recent_size=config.recent_size,
             mixing=config.mixing,
             tail_size=config.tail_size,
+            implementation=config.implementation,
         )
         penalty = _penalty(gates, state, config)
         return distillation + penalty, (distillation, penalty)

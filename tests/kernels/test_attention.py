@@ -68,7 +68,7 @@ def reference(q, k, v, *, scale, sink=None, recent=None):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_streaming_matches_float64(case):
     q, k, v = draw(case)
-    out = streaming_attention(
+    out, _ = streaming_attention(
         q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.scale
     )
     expected = reference(q, k, v, scale=case.scale, sink=case.sink, recent=case.recent)
@@ -85,10 +85,10 @@ def test_full_matches_float64(case):
 def test_head_groups_share_memory_bound_without_changing_the_result(monkeypatch):
     case = Case(length=97, q_heads=8, kv_heads=4)
     sizes = {"sink_size": case.sink, "recent_size": case.recent}
-    streaming = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
+    streaming, _ = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
     full = full_attention(*draw(case), softmax_scale=case.scale)
     monkeypatch.setattr(heads, "_SCORE_BYTES", 1)
-    one_by_one = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
+    one_by_one, _ = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
     np.testing.assert_allclose(streaming, one_by_one, atol=1e-6)
     one_by_one = full_attention(*draw(case), softmax_scale=case.scale)
     np.testing.assert_allclose(full, one_by_one, atol=1e-6)
@@ -97,7 +97,7 @@ def test_head_groups_share_memory_bound_without_changing_the_result(monkeypatch)
 def test_bfloat16_keeps_its_dtype_and_its_accuracy():
     case = CASES["several blocks, group of 1"]
     q, k, v = (x.astype(jnp.bfloat16) for x in draw(case))
-    out = streaming_attention(
+    out, _ = streaming_attention(
         q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.scale
     )
     assert out.dtype == jnp.bfloat16
@@ -124,7 +124,7 @@ def test_gradients_equal_those_of_the_dense_form(name):
         (
             lambda q, k, v: streaming_attention(
                 q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.scale
-            ),
+            )[0],
             lambda q, k, v: dense(q, k, v, streaming_mask),
         ),
         (
@@ -208,7 +208,7 @@ def attend_chunk(case: ChunkCase, chunk, past):
     @jax.jit
     def attend(chunk, past):
         sizes = {"sink_size": case.sink, "recent_size": case.recent}
-        return streaming_attention(*chunk, **sizes, softmax_scale=case.scale, past=past)
+        return streaming_attention(*chunk, **sizes, softmax_scale=case.scale, past=past)[0]
 
     return attend(chunk, past)
 

@@ -101,7 +101,7 @@ def small_blocks(monkeypatch):
     """Cut queries into the smallest blocks, so that there are many of them."""
     jax.clear_caches()
     # The module, which the package hides behind its function.
-    monkeypatch.setattr(sys.modules["kernels.prefill"], "_SCORE_BYTES", 1)
+    monkeypatch.setattr(sys.modules["kernels.prefill.xla"], "_SCORE_BYTES", 1)
     yield
     jax.clear_caches()
 
@@ -109,7 +109,7 @@ def small_blocks(monkeypatch):
 @every_case
 def test_matches_float64(case):
     inputs = draw(case)
-    out = prefill(*inputs, softmax_scale=case.scale)
+    out, _ = prefill(*inputs, softmax_scale=case.scale)
     assert out.dtype == jnp.float32
     expected = reference(*inputs, scale=case.scale)
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)
@@ -120,7 +120,7 @@ def test_matches_float64(case):
 def test_blocks_of_queries_do_not_change_the_result(name):
     case = CASES[name]
     inputs = draw(case)
-    out = prefill(*inputs, softmax_scale=case.scale)
+    out, _ = prefill(*inputs, softmax_scale=case.scale)
     np.testing.assert_allclose(out, reference(*inputs, scale=case.scale), atol=2e-6, rtol=2e-5)
 
 
@@ -128,7 +128,7 @@ def test_blocks_of_queries_do_not_change_the_result(name):
 def test_a_block_of_queries_reads_no_keys_beyond_its_diagonal():
     # A value that is read counts at least 0 * nan = nan.
     q, k, v, offsets = draw(Case(length=600, slots=1025))
-    out = prefill(q, k, v.at[:, :, 512:].set(jnp.nan), offsets, softmax_scale=0.25)
+    out, _ = prefill(q, k, v.at[:, :, 512:].set(jnp.nan), offsets, softmax_scale=0.25)
     expected = reference(q[:, :512], k, v, offsets, scale=0.25)
     np.testing.assert_allclose(out[:, :512], expected, atol=2e-6, rtol=2e-5)
     assert np.isnan(out[:, 512:]).all()
@@ -140,7 +140,7 @@ def test_a_block_of_queries_reads_no_keys_beyond_its_diagonal():
 def test_half_precision_errs_at_most_twice_as_much_as_the_dense_form(name, dtype):
     case = CASES[name]
     inputs = draw(case, dtype)
-    out = prefill(*inputs, softmax_scale=case.scale)
+    out, _ = prefill(*inputs, softmax_scale=case.scale)
     assert out.dtype == dtype
     expected = reference(*inputs, scale=case.scale)
 
@@ -154,14 +154,14 @@ def test_float64_stays_float64():
     case = CASES["one slot past two blocks"]
     with jax.enable_x64(True):
         inputs = draw(case, np.float64)
-        out = prefill(*inputs, softmax_scale=case.scale)
+        out, _ = prefill(*inputs, softmax_scale=case.scale)
         assert out.dtype == jnp.float64
     np.testing.assert_allclose(out, reference(*inputs, scale=case.scale), atol=1e-13)
 
 
 def test_each_query_gets_what_decode_gives_it():
     q, k, v, offsets = draw(CASES["one past sink + recent"])
-    out = prefill(q, k, v, offsets, softmax_scale=0.25)
+    out, _ = prefill(q, k, v, offsets, softmax_scale=0.25)
     for t in (0, 1, 28):
         alone, _ = decode(q[:, t], k, v, offsets + t + 1, softmax_scale=0.25)
         np.testing.assert_allclose(out[:, t], alone, atol=2e-6)
@@ -169,9 +169,9 @@ def test_each_query_gets_what_decode_gives_it():
 
 def test_rows_do_not_see_each_other():
     q, k, v, offsets = draw(CASES["one slot past two blocks"])
-    out = prefill(q, k, v, offsets, softmax_scale=0.25)
+    out, _ = prefill(q, k, v, offsets, softmax_scale=0.25)
     q, k, v = (x.at[1].set(jnp.nan) for x in (q, k, v))
-    spoilt = prefill(q, k, v, offsets, softmax_scale=0.25)
+    spoilt, _ = prefill(q, k, v, offsets, softmax_scale=0.25)
     assert np.isnan(spoilt[1]).all()
     for row in (0, 2):
         np.testing.assert_array_equal(spoilt[row], out[row])
@@ -180,10 +180,10 @@ def test_rows_do_not_see_each_other():
 def test_what_unfilled_slots_hold_changes_no_bit():
     case = Case(length=40, slots=1025, offsets=(700, 100, 0))
     q, k, v, offsets = draw(case)
-    out = prefill(q, k, v, offsets, softmax_scale=case.scale)
+    out, _ = prefill(q, k, v, offsets, softmax_scale=case.scale)
     ends = np.array(case.offsets)[:, None] + case.length
     unfilled = (np.arange(case.slots) >= ends)[:, None, :, None]
     for k_stale, v_stale in [(0.0, 0.0), (1e9, -1e30), (jnp.nan, 0.0), (jnp.inf, 0.0)]:
         stale = jnp.where(unfilled, k_stale, k), jnp.where(unfilled, v_stale, v)
-        other = prefill(q, *stale, offsets, softmax_scale=case.scale)
+        other, _ = prefill(q, *stale, offsets, softmax_scale=case.scale)
         np.testing.assert_array_equal(other, out)

@@ -60,7 +60,8 @@ def test_all_gates_zero_is_pure_streaming(mixing):
     data = batch()
 
     def streaming(q, k, v, _):
-        return streaming_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **SIZES), None
+        out, _ = streaming_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **SIZES)
+        return out, None
 
     def final(attend):
         x, _ = llama.hidden_states(config, params, data.tokens, attend=attend)
@@ -78,7 +79,7 @@ def test_self_mixing_with_binary_gates_masks_head_by_head():
     v = jax.random.normal(jax.random.key(3), k.shape)
     out, _ = gated.self_mixed(**SIZES)(q, k, v, jnp.array([0.0, 1.0]))
     scale = config.head_dim**-0.5
-    streaming = streaming_attention(q, k, v, softmax_scale=scale, **SIZES)
+    streaming, _ = streaming_attention(q, k, v, softmax_scale=scale, **SIZES)
     np.testing.assert_array_equal(out[:, :, :2], streaming[:, :, :2])
     full = full_attention(q, k, v, softmax_scale=scale)
     np.testing.assert_array_equal(out[:, :, 2:], full[:, :, 2:])
@@ -109,7 +110,7 @@ def test_teacher_mixing_is_the_formula_with_a_constant_full_term():
 
     def student(q, k, v, layer_input):
         gate, full = layer_input
-        streaming = streaming_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **SIZES)
+        streaming, _ = streaming_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **SIZES)
         weight = jnp.repeat(gate, 2)[None, None, :, None]
         return weight * full + (1 - weight) * streaming, None
 

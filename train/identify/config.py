@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from duo_jax.errors import InputError
+from kernels import Implementation
 from train.distillation import Mixing
 from train.passkeys import PasskeyConfig
 
@@ -47,6 +48,9 @@ class IdentifyConfig:
     """Latest tokens a streaming head keeps."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of weights and activations; gates and loss are float32 always."""
+    implementation: Implementation = "auto"
+    """Of attention. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the kernels run
+    by Pallas' interpreter, to test them without a GPU; very slow."""
     seed: int = 0
     """Decides every sample; same seed, same gates."""
     length_buckets: int = 8

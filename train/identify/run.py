@@ -117,6 +117,7 @@ def _train(
         recent_size=config.recent,
         mixing=config.mixing,
         tail_size=min(sampler.longest_tail(), config.data.max_length),
+        implementation=config.implementation,
     )
     step = jax.jit(functools.partial(train_step, model=model, config=step_config))
     state = workdir.restore(init_state(model, step_config))

@@ -1,4 +1,4 @@
-"""Causal attention of a chunk of new tokens over cached keys and values, their own included."""
+"""Prefill attention through XLA: the oracle, and what runs where there is no kernel."""
 
 import math
 
@@ -21,23 +21,8 @@ def prefill(
     offsets: Int[Array, " batch"],
     *,
     softmax_scale: float,
-) -> Float[Array, "batch length q_heads head_dim"]:
-    """Attend with query t of row b to slots 0 .. offsets[b] + t.
-
-    The chunk's own keys and values must be in the cache already. Queries go in blocks, and each
-    block walks the key blocks up to its last query, so that memory does not grow with the cache and
-    keys beyond the diagonal are not multiplied.
-
-    Args:
-      q: rotated queries of the chunk.
-      k: cached keys, slot = position.
-      v: cached values; finite in slots nobody sees too, which count 0 times.
-      offsets: position of each row's first query.
-      softmax_scale: factor on the scores.
-
-    Returns:
-      The output in the dtype of `q`.
-    """
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
+    """See kernels.prefill."""
     batch, length, num_q_heads, head_dim = q.shape
     num_kv_heads, slots = k.shape[1], k.shape[2]
     group = num_q_heads // num_kv_heads
@@ -75,9 +60,13 @@ def prefill(
         end = jnp.minimum(jnp.max(q_positions) + 1, slots)
         num_kv_blocks = (end + block_kv - 1) // block_kv
         state = jax.lax.fori_loop(0, num_kv_blocks, add_block, online_softmax.start(q))
-        return online_softmax.finish(state)[0].astype(q.dtype)
+        out, lse = online_softmax.finish(state)
+        return out.astype(q.dtype), lse
 
-    out = jax.lax.map(one_block, (jnp.arange(num_q_blocks), blocks))
-    out = out.reshape(num_q_blocks, batch, num_kv_heads, block_q, group, head_dim)
-    out = out.transpose(1, 0, 3, 2, 4, 5).reshape(batch, -1, num_q_heads, head_dim)
-    return out[:, :length]
+    def put_together(x):  # x: [q_blocks, batch, kv_heads, block_q * group, ...]
+        x = x.reshape(num_q_blocks, batch, num_kv_heads, block_q, group, *x.shape[4:])
+        x = jnp.moveaxis(x, (1, 0, 3), (0, 1, 2))
+        return x.reshape(batch, num_q_blocks * block_q, num_q_heads, *x.shape[5:])[:, :length]
+
+    out, lse = jax.lax.map(one_block, (jnp.arange(num_q_blocks), blocks))
+    return put_together(out), put_together(lse)

@@ -1,32 +1,21 @@
-"""Attention of streaming heads over whole sequences or chunks, through XLA.
+"""Streaming attention through XLA: the oracle, and what runs where there is no kernel.
 
-Each token sees the sinks and a window of recent tokens, so only a band along the diagonal is ever
-computed. Scores and softmax are float32 (float64 for float64 inputs). Query head i reads KV head
-i // group.
+Queries are cut into blocks; all of them meet the sinks and, shift by shift, the few key blocks that
+their windows can reach, so only a band along the diagonal is ever computed. Scores and softmax are
+float32 (float64 for float64 inputs). As many KV heads at a time as fit into a fixed score buffer.
 """
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from kernels import masks, online_softmax, pytree
+from kernels import masks, online_softmax
 from kernels.heads import over_kv_heads
-
-
-@pytree.register
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Past:
-    """What a chunk's streaming heads still hold of the tokens before it, in order of position."""
-
-    sink_keys: Float[Array, "batch kv_heads sink head_dim"]  # position = index; may be unfilled
-    sink_values: Float[Array, "batch kv_heads sink head_dim"]
-    recent_keys: Float[Array, "batch kv_heads recent head_dim"]  # the last is just before the chunk
-    recent_values: Float[Array, "batch kv_heads recent head_dim"]  # finite where unfilled too
-    lengths: Int[Array, " batch"]  # tokens before the chunk
+from kernels.streaming.past import Past, nothing
+from kernels.tiles import power_of_two
 
 
 def streaming_attention(
@@ -38,37 +27,17 @@ def streaming_attention(
     recent_size: int,
     softmax_scale: float,
     past: Past | None = None,
-) -> Float[Array, "batch length q_heads head_dim"]:
-    """Attend with the streaming mask: token i sees the sinks and its `recent_size` latest tokens.
-
-    Queries are cut into blocks; all of them meet the sinks and, shift by shift, the few key blocks
-    that their windows can reach. Differentiable, with O(length * (sink + recent)) work and memory
-    in both directions; as many KV heads at a time as fit into a fixed score buffer.
-
-    Args:
-      q: queries, already rotated.
-      k: keys, already rotated.
-      v: values.
-      sink_size: first tokens of the sequence every query sees; 0 or more.
-      recent_size: latest tokens a query sees, its own included; at least 1.
-      softmax_scale: factor on the scores.
-      past: what came before the chunk; its sinks must hold those of the chunk's own tokens that
-        are sinks. Default: the chunk begins the sequence.
-
-    Returns:
-      The output in the dtype of `q`.
-    """
-    if sink_size < 0 or recent_size < 1:
-        raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
+    """See kernels.streaming_attention."""
     batch, length, num_q_heads, head_dim = q.shape
     group = num_q_heads // k.shape[2]
-    block = min(128, max(16, _power_of_two(recent_size)), max(16, _power_of_two(length)))
+    block = min(128, max(16, power_of_two(recent_size)), max(16, power_of_two(length)))
     num_blocks = math.ceil(length / block)
     lookback = math.ceil((recent_size - 1) / block)
     if past is None:
         lookback = min(lookback, num_blocks - 1)
         sink_size = min(sink_size, length)
-        past = _nothing_past(k, v, sink_size=sink_size)
+        past = nothing(k, v, sink_size=sink_size)
     starts = past.lengths.astype(int)[:, None] + jnp.arange(num_blocks)[None, :] * block
     mask_of = functools.partial(masks.streaming, sink_size=sink_size, recent_size=recent_size)
 
@@ -118,9 +87,10 @@ def streaming_attention(
                 mask.reshape(mask.shape[0], -1, sink_size),
                 softmax_scale=softmax_scale,
             )
-        out, _ = online_softmax.finish(state)
-        out = out.reshape(batch, num_blocks * block, group, head_dim)
-        return out[:, :length].astype(q.dtype)
+        out, lse = online_softmax.finish(state)
+        out = out.astype(q.dtype).reshape(batch, num_blocks * block, group, head_dim)
+        lse = jax.lax.stop_gradient(lse).reshape(batch, num_blocks * block, group)
+        return out[:, :length], lse[:, :length]
 
     cached = (past.sink_keys, past.sink_values, past.recent_keys, past.recent_values)
     return over_kv_heads(
@@ -131,24 +101,6 @@ def streaming_attention(
         head_major=[jnp.moveaxis(x, 1, 0) for x in cached],
         scores_per_query=sink_size + (lookback + 1) * block,
     )
-
-
-def _nothing_past(k, v, *, sink_size: int) -> Past:
-    """Return the past of a chunk that begins its sequence: only its own sinks."""
-    sink_keys, sink_values = (jnp.moveaxis(x[:, :sink_size], 2, 1) for x in (k, v))
-    nothing = jnp.zeros((*sink_keys.shape[:2], 0, k.shape[3]), k.dtype)
-    return Past(
-        sink_keys=sink_keys,
-        sink_values=sink_values,
-        recent_keys=nothing,
-        recent_values=nothing,
-        lengths=jnp.zeros(k.shape[0], jnp.int32),
-    )
-
-
-def _power_of_two(size: int) -> int:
-    """Return the smallest power of two that is at least `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def _fit_length(x, *, before: int | None = None, after: int | None = None):

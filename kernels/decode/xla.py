@@ -1,4 +1,4 @@
-"""Attention of one new token per row over cached keys and values."""
+"""Decode attention through XLA: the oracle, and what runs where there is no kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,10 @@ def decode(
     *,
     softmax_scale: float,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """Attend with one query per row to the first `lengths[b]` slots of row b.
+    """See kernels.decode.
 
-        out[b] = softmax(softmax_scale * q[b] K[b, :lengths[b]]^T) V[b, :lengths[b]]
-
-    The order of slots does not matter, so this serves full caches and rings alike. A cache that is
-    at least half full is read whole; of an emptier one, only blocks up to the longest row.
-
-    Args:
-      q: the rotated query of every row.
-      k: cached keys, already rotated.
-      v: cached values; finite in slots beyond `lengths` too, which count 0 times.
-      lengths: filled slots per row, the new token's own included; a row of 0 gets output 0.
-      softmax_scale: factor on the scores.
-
-    Returns:
-      The output in the dtype of `q`, and its lse (natural logarithm, float32), with which parts of
-      a cache can be merged.
+    A cache that is at least half full is read whole; of an emptier one, only blocks up to the
+    longest row.
     """
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads, slots = k.shape[1], k.shape[2]
@@ -50,22 +37,22 @@ def decode(
         mask = jnp.broadcast_to(mask, (batch, 1, grouped.shape[2], k.shape[2]))
         return online_softmax.add_block(state, grouped, k, v, mask, softmax_scale=softmax_scale)
 
-    def whole(state):
-        return add(state, k, v, 0)
+    def whole():
+        return add(online_softmax.start(grouped), k, v, 0)
 
-    def in_blocks(state):
+    def in_blocks():
+        block = min(_BLOCK_KV, slots)
+
         def add_block(index, state):
-            first = index * _BLOCK_KV
-            block = [jax.lax.dynamic_slice_in_dim(x, first, _BLOCK_KV, axis=2) for x in (k, v)]
-            return add(state, *block, first)
+            first = index * block
+            parts = [jax.lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (k, v)]
+            return add(state, *parts, first)
 
         # The last block ends within the slots, since less than half of them are filled.
-        return jax.lax.fori_loop(0, (longest + _BLOCK_KV - 1) // _BLOCK_KV, add_block, state)
+        start = online_softmax.start(grouped)
+        return jax.lax.fori_loop(0, (longest + block - 1) // block, add_block, start)
 
-    state = online_softmax.start(grouped)
-    if slots <= _BLOCK_KV:
-        state = whole(state)
-    else:
-        state = jax.lax.cond(2 * longest >= slots, whole, in_blocks, state)
-    out, lse = online_softmax.finish(state)
+    # Also where it hardly matters, for short rings: a product that XLA sees next to the cache's
+    # update wants the cache in another layout, and copies it.
+    out, lse = online_softmax.finish(jax.lax.cond(2 * longest >= slots, whole, in_blocks))
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])

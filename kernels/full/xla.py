@@ -1,10 +1,7 @@
-"""Causal softmax attention of whole sequences, through XLA: what training and plain models use.
+"""Full attention through XLA: the oracle, and what runs where there is no kernel.
 
-    out[t] = sum_s softmax_s(softmax_scale * q[t] . k[s] + mask[t, s]) v[s]
-
-for every token of a sequence at once. Queries go in blocks, so the half above the diagonal is never
-multiplied. Scores and softmax are float32 (float64 for float64 inputs). Query head i reads KV head
-i // group.
+Queries go in blocks, so the half above the diagonal is never multiplied. Scores and softmax are
+float32 (float64 for float64 inputs). The backward pass recomputes one block's scores at a time.
 """
 
 import functools
@@ -31,19 +28,7 @@ def full_attention(
     *,
     softmax_scale: float,
 ) -> Float[Array, "batch length q_heads head_dim"]:
-    """Attend causally: token i sees tokens 0..i.
-
-    Differentiable; the backward pass recomputes one block's scores at a time.
-
-    Args:
-      q: queries, already rotated.
-      k: keys, already rotated.
-      v: values.
-      softmax_scale: factor on the scores, usually head_dim ** -0.5.
-
-    Returns:
-      The output in the dtype of `q`.
-    """
+    """See kernels.full_attention."""
     length = q.shape[1]
     block = max(_MIN_CAUSAL_BLOCK, math.ceil(length / _MAX_CAUSAL_BLOCKS))
 

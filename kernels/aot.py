@@ -1,0 +1,72 @@
+"""Compile for a GPU that is not there: what fits, and how a kernel comes out, known on a laptop.
+
+Needs jax's CUDA plugin of the same version as jax, without the CUDA libraries (the extra "aot"),
+and ptxas and nvlink on PATH. Nothing is executed, and there is no autotuning. The GPUs are
+described by the files in kernels/gpu_targets, as XLA's own tools write them for a device.
+"""
+
+import functools
+import importlib.resources
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+Target = Literal["a100", "h200"]
+
+# Where arguments fill most of the memory, this pass runs with an impossible limit and multiplies
+# the same matrices again and again.
+_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+
+
+def unavailable() -> str | None:
+    """Return why nothing can be compiled for a GPU here, in one line; None if it can."""
+    for tool in ("ptxas", "nvlink"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not on PATH (it comes with CUDA, or with nvidia-cuda-nvcc-cu12)"
+    try:
+        _mesh("a100", 1)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"jax has no CUDA plugin: {str(error).splitlines()[0]}"
+    return None
+
+
+def compile_for(
+    target: Target,
+    function: Callable[..., Any],
+    *args: Any,
+    donate_argnums: tuple[int, ...] = (),
+    options: Mapping[str, Any] | None = None,
+) -> jax.stages.Compiled:
+    """Compile a function of arrays for one GPU.
+
+    Args:
+      target: the GPU.
+      function: what to compile.
+      *args: trees of jax.ShapeDtypeStruct or arrays.
+      donate_argnums: arguments that are updated in place.
+      options: of XLA's compiler.
+
+    Returns:
+      The program; its memory_analysis().peak_memory_in_bytes is the peak on that GPU.
+    """
+    mesh = _mesh(target, 1)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*args)
+        return lowered.compile(compiler_options={**_OPTIONS, **(options or {})})
+
+
+@functools.cache
+def _mesh(target: Target, num_devices: int) -> jax.sharding.Mesh:
+    text = importlib.resources.files("kernels").joinpath("gpu_targets", f"{target}.txtpb")
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        target_config=text.read_text(encoding="utf-8"),
+        topology=f"1x{num_devices}x1",
+    )
+    return topologies.make_mesh(topology, (num_devices,), ("x",))

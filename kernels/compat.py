@@ -1,0 +1,78 @@
+"""Everything that depends on the jax version or on the GPU at hand: the only file that asks.
+
+Pallas has two lowerings for GPUs. Only the Triton one has matrix instructions on A100 (sm_80); it
+is chosen by its compiler parameters, since a bare pallas_call means Mosaic on jax 0.10 and Triton
+from 0.11 on. Works with jax 0.10.2, 0.11.2 and 0.12.0.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+load, store = triton.load, triton.store
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """The GPU that programs are compiled for."""
+
+    kind: str  # as the driver calls it, "NVIDIA A100-SXM4-80GB"
+    num_cores: int  # streaming multiprocessors
+
+
+_A100 = Gpu(kind="NVIDIA A100-SXM4-80GB", num_cores=108)
+
+
+def target_gpu() -> Gpu | None:
+    """Return the NVIDIA GPU that tracing now is for, or None if it is for something else.
+
+    That is the device of the abstract mesh, where programs are compiled for a GPU that is not
+    there (jax.experimental.topologies), else the default backend's first device.
+    """
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    if described is not None:
+        if described.platform not in ("gpu", "cuda"):
+            return None
+        return Gpu(kind=described.device_kind, num_cores=described.num_cores or _A100.num_cores)
+    return _present_gpu()
+
+
+@functools.cache
+def _present_gpu() -> Gpu | None:
+    if jax.default_backend() != "gpu":
+        return None
+    device = jax.devices()[0]
+    if "NVIDIA" not in device.device_kind:
+        return None
+    cores = getattr(device, "core_count", None)
+    return Gpu(kind=device.device_kind, num_cores=cores or _A100.num_cores)
+
+
+def pallas_call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    grid: Sequence[int],
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Any,
+    out_shape: Any,
+    num_warps: int,
+    num_stages: int,
+    interpret: bool,
+) -> Callable[..., Any]:
+    """Return a Pallas kernel for the Triton lowering, or for the interpreter."""
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=tuple(grid),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        out_shape=out_shape,
+        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+    )

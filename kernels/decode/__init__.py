@@ -1,0 +1,5 @@
+"""Attention of one new token per row over cached keys and values."""
+
+from kernels.decode.api import decode
+
+__all__ = ["decode"]

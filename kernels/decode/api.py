@@ -1,0 +1,71 @@
+"""Attention of one new token per row over cached keys and values."""
+
+from jaxtyping import Array, Float, Int
+
+from kernels import compat, limits
+from kernels.decode import triton, xla
+from kernels.decode.config import BlockSizes, heuristic
+from kernels.dispatch import Implementation, dispatch
+
+
+def decode(
+    q: Float[Array, "batch q_heads head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"],
+    v: Float[Array, "batch kv_heads slots head_dim"],
+    lengths: Int[Array, " batch"],
+    *,
+    softmax_scale: float,
+    implementation: Implementation = "auto",
+    block_sizes: BlockSizes | None = None,
+) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
+    """Attend with one query per row to the first `lengths[b]` slots of row b.
+
+        out[b] = softmax(softmax_scale * q[b] K[b, :lengths[b]]^T) V[b, :lengths[b]]
+
+    The order of slots does not matter, so this serves full caches and rings alike. Query head i
+    reads KV head i // group.
+
+    Args:
+      q: the rotated query of every row.
+      k: cached keys, already rotated.
+      v: cached values; finite in slots beyond `lengths` too, which count 0 times.
+      lengths: filled slots per row, the new token's own included; a row of 0 gets output 0.
+      softmax_scale: factor on the scores.
+      implementation: see kernels.dispatch.
+      block_sizes: tile sizes of the kernel; the XLA version has its own. Default: chosen from the
+        shapes and the GPU.
+
+    Returns:
+      The output in the dtype of `q`, and its lse (natural logarithm, float32), with which parts of
+      a cache can be merged.
+
+    Raises:
+      NotImplementedError: the named implementation cannot run this case; the message says why.
+    """
+
+    def run_triton(interpret: bool):
+        gpu = compat.target_gpu()
+        sizes = block_sizes or heuristic(
+            batch=q.shape[0],
+            kv_heads=k.shape[1],
+            slots=k.shape[2],
+            head_dim=q.shape[2],
+            dtype=k.dtype,
+            num_cores=gpu.num_cores if gpu else 1,
+        )
+        return triton.decode(
+            q,
+            k,
+            v,
+            lengths,
+            softmax_scale=softmax_scale,
+            block_sizes=sizes,
+            interpret=interpret,
+        )
+
+    return dispatch(
+        implementation,
+        xla=lambda: xla.decode(q, k, v, lengths, softmax_scale=softmax_scale),
+        triton=run_triton,
+        refusal=limits.refusal(q, k, v),
+    )

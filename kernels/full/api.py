@@ -1,0 +1,43 @@
+"""Causal attention of whole sequences: what training and plain models use."""
+
+from jaxtyping import Array, Float
+
+from kernels import limits
+from kernels.dispatch import Implementation, dispatch
+from kernels.full import triton, xla
+
+
+def full_attention(
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    softmax_scale: float,
+    implementation: Implementation = "auto",
+) -> Float[Array, "batch length q_heads head_dim"]:
+    """Attend causally: token i sees tokens 0..i.
+
+        out[t] = sum_s softmax_s(softmax_scale * q[t] . k[s] + mask[t, s]) v[s]
+
+    Differentiable. Query head i reads KV head i // group.
+
+    Args:
+      q: queries, already rotated.
+      k: keys, already rotated.
+      v: values.
+      softmax_scale: factor on the scores, usually head_dim ** -0.5.
+      implementation: see kernels.dispatch. The kernel is that of prefill; its gradient is computed
+        by the XLA version.
+
+    Returns:
+      The output in the dtype of `q`.
+
+    Raises:
+      NotImplementedError: the named implementation cannot run this case; the message says why.
+    """
+    return dispatch(
+        implementation,
+        xla=lambda: xla.full_attention(q, k, v, softmax_scale=softmax_scale),
+        triton=lambda interpret: triton.full_attention(q, k, v, softmax_scale, interpret),
+        refusal=limits.refusal(q, k, v),
+    )

@@ -1,0 +1,5 @@
+"""Causal attention of a chunk of new tokens over cached keys and values, their own included."""
+
+from kernels.prefill.api import prefill
+
+__all__ = ["prefill"]

@@ -1,0 +1,37 @@
+"""Tile sizes of the prefill kernel."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from kernels.tiles import MIN_ROWS, power_of_two, width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """How the prefill kernel cuts its work."""
+
+    block_q: int  # queries of one head per program; a power of two
+    block_kv: int  # tokens per tile of keys; a power of two
+    num_warps: int
+    num_stages: int  # tiles on their way from memory at once
+
+
+def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> BlockSizes:
+    """Choose tile sizes: what fits the registers and shared memory of an A100, without spilling."""
+    columns = width(head_dim)
+    if jnp.dtype(dtype).itemsize == 4:
+        block_q, block_kv = (64, 32) if columns <= 64 else (32, 32) if columns <= 128 else (16, 16)
+        num_warps, num_stages = 4, 2
+    elif columns <= 128:
+        block_q, block_kv, num_warps, num_stages = 128, 64, 8, 3
+    else:
+        block_q, block_kv, num_warps, num_stages = 64, 32, 8, 2
+    block_q = min(block_q, max(MIN_ROWS, power_of_two(length)))
+    return BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        num_warps=num_warps if block_q >= 64 else 4,
+        num_stages=num_stages,
+    )

@@ -1,0 +1,68 @@
+"""Attention of streaming heads over whole sequences or chunks."""
+
+from jaxtyping import Array, Float
+
+from kernels import limits
+from kernels.dispatch import Implementation, dispatch
+from kernels.streaming import triton, xla
+from kernels.streaming.config import Config, heuristic
+from kernels.streaming.past import Past
+
+
+def streaming_attention(
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    sink_size: int,
+    recent_size: int,
+    softmax_scale: float,
+    past: Past | None = None,
+    implementation: Implementation = "auto",
+    config: Config | None = None,
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
+    """Attend with the streaming mask: token i sees the sinks and its `recent_size` latest tokens.
+
+    O(length * (sink + recent)) work; blocks of keys that nobody sees are not loaded. Differentiable
+    with memory that grows with the length only; the kernel without `past`. Query head i reads KV
+    head i // group.
+
+    Args:
+      q: queries, already rotated.
+      k: keys, already rotated.
+      v: values.
+      sink_size: first tokens of the sequence every query sees; 0 or more.
+      recent_size: latest tokens a query sees, its own included; at least 1.
+      softmax_scale: factor on the scores.
+      past: what came before the chunk; its sinks must hold those of the chunk's own tokens that
+        are sinks. Default: the chunk begins the sequence.
+      implementation: see kernels.dispatch.
+      config: tile sizes of the kernels; the XLA version has its own. Default: chosen from the
+        shapes.
+
+    Returns:
+      The output in the dtype of `q`, and its lse (natural logarithm, float32; float64 for float64),
+      which is not differentiable.
+
+    Raises:
+      NotImplementedError: the named implementation cannot run this case; the message says why.
+    """
+    if sink_size < 0 or recent_size < 1:
+        raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
+    sizes = {"sink_size": sink_size, "recent_size": recent_size, "softmax_scale": softmax_scale}
+    config = config or heuristic(length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype)
+
+    def run_triton(interpret: bool):
+        if past is None:
+            static = triton.Static(**sizes, config=config, interpret=interpret)
+            return triton.whole_sequence(static, q, k, v)
+        return triton.forward(
+            q, k, v, past, **sizes, block_sizes=config.forward, interpret=interpret
+        )
+
+    return dispatch(
+        implementation,
+        xla=lambda: xla.streaming_attention(q, k, v, past=past, **sizes),
+        triton=run_triton,
+        refusal=limits.refusal(q, k, v),
+    )

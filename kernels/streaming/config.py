@@ -1,0 +1,50 @@
+"""Tile sizes of the streaming kernels."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from kernels.tiles import MIN_ROWS, power_of_two, width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """How a streaming kernel cuts its work."""
+
+    block_q: int  # queries of one head per tile; a power of two
+    block_kv: int  # tokens per tile of keys; a power of two
+    num_warps: int
+    num_stages: int  # tiles on their way from memory at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tile sizes of both directions."""
+
+    forward: BlockSizes
+    backward: BlockSizes
+
+
+def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> Config:
+    """Choose tile sizes: what fits the registers and shared memory of an A100, without spilling."""
+    columns = width(head_dim)
+    if jnp.dtype(dtype).itemsize == 4:
+        tile = 64 if columns <= 64 else 32 if columns <= 128 else 16
+        forward = (tile, min(tile, 32), 4, 2)
+        backward = (min(tile, 32), min(tile, 32), 4, 1)
+    elif columns <= 128:
+        forward, backward = (64, 64, 4, 3), (64, 32, 4, 2)
+    else:
+        forward, backward = (64, 32, 8, 2), (32, 32, 4, 1)
+    most = max(MIN_ROWS, power_of_two(length))
+
+    def sizes(block_q, block_kv, num_warps, num_stages) -> BlockSizes:
+        return BlockSizes(
+            block_q=min(block_q, most),
+            block_kv=min(block_kv, most),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+
+    return Config(forward=sizes(*forward), backward=sizes(*backward))

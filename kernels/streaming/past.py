@@ -1,0 +1,38 @@
+"""What a chunk's streaming heads need of the tokens before it."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels import pytree
+
+
+@pytree.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Past:
+    """What a chunk's streaming heads still hold of the tokens before it, in order of position."""
+
+    sink_keys: Float[Array, "batch kv_heads sink head_dim"]  # position = index; may be unfilled
+    sink_values: Float[Array, "batch kv_heads sink head_dim"]
+    recent_keys: Float[Array, "batch kv_heads recent head_dim"]  # the last is just before the chunk
+    recent_values: Float[Array, "batch kv_heads recent head_dim"]  # finite where unfilled too
+    lengths: Int[Array, " batch"]  # tokens before the chunk
+
+
+def nothing(
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    sink_size: int,
+) -> Past:
+    """Return the past of a chunk that begins its sequence: only its own sinks."""
+    sink_keys, sink_values = (jnp.moveaxis(x[:, :sink_size], 2, 1) for x in (k, v))
+    empty = jnp.zeros((*sink_keys.shape[:2], 0, k.shape[3]), k.dtype)
+    return Past(
+        sink_keys=sink_keys,
+        sink_values=sink_values,
+        recent_keys=empty,
+        recent_values=empty,
+        lengths=jnp.zeros(k.shape[0], jnp.int32),
+    )

@@ -1,0 +1,72 @@
+"""What the Triton kernels share: sizes of tiles, and reading and writing them.
+
+Tile sizes are powers of two. Where head_dim is not (80, 96), tiles are wider than the arrays, and
+the columns beyond are masked: read as zeros, never written.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kernels import compat
+
+MIN_ROWS = 16  # of a matrix instruction
+
+
+def power_of_two(size: int) -> int:
+    """Return the smallest power of two that is at least `size`."""
+    return 1 << (size - 1).bit_length()
+
+
+def width(head_dim: int) -> int:
+    """Return the columns of a tile of vectors."""
+    return max(MIN_ROWS, power_of_two(head_dim))
+
+
+def indices(size: int, first=0) -> Int[Array, " size"]:
+    """Return `size` consecutive 32-bit numbers."""
+    return first + jnp.arange(size, dtype=jnp.int32)
+
+
+def load(ref, rows: Int[Array, " rows"], *, end, head=None) -> Array:
+    """Read vectors of a ref [length, head_dim], or of one head of [length, heads, head_dim].
+
+    Rows from `end` on come as zeros.
+    """
+    at, mask = _place(ref, rows, end, head)
+    return compat.load(at, mask=mask, other=0)
+
+
+def store(ref, rows: Int[Array, " rows"], value, *, end) -> None:
+    """Write vectors to the rows of a ref [length, head_dim] before `end`."""
+    at, mask = _place(ref, rows, end, None)
+    compat.store(at, value.astype(ref.dtype), mask=mask)
+
+
+def load_vector(ref, rows: Int[Array, " rows"], *, end, head=None) -> Array:
+    """Read one number per row of a ref [length], or of one head of [heads, length].
+
+    Rows from `end` on come as zeros.
+    """
+    at = ref.at[rows] if head is None else ref.at[head, rows]
+    return compat.load(at, mask=rows < end, other=0)
+
+
+def store_vector(ref, rows: Int[Array, " rows"], value, *, end) -> None:
+    """Write one number per row to a ref [length], for rows before `end`."""
+    compat.store(ref.at[rows], value.astype(ref.dtype), mask=rows < end)
+
+
+def cdiv(a, b: int):
+    """Divide, rounding up; for numbers of 0 or more, traced or not."""
+    return (a + (b - 1)) // b
+
+
+def _place(ref, rows, end, head):
+    head_dim = ref.shape[-1]
+    columns = width(head_dim)
+    mask = jnp.broadcast_to((rows < end)[:, None], (rows.shape[0], columns))
+    columns = indices(columns)
+    if head_dim != columns.shape[0]:
+        mask = mask & (columns < head_dim)[None, :]
+    where = (rows[:, None], columns[None, :])
+    return ref.at[where if head is None else (where[0], head, where[1])], mask
