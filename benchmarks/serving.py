@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from duo_jax import llama, pretrained, serve, split
 from duo_jax.cache import Cache, init_cache
 from duo_jax.config import ModelConfig
 from duo_jax.split import DuoConfig
+from kernels import Implementation
 
 # Of keys and values; this much is drawn and repeated, since drawing all takes longer than timing.
 _RANDOM_TOKENS = 512
@@ -71,13 +72,17 @@ def filled_cache(config: DuoConfig, *, context: int, max_len: int, dtype: DTypeL
     What a step costs does not depend on what the cache holds, and reading a long prompt takes
     minutes on a CPU. All slots are written, so that all memory is really there.
     """
-    cache = init_cache(config, batch_size=1, max_len=max_len, dtype=dtype)
-    leaves, treedef = jax.tree.flatten(cache.layers)
+    leaves, treedef = jax.tree.flatten(empty_cache(config, max_len=max_len, dtype=dtype).layers)
     for i, key in enumerate(jax.random.split(jax.random.key(0), len(leaves))):
         leaves[i] = _random_like(leaves[i], key)
     return Cache(
         layers=jax.tree.unflatten(treedef, leaves), lengths=jnp.array([context], jnp.int32)
     )
+
+
+def empty_cache(config: DuoConfig, *, max_len: int, dtype: DTypeLike) -> Cache:
+    """Describe the cache of one row by jax.ShapeDtypeStruct: enough to compile, no memory."""
+    return jax.eval_shape(lambda: init_cache(config, batch_size=1, max_len=max_len, dtype=dtype))
 
 
 def live_bytes(cache: Cache) -> int:
@@ -88,16 +93,25 @@ def live_bytes(cache: Cache) -> int:
 class Decoder:
     """A split model that decodes one row, a token per call."""
 
-    def __init__(self, config: DuoConfig, params: dict[str, Any], cache: Cache) -> None:
-        """Compile for caches like `cache`."""
+    def __init__(
+        self,
+        config: DuoConfig,
+        params: dict[str, Any],
+        cache: Cache,
+        *,
+        implementation: Implementation = "auto",
+        compiler_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Compile for caches like `cache`, which may be a description (empty_cache)."""
         self._params, self._tokens = params, jnp.zeros(1, jnp.int32)
-        step = functools.partial(serve.decode, config)
-        self._step = _Program(step, params, cache, self._tokens)
+        step = functools.partial(serve.decode, config, implementation=implementation)
+        self._step = _Program(step, compiler_options, params, cache, self._tokens)
         self.temp_bytes = self._step.temp_bytes
 
-    def step(self, cache: Cache) -> Cache:
-        """Decode a token; return when it is done. The cache is updated in place."""
-        logits, cache = self._step(self._params, cache, self._tokens)
+    def step(self, cache: Cache, *, tokens: int = 1) -> Cache:
+        """Decode some tokens; return when all are done. The cache is updated in place."""
+        for _ in range(tokens):
+            logits, cache = self._step(self._params, cache, self._tokens)
         jax.block_until_ready((logits, cache))
         return cache
 
@@ -114,18 +128,22 @@ class Reader:
         chunk: int,
         mode: serve.PrefillMode,
         dtype: DTypeLike,
+        implementation: Implementation = "auto",
+        compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Compile for this prompt."""
+        """Compile for this prompt, then make the cache."""
         self._params = params
-        self.cache = init_cache(config, batch_size=1, max_len=len(tokens), dtype=dtype)
+        empty = empty_cache(config, max_len=len(tokens), dtype=dtype)
         parts = [jnp.asarray(tokens[None, i : i + chunk]) for i in range(0, len(tokens), chunk)]
         self._chunks = [(part, jnp.array([part.shape[1]], jnp.int32)) for part in parts]
-        read = functools.partial(serve.prefill, config, mode=mode)
+        read = functools.partial(serve.prefill, config, mode=mode, implementation=implementation)
+        distinct = {part.shape: (part, num_tokens) for part, num_tokens in self._chunks}
         self._read = {
-            part.shape: _Program(read, params, self.cache, part, num_tokens)
-            for part, num_tokens in (self._chunks[0], self._chunks[-1])
+            shape: _Program(read, compiler_options, params, empty, *chunk)
+            for shape, chunk in distinct.items()
         }
         self.temp_bytes = max(program.temp_bytes for program in self._read.values())
+        self.cache = init_cache(config, batch_size=1, max_len=len(tokens), dtype=dtype)
 
     def read(self) -> None:
         """Read the prompt; return when it is done."""
@@ -144,7 +162,14 @@ class _Program:
     type checker of the tests refuses.
     """
 
-    def __init__(self, function: Callable, params: dict[str, Any], cache: Cache, *rest) -> None:
+    def __init__(
+        self,
+        function: Callable,
+        compiler_options: Mapping[str, Any] | None,
+        params: dict[str, Any],
+        cache: Cache,
+        *rest,
+    ) -> None:
         buffers, self._treedef = jax.tree.flatten(cache)
 
         def on_buffers(params, buffers, *rest):
@@ -152,7 +177,7 @@ class _Program:
             return logits, jax.tree.leaves(cache)
 
         lowered = jax.jit(on_buffers, donate_argnums=1).lower(params, buffers, *rest)
-        self._compiled = lowered.compile()
+        self._compiled = lowered.compile(compiler_options=compiler_options)
         self.temp_bytes: int = self._compiled.memory_analysis().temp_size_in_bytes
 
     def __call__(self, params: dict[str, Any], cache: Cache, *rest) -> tuple[jax.Array, Cache]:
@@ -160,7 +185,7 @@ class _Program:
         return logits, jax.tree.unflatten(self._treedef, buffers)
 
 
-def _random_like(buffer: jax.Array, key: jax.Array) -> jax.Array:
+def _random_like(buffer: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
     batch, heads, slots, head_dim = buffer.shape
     drawn = min(slots, _RANDOM_TOKENS)
 
