@@ -1,0 +1,74 @@
+"""Serving programs compiled for a GPU that is not there: what they need of its memory.
+
+Nothing is allocated or executed, no weights are read; see kernels.aot for what must be installed.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from duo_jax import llama, serve, split
+from duo_jax.cache import init_cache
+from duo_jax.config import ModelConfig
+from duo_jax.split import DuoConfig
+from kernels import aot
+
+
+def param_shapes(model: ModelConfig, dtype: DTypeLike) -> Any:
+    """Return the shapes of a model's parameters in serving form."""
+    heads = np.ones((model.num_layers, model.num_kv_heads), bool)
+    init = functools.partial(llama.init_params, model, dtype=jnp.dtype(dtype))
+    params = jax.eval_shape(init, jax.random.key(0))
+    return jax.eval_shape(functools.partial(split.split_params, model, heads=heads), params)
+
+
+def decode_step(
+    config: DuoConfig,
+    *,
+    target: aot.Target,
+    max_len: int,
+    batch_size: int = 1,
+    dtype: DTypeLike = jnp.bfloat16,
+) -> jax.stages.Compiled:
+    """Compile one decode step over caches of `max_len` tokens, which are updated in place."""
+
+    def step(params, cache, tokens):
+        return serve.decode(config, params, cache, tokens, implementation="triton")
+
+    tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return _compile(step, config, (tokens,), target, max_len, batch_size, dtype)
+
+
+def prefill_chunk(
+    config: DuoConfig,
+    *,
+    target: aot.Target,
+    max_len: int,
+    chunk: int,
+    batch_size: int = 1,
+    dtype: DTypeLike = jnp.bfloat16,
+    mode: serve.PrefillMode = "exact",
+) -> jax.stages.Compiled:
+    """Compile the reading of a chunk into caches of `max_len` tokens, at any offset."""
+
+    def read(params, cache, tokens, num_tokens):
+        return serve.prefill(
+            config, params, cache, tokens, num_tokens, mode=mode, implementation="triton"
+        )
+
+    tokens = jax.ShapeDtypeStruct((batch_size, chunk), jnp.int32)
+    num_tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return _compile(read, config, (tokens, num_tokens), target, max_len, batch_size, dtype)
+
+
+def _compile(function, config, arguments, target, max_len, batch_size, dtype):
+    init = functools.partial(
+        init_cache, config, batch_size=batch_size, max_len=max_len, dtype=dtype
+    )
+    cache = jax.eval_shape(init)
+    params = param_shapes(config.model, dtype)
+    return aot.compile_for(target, function, params, cache, *arguments, donate_argnums=(1,))
