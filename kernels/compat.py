@@ -76,3 +76,11 @@ def pallas_call(
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
     )
+
+
+def ptx_dump_flags(folder: str) -> str:
+    """Return the XLA_FLAGS with which a process leaves the PTX of all kernels in a folder."""
+    flags = f"--xla_dump_to={folder}"
+    if jax.__version_info__ >= (0, 11):  # there it is written on request only
+        flags += " --xla_dump_emitter_re=ptx"
+    return flags
