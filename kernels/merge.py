@@ -23,10 +23,10 @@ def merge_lse(
     """
     wide = accumulator(outs.dtype)
     lses = lses.astype(wide)
-    highest = jnp.max(lses, axis=0)
+    highest = jnp.max(lses, axis=0, keepdims=True)
     highest = jnp.where(jnp.isneginf(highest), 0, highest)
     weights = jnp.exp(lses - highest)
     total = jnp.sum(weights, axis=0)
     summed = jnp.sum(weights[..., None] * outs.astype(wide), axis=0)
     out = summed / jnp.where(total == 0, 1, total)[..., None]
-    return out.astype(outs.dtype), highest + jnp.log(total)
+    return out.astype(outs.dtype), highest[0] + jnp.log(total)
