@@ -1,0 +1,53 @@
+"""Random arguments drawn on the device, and memory filled with numbers that must not come back."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.case import Case
+
+_LARGEST_FILL = 2**33  # bytes
+
+
+def draw(case: Case, seed: int) -> tuple[Any, ...]:
+    """Return a case's arguments: normal numbers, and the case's own integers.
+
+    As Case.draw, which draws on the host: a billion numbers take it a minute.
+    """
+    integers = iter(case.integers())
+    keys = iter(jax.random.split(jax.random.key(seed), 16))
+
+    def one(shape: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(shape.dtype, jnp.integer):
+            return jnp.asarray(next(integers), shape.dtype)
+        return _normal(next(keys), shape.shape, jnp.dtype(shape.dtype).name)
+
+    return jax.tree.map(one, case.shapes())
+
+
+def upcast(tree: Any) -> Any:
+    """Return a tree with its floating-point arrays in float32."""
+    return jax.tree.map(
+        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
+
+
+def filled_like(shapes: Any, value: float) -> Any:
+    """Return arrays that hold one number everywhere."""
+    return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
+
+
+def scribble(num_bytes: int, value: float) -> None:
+    """Write a number all over some memory and free it, so that the next program finds it there.
+
+    A program's temporary buffers come from the freed memory of its size, as far as the allocator
+    goes by best fit.
+    """
+    jax.block_until_ready(jnp.full(min(num_bytes, _LARGEST_FILL) // 4 + 1, value, jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _normal(key, shape, dtype):
+    return jax.random.normal(key, shape, dtype)

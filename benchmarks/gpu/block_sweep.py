@@ -1,0 +1,146 @@
+"""The stage that tries other tile sizes, and writes the best ones as JSON.
+
+Its file is for a person to read: a configuration that wins here goes into kernels/*/config.py.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+
+from benchmarks.gpu import arrays, timers
+from benchmarks.gpu.settings import Settings, num_cores
+from benchmarks.gpu.tables import Table, reason
+from kernels.case import Case
+from kernels.decode import config as decode_config
+from kernels.decode.cases import DecodeCase
+from kernels.prefill import config as prefill_config
+from kernels.prefill.cases import PrefillCase
+from kernels.streaming import config as streaming_config
+from kernels.streaming.cases import StreamingCase
+from kernels.tiles import cdiv
+
+_MIN_GAIN = 1.02  # less is the spread of two measurements
+
+
+def run(settings: Settings, table: Table) -> None:
+    """Time the candidates of every real-size case; each has an equal part of the time."""
+    table.notes = {"copy_to": "kernels/<op>/config.py, where `gain` is worth it"}
+    cases = [
+        (f"{op}: {name}", (op, case)) for op, of in settings.timed.items()
+        for name, case in of.items()
+    ]  # fmt: skip
+    for left, (name, (op, case)) in zip(
+        range(len(cases), 0, -1), table.in_time(cases), strict=False
+    ):
+        end = table.time_left * (1 - 1 / left)
+        sweep = functools.partial(_sweep, settings, case, table, end)
+        row = table.attempt(name, sweep)
+        if row is not None:
+            table.add(name=name, op=op, dtype=case.dtype, **row)
+
+
+def candidates(case: Case, *, num_cores: int) -> list[Any]:
+    """Return tile sizes to try; the op's own choice is the first."""
+    chosen = case.block_sizes(num_cores=num_cores)
+    if isinstance(case, DecodeCase):
+        programs = len(case.lengths) * case.kv_heads
+        found = [
+            decode_config.BlockSizes(
+                block_kv=block_kv,
+                num_splits=max(
+                    1, min(cdiv(waves * num_cores, programs), cdiv(case.slots, block_kv))
+                ),
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+            for waves, (block_kv, num_warps), num_stages in itertools.product(
+                (4, 2, 8, 16), ((64, 4), (128, 4), (32, 2), (128, 8), (32, 4)), (3, 2, 4)
+            )
+        ]
+    elif isinstance(case, PrefillCase):
+        found = [
+            prefill_config.BlockSizes(
+                block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages
+            )
+            for (block_q, block_kv, num_warps), num_stages in itertools.product(
+                (
+                    (128, 64, 8),
+                    (128, 64, 4),
+                    (64, 64, 4),
+                    (128, 128, 8),
+                    (128, 32, 4),
+                    (64, 128, 4),
+                ),
+                (3, 2, 4),
+            )
+        ]
+    elif isinstance(case, StreamingCase):
+        part = "backward" if case.gradient else "forward"
+        found = [
+            dataclasses.replace(
+                chosen,
+                **{
+                    part: streaming_config.BlockSizes(
+                        block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages
+                    )
+                },
+            )
+            for (block_q, block_kv, num_warps), stages in itertools.product(
+                ((64, 64, 4), (64, 32, 4), (128, 64, 8), (64, 64, 8), (128, 32, 4), (32, 32, 4)),
+                (2, 3, 1),
+            )
+        ]
+    else:
+        found = []
+    return list(dict.fromkeys([chosen, *found]))
+
+
+def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str, Any]:
+    """Time candidates until `end` seconds of the stage are left."""
+    arguments = arrays.draw(case, 0)
+    shapes = jax.eval_shape(lambda *tree: tree, *arguments)
+    tried: list[dict[str, Any]] = []
+    found = candidates(case, num_cores=num_cores())[: 3 if settings.smoke else None]
+
+    def compiled(sizes):
+        function = functools.partial(
+            case.run, implementation=settings.implementation, block_sizes=sizes
+        )
+        return jax.jit(function).lower(*shapes).compile()
+
+    with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
+        programs = [pool.submit(compiled, sizes) for sizes in found]
+        for sizes, program in zip(found, programs, strict=True):
+            if tried and table.time_left < end:
+                break
+            row: dict[str, Any] = {"sizes": dataclasses.asdict(sizes)}
+            try:
+                run = program.result(timeout=max(1.0, table.time_left))
+                time = timers.seconds_per_call(
+                    functools.partial(run, *arguments),
+                    seconds=settings.seconds_per_candidate,
+                    rounds=3,
+                )
+                row["seconds"] = time["median"]
+            except Exception as error:  # does not compile, or does not fit
+                row["failed"] = reason(error)
+            tried.append(row)
+        pool.shutdown(wait=False, cancel_futures=True)
+    timed = [row for row in tried if "seconds" in row]
+    best = min(timed, key=lambda row: row["seconds"], default=None)
+    default = tried[0]
+    result: dict[str, Any] = {
+        "case": dataclasses.asdict(case),
+        "default": default,
+        "best": best,
+        "not_tried": len(found) - len(tried),
+        "candidates": tried,
+    }
+    if best and "seconds" in default:
+        result["gain"] = default["seconds"] / best["seconds"]
+        result["worth_it"] = result["gain"] >= _MIN_GAIN
+    return result

@@ -1,0 +1,47 @@
+"""The stage that checks every case, compiled by several threads."""
+
+import concurrent.futures
+import functools
+import importlib.util
+import time
+
+from benchmarks.gpu import checks
+from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.tables import Table
+
+
+def run(settings: Settings, table: Table) -> None:
+    """Check all cases, the small ones first; random inputs come from the clock."""
+    seed = time.time_ns() % 2**31
+    installed = importlib.util.find_spec("pytest") is not None
+    table.notes = {
+        "seed": seed,
+        "implementation": settings.check_implementation,
+        "run_by": "a loop over benchmarks.gpu.checks.check, which tests/kernels/test_gpu.py calls "
+        f"too; pytest is {'installed, but not needed' if installed else 'not installed'}",
+        "rule": f"error at most {checks.MAX_RATIO} x XLA's in the same dtype; poisoned outputs",
+    }
+    print(f"checks: seed {seed}, {table.notes['run_by']}", flush=True)
+    cases = {
+        f"{op}: {name}": case for op, of in settings.checks.items() for name, case in of.items()
+    }
+    cases = dict(sorted(cases.items(), key=lambda item: item[1].compile_only))  # stable
+    with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
+        programs = {
+            name: pool.submit(checks.compiled, case, settings.check_implementation)
+            for name, case in cases.items()
+        }
+        for i, (name, case) in enumerate(table.in_time(cases.items())):
+            program = programs.pop(name)
+            measure = functools.partial(_check, case, program, seed + i, table)
+            row = table.attempt(name, measure)
+            if row is not None:
+                table.add(name=name, dtype=case.dtype, **row)
+                if not row["passed"]:
+                    print(f"checks: {name} FAILED: {row['problems'][0]}", flush=True)
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _check(case, program, seed, table):
+    programs = program.result(timeout=max(1.0, table.time_left))
+    return checks.run(case, programs, seed=seed)

@@ -1,0 +1,145 @@
+"""Every kernel against XLA on the device at hand: fresh random inputs, poisoned outputs.
+
+A case passes if, for every output (and gradient),
+
+- its error is at most twice that of the XLA version in the same dtype, both against XLA in float32
+  with exact products; errors are norm(x - reference) / norm(reference);
+- it is the same to the bit when memory held other numbers before: all of it was written, and
+  programs do not race. The output lies in a donated buffer full of the poison, temporary buffers in
+  freed memory full of it.
+
+tests/kernels/test_gpu.py calls `check` for every case; the report does so by its own loop, since
+the machine it runs on may lack pytest.
+"""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.gpu import arrays, references
+from kernels import compat
+from kernels.case import Case
+from kernels.dispatch import Implementation
+
+MAX_RATIO = 2.0
+# Sums in another order differ by this much in float32; where XLA is exact, so much is allowed.
+_SLACK = 4e-6
+_POISONS = (float("nan"), 3e4)  # the second fits in float16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """What a check runs, compiled."""
+
+    kernel: jax.stages.Compiled  # (buffers for the outputs, *arguments) -> outputs
+    outputs: Any  # their shapes
+    plain: list[jax.stages.Compiled]  # per piece: XLA in the case's dtype
+    exact: list[jax.stages.Compiled]  # per piece: XLA in float32
+
+
+def check(case: Case, *, seed: int, implementation: Implementation = "triton") -> dict[str, Any]:
+    """Compile and check a case; see the module's docstring.
+
+    Returns:
+      Whether it passed, what failed, and per output the errors of the kernel and of XLA.
+    """
+    return run(case, compiled(case, implementation), seed=seed)
+
+
+def compiled(case: Case, implementation: Implementation) -> Programs:
+    """Compile a case's programs; several threads may do so at once."""
+    shapes = case.shapes()
+
+    def kernel(buffers, *arguments):
+        del buffers  # donated: the outputs take their place
+        return case.run(*arguments, implementation=implementation)
+
+    outputs = jax.eval_shape(lambda *arguments: kernel(None, *arguments), *shapes)
+    program = jax.jit(kernel, donate_argnums=0, keep_unused=True).lower(outputs, *shapes).compile()
+    plain, exact = [], []
+    for piece in references.pieces(case):
+        arguments = jax.eval_shape(piece.arguments, *shapes)
+        with _same_products(case):
+            plain.append(_xla(piece.case, arguments))
+        with jax.default_matmul_precision("highest"):
+            exact.append(_xla(piece.case, jax.eval_shape(arrays.upcast, arguments)))
+    return Programs(kernel=program, outputs=outputs, plain=plain, exact=exact)
+
+
+def run(case: Case, programs: Programs, *, seed: int) -> dict[str, Any]:
+    """Check a case by its compiled programs."""
+    arguments = arrays.draw(case, seed)
+    scratch = programs.kernel.memory_analysis().temp_size_in_bytes
+    runs = []
+    for poison in _POISONS:
+        buffers = arrays.filled_like(programs.outputs, poison)
+        pointers = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(buffers)}
+        arrays.scribble(scratch, poison)
+        runs.append(jax.block_until_ready(programs.kernel(buffers, *arguments)))
+        taken = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(runs[-1])}
+        poisoned = len(pointers & taken)
+    problems = []
+    for i, (first, second) in enumerate(zip(*map(jax.tree.leaves, runs), strict=True)):
+        if not jnp.array_equal(first, second, equal_nan=True):
+            problems.append(f"output {i} depends on what its memory held before, or on chance")
+    outs = jax.tree.leaves(runs[0])
+    del runs
+
+    errors = [(0.0, 0.0)] * len(outs)
+    for piece, plain, exact in zip(
+        references.pieces(case), programs.plain, programs.exact, strict=True
+    ):
+        mine = piece.arguments(*arguments)
+        xla = jax.tree.leaves(plain(*mine))
+        expected = jax.tree.leaves(exact(*arrays.upcast(mine)))
+        for i, (out, other, reference) in enumerate(zip(outs, xla, expected, strict=True)):
+            pair = error(out[piece.rows], reference), error(other, reference)
+            errors[i] = tuple(max(old, new) for old, new in zip(errors[i], pair, strict=True))
+            if not pair[0] <= max(MAX_RATIO * pair[1], _SLACK):  # nan fails
+                problems.append(
+                    f"output {i}: error {pair[0]:.2e}, XLA's {pair[1]:.2e} ({piece.name})"
+                )
+    return {
+        "passed": not problems,
+        "problems": problems,
+        "errors": [pair[0] for pair in errors],
+        "xla_errors": [pair[1] for pair in errors],
+        "compared": [piece.name for piece in references.pieces(case)],
+        "outputs": len(outs),
+        "outputs_in_poisoned_buffers": poisoned,
+        "seed": seed,
+    }
+
+
+def error(out: jax.Array, reference: jax.Array) -> float:
+    """Return norm(out - reference) / norm(reference); infinite where -inf is not in its place."""
+    return float(_error(out, reference))
+
+
+@jax.jit
+def _error(out, reference):
+    out, reference = out.astype(jnp.float32), reference.astype(jnp.float32)
+    nothing = jnp.isneginf(reference)  # the lse of a row that saw no key
+    misplaced = jnp.any(nothing != jnp.isneginf(out))
+    difference = jnp.where(nothing, 0.0, out - jnp.where(nothing, 0.0, reference))
+    size = jnp.linalg.norm(jnp.where(nothing, 0.0, reference).reshape(-1))
+    away = jnp.linalg.norm(difference.reshape(-1))
+    relative = away / jnp.where(size == 0, 1.0, size)
+    return jnp.where(misplaced, jnp.inf, relative)
+
+
+def _xla(case: Case, arguments: Any) -> jax.stages.Compiled:
+    program = jax.jit(lambda *arguments: case.run(*arguments, implementation="xla"))
+    # Each runs once: searching for the fastest matrix products takes longer.
+    return program.lower(*arguments).compile(compiler_options={"xla_gpu_autotune_level": 0})
+
+
+def _same_products(case: Case):
+    """Let XLA multiply float32 as kernels do on GPUs: rounded to TF32, summed in float32."""
+    if case.dtype == np.float32 and compat.target_gpu() is not None:
+        return jax.default_matmul_precision("TF32_TF32_F32")
+    return contextlib.nullcontext()

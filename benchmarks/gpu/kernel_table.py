@@ -1,0 +1,64 @@
+"""The stage that times each kernel at its real sizes, beside other libraries' attention."""
+
+import functools
+from typing import Any
+
+from benchmarks.gpu import arrays, ceilings, rivals, timers
+from benchmarks.gpu.settings import Settings, num_cores
+from benchmarks.gpu.tables import Table, reason
+from kernels.case import Case
+
+
+def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
+    """Time all cases; fractions are of the ceilings that this run measured."""
+    limits = ceilings.of(tables)
+    table.notes = {
+        "implementation": settings.implementation,
+        "flops": "of visible (query, key) pairs, 2 per multiply-add",
+        "bytes": "every input read once, every output written once",
+    }
+    cases = [(op, name, case) for op, of in settings.timed.items() for name, case in of.items()]
+    for name, (op, case) in table.in_time((f"{op}: {n}", (op, case)) for op, n, case in cases):
+        row = table.attempt(name, functools.partial(_row, settings, case, limits))
+        if row is not None:
+            table.add(name=name, op=op, dtype=case.dtype, **row)
+
+
+def _row(settings: Settings, case: Case, limits: tuple[float | None, float | None]):
+    arguments = arrays.draw(case, 0)
+    ours = functools.partial(case.run, implementation=settings.implementation)
+    time = timers.of_function(ours, *arguments, seconds=settings.seconds_per_row)
+    cost = case.cost(num_cores=num_cores())
+    row: dict[str, Any] = {
+        "seconds": time,
+        "flops": cost.flops,
+        "bytes": cost.num_bytes,
+        "flops_per_second": cost.flops / time["median"],
+        "bytes_per_second": cost.num_bytes / time["median"],
+    }
+    if None not in limits:
+        floors = {"matmul": cost.flops / limits[0], "copy": cost.num_bytes / limits[1]}
+        row["of_ceiling"] = {name: floor / time["median"] for name, floor in floors.items()}
+        row["bound"] = max(floors, key=floors.get)
+    row["rivals"] = _rivals(settings, case, arguments, time["median"])
+    return row
+
+
+def _rivals(settings: Settings, case: Case, arguments, seconds: float) -> dict[str, Any]:
+    try:
+        work = rivals.equivalent(case, arguments)
+    except rivals.UnsuitableError as error:
+        return {name: {"skipped": str(error)} for name in rivals.TIMERS}
+    answers = {}
+    for name, measure in rivals.TIMERS.items():
+        try:
+            time = measure(case, work, seconds=settings.seconds_per_row)
+        except rivals.UnsuitableError as error:
+            answers[name] = {"skipped": str(error)}
+        except Exception as error:  # theirs; ours is measured
+            answers[name] = {"skipped": reason(error)}
+        else:
+            answers[name] = {"seconds": time, "ours_is_faster_by": time["median"] / seconds}
+            if work.note:
+                answers[name]["note"] = work.note
+    return answers

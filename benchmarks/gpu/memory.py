@@ -1,0 +1,56 @@
+"""How much of the device's memory is taken, and how much there is."""
+
+import jax
+
+# Of the limit, what a program may be given: the allocator needs some room to move.
+_USABLE = 0.97
+
+
+def limit() -> int | None:
+    """Return the bytes that this process may take on its device; None where it does not say."""
+    return _stats().get("bytes_limit")
+
+
+def in_use() -> int:
+    """Return the bytes that live arrays take."""
+    stats = _stats()
+    if "bytes_in_use" in stats:
+        return stats["bytes_in_use"]
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def peak() -> int | None:
+    """Return the most bytes that were ever taken by this process."""
+    return _stats().get("peak_bytes_in_use")
+
+
+def fits(num_bytes: float) -> bool:
+    """Whether so many bytes can be asked for."""
+    most = limit()
+    return most is None or num_bytes <= _USABLE * most
+
+
+class Watch:
+    """Memory of one program: what lies there, what it needs beside, and the peak if it is new.
+
+    The device counts one peak for the whole process, so it says something about this program only
+    if it rose.
+    """
+
+    def __init__(self) -> None:
+        self._before = peak()
+
+    def report(self, *, temp_bytes: int) -> dict[str, int | None]:
+        """Return the figures; call it while parameters and cache are alive."""
+        after, lying = peak(), in_use()
+        rose = after is not None and self._before is not None and after > self._before
+        return {
+            "in_use_bytes": lying,
+            "temp_bytes": temp_bytes,
+            "bytes": lying + temp_bytes,
+            "peak_bytes": after if rose else None,
+        }
+
+
+def _stats() -> dict[str, int]:
+    return jax.devices()[0].memory_stats() or {}

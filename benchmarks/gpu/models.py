@@ -1,0 +1,135 @@
+"""The two published models whose serving is measured, and what is known of them."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from benchmarks import shapes
+from benchmarks.serving import Variant
+from duo_jax import tensor_names
+from duo_jax.checkpoint import nested
+from duo_jax.config import ModelConfig
+from duo_jax.split import DuoConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Published:
+    """A model, its published split, and its published times on one A100-80G (bfloat16, batch 1)."""
+
+    name: str
+    model: ModelConfig
+    retrieval_heads: tuple[int, ...]  # per layer, of the published pattern
+    sink: int = 128
+    recent: int = 256
+    contexts: tuple[int, ...]  # to decode at; the headline first
+    duo_contexts: tuple[int, ...] = ()  # where only the split model fits a GPU
+    prompt: int  # tokens to prefill
+    chunk: int
+    decode_ms: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    decode_speedup: float | None = None  # at the headline
+    prefill_seconds: tuple[float, float] | None = None
+    prefill_speedup: float | None = None
+    decode_goal: float | None = None
+    prefill_goal: float | None = None
+
+    @property
+    def variants(self) -> tuple[Variant, Variant]:
+        """Return the split model and the full one; the smaller first, for peaks of memory."""
+        layers, heads = self.model.num_layers, self.model.num_kv_heads
+        duo = DuoConfig(
+            model=self.model,
+            retrieval_heads=self.retrieval_heads,
+            sink_size=self.sink,
+            recent_size=self.recent,
+        )
+        fraction = duo.num_retrieval_heads / (layers * heads)
+        return (
+            Variant(name="duo", retrieval=fraction, config=duo),
+            Variant(name="full", retrieval=1.0, config=duo.all_retrieval()),
+        )
+
+
+# Heads kept by the published patterns; times and speed-ups are those of arXiv 2410.10819.
+LLAMA_2_7B = Published(
+    name="Llama-2-7B-32K",
+    model=shapes.model_config("mha", layers=32),
+    retrieval_heads=(
+        *(2, 10, 2, 5, 3, 4, 9, 8, 9, 5, 8, 10, 4, 6, 12, 9),
+        *(12, 10, 9, 6, 11, 8, 14, 5, 12, 8, 12, 3, 6, 6, 12, 16),
+    ),
+    contexts=(134_000, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000),
+    duo_contexts=(200_000,),
+    prompt=100_000,
+    chunk=10_000,
+    decode_ms={
+        20_000: (20, 18),
+        40_000: (26, 18),
+        60_000: (32, 19),
+        80_000: (39, 21),
+        100_000: (45, 23),
+        120_000: (51, 24),
+    },
+    decode_speedup=2.18,
+    prefill_seconds=(19, 11),
+    prefill_speedup=1.73,
+    decode_goal=2.5,
+    prefill_goal=1.9,
+)
+LLAMA_3_8B = Published(
+    name="Llama-3-8B-1048k",
+    model=shapes.model_config("gqa", layers=32),
+    retrieval_heads=(
+        *(1, 1, 3, 2, 2, 4, 2, 4, 6, 4, 5, 3, 2, 6, 5, 5),
+        *(5, 6, 3, 5, 6, 3, 3, 6, 4, 4, 3, 4, 6, 5, 8, 2),
+    ),
+    contexts=(517_000, 100_000, 200_000, 300_000, 400_000, 500_000),
+    duo_contexts=(1_000_000,),
+    prompt=320_000,
+    chunk=32_000,
+    decode_ms={
+        100_000: (23, 21),
+        200_000: (31, 24),
+        300_000: (39, 28),
+        400_000: (46, 32),
+        500_000: (54, 36),
+    },
+    decode_speedup=1.50,
+    prefill_seconds=(152, 93),
+    prefill_speedup=1.63,
+    decode_goal=1.6,
+    prefill_goal=1.7,
+)
+
+
+def random_params(model: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+    """Draw parameters in serving form on the device, one tensor at a time; norms are 1.
+
+    All splits of a model share them: its retrieval heads are the first of every layer.
+    """
+    ends, layers = {}, [{} for _ in range(model.num_layers)]
+    tensors = tensor_names.tensors(model)
+    for tensor, key in zip(tensors, jax.random.split(jax.random.key(0), len(tensors)), strict=True):
+        if tensor.path[-1] == "scale":
+            leaf = jnp.ones(tensor.shape, dtype)
+        else:
+            leaf = _normal(key, tensor.shape, jnp.dtype(dtype), 1 / math.sqrt(tensor.hf_shape[1]))
+        if tensor.layer is None:
+            ends[tensor.path] = leaf
+        else:
+            layers[tensor.layer][tensor.path[1:]] = leaf
+    return {**nested(ends), "layers": tuple(nested(layer) for layer in layers)}
+
+
+def param_shapes(model: ModelConfig, dtype: DTypeLike) -> Any:
+    """Describe what random_params draws."""
+    return jax.eval_shape(lambda: random_params(model, dtype))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _normal(key, shape, dtype, scale):
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)

@@ -1,0 +1,164 @@
+"""The same attention by other libraries, each in the layout it likes, put there beforehand."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.gpu import timers
+from kernels.case import Case
+from kernels.decode.cases import DecodeCase
+from kernels.prefill.cases import PrefillCase
+from kernels.streaming.cases import StreamingCase
+
+
+class UnsuitableError(Exception):
+    """The library cannot do this case; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of an attention function on arrays [batch, length, heads, head_dim]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    causal: bool
+    window: int | None = None  # tokens that a query sees, its own included; None: all
+    d_out: jax.Array | None = None  # gradients are wanted too
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Equivalent:
+    """Calls that together do the work of a case, and how they differ from it."""
+
+    calls: list[Call]
+    note: str = ""
+
+
+def equivalent(case: Case, arguments: tuple[Any, ...]) -> Equivalent:
+    """Put a case's arguments in the layout that other libraries take.
+
+    Raises:
+      UnsuitableError: no such calls do its work.
+    """
+    q, k, v, *rest = arguments
+    if isinstance(case, DecodeCase):
+        if len(set(case.lengths)) > 1:
+            raise UnsuitableError("rows have different lengths")
+        k, v = (_tokens_first(x[:, :, : case.lengths[0]]) for x in (k, v))
+        return Equivalent(calls=[Call(q=q[:, None], k=k, v=v, causal=False)])
+    if isinstance(case, StreamingCase):
+        d_out = rest[0] if case.gradient else None
+        call = Call(q=q, k=k, v=v, causal=True, window=case.recent, d_out=d_out)
+        return Equivalent(calls=[call], note="a sliding window only: no sinks, no past")
+    if not isinstance(case, PrefillCase) or len(case.offsets) > 1:
+        raise UnsuitableError("not a call of theirs")
+    offset, end = case.offsets[0], case.offsets[0] + case.length
+    calls = [
+        Call(
+            q=q,
+            k=_tokens_first(k[:, :, offset:end]),
+            v=_tokens_first(v[:, :, offset:end]),
+            causal=True,
+        )
+    ]
+    if not offset:
+        return Equivalent(calls=calls)
+    past = [_tokens_first(x[:, :, :offset]) for x in (k, v)]
+    calls.append(Call(q=q, k=past[0], v=past[1], causal=False))
+    return Equivalent(calls=calls, note="the past without mask and the chunk, not merged")
+
+
+def jax_attention(implementation: str, case: Case, work: Equivalent, *, seconds: float):
+    """Time jax.nn.dot_product_attention."""
+    if implementation == "xla":
+        _refuse_large_scores(work)
+
+    def attend(call: Call, q, k, v):
+        window = None if call.window is None else (call.window - 1, 0)
+        return jax.nn.dot_product_attention(
+            q,
+            k,
+            v,
+            scale=case.softmax_scale,
+            is_causal=call.causal,
+            local_window_size=window,
+            implementation=implementation,
+        )
+
+    total = None
+    for call in work.calls:
+        function = functools.partial(attend, call)
+        arguments = (call.q, call.k, call.v)
+        if call.d_out is not None:
+            forward, arguments = function, (*arguments, call.d_out)
+
+            def function(q, k, v, d_out, forward=forward):
+                return jax.vjp(forward, q, k, v)[1](d_out)
+
+        total = _add(total, timers.of_function(function, *arguments, seconds=seconds))
+    return total
+
+
+def torch_attention(case: Case, work: Equivalent, *, seconds: float):
+    """Time torch.nn.functional.scaled_dot_product_attention, on the same memory."""
+    try:
+        import torch
+    except ImportError:
+        raise UnsuitableError("torch is not installed") from None
+    if not torch.cuda.is_available():
+        raise UnsuitableError("torch has no CUDA device here")
+    total = None
+    for call in work.calls:
+        if call.window is not None or call.d_out is not None:
+            raise UnsuitableError("no sliding window")
+        q, k, v = (
+            torch.from_dlpack(jax.block_until_ready(jnp.swapaxes(x, 1, 2)))
+            for x in (call.q, call.k, call.v)
+        )
+        attend = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            q,
+            k,
+            v,
+            is_causal=call.causal,
+            scale=case.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        with torch.no_grad():
+            time = timers.seconds_per_call(
+                attend, seconds=seconds, wait=lambda _: torch.cuda.synchronize()
+            )
+        total = _add(total, time)
+    return total
+
+
+TIMERS: dict[str, Callable[..., dict[str, float]]] = {
+    "jax.nn cudnn": functools.partial(jax_attention, "cudnn"),
+    "jax.nn xla": functools.partial(jax_attention, "xla"),
+    "torch SDPA": torch_attention,
+}
+
+
+def _add(total: dict[str, float] | None, time: dict[str, float]) -> dict[str, float]:
+    if total is None:
+        return time
+    return total | {key: total[key] + time[key] for key in ("median", "low", "high")}
+
+
+def _refuse_large_scores(work: Equivalent) -> None:
+    """XLA holds all scores, in float32 and again in the dtype; it must not fill the memory."""
+    scores = max(call.q.shape[0] * call.q.shape[2] * call.q.shape[1] * call.k.shape[1] for call in
+                 work.calls)  # fmt: skip
+    needed = scores * (4 + 4 + work.calls[0].q.dtype.itemsize)
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is not None and needed > limit / 2:
+        raise UnsuitableError(f"its scores would take {needed / 1e9:,.0f} GB")
+
+
+def _tokens_first(x: jax.Array) -> jax.Array:
+    return jax.block_until_ready(jnp.swapaxes(x, 1, 2))

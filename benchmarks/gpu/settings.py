@@ -1,0 +1,129 @@
+"""What the GPU report runs, and its small copy that a CPU gets through."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+
+from benchmarks import shapes
+from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Published
+from duo_jax.serve import PrefillMode
+from kernels.all_cases import CASES
+from kernels.case import Case
+from kernels.decode.cases import DecodeCase
+from kernels.dispatch import Implementation
+from kernels.prefill.cases import PrefillCase
+from kernels.streaming.cases import StreamingCase
+
+Cases = Mapping[str, Mapping[str, Case]]
+
+# The same heads and tokens, full and streaming: what the streaming kernel saves.
+FULL_32K, STREAMING_32K = "32K from 0, all heads", "32K from 0, all heads, streaming"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Sizes of everything that is measured."""
+
+    smoke: bool
+    checks: Cases  # by op
+    check_implementation: Implementation
+    timed: Cases
+    implementation: Implementation  # of what is timed
+    models: tuple[Published, ...]
+    dtype: str = "bfloat16"
+    mode: PrefillMode = "exact"
+    matmul_size: int = 8192
+    copy_bytes: int = 2**32
+    seconds_per_row: float = 0.5
+    seconds_per_candidate: float = 0.15
+    decode_steps: int = 8  # tokens per round
+    decode_rounds: int = 5
+    threads: int = 8  # that compile
+    flops_per_second: float = 2.5e14  # of prefill, until one was measured
+
+    @property
+    def slots(self) -> int:
+        """Slots that decoding at one context fills."""
+        return 2 + self.decode_steps * self.decode_rounds
+
+
+def real() -> Settings:
+    """Return what runs on a GPU."""
+    heads = {"q_heads": 32, "kv_heads": 8}
+    timed = {
+        op: {name: case for name, case in cases.items() if case.compile_only}
+        for op, cases in CASES.items()
+    }
+    timed["prefill"] = {
+        FULL_32K: PrefillCase(offsets=(0,), length=32_000, slots=32_000, **heads)
+    } | timed["prefill"]
+    timed["streaming"] = {STREAMING_32K: StreamingCase(length=32_000, **heads)} | timed["streaming"]
+    return Settings(
+        smoke=False,
+        checks=CASES,
+        check_implementation="triton",
+        timed=timed,
+        implementation="triton",
+        models=(LLAMA_2_7B, LLAMA_3_8B),
+    )
+
+
+def smoke() -> Settings:
+    """Return what runs to the end on a CPU, in a minute; its numbers mean nothing."""
+    tiny = {"q_heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": "float32"}
+    model = dataclasses.replace(
+        shapes.model_config("gqa", layers=1, embed=64, q_heads=4), vocab_size=64, head_dim=16,
+        num_kv_heads=2,
+    )  # fmt: skip
+    decode = DecodeCase(lengths=(33,), slots=40, **tiny)
+    return Settings(
+        smoke=True,
+        checks={
+            "decode": {"odd length": decode},
+            "streaming": {
+                "gradient": StreamingCase(length=19, sink=2, recent=8, gradient=True, **tiny)
+            },
+        },
+        check_implementation="interpret",
+        timed={
+            "decode": {"33 tokens": decode},
+            "prefill": {FULL_32K: PrefillCase(offsets=(0,), length=32, slots=32, **tiny)},
+            "streaming": {STREAMING_32K: StreamingCase(length=32, sink=2, recent=8, **tiny)},
+        },
+        implementation="xla",
+        models=(
+            Published(
+                name="tiny",
+                model=model,
+                retrieval_heads=(1,),
+                sink=2,
+                recent=6,
+                contexts=(64, 32),
+                prompt=32,
+                chunk=16,
+            ),
+        ),
+        dtype="float32",
+        matmul_size=64,
+        copy_bytes=2**12,
+        seconds_per_row=0.01,
+        seconds_per_candidate=0.01,
+        decode_steps=2,
+        decode_rounds=2,
+        threads=2,
+        flops_per_second=1e9,
+    )
+
+
+def num_cores() -> int:
+    """Return the cores of the GPU at hand; 1 where there is none."""
+    from kernels import compat
+
+    gpu = compat.target_gpu()
+    return gpu.num_cores if gpu else 1
+
+
+def has_gpu() -> bool:
+    """Whether programs run on a GPU."""
+    return jax.default_backend() == "gpu"

@@ -1,0 +1,118 @@
+"""The targets of the project's kernels on an A100 or H200, and whether a run met them."""
+
+import dataclasses
+from typing import Any
+
+from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Published
+from benchmarks.gpu.settings import FULL_32K, STREAMING_32K
+from benchmarks.gpu.tables import Table
+
+_LONG = 10_000_000  # bytes: decode cases that read less are bound by their launch
+_OF_FLOOR = 0.95
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """Something to reach."""
+
+    what: str
+    goal: float
+    value: float | None
+    judged: bool = True  # False: the number is reported only
+    unit: str = "x"
+
+    @property
+    def status(self) -> str:
+        """Return "met", "not met", "not measured" or "reported"."""
+        if self.value is None:
+            return "not measured"
+        if not self.judged:
+            return "reported"
+        return "met" if self.value >= self.goal else "not met"
+
+    def line(self) -> str:
+        """Say it in one line."""
+        value = "-" if self.value is None else f"{self.value:.3g}{self.unit}"
+        return f"{self.status:>12}  {value:>8}  (goal {self.goal:.3g}{self.unit})  {self.what}"
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields as JSON holds them."""
+        return dataclasses.asdict(self) | {"status": self.status}
+
+
+def judge(tables: dict[str, Table], *, hardware: str) -> list[Target]:
+    """Compare a run with the targets.
+
+    Args:
+      tables: by stage; stages that did not run are missing.
+      hardware: the GPU's name: cuDNN has kernels for Hopper that the Triton lowering cannot match,
+        so there the ratio is reported and not judged.
+    """
+    kernels = {row["name"]: row for row in _rows(tables, "kernels") if "seconds" in row}
+    decode = [row for row in kernels.values() if row["op"] == "decode" and row["bytes"] > _LONG]
+    full, streaming = (
+        kernels.get(name) for name in (f"prefill: {FULL_32K}", f"streaming: {STREAMING_32K}")
+    )
+    cudnn = (full or {}).get("rivals", {}).get("jax.nn cudnn", {})
+    copies = [row["of_ceiling"]["copy"] for row in decode if "of_ceiling" in row]
+    found = [
+        Target(
+            what="decode attention, fraction of the measured copy bandwidth (slowest long case)",
+            goal=0.85,
+            value=min(copies, default=None),
+            unit="",
+        ),
+        Target(
+            what="full prefill of 32K, speed against cuDNN",
+            goal=1.0,
+            value=cudnn.get("ours_is_faster_by"),
+            judged="A100" in hardware,
+        ),
+        Target(
+            what="streaming prefill of 32K against full",
+            goal=10.0,
+            value=full["seconds"]["median"] / streaming["seconds"]["median"]
+            if full and streaming
+            else None,
+        ),
+    ]
+    for model in (LLAMA_2_7B, LLAMA_3_8B):
+        found += _of_model(model, tables)
+    return found
+
+
+def _of_model(model: Published, tables: dict[str, Table]) -> list[Target]:
+    headline = {"context": model.contexts[0], "length": model.prompt}
+    found = []
+    for stage, axis, goal, published in (
+        ("decode", "context", model.decode_goal, model.decode_speedup),
+        ("prefill", "length", model.prefill_goal, model.prefill_speedup),
+    ):
+        tokens = headline[axis]
+        row = next(
+            (
+                row
+                for row in _rows(tables, stage)
+                if row.get("model") == model.name
+                and row["name"] == "duo"
+                and row[axis] == tokens
+                and "speedup" in row
+            ),
+            {},
+        )
+        speedup = row.get("speedup")
+        what = f"{model.name}, {stage} at {tokens:,}: speed-up (published {published:.2f}x)"
+        found.append(Target(what=what, goal=goal, value=speedup))
+        found.append(
+            Target(
+                what=f"{model.name}, {stage} at {tokens:,}: speed-up over that of its floor",
+                goal=_OF_FLOOR,
+                value=None if speedup is None else speedup / row["floor_speedup"],
+                unit="",
+            )
+        )
+    return found
+
+
+def _rows(tables: dict[str, Table], stage: str) -> list[dict[str, Any]]:
+    return tables[stage].rows if stage in tables else []

@@ -1,0 +1,73 @@
+"""Times of work on a device, which runs after its call has returned."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import timing
+
+_SHORT = 300e-6  # seconds; below, calls are not dispatched as fast as they run
+_LOOPS = 64
+
+
+def seconds_per_call(
+    call: Callable[[], Any],
+    *,
+    seconds: float,
+    rounds: int = 5,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> dict[str, float]:
+    """Time calls that are dispatched one after the other, and waited for once per round.
+
+    Args:
+      call: starts the work and returns what to wait for; compiled already.
+      seconds: about how long to measure.
+      rounds: the median of this many counts.
+      wait: waits for what `call` returned.
+
+    Returns:
+      Seconds per call: median and quartiles; and `calls`, the calls of one round.
+    """
+    for _ in range(2):
+        wait(call())
+    began = time.perf_counter()
+    wait(call())
+    once = time.perf_counter() - began
+    calls = max(1, min(1000, int(seconds / rounds / once)))
+    measured = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        for _ in range(calls):
+            out = call()
+        wait(out)
+        measured.append((time.perf_counter() - began) / calls)
+    return timing.summary(measured) | {"calls": calls}
+
+
+def of_function(function: Callable[..., Any], *args: Any, seconds: float) -> dict[str, float]:
+    """Time a function of arrays; `function`'s first result has the shape of its first argument.
+
+    Where a call is shorter than its dispatch, many run within one program, each with a query that
+    depends on the output before.
+    """
+    program = jax.jit(function).lower(*args).compile()
+    result = seconds_per_call(lambda: program(*args), seconds=seconds)
+    if result["median"] > _SHORT:
+        return result
+
+    @jax.jit
+    def loop(first, *rest):
+        def again(_, x):
+            out = jax.tree.leaves(function(x, *rest))[0]
+            return x + out * jnp.asarray(1e-3, x.dtype)
+
+        return jax.lax.fori_loop(0, _LOOPS, again, first)
+
+    program = loop.lower(*args).compile()
+    result = seconds_per_call(lambda: program(*args), seconds=seconds)
+    for key in ("median", "low", "high"):
+        result[key] /= _LOOPS
+    return result | {"loops": _LOOPS}

@@ -1,0 +1,189 @@
+"""Everything worth knowing about the kernels on one GPU, in one call of under ten minutes.
+
+    python -m benchmarks.gpu_report --out results
+
+Stages, each with a share of the time and a JSON file of its own: what the device reaches at best;
+every kernel checked against XLA; the kernels timed beside other libraries; decoding and prefill of
+whole models of random weights, full and split; other tile sizes. What the time did not reach is
+listed, a failure is recorded, and neither stops the rest. Needs jax and flax; PyTorch and
+matplotlib are used where they are. --smoke runs everything in miniature, on a CPU too.
+"""
+
+import argparse
+import os
+import time
+
+_BEGAN = time.monotonic()
+# Before jax looks: caches of half a million tokens need more than the usual three quarters.
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+import functools  # noqa: E402
+import json  # noqa: E402
+import pathlib  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+
+from benchmarks import machine  # noqa: E402
+from benchmarks.gpu import (  # noqa: E402
+    block_sweep,
+    ceilings,
+    check_stage,
+    decode,
+    kernel_table,
+    memory,
+    plots,
+    prefill,
+    summary,
+    tables,
+    targets,
+)
+from benchmarks.gpu.settings import Settings, has_gpu, real, smoke  # noqa: E402
+from benchmarks.gpu.tables import Stage, Table  # noqa: E402
+from duo_jax import files  # noqa: E402
+
+STAGES = ("ceilings", "checks", "kernels", "decode", "prefill", "sweep")
+_GRACE = 15.0  # seconds after the last deadline, for a measurement under way
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the stages; return the exit code."""
+    settings = smoke() if arguments.smoke else real()
+    if not settings.smoke and not has_gpu():
+        print(f"error: jax runs on {jax.default_backend()} here, and this report needs a GPU; "
+              "try --smoke", file=sys.stderr)  # fmt: skip
+        return 2
+    folder = arguments.out
+    folder.mkdir(parents=True, exist_ok=True)
+    header, found = _header(settings), {}
+    title = f"{'SMOKE RUN, numbers mean nothing: ' if settings.smoke else ''}{header['hardware']}"
+
+    finish = functools.partial(_finish, found, folder, header, title)
+    seconds = 60 * arguments.minutes
+    stop = threading.Timer(seconds + _GRACE - (time.monotonic() - _BEGAN), _stop, [finish])
+    stop.daemon = True
+    stop.start()
+    tables.run(
+        _stages(settings, found, arguments),
+        found,
+        folder=folder,
+        header=header,
+        began=_BEGAN,
+        seconds=seconds,
+    )
+    stop.cancel()
+    try:
+        print(plots.draw(found, folder, title=f"{title}, jax {jax.__version__}"))
+    except Exception as error:  # the numbers are there
+        print(f"no pictures: {tables.reason(error)}")
+    finish()
+    return 0
+
+
+def _stages(settings: Settings, found: dict[str, Table], arguments) -> list[Stage]:
+    stages = [
+        Stage(name="ceilings", share=0.03, run=functools.partial(ceilings.run, settings)),
+        Stage(name="checks", share=0.25, run=functools.partial(check_stage.run, settings)),
+        Stage(name="kernels", share=0.14, run=functools.partial(kernel_table.run, settings, found)),
+        Stage(name="decode", share=0.14, run=functools.partial(decode.run, settings)),
+        Stage(name="prefill", share=0.34, run=functools.partial(prefill.run, settings)),
+        Stage(name="sweep", share=0.10, run=functools.partial(block_sweep.run, settings)),
+    ]
+    assert tuple(stage.name for stage in stages) == STAGES
+
+    def fail(table: Table) -> None:
+        raise RuntimeError(f"--fail {table.name}")
+
+    return [
+        Stage(name=stage.name, share=stage.share, run=fail)
+        if stage.name == arguments.fail
+        else stage
+        for stage in stages
+        if stage.name in arguments.stages
+    ]
+
+
+def _header(settings: Settings) -> dict[str, Any]:
+    return {
+        "smoke": settings.smoke,
+        "command": machine.command("benchmarks.gpu_report"),
+        **machine.environment(),
+        "jaxlib": jax.lib.__version__,
+        "backend": jax.default_backend(),
+        "driver": _driver(),
+        "memory_limit_bytes": memory.limit(),
+        "dtype": settings.dtype,
+        "prefill_mode": settings.mode,
+        "models": [
+            {
+                "name": model.name,
+                "sink": model.sink,
+                "recent": model.recent,
+                "chunk": model.chunk,
+                "prompt": model.prompt,
+                "contexts": model.contexts,
+                "retrieval_heads": model.retrieval_heads,
+            }
+            for model in settings.models
+        ],
+    }
+
+
+def _driver() -> str | None:
+    """Return the GPU driver's version; reads it, changes nothing."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip().splitlines()[0] if answer.stdout.strip() else None
+
+
+def _finish(found: dict[str, Table], folder: pathlib.Path, header: dict[str, Any], title: str):
+    """Judge the targets, write them, and print the summary."""
+    judged = targets.judge(found, hardware=header["hardware"])
+    content = {**header, "targets": [target.plain() for target in judged]}
+    files.write_text(folder / "targets.json", json.dumps(content, indent=2) + "\n")
+    print("\n".join(summary.lines(found, judged, title=title)), flush=True)
+
+
+def _stop(finish) -> None:
+    """End a run that is stuck in one measurement: the tables so far are on disk."""
+    print("stopped: the time is over, and a measurement has not come back", flush=True)
+    finish()
+    os._exit(3)
+
+
+def _parse(words: list[str] | None = None) -> argparse.Namespace:
+    # Not tyro, as elsewhere: machines with a GPU may lack it, and have nothing to install from.
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_report", description=__doc__.split("\n\n")[0]
+    )
+    default = pathlib.Path(os.environ.get("OUT") or "benchmarks/results/gpu")
+    parser.add_argument(
+        "--out", type=pathlib.Path, default=default,
+        help="folder for the tables (default: $OUT, else benchmarks/results/gpu)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--minutes", type=float, default=9.5, help="time for all stages (default: 9.5)"
+    )
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, on any device")
+    parser.add_argument(
+        "--stages", type=lambda text: text.split(","), default=list(STAGES),
+        help=f"some of {','.join(STAGES)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--fail", choices=STAGES, help="let this stage fail, to see what is left")
+    arguments = parser.parse_args(words)
+    unknown = [name for name in arguments.stages if name not in STAGES]
+    if unknown:
+        parser.error(f"--stages: {unknown[0]!r} is not one of {','.join(STAGES)}")
+    if not 0 < arguments.minutes < 1e4:
+        parser.error("--minutes must be more than 0")
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main(_parse()))
