@@ -18,7 +18,7 @@ class Cost:
     flops: float  # 2 per multiply-add, of visible (query, key) pairs only
     num_bytes: float  # every input read once, every output written once
     scheduled_flops: float  # of all tiles that the kernel multiplies, masked parts included
-    scheduled_bytes: float  # of all tiles that its programs load and store; repeats may hit L2
+    scheduled_bytes: float  # that its programs load and store, unmasked; repeats may hit L2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

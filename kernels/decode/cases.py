@@ -7,7 +7,7 @@ import numpy as np
 from kernels.case import Case, Cost, per_row
 from kernels.decode.api import decode
 from kernels.decode.config import BlockSizes, heuristic
-from kernels.tiles import cdiv
+from kernels.tiles import MIN_ROWS, cdiv, power_of_two, width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,19 +48,16 @@ class DecodeCase(Case):
         tokens = sum(self.lengths)
         tiled = sum(cdiv(length, sizes.block_kv) for length in self.lengths) * sizes.block_kv
         per_token = 2 * self.kv_heads * self.head_dim * self.itemsize
-        vectors = len(self.lengths) * self.q_heads * self.head_dim
-        partial = vectors * sizes.num_splits * 4 * 2  # written by the splits, read by their merge
+        vectors = len(self.lengths) * self.q_heads
+        vector_bytes = self.head_dim * self.itemsize
+        rows = max(MIN_ROWS, power_of_two(self.q_heads // self.kv_heads))
         return Cost(
             flops=4.0 * tokens * self.q_heads * self.head_dim,
-            num_bytes=tokens * per_token + 2.0 * vectors * self.itemsize,
-            scheduled_flops=4.0
-            * tiled
-            * self.kv_heads
-            * max(16, self.q_heads // self.kv_heads)
-            * self.head_dim,
+            num_bytes=tokens * per_token + vectors * (2.0 * vector_bytes + 4),
+            scheduled_flops=4.0 * tiled * self.kv_heads * rows * width(self.head_dim),
+            # Every split reads the queries and leaves its output and lse in float32.
             scheduled_bytes=tokens * per_token
-            + vectors * self.itemsize * (sizes.num_splits + 1.0)
-            + partial,
+            + vectors * sizes.num_splits * (vector_bytes + 4.0 * (self.head_dim + 1)),
         )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from kernels.case import Case, Cost, per_row
 from kernels.prefill.api import prefill
 from kernels.prefill.config import BlockSizes, heuristic
-from kernels.tiles import cdiv
+from kernels.tiles import cdiv, width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,20 +44,21 @@ class PrefillCase(Case):
         pairs = sum(
             self.length * offset + self.length * (self.length + 1) // 2 for offset in self.offsets
         )
-        # Tokens of all the key tiles that the programs of one head load.
-        tokens = sum(
+        # Ends of all the key tiles that the programs of one head load, the last one's past slots.
+        ends = [
             cdiv(min(offset + first + sizes.block_q, self.slots), sizes.block_kv) * sizes.block_kv
             for offset in self.offsets
             for first in range(0, self.length, sizes.block_q)
-        )
+        ]
+        loaded = sum(min(end, self.slots) for end in ends)
         vectors = len(self.offsets) * self.length * self.q_heads
         seen = sum(offset + self.length for offset in self.offsets)
         outputs = vectors * (2 * self.head_dim * self.itemsize + 4)
         return Cost(
             flops=4.0 * pairs * self.q_heads * self.head_dim,
             num_bytes=outputs + 2.0 * seen * self.kv_heads * self.head_dim * self.itemsize,
-            scheduled_flops=4.0 * tokens * sizes.block_q * self.q_heads * self.head_dim,
-            scheduled_bytes=outputs + 2.0 * tokens * self.q_heads * self.head_dim * self.itemsize,
+            scheduled_flops=4.0 * sum(ends) * sizes.block_q * self.q_heads * width(self.head_dim),
+            scheduled_bytes=outputs + 2.0 * loaded * self.q_heads * self.head_dim * self.itemsize,
         )
 
 

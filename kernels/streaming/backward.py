@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from kernels import compat, masks, tiles
 from kernels.streaming.config import BlockSizes
 
-_MAX_SINK_SPLITS = 16
+MAX_SINK_SPLITS = 16  # kernels.streaming.schedule counts them too
 
 
 def backward(
@@ -98,7 +98,7 @@ def backward(
     if not sink_size:
         return d_q, d_k, d_v
 
-    num_splits = max(1, min(_MAX_SINK_SPLITS, num_q_blocks // 2))
+    num_splits = max(1, min(MAX_SINK_SPLITS, num_q_blocks // 2))
     sink_blocks = tiles.cdiv(sink_size, block_kv)
     partial_spec = pl.BlockSpec(
         (None, None, sink_size, None, head_dim), lambda i, k, b: (i // sink_blocks, b, 0, k, 0)

@@ -10,7 +10,7 @@ from kernels.case import Case, Cost, per_row
 from kernels.streaming.api import streaming_attention
 from kernels.streaming.config import Config, heuristic
 from kernels.streaming.past import Past
-from kernels.tiles import cdiv
+from kernels.streaming.schedule import Schedule, Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,44 +64,41 @@ class StreamingCase(Case):
 
     def cost(self, *, num_cores: int) -> Cost:
         sizes = self.block_sizes(num_cores=num_cores)
-        pairs, tokens = 0, 0
-        block_q, block_kv = sizes.forward.block_q, sizes.forward.block_kv
         rows = self.lengths or (0,) * self.batch
+        schedule = Schedule(
+            length=self.length,
+            sink=self.sink,
+            recent=self.recent,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            itemsize=self.itemsize,
+        )
+        pairs, keys, work = 0, 0, Work()
         for past in rows:
             positions = past + np.arange(self.length)
             pairs += int(np.minimum(positions + 1, self.sink + self.recent).sum())
-            for first in range(0, self.length, block_q):
-                tokens += block_kv * self._tiles(past, first, block_q, block_kv)
-        per_pair = 4.0 * self.q_heads * self.head_dim
-        vectors = len(rows) * self.length
+            # The chunk's own tokens, the recents of its first query, and the sinks before them.
+            keys += self.length + min(past, self.recent - 1 + self.sink)
+            work += schedule.forward(sizes.forward, past=past if self.lengths else None)
+            if self.gradient:
+                work += schedule.backward(sizes.backward)
         vector_bytes = self.head_dim * self.itemsize
-        q_bytes = vectors * self.q_heads * vector_bytes
-        kv_bytes = vectors * self.kv_heads * vector_bytes
-        forward = Cost(
-            flops=per_pair * pairs,
-            num_bytes=2.0 * q_bytes + 2 * kv_bytes,
-            scheduled_flops=per_pair * tokens * block_q,
-            scheduled_bytes=2.0 * q_bytes + 2.0 * tokens * self.q_heads * vector_bytes,
-        )
-        if not self.gradient:
-            return forward
-        # The forward pass, then five products: d_q needs three of them, d_k and d_v four.
+        q_bytes = len(rows) * self.length * self.q_heads * vector_bytes
+        kv_bytes = keys * self.kv_heads * vector_bytes
+        flops = 4.0 * pairs * self.q_heads * self.head_dim
+        num_bytes = 2 * q_bytes + 2 * kv_bytes + 4 * len(rows) * self.length * self.q_heads
+        if self.gradient:
+            # Five products instead of two. The backward pass reads what the forward pass read and
+            # wrote, and the output's gradient, and writes those of q, k and v.
+            flops += 2.5 * flops
+            num_bytes += num_bytes + 2 * q_bytes + 2 * kv_bytes
         return Cost(
-            flops=forward.flops * (1 + 2.5),
-            num_bytes=forward.num_bytes + 4.0 * q_bytes + 4 * kv_bytes,
-            scheduled_flops=forward.scheduled_flops * (1 + 3.5),
-            scheduled_bytes=forward.scheduled_bytes * 3.5,
+            flops=flops,
+            num_bytes=float(num_bytes),
+            scheduled_flops=float(work.flops),
+            scheduled_bytes=float(work.num_bytes),
         )
-
-    def _tiles(self, past: int, first: int, block_q: int, block_kv: int) -> int:
-        """Count the key tiles that one program visits, as the kernel's loops do."""
-        count = cdiv(min(past + first + block_q, self.sink), block_kv)
-        window = first - (self.recent - 1)
-        if self.lengths and window + self.recent < self.recent:
-            start = max(window + self.recent, 0)
-            count += cdiv(self.recent, block_kv) - start // block_kv
-        end = min(first + block_q, self.length)
-        return count + cdiv(end, block_kv) - max(window, 0) // block_kv
 
 
 def _past(sinks, recents, lengths) -> Past:
