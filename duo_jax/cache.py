@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from duo_jax.split import DuoConfig
-from kernels import Past, pytree
+from kernels import Past, limits, pytree
 
 
 @pytree.register
@@ -33,9 +33,12 @@ class KVCache:
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCache:
-    """The caches of one layer; None where it has no such head."""
+    """The caches of one layer; empty and None where it has no such head.
 
-    full: KVCache | None
+    The retrieval heads, in order, lie in as few buffers as kernels can address: usually one.
+    """
+
+    full: tuple[KVCache, ...]
     streaming: KVCache | None
 
 
@@ -64,22 +67,25 @@ def init_cache(
       max_len: tokens that a row can hold.
       dtype: of keys and values; the dtype of the parameters.
     """
+    head_dim, num_kv_heads = config.model.head_dim, config.model.num_kv_heads
+    most = _heads_per_buffer(batch_size, max_len, head_dim)
 
-    def kv_cache(heads: int, slots: int) -> KVCache | None:
-        if not heads:
-            return None
-        shape = (batch_size, heads, slots, config.model.head_dim)
+    def kv_cache(heads: int, slots: int) -> KVCache:
+        shape = (batch_size, heads, slots, head_dim)
         return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
+    def layer(retrieval: int) -> LayerCache:
+        streaming = num_kv_heads - retrieval
+        return LayerCache(
+            full=tuple(
+                kv_cache(min(most, retrieval - first), max_len)
+                for first in range(0, retrieval, most)
+            ),
+            streaming=kv_cache(streaming, config.ring_slots) if streaming else None,
+        )
+
     return Cache(
-        layers=tuple(
-            LayerCache(
-                full=kv_cache(retrieval, max_len),
-                streaming=kv_cache(config.model.num_kv_heads - retrieval, config.ring_slots),
-            )
-            for retrieval in config.retrieval_heads
-        ),
-        lengths=jnp.zeros(batch_size, jnp.int32),
+        layers=tuple(map(layer, config.retrieval_heads)), lengths=jnp.zeros(batch_size, jnp.int32)
     )
 
 
@@ -94,15 +100,20 @@ def cache_bytes(config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTyp
 def grow(cache: Cache, *, max_len: int) -> Cache:
     """Return the cache with room for `max_len` tokens; copies the full caches one by one."""
 
-    def larger(layer: LayerCache) -> LayerCache:
-        if layer.full is None:
-            return layer
-        more = ((0, 0), (0, 0), (0, max_len - layer.full.keys.shape[2]), (0, 0))
-        return dataclasses.replace(
-            layer, full=jax.tree.map(lambda buffer: jnp.pad(buffer, more), layer.full)
-        )
+    def larger(part: KVCache) -> list[KVCache]:
+        batch, heads, slots, head_dim = part.keys.shape
+        most = _heads_per_buffer(batch, max_len, head_dim)
+        more = ((0, 0), (0, 0), (0, max_len - slots), (0, 0))
+        return [
+            jax.tree.map(lambda buffer, at=first: jnp.pad(buffer[:, at : at + most], more), part)
+            for first in range(0, heads, most)
+        ]
 
-    return dataclasses.replace(cache, layers=tuple(map(larger, cache.layers)))
+    layers = (
+        dataclasses.replace(layer, full=tuple(new for part in layer.full for new in larger(part)))
+        for layer in cache.layers
+    )
+    return dataclasses.replace(cache, layers=tuple(layers))
 
 
 def append(
@@ -200,6 +211,11 @@ def past(
         recent_values=recents(cache.values),
         lengths=lengths,
     )
+
+
+def _heads_per_buffer(batch_size: int, max_len: int, head_dim: int) -> int:
+    """Return how many full heads a buffer may hold so that kernels can address all of it."""
+    return max(1, limits.MAX_ELEMENTS // (batch_size * max_len * head_dim))
 
 
 def _write(

@@ -181,26 +181,35 @@ def _layer_file(number: int) -> str:
 def _to_arrays(layer: LayerCache, longest: int) -> dict[str, np.ndarray]:
     """Name a layer's filled slots; safetensors wants contiguous arrays."""
     return {
-        f"{part}.{name}": np.ascontiguousarray(np.asarray(getattr(cache, name)[:, :, :longest]))
-        for part, cache in (("full", layer.full), ("streaming", layer.streaming))
-        if cache is not None
+        f"{kind}.{name}": np.concatenate(
+            [np.asarray(getattr(part, name)[:, :, :longest]) for part in parts], axis=1
+        )
+        for kind, parts in _parts(layer).items()
         for name in ("keys", "values")
     }
 
 
+def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:
+    """Return the buffers of each kind of head that a layer has; files join them."""
+    streaming = () if layer.streaming is None else (layer.streaming,)
+    parts = {"full": layer.full, "streaming": streaming}
+    return {kind: caches for kind, caches in parts.items() if caches}
+
+
 def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray], *, longest: int) -> LayerCache:
     """Put stored slots, `longest` of them unless there are fewer, into an empty layer's buffers."""
-
-    def fill(part: str, cache: KVCache | None) -> KVCache | None:
-        if cache is None:
-            return None
-        filled = {}
-        for name in ("keys", "values"):
-            buffer, stored = getattr(cache, name), arrays[f"{part}.{name}"]
-            expected = (*buffer.shape[:2], min(longest, buffer.shape[2]), buffer.shape[3])
-            if stored.shape != expected or stored.dtype != buffer.dtype:
-                raise ValueError(f"{part}.{name} is {stored.dtype} {stored.shape}")
-            filled[name] = jax.lax.dynamic_update_slice(buffer, stored, (0, 0, 0, 0))
-        return KVCache(**filled)
-
-    return LayerCache(full=fill("full", layer.full), streaming=fill("streaming", layer.streaming))
+    filled: dict[str, list[KVCache]] = {"full": [], "streaming": []}
+    for kind, parts in _parts(layer).items():
+        first, (batch, _, slots, head_dim) = 0, parts[0].keys.shape
+        expected = (batch, sum(p.keys.shape[1] for p in parts), min(longest, slots), head_dim)
+        for part in parts:
+            end, buffers = first + part.keys.shape[1], {}
+            for name in ("keys", "values"):
+                buffer, stored = getattr(part, name), arrays[f"{kind}.{name}"]
+                if stored.shape != expected or stored.dtype != buffer.dtype:
+                    raise ValueError(f"{kind}.{name} is {stored.dtype} {stored.shape}")
+                mine = stored[:, first:end]
+                buffers[name] = jax.lax.dynamic_update_slice(buffer, mine, (0, 0, 0, 0))
+            filled[kind].append(KVCache(**buffers))
+            first = end
+    return LayerCache(full=tuple(filled["full"]), streaming=next(iter(filled["streaming"]), None))

@@ -128,13 +128,10 @@ def hidden_states(
     cos_sin = rope.rotation(config.model, positions, total_length=total_lengths)
     x = params["embed_tokens"]["embedding"][tokens]
     layers = []
-    for heads, layer_params, layer_cache in zip(
-        config.retrieval_heads, params["layers"], cache.layers, strict=True
-    ):
+    for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
         attend = functools.partial(
             _attend,
             config=config,
-            retrieval_heads=heads,
             mode=mode,
             implementation=implementation,
         )
@@ -160,24 +157,31 @@ def _attend(
     layer_input,
     *,
     config: DuoConfig,
-    retrieval_heads: int,
     mode: PrefillMode,
     implementation: Implementation,
 ):
     """Attend with the first KV heads to the full cache, with the others to sinks and recents."""
     cache, lengths, num_tokens = layer_input
-    num_q_heads = retrieval_heads * config.model.q_per_kv
-    outputs, full, streaming = [], None, None
-    if cache.full is not None:
-        mine = q[:, :, :num_q_heads], k[:, :, :retrieval_heads], v[:, :, :retrieval_heads]
-        out, full = _attend_full(
-            *mine, cache.full, lengths, num_tokens, implementation=implementation
+    outputs, full, streaming = [], [], None
+
+    def heads(first: int, end: int | None = None):
+        """Return queries, keys and values of some KV heads."""
+        group = config.model.q_per_kv
+        queries = slice(first * group, None if end is None else end * group)
+        return q[:, :, queries], k[:, :, first:end], v[:, :, first:end]
+
+    first = 0
+    for part in cache.full:
+        end = first + part.keys.shape[1]
+        out, part = _attend_full(
+            *heads(first, end), part, lengths, num_tokens, implementation=implementation
         )
         outputs.append(out)
+        full.append(part)
+        first = end
     if cache.streaming is not None:
-        mine = q[:, :, num_q_heads:], k[:, :, retrieval_heads:], v[:, :, retrieval_heads:]
         out, streaming = _attend_streaming(
-            *mine,
+            *heads(first),
             cache.streaming,
             lengths,
             num_tokens,
@@ -186,7 +190,7 @@ def _attend(
             implementation=implementation,
         )
         outputs.append(out)
-    return jnp.concatenate(outputs, axis=2), LayerCache(full=full, streaming=streaming)
+    return jnp.concatenate(outputs, axis=2), LayerCache(full=tuple(full), streaming=streaming)
 
 
 def _attend_full(q, k, v, cache: KVCache, lengths, num_tokens, *, implementation: Implementation):

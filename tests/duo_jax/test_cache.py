@@ -205,7 +205,7 @@ def test_bytes_are_those_of_the_live_buffers(retrieval_heads, dtype):
     assert {buffer.dtype for buffer in buffers} == {jnp.dtype(dtype)}
     assert not any(buffer.any() for buffer in buffers)
     for layer, heads in zip(cache.layers, retrieval_heads, strict=True):
-        full = None if layer.full is None else layer.full.keys.shape
+        full = layer.full[0].keys.shape if layer.full else None
         ring = None if layer.streaming is None else layer.streaming.values.shape
         assert full == ((3, heads, 50, 16) if heads else None)
         assert ring == ((3, 4 - heads, 10, 16) if heads < 4 else None)
@@ -286,7 +286,7 @@ def test_a_donated_cache_is_updated_in_place(step, batch_size):
     tokens = jnp.ones(batch_size, jnp.int32)
     compiled = on_buffers.lower(params, buffers, tokens).compile()
     memory = compiled.memory_analysis()
-    keys = cache.layers[0].full.keys.nbytes
+    keys = cache.layers[0].full[0].keys.nbytes
     assert memory.alias_size_in_bytes >= cache.nbytes
     assert memory.temp_size_in_bytes < keys  # the scores; head_dim is only 16 here
 

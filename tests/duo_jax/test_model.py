@@ -123,7 +123,7 @@ def test_dtype_is_that_of_weights_and_cache(folder):
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype("bfloat16")}
     conversation = half.conversation()
     conversation.append(TEXT)
-    assert conversation.session.cache.layers[0].full.keys.dtype == jnp.bfloat16
+    assert conversation.session.cache.layers[0].full[0].keys.dtype == jnp.bfloat16
     float32 = duo_jax.load(folder, prefill_chunk=16).conversation()
     float32.append(TEXT)
     assert conversation.cache_bytes()[0] == float32.cache_bytes()[0] / 2

@@ -336,8 +336,8 @@ logits, cache = prefill(
     jax.device_put(cache, rows),
     *(jax.device_put(x, rows) for x in inputs),
 )
-assert len(cache.layers[0].full.keys.sharding.device_set) == 2
-assert cache.layers[0].full.keys.addressable_shards[0].data.shape[0] == 1
+assert len(cache.layers[0].full[0].keys.sharding.device_set) == 2
+assert cache.layers[0].full[0].keys.addressable_shards[0].data.shape[0] == 1
 np.testing.assert_allclose(logits, expected, atol=2e-5)
 print("the same")
 """

@@ -252,7 +252,7 @@ def test_rows_that_cannot_be_read(runtime, tokens, max_len, message):
 def test_a_fixed_cache_is_allocated_once(runtime):
     session = Session(runtime, max_len=40)
     session.append([prompt(10)])
-    assert session.cache.layers[0].full.keys.shape[2] == 40
+    assert session.cache.layers[0].full[0].keys.shape[2] == 40
     assert [len(row) for row in write(session, 100)] == [30]
 
 
