@@ -1,0 +1,140 @@
+"""What the compilers make of every kernel, for an A100 and an H200, without either.
+
+    python -m benchmarks.compiled
+
+Every case of kernels.all_cases is compiled for both GPUs, with spilled registers made an error, and
+described by its PTX, by ptxas and by XLA's list of launches; the roofline of the cases of real size
+is counted. Nothing is executed. It needs what kernels.aot needs: jax's CUDA plugin, ptxas, nvlink.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import jax
+from tqdm import tqdm
+
+from benchmarks import compiled_report, machine, roofline
+from duo_jax import cli, files
+from duo_jax.errors import InputError
+from kernels import aot, compat
+from kernels.all_cases import CASES
+
+_ROOT = pathlib.Path(__file__).parents[1]
+RESULT = pathlib.Path("benchmarks/results/compiled.json")
+DOCUMENT = pathlib.Path("docs/kernels.md")
+
+Job = tuple[str, str]  # op and case
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledConfig:
+    """Flags of the benchmark."""
+
+    targets: tuple[aot.Target, ...] = get_args(aot.Target)
+    """GPUs to compile for."""
+    ops: tuple[str, ...] = tuple(CASES)
+    """Operations to compile."""
+    result: pathlib.Path = RESULT
+    """Where to write the JSON."""
+    document: pathlib.Path = DOCUMENT
+    """Where to write the tables."""
+
+    def __post_init__(self) -> None:
+        unknown = [op for op in self.ops if op not in CASES]
+        if unknown or not self.ops or not self.targets:
+            raise InputError(f"ops are {', '.join(CASES)}, not {', '.join(unknown) or 'none'}")
+
+
+def main(config: CompiledConfig) -> None:
+    """Compile, count, and write both files."""
+    reason = aot.unavailable()
+    if reason is not None:
+        raise InputError(reason)
+    began = time.monotonic()
+    jobs = [(op, case) for op in config.ops for case in CASES[op]]
+    rows = []
+    with tqdm(total=len(jobs) * len(config.targets), unit="case", disable=None) as bar:
+        for target in config.targets:
+            bar.set_description(target)
+            for row in compile_all(jobs, target):
+                rows.append(row)
+                bar.update()
+    result = {
+        "command": machine.command("benchmarks.compiled"),
+        "jax": jax.__version__,
+        "ptxas": _ptxas_version(),
+        "run_minutes": round((time.monotonic() - began) / 60, 1),
+        "rows": rows,
+        "roofline": roofline.rows(config.ops),
+    }
+    for path in (config.result, config.document):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(config.result, json.dumps(result, indent=1) + "\n")
+    files.write_text(config.document, compiled_report.to_markdown(result))
+    print(compiled_report.summary(result))
+
+
+def compile_all(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, Any]]:
+    """Yield a row per case; a case that ends its process gets a row that says so."""
+    left = list(jobs)
+    while left:
+        for row in _worker(tuple(left), target):
+            yield row | {"real_size": CASES[row["op"]][row["case"]].compile_only}
+            left.pop(0)
+
+
+def _worker(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, Any]]:
+    """Compile in a new process, up to the first case that ends it: XLA may abort."""
+    with tempfile.TemporaryDirectory() as scratch:
+        dump, log, todo = (pathlib.Path(scratch) / name for name in ("dump", "stderr", "todo"))
+        dump.mkdir()
+        todo.write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",  # a GPU at hand may be another one
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+            "XLA_FLAGS": compat.ptx_dump_flags(str(dump)),
+        }
+        done = 0
+        with (
+            log.open("w") as stderr,
+            todo.open() as stdin,
+            subprocess.Popen(
+                _command(target, dump), cwd=_ROOT, env=environment, text=True,
+                stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
+            ) as process,
+        ):  # fmt: skip
+            for line in process.stdout:
+                yield json.loads(line)
+                done += 1
+        if done < len(jobs):
+            op, case = jobs[done]
+            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            error = f"the process ended with code {process.returncode}: {(said or ['silent'])[-1]}"
+            yield {"op": op, "case": case, "target": target, "error": error, "kernels": []}
+
+
+def _command(target: aot.Target, dump: pathlib.Path) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.compiled_worker", target, str(dump)]
+
+
+def _ptxas_version() -> str:
+    said = subprocess.run(["ptxas", "--version"], capture_output=True, text=True, check=True)
+    return re.search(r"V([\d.]+)", said.stdout)[1]
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        CompiledConfig,
+        prog="python -m benchmarks.compiled",
+        description=__doc__.split("\n\n")[0],
+    )
