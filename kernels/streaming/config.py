@@ -30,11 +30,16 @@ def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> Config:
     """Choose tile sizes: what fits the registers and shared memory of an A100, without spilling."""
     columns = width(head_dim)
     if jnp.dtype(dtype).itemsize == 4:
-        tile = 64 if columns <= 64 else 32 if columns <= 128 else 16
-        forward = (tile, min(tile, 32), 4, 2)
-        backward = (min(tile, 32), min(tile, 32), 4, 1)
-    elif columns <= 128:
+        if columns <= 64:
+            forward, backward = (64, 32, 8, 2), (32, 32, 8, 1)
+        elif columns <= 128:
+            forward, backward = (32, 32, 4, 2), (32, 32, 8, 1)
+        else:
+            forward, backward = (16, 16, 4, 2), (16, 16, 8, 1)
+    elif columns <= 64:
         forward, backward = (64, 64, 4, 3), (64, 32, 4, 2)
+    elif columns <= 128:
+        forward, backward = (64, 32, 4, 3), (64, 32, 4, 2)
     else:
         forward, backward = (64, 32, 8, 2), (32, 32, 4, 1)
     most = max(MIN_ROWS, power_of_two(length))

@@ -1,0 +1,79 @@
+"""Every named case, run by Pallas' interpreter, against float64 numpy and against XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels.all_cases import CASES
+from tests.kernels import oracle
+
+INTERPRETED = {
+    f"{op}, {name}": case
+    for op, cases in CASES.items()
+    for name, case in cases.items()
+    if not case.compile_only
+}
+every_case = pytest.mark.parametrize("case", INTERPRETED.values(), ids=INTERPRETED.keys())
+
+# Where the kernel's own number type is not the point, but its loops are.
+AWKWARD = [
+    "decode, one token", "decode, empty rows", "decode, group of 7, odd length",
+    "decode, group of 1, head_dim 80",
+    "prefill, three tokens, ragged", "prefill, group of 7, odd length", "prefill, head_dim 96",
+    "streaming, one token before the sinks' end", "streaming, sink + recent + 1",
+    "streaming, odd length, rows of many pasts", "streaming, a chunk shorter than the window",
+    "streaming, gradient, three tokens", "streaming, gradient, no sinks",
+]  # fmt: skip
+
+# Of results of size 1. XLA adds in another order, and may be luckier.
+FLOOR = 2e-6
+
+
+def run(case, arguments, implementation):
+    return jax.jit(functools.partial(case.run, implementation=implementation))(*arguments)
+
+
+def allowed(case) -> float:
+    """Return how many times XLA's error the kernel's may be."""
+    # The backward pass takes sum(p * d_p) from the output that the forward pass rounded, as in
+    # FlashAttention-2, XLA from its own float32; over three tokens nothing averages that out.
+    return 4.0 if getattr(case, "gradient", False) and case.length < 16 else 2.0
+
+
+def error(got, want) -> float:
+    return np.abs(np.asarray(got, np.float64) - want).max()
+
+
+def dtypes(results) -> list[str]:
+    return [str(x.dtype) for x in results]
+
+
+@every_case
+def test_the_kernel_errs_at_most_twice_as_much_as_xla(case):
+    """Gradients too; in every slot that nobody sees, there are stale numbers."""
+    arguments = oracle.draw(case)
+    want = oracle.expected(case, arguments)
+    kernel, xla = (run(case, arguments, name) for name in ("interpret", "xla"))
+    assert dtypes(kernel) == dtypes(xla)
+    is_lse = [False, not getattr(case, "gradient", False), False]
+    for got, other, wanted, is_lse in zip(kernel, xla, want, is_lse, strict=False):
+        assert got.shape == other.shape == wanted.shape
+        if is_lse:
+            # Products of two half-precision numbers are exact in float32.
+            np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=2e-6)
+        else:
+            assert error(got, wanted) <= allowed(case) * error(other, wanted) + FLOOR
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_the_kernel_in_float32_matches_float64(name):
+    case = INTERPRETED[name]
+    arguments = oracle.cast(oracle.draw(case), jnp.float32)
+    want = oracle.expected(case, arguments)
+    results = run(case, arguments, "interpret")
+    assert set(dtypes(results)) == {"float32"}
+    for got, wanted in zip(results, want, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=2e-5)
