@@ -49,8 +49,8 @@ STAGES = ("ceilings", "checks", "kernels", "decode", "prefill", "sweep")
 _GRACE = 15.0  # seconds after the last deadline, for a measurement under way
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Run the stages; return the exit code."""
+def main(arguments: argparse.Namespace, *, began: float) -> int:
+    """Run the stages; return the exit code. The time counts from `began`."""
     settings = smoke() if arguments.smoke else real()
     if not settings.smoke and not has_gpu():
         print(f"error: jax runs on {jax.default_backend()} here, and this report needs a GPU; "
@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> int:
 
     finish = functools.partial(_finish, found, folder, header, title)
     seconds = 60 * arguments.minutes
-    stop = threading.Timer(seconds + _GRACE - (time.monotonic() - _BEGAN), _stop, [finish])
+    stop = threading.Timer(seconds + _GRACE - (time.monotonic() - began), _stop, [finish])
     stop.daemon = True
     stop.start()
     tables.run(
@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
         found,
         folder=folder,
         header=header,
-        began=_BEGAN,
+        began=began,
         seconds=seconds,
     )
     stop.cancel()
@@ -186,4 +186,4 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(_parse()))
+    sys.exit(main(_parse(), began=_BEGAN))

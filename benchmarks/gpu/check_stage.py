@@ -33,8 +33,11 @@ def run(settings: Settings, table: Table) -> None:
         }
         for i, (name, case) in enumerate(table.in_time(cases.items())):
             program = programs.pop(name)
-            measure = functools.partial(_check, case, program, seed + i, table)
-            row = table.attempt(name, measure)
+            concurrent.futures.wait([program], timeout=max(0.0, table.time_left))
+            if not program.done():
+                table.not_reached.append(name)
+                continue
+            row = table.attempt(name, functools.partial(_check, case, program, seed + i))
             if row is not None:
                 table.add(name=name, dtype=case.dtype, **row)
                 if not row["passed"]:
@@ -42,6 +45,5 @@ def run(settings: Settings, table: Table) -> None:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _check(case, program, seed, table):
-    programs = program.result(timeout=max(1.0, table.time_left))
-    return checks.run(case, programs, seed=seed)
+def _check(case, program, seed):
+    return checks.run(case, program.result(), seed=seed)

@@ -73,26 +73,25 @@ def equivalent(case: Case, arguments: tuple[Any, ...]) -> Equivalent:
     return Equivalent(calls=calls, note="the past without mask and the chunk, not merged")
 
 
+def masking(call: Call) -> dict[str, Any]:
+    """Return how jax.nn.dot_product_attention is told what a call's queries see."""
+    window = None if call.window is None else (call.window - 1, 0)
+    return {"is_causal": call.causal, "local_window_size": window}
+
+
 def jax_attention(implementation: str, case: Case, work: Equivalent, *, seconds: float):
     """Time jax.nn.dot_product_attention."""
     if implementation == "xla":
         _refuse_large_scores(work)
 
-    def attend(call: Call, q, k, v):
-        window = None if call.window is None else (call.window - 1, 0)
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=case.softmax_scale,
-            is_causal=call.causal,
-            local_window_size=window,
-            implementation=implementation,
-        )
-
     total = None
     for call in work.calls:
-        function = functools.partial(attend, call)
+        function = functools.partial(
+            jax.nn.dot_product_attention,
+            scale=case.softmax_scale,
+            implementation=implementation,
+            **masking(call),
+        )
         arguments = (call.q, call.k, call.v)
         if call.d_out is not None:
             forward, arguments = function, (*arguments, call.d_out)

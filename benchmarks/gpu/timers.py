@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from benchmarks import timing
 
 _SHORT = 300e-6  # seconds; below, calls are not dispatched as fast as they run
-_LOOPS = 64
+LOOPS = 64  # calls in one program, where one is short
 
 
 def seconds_per_call(
@@ -48,26 +48,41 @@ def seconds_per_call(
 
 
 def of_function(function: Callable[..., Any], *args: Any, seconds: float) -> dict[str, float]:
-    """Time a function of arrays; `function`'s first result has the shape of its first argument.
+    """Time a function of arrays; its first result has the shape of its first argument.
 
-    Where a call is shorter than its dispatch, many run within one program, each with a query that
-    depends on the output before.
+    Where a call is shorter than its dispatch, many run within one program.
     """
-    program = jax.jit(function).lower(*args).compile()
-    result = seconds_per_call(lambda: program(*args), seconds=seconds)
+    result = of_program(compiled(function, *args), *args, seconds=seconds)
     if result["median"] > _SHORT:
         return result
+    program = compiled(function, *args, loops=LOOPS)
+    return of_program(program, *args, seconds=seconds, loops=LOOPS)
 
-    @jax.jit
+
+def compiled(function: Callable[..., Any], *args: Any, loops: int = 1) -> jax.stages.Compiled:
+    """Compile a function, or a loop of its calls, each with a query that the one before changed.
+
+    Args:
+      function: of arrays; its first result has the shape of its first argument.
+      *args: arrays, or descriptions of arrays.
+      loops: calls in one program.
+    """
+
     def loop(first, *rest):
         def again(_, x):
             out = jax.tree.leaves(function(x, *rest))[0]
             return x + out * jnp.asarray(1e-3, x.dtype)
 
-        return jax.lax.fori_loop(0, _LOOPS, again, first)
+        return jax.lax.fori_loop(0, loops, again, first)
 
-    program = loop.lower(*args).compile()
-    result = seconds_per_call(lambda: program(*args), seconds=seconds)
+    return jax.jit(function if loops == 1 else loop).lower(*args).compile()
+
+
+def of_program(
+    program: jax.stages.Compiled, *args: Any, seconds: float, loops: int = 1, rounds: int = 5
+) -> dict[str, float]:
+    """Time what `compiled` returned; per call of the function."""
+    result = seconds_per_call(lambda: program(*args), seconds=seconds, rounds=rounds)
     for key in ("median", "low", "high"):
-        result[key] /= _LOOPS
-    return result | {"loops": _LOOPS}
+        result[key] /= loops
+    return result | {"loops": loops}

@@ -1,0 +1,318 @@
+"""The GPU report runs to its end in miniature, and its checks and judgements can fail."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from benchmarks import floors, gpu_report
+from benchmarks.gpu import arrays, block_sweep, checks, models, references, rivals, tables, targets
+from benchmarks.gpu.settings import FULL_32K, STREAMING_32K, real, smoke
+from benchmarks.gpu.tables import Stage, Table
+from duo_jax import llama, split
+from kernels.decode.cases import DecodeCase
+from kernels.prefill.cases import PrefillCase
+from kernels.streaming.cases import StreamingCase
+
+SMALL = {"q_heads": 4, "kv_heads": 2, "head_dim": 16}
+DECODE = DecodeCase(lengths=(33, 0), slots=40, dtype="float32", **SMALL)
+
+
+def new_table(folder, *, seconds=60.0) -> Table:
+    return Table("some", folder=folder, header={"gpu": "none"}, deadline=time.monotonic() + seconds)
+
+
+def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--smoke", "--fail", "prefill"]
+    ran = subprocess.run(
+        command,
+        env={**os.environ, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = {
+        name: json.loads((tmp_path / f"{name}.json").read_text()) for name in gpu_report.STAGES
+    }
+    for name, table in found.items():
+        assert table["smoke"] is True
+        assert {"hardware", "jax", "jaxlib", "driver", "dtype", "prefill_mode"} <= table.keys()
+        assert table["models"][0].keys() >= {"sink", "recent", "chunk", "contexts"}
+        if name != "prefill":
+            assert table["status"] == "complete", table
+            assert table["rows"], name
+            assert not any("failed" in row for row in table["rows"]), table
+    assert found["prefill"]["status"] == "failed: RuntimeError: --fail prefill"
+
+    assert all(row["passed"] for row in found["checks"]["rows"])
+    assert found["checks"]["rows"][0]["outputs_in_poisoned_buffers"] > 0
+    for row in found["kernels"]["rows"]:
+        assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"]["median"])
+        assert set(row["rivals"]) == set(rivals.TIMERS)
+    duo = [row for row in found["decode"]["rows"] if row["name"] == "duo"]
+    assert [row["context"] for row in duo] == [64, 32]
+    assert all(row["speedup"] > 0 and row["floor_speedup"] > 1 for row in duo)
+    assert duo[0]["memory"]["bytes"] > duo[0]["cache_bytes"]
+    for row in found["sweep"]["rows"]:
+        assert row["best"]["seconds"] <= row["default"]["seconds"]
+    judged = json.loads((tmp_path / "targets.json").read_text())["targets"]
+
+    printed = ran.stdout.splitlines()
+    printed = printed[next(i for i, line in enumerate(printed) if line.startswith("SMOKE")) :]
+    assert len(printed) <= 40
+    assert "checks: 2 passed, 0 failed, 0 not reached" in ran.stdout
+    assert "stage prefill: failed: RuntimeError: --fail prefill, 0 rows" in printed
+    for target, line in zip(judged, printed[-len(judged) :], strict=True):
+        assert target["what"][:60] in line
+        assert target["status"] in line
+
+
+def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys):
+    words = ["--smoke", "--out", str(tmp_path), "--minutes", "0.00001", "--stages", "checks,decode"]
+    assert gpu_report.main(gpu_report._parse(words), began=time.monotonic()) == 0
+    found = json.loads((tmp_path / "decode.json").read_text())
+    assert (found["rows"], found["not_reached"]) == ([], ["tiny"])
+    assert found["status"] == "out of time"
+    assert "checks: 0 passed, 0 failed, 2 not reached" in capsys.readouterr().out
+
+
+def test_a_real_run_needs_a_gpu_and_says_so(capsys):
+    assert gpu_report.main(gpu_report._parse([]), began=time.monotonic()) == 2
+    assert capsys.readouterr().err.startswith("error: jax runs on cpu here")
+
+
+@pytest.mark.parametrize(
+    "words", [["--stages", "checks,nothing"], ["--minutes", "0"], ["--minutes", "nan"]]
+)
+def test_flags_that_mean_nothing_are_refused(words):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_report._parse(words)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Broken(DecodeCase):
+    """A kernel with a fault; its XLA version is sound."""
+
+    fault: str
+
+    def run(self, *arguments, implementation, block_sizes=None):
+        out, lse = super().run(*arguments, implementation="xla", block_sizes=block_sizes)
+        if implementation == "xla":
+            return out, lse
+        if self.fault == "wrong":
+            out = out * 1.0001
+        elif self.fault == "unwritten":
+            out = write_half(out)
+        elif self.fault == "empty row":
+            lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
+        elif self.fault == "race":
+            shape = jax.ShapeDtypeStruct((), jnp.float32)
+            out = out + jax.pure_callback(lambda: np.float32(next(NOISE)), shape) * 1e-7
+        return out, lse
+
+
+NOISE = iter(range(100))
+
+
+def write_half(x):
+    """Copy x by a kernel that forgets half of the rows."""
+
+    def kernel(x_ref, out_ref):
+        out_ref[0] = x_ref[0]
+
+    return pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype), interpret=True)(
+        x
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [
+        ("none", None),
+        ("wrong", "output 0: error 1.00e-04, XLA's 0.00e+00 (all)"),
+        ("unwritten", "output 0: error nan"),
+        ("empty row", "output 1: error inf"),
+        ("race", "output 0 depends on what its memory held before, or on chance"),
+    ],
+)
+def test_checks_find_faults(fault, problem):
+    case = Broken(**dataclasses.asdict(DECODE), fault=fault)
+    result = checks.check(case, seed=3, implementation="interpret")
+    assert result["passed"] == (problem is None), result
+    assert problem is None or result["problems"][0].startswith(problem)
+    assert result["outputs"] == 2
+
+
+def test_drawn_numbers_are_fresh_and_integers_are_the_cases_own():
+    first, second = arrays.draw(DECODE, 1), arrays.draw(DECODE, 2)
+    assert not jnp.array_equal(first[0], second[0])
+    assert not jnp.array_equal(first[1], first[2])
+    np.testing.assert_array_equal(first[3], [33, 0])
+
+
+def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
+    monkeypatch.setattr(references, "_MOST_PAIRS", 1)
+    monkeypatch.setattr(references, "_QUERIES", 8)
+    case = PrefillCase(offsets=(5,), length=40, slots=50, dtype="float32", **SMALL)
+    arguments = arrays.draw(case, 0)
+    whole = case.run(*arguments, implementation="xla")
+    pieces = references.pieces(case)
+    assert [piece.first for piece in pieces] == [0, 17, 32]
+    for piece in pieces:
+        part = piece.case.run(*piece.arguments(*arguments), implementation="xla")
+        for one, all_of_it in zip(part, whole, strict=True):
+            np.testing.assert_allclose(one, all_of_it[piece.rows], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        DecodeCase(lengths=(33,), slots=40, dtype="float32", **SMALL),
+        PrefillCase(offsets=(0,), length=20, slots=30, dtype="float32", **SMALL),
+        StreamingCase(length=20, sink=0, recent=7, dtype="float32", **SMALL),
+    ],
+    ids=["decode", "prefill", "streaming without sinks"],
+)
+def test_other_libraries_are_given_the_same_work(case):
+    arguments = arrays.draw(case, 0)
+    (call,) = rivals.equivalent(case, arguments).calls
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        scale=case.softmax_scale,
+        implementation="xla",
+        **rivals.masking(call),
+    )
+    with jax.numpy_rank_promotion("allow"):
+        theirs = attend(call.q, call.k, call.v)
+    ours = case.run(*arguments, implementation="xla")[0]
+    np.testing.assert_allclose(theirs.reshape(ours.shape), ours, atol=1e-5)
+
+
+def test_a_chunk_behind_a_past_is_two_calls_of_theirs():
+    case = PrefillCase(offsets=(30,), length=10, slots=64, **SMALL)
+    work = rivals.equivalent(case, arrays.draw(case, 0))
+    assert [(call.k.shape[1], call.causal) for call in work.calls] == [(10, True), (30, False)]
+    assert "not merged" in work.note
+    with pytest.raises(rivals.UnsuitableError, match="different lengths"):
+        rivals.equivalent(DECODE, arrays.draw(DECODE, 0))
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill", "streaming"])
+def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
+    for case in real().timed[op].values():
+        found = block_sweep.candidates(case, num_cores=132)
+        assert found[0] == case.block_sizes(num_cores=132)
+        assert len(set(found)) == len(found) >= 10
+
+
+def test_floors_of_the_published_models_are_those_of_the_published_points():
+    # SPEC section 5.
+    for published, decode, prefill in (
+        (models.LLAMA_2_7B, 2.70, 1.99),
+        (models.LLAMA_3_8B, 1.69, 1.75),
+    ):
+        duo, full = (variant.config for variant in published.variants)
+        read = functools.partial(
+            floors.decode_bytes, published.model, context=published.contexts[0], itemsize=2
+        )
+        ratio = (
+            read(full.retrieval_heads, ring_slots=384)["step"]
+            / read(duo.retrieval_heads, ring_slots=384)["step"]
+        )
+        assert ratio == pytest.approx(decode, abs=0.02)
+        multiply = functools.partial(
+            floors.prefill_flops,
+            published.model,
+            length=published.prompt,
+            sink_size=128,
+            recent_size=256,
+        )
+        ratio = multiply(full.retrieval_heads)["all"] / multiply(duo.retrieval_heads)["all"]
+        assert ratio == pytest.approx(prefill, abs=0.02)
+
+
+def test_random_parameters_are_in_serving_form():
+    model = smoke().models[0].model
+    params = models.random_params(model, jnp.float32)
+    init = functools.partial(llama.init_params, model)
+    heads = np.ones((model.num_layers, model.num_kv_heads), bool)
+    expected = jax.eval_shape(
+        lambda key: split.split_params(model, init(key), heads), jax.random.key(0)
+    )
+    shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), expected)
+    gate = params["layers"][0]["mlp"]["gate_proj"]["kernel"]
+    assert float(jnp.std(gate)) == pytest.approx(1 / math.sqrt(model.embed_size), rel=0.1)
+
+
+def test_a_table_records_failures_and_what_the_time_did_not_reach(tmp_path):
+    table = new_table(tmp_path)
+    assert table.attempt("bad", lambda: 1 // 0) is None
+    assert table.attempt("good", lambda: 7) == 7
+    table.add(name="row", value=1)
+    on_disk = json.loads((tmp_path / "some.json").read_text())
+    assert on_disk["rows"][0]["failed"].startswith("ZeroDivisionError: ")
+    assert on_disk["rows"][1] == {"name": "row", "value": 1}
+    assert on_disk["gpu"] == "none"
+
+    late = new_table(tmp_path, seconds=-1)
+    assert list(late.in_time([("a", 1), ("b", 2)])) == []
+    assert late.not_reached == ["a", "b"]
+
+
+def test_time_that_a_stage_leaves_is_there_for_the_next(tmp_path):
+    left = {}
+
+    def stage(name, share):
+        return Stage(name=name, share=share, run=lambda table: left.update({name: table.time_left}))
+
+    stages = [stage("first", 0.25), stage("second", 0.75)]
+    began = time.monotonic()
+    tables.run(stages, {}, folder=tmp_path, header={}, began=began, seconds=1000)
+    assert left["first"] == pytest.approx(250, abs=5)
+    assert left["second"] == pytest.approx(1000, abs=5)
+
+
+def test_targets_are_judged_by_what_was_measured(tmp_path):
+    kernels, decode = new_table(tmp_path), new_table(tmp_path)
+
+    def add(op, name, seconds, num_bytes=2e9, copy=0.9, **row):
+        ceiling = {"copy": copy, "matmul": 0.5}
+        kernels.add(
+            name=f"{op}: {name}", op=op, seconds={"median": seconds}, bytes=num_bytes,
+            of_ceiling=ceiling, **row,
+        )  # fmt: skip
+
+    add("decode", "long", 1.0, copy=0.86)
+    add("decode", "longer", 1.0, copy=0.84)
+    add("decode", "a ring", 1.0, num_bytes=1e6, copy=0.1)
+    add("prefill", FULL_32K, 1.0, rivals={"jax.nn cudnn": {"ours_is_faster_by": 0.7}})
+    add("streaming", STREAMING_32K, 0.05)
+    headline = {"model": models.LLAMA_2_7B.name, "name": "duo", "floor_speedup": 2.7}
+    decode.add(**headline, context=100_000, speedup=9.0)
+    decode.add(**headline, context=134_000, speedup=2.6)
+    found = {"kernels": kernels, "decode": decode}
+
+    def judged(hardware):
+        return [(target.status, target.value) for target in targets.judge(found, hardware=hardware)]
+
+    assert judged("NVIDIA A100-SXM4-80GB")[:5] == [
+        ("not met", 0.84),
+        ("not met", 0.7),
+        ("met", 20.0),
+        ("met", 2.6),
+        ("met", 2.6 / 2.7),
+    ]
+    assert judged("NVIDIA H200")[1] == ("reported", 0.7)
+    assert set(judged("NVIDIA H200")[5:]) == {("not measured", None)}
