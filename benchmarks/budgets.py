@@ -1,0 +1,184 @@
+"""Compile whole programs of published models for one A100-80G, and tell what memory they need.
+
+Nothing is executed and no GPU is needed (kernels.aot); the compiler lays out all buffers, so the
+peak is that of the program. Every program gets a process of its own: some compilers abort.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import machine, shapes
+from duo_jax import cli, compiled, llama
+from duo_jax.errors import InputError
+from duo_jax.split import DuoConfig
+from kernels import aot
+from train.distillation import Batch
+from train.optimisation import StepConfig, init_state, train_step
+
+LLAMA_3 = shapes.model_config("gqa", layers=32)
+LLAMA_2 = shapes.model_config("mha", layers=32)
+# Retrieval heads per layer of the published patterns, ../shared/SPEC.md section 6.
+LLAMA_3_1048K = "1 1 3 2 2 4 2 4 6 4 5 3 2 6 5 5 5 6 3 5 6 3 3 6 4 4 3 4 6 5 8 2"
+LLAMA_2_32K = "2 10 2 5 3 4 9 8 9 5 8 10 4 6 12 9 12 10 9 6 11 8 14 5 12 8 12 3 6 6 12 16"
+
+
+BUDGET = 83e9  # of the 85.1e9 bytes of an A100-80G
+
+
+def duo(model, heads: str) -> DuoConfig:
+    """Return a published split: retrieval heads per layer, sink 128, recent 256."""
+    counts = tuple(map(int, heads.split()))
+    return DuoConfig(model=model, retrieval_heads=counts, sink_size=128, recent_size=256)
+
+
+def identification(length: int):
+    """Compile one step of gate training on Llama-3-8B."""
+    step = StepConfig(
+        num_steps=2000,
+        learning_rate=0.02,
+        reg_weight=0.05,
+        target_sparsity=None,
+        sink_size=128,
+        recent_size=256,
+        mixing="teacher",
+        tail_size=1024,
+        implementation="triton",
+    )
+    state = jax.eval_shape(lambda: init_state(LLAMA_3, step))
+    params = jax.eval_shape(
+        lambda: llama.init_params(LLAMA_3, jax.random.key(0), dtype=jnp.bfloat16)
+    )
+    row = jnp.zeros(1, jnp.int32)
+    batch = jax.eval_shape(
+        lambda: Batch(tokens=jnp.zeros((1, length), jnp.int32), tail_start=row, total_length=row)
+    )
+    function = functools.partial(train_step, model=LLAMA_3, config=step)
+    return aot.compile_for("a100", function, state, params, batch)
+
+
+DUO_3, DUO_2 = duo(LLAMA_3, LLAMA_3_1048K), duo(LLAMA_2, LLAMA_2_32K)
+on_a100 = {"target": "a100"}
+PROGRAMS = {
+    "Llama-3-8B, 50%: decode at 1,000,000": lambda: compiled.decode_step(
+        DUO_3, max_len=1_000_001, **on_a100
+    ),
+    "Llama-3-8B, 50%: chunk of 32,000 at 900,000": lambda: compiled.prefill_chunk(
+        DUO_3, max_len=932_000, chunk=32_000, **on_a100
+    ),
+    "Llama-3-8B, full caches: decode at 1,000,000": lambda: compiled.decode_step(
+        DUO_3.all_retrieval(), max_len=1_000_001, **on_a100
+    ),
+    "Llama-2-7B, 25%: decode at 200,000": lambda: compiled.decode_step(
+        DUO_2, max_len=200_001, **on_a100
+    ),
+    "Llama-2-7B, 25%: chunk of 10,000 at 190,000": lambda: compiled.prefill_chunk(
+        DUO_2, max_len=200_000, chunk=10_000, **on_a100
+    ),
+    "Llama-3-8B: identification step at 32,000": lambda: identification(32_000),
+    "Llama-3-8B: identification step at 96,000": lambda: identification(96_000),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """Which programs, and where the results go."""
+
+    program: str | None = None
+    """Only this one; its numbers are printed as JSON, and nothing is written."""
+    out: pathlib.Path = pathlib.Path("benchmarks/results")
+    """Folder of budgets.json and budgets.md."""
+
+    def __post_init__(self) -> None:
+        if self.program is not None and self.program not in PROGRAMS:
+            raise InputError(f"program {self.program!r} is not one of {', '.join(PROGRAMS)}")
+        reason = aot.unavailable()
+        if reason is not None:
+            raise InputError(f"nothing can be compiled for a GPU here: {reason}")
+
+
+def measure(config: BudgetConfig) -> None:
+    """Compile one program and print its bytes, or all and write them."""
+    if config.program is not None:
+        print(json.dumps(needs(PROGRAMS[config.program]())))
+        return
+    programs = {}
+    for name in PROGRAMS:
+        programs[name] = in_own_process(name)
+        print(f"{name}: {programs[name]['peak'] / 1e9:.2f} GB", flush=True)
+    result = {
+        "command": machine.command("benchmarks.budgets"),
+        "jax": jax.__version__,
+        "target": "A100-SXM4-80GB",
+        "dtype": "bfloat16",
+        "sink": 128,
+        "recent": 256,
+        "programs": programs,
+    }
+    config.out.mkdir(parents=True, exist_ok=True)
+    (config.out / "budgets.json").write_text(json.dumps(result, indent=1) + "\n")
+    (config.out / "budgets.md").write_text(to_markdown(result) + "\n")
+
+
+def in_own_process(name: str) -> dict[str, int]:
+    """Compile a program in a new process; return what `needs` says of it.
+
+    Raises:
+      RuntimeError: it does not compile; with the end of what the compiler printed.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.budgets", "--program", name],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} does not compile:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def needs(program: jax.stages.Compiled) -> dict[str, int]:
+    """Return the bytes of a compiled program on its GPU."""
+    memory = program.memory_analysis()
+    return {
+        "peak": memory.peak_memory_in_bytes,
+        "arguments": memory.argument_size_in_bytes,
+        "temp": memory.temp_size_in_bytes,
+        "updated_in_place": memory.alias_size_in_bytes,
+    }
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Return the table, in gigabytes (1e9)."""
+    lines = [
+        "| program | weights, caches, inputs | workspace | peak GB | of 83 |",
+        "|---|---|---|---|---|",
+    ]
+    for name, program in result["programs"].items():
+        fits = "fits" if program["peak"] <= BUDGET else "does not fit"
+        gigabytes = (program[key] / 1e9 for key in ("arguments", "temp", "peak"))
+        lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in gigabytes) + f" | {fits} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli.run(
+        measure,
+        BudgetConfig,
+        prog="python -m benchmarks.budgets",
+        description=__doc__.split("\n\n")[0],
+    )
+
+
+if __name__ == "__main__":
+    main()
