@@ -103,7 +103,7 @@ def _streaming(case, starts, kv_positions) -> np.ndarray:
 
 
 def _weights(q, parts: list[Part], scale: float):
-    """Return softmax weights [b, n, t, s], lse [b, n, t], and k and v [b, n, s, h] per query head."""
+    """Return weights [b, n, t, s], lse [b, n, t], and every query head's k and v [b, n, s, h]."""
     group = q.shape[2] // parts[0].keys.shape[1]
     k = np.concatenate([x.keys.astype(np.float64) for x in parts], axis=2).repeat(group, axis=1)
     v = np.concatenate([x.values.astype(np.float64) for x in parts], axis=2).repeat(group, axis=1)
