@@ -169,9 +169,9 @@ def _roofline_table(rows: Sequence[dict[str, Any]]) -> str:
         [
             f"{row['op']}: {row['case']}",
             _number(row["flops"] / 1e9),
-            f"{row['scheduled_flops'] / row['flops']:.2f} x",
+            _ratio(row["scheduled_flops"] / row["flops"]),
             _number(row["num_bytes"] / 1e6),
-            f"{row['scheduled_bytes'] / row['num_bytes']:.2f} x",
+            _ratio(row["scheduled_bytes"] / row["num_bytes"]),
             *(_floor(row["floors"][gpu.name]) for gpu in roofline.GPUS),
         ]
         for row in rows
@@ -199,6 +199,10 @@ def _product(grid: Sequence[int]) -> int:
 def _number(value: float) -> str:
     """Write a number with three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.0f} x" if value >= 10 else f"{value:.2f} x"
 
 
 def _floor(floor: dict[str, Any]) -> str:
