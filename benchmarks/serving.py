@@ -186,12 +186,12 @@ class _Program:
 
 
 def _random_like(buffer: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
-    batch, heads, slots, head_dim = buffer.shape
+    return _repeated(key, buffer.shape, jnp.dtype(buffer.dtype).name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _repeated(key, shape, dtype):
+    batch, heads, slots, head_dim = shape
     drawn = min(slots, _RANDOM_TOKENS)
-
-    @jax.jit
-    def repeated(key):
-        block = jax.random.normal(key, (batch, heads, drawn, head_dim), buffer.dtype)
-        return jnp.tile(block, (1, 1, -(-slots // drawn), 1))[:, :, :slots]
-
-    return repeated(key)
+    block = jax.random.normal(key, (batch, heads, drawn, head_dim), dtype)
+    return jnp.tile(block, (1, 1, -(-slots // drawn), 1))[:, :, :slots]
