@@ -78,7 +78,8 @@ def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path)
         assert target["status"] in line
 
 
-def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys):
+def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_report, "_GRACE", 1e4)  # what comes after it ends the process
     words = ["--smoke", "--out", str(tmp_path), "--minutes", "0.00001", "--stages", "checks,decode"]
     assert gpu_report.main(gpu_report._parse(words), began=time.monotonic()) == 0
     found = json.loads((tmp_path / "decode.json").read_text())
@@ -154,6 +155,22 @@ def test_checks_find_faults(fault, problem):
     assert result["outputs"] == 2
 
 
+def test_memory_is_poisoned_with_two_numbers_before_the_kernel_runs(monkeypatch):
+    fills, scribbles = [], []
+    fill, scribble = arrays.filled_like, arrays.scribble
+    monkeypatch.setattr(
+        arrays, "filled_like", lambda x, value: fills.append(value) or fill(x, value)
+    )
+    monkeypatch.setattr(
+        arrays, "scribble", lambda n, value: scribbles.append(value) or scribble(n, value)
+    )
+    result = checks.check(DECODE, seed=3, implementation="interpret")
+    assert result["outputs_in_poisoned_buffers"] == 2
+    assert math.isnan(fills[0])
+    assert fills[1] > 1e4
+    np.testing.assert_array_equal(scribbles, fills)
+
+
 def test_drawn_numbers_are_fresh_and_integers_are_the_cases_own():
     first, second = arrays.draw(DECODE, 1), arrays.draw(DECODE, 2)
     assert not jnp.array_equal(first[0], second[0])
@@ -217,11 +234,12 @@ def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
 
 
 def test_floors_of_the_published_models_are_those_of_the_published_points():
-    # SPEC section 5.
-    for published, decode, prefill in (
-        (models.LLAMA_2_7B, 2.70, 1.99),
-        (models.LLAMA_3_8B, 1.69, 1.75),
+    # SPEC sections 5 and 6.
+    for published, heads, decode, prefill in (
+        (models.LLAMA_2_7B, 256, 2.70, 1.99),
+        (models.LLAMA_3_8B, 128, 1.69, 1.75),
     ):
+        assert sum(published.retrieval_heads) == heads
         duo, full = (variant.config for variant in published.variants)
         read = functools.partial(
             floors.decode_bytes, published.model, context=published.contexts[0], itemsize=2

@@ -30,10 +30,7 @@ _MIN_GAIN = 1.02  # less is the spread of two measurements
 def run(settings: Settings, table: Table) -> None:
     """Time the candidates of every real-size case; each has an equal part of the time."""
     table.notes = {"copy_to": "kernels/<op>/config.py, where `gain` is worth it"}
-    cases = [
-        (f"{op}: {name}", (op, case)) for op, of in settings.timed.items()
-        for name, case in of.items()
-    ]  # fmt: skip
+    cases = settings.timed_cases()
     for left, (name, (op, case)) in zip(
         range(len(cases), 0, -1), table.in_time(cases), strict=False
     ):

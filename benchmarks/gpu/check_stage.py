@@ -30,6 +30,7 @@ def run(settings: Settings, table: Table) -> None:
         programs = {
             name: pool.submit(checks.compiled, case, settings.check_implementation)
             for name, case in cases.items()
+            if table.time_left > 0
         }
         for i, (name, case) in enumerate(table.in_time(cases.items())):
             program = programs.pop(name)

@@ -17,8 +17,7 @@ def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
         "flops": "of visible (query, key) pairs, 2 per multiply-add",
         "bytes": "every input read once, every output written once",
     }
-    cases = [(op, name, case) for op, of in settings.timed.items() for name, case in of.items()]
-    for name, (op, case) in table.in_time((f"{op}: {n}", (op, case)) for op, n, case in cases):
+    for name, (op, case) in table.in_time(settings.timed_cases()):
         row = table.attempt(name, functools.partial(_row, settings, case, limits))
         if row is not None:
             table.add(name=name, op=op, dtype=case.dtype, **row)
