@@ -32,7 +32,7 @@ def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> Config:
     if jnp.dtype(dtype).itemsize == 4:
         # Larger tiles spill at lengths that are no multiple of them, though not at multiples.
         if columns <= 128:
-            forward, backward = (32, 32, 4, 2), (32, 16, 8, 1)
+            forward, backward = (32, 16, 4, 2), (32, 16, 8, 1)
         else:
             forward, backward = (16, 16, 8, 2), (16, 16, 8, 1)
     elif columns <= 64:

@@ -1,0 +1,83 @@
+"""Compiles cases for one GPU, in a process of its own: some bad tile sizes abort the compiler.
+
+python -m tests.kernels.compile_worker TARGET NAME...
+
+Every name is one of `all_names`. Prints one JSON list per case: its name, and null or the
+compiler's complaint.
+"""
+
+import itertools
+import json
+import sys
+
+from kernels import aot
+from kernels.all_cases import CASES
+from kernels.case import Case
+from kernels.decode.cases import DecodeCase
+from kernels.prefill.cases import PrefillCase
+from kernels.streaming.cases import StreamingCase
+from kernels.streaming.config import BlockSizes, Config
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+STRICT = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+
+
+def named_cases() -> dict[str, Case]:
+    """Return the named cases of all ops."""
+    return {f"{op}, {name}": case for op, cases in CASES.items() for name, case in cases.items()}
+
+
+def grid() -> dict[str, Case]:
+    """Return every op at every head_dim and dtype; no length is a multiple of a tile."""
+    cases = {}
+    for head_dim, dtype in itertools.product(HEAD_DIMS, DTYPES):
+        sizes = {"q_heads": 8, "kv_heads": 2, "head_dim": head_dim, "dtype": dtype}
+        cases |= {
+            f"{op}, {head_dim} x {dtype}": case
+            for op, case in {
+                "decode": DecodeCase(lengths=(2999,), slots=3001, **sizes),
+                "prefill": PrefillCase(offsets=(1001,), length=517, slots=3001, **sizes),
+                "chunk": StreamingCase(length=517, lengths=(1001,), **sizes),
+                "gradient": StreamingCase(length=517, gradient=True, **sizes),
+            }.items()
+        }
+    return cases
+
+
+def hopeless() -> dict[str, tuple[Case, Config]]:
+    """Return cases with tile sizes that no GPU can hold: the check must report them."""
+    case = StreamingCase(length=517, lengths=(1001,), q_heads=8, kv_heads=2, dtype="float32")
+
+    def config(**sizes) -> Config:
+        return Config(forward=BlockSizes(**sizes), backward=BlockSizes(**sizes))
+
+    return {
+        "spills": (case, config(block_q=64, block_kv=64, num_warps=4, num_stages=1)),
+        "shared memory": (case, config(block_q=128, block_kv=128, num_warps=8, num_stages=3)),
+    }
+
+
+def complaint(target: aot.Target, case: Case, block_sizes=None) -> str | None:
+    """Return what the compiler has against a case; None if it is compiled without spilling."""
+
+    def run(*arguments):
+        return case.run(*arguments, implementation="triton", block_sizes=block_sizes)
+
+    try:
+        aot.compile_for(target, run, *case.shapes(), options=STRICT)
+    except Exception as error:  # whatever it is, it is this case's result
+        return " ".join(str(error).split())[-500:]
+    return None
+
+
+def main(target: aot.Target, names: list[str]) -> None:
+    """Compile the named cases one after the other."""
+    cases = {name: (case, None) for name, case in {**named_cases(), **grid()}.items()}
+    cases |= hopeless()
+    for name in names:
+        print(json.dumps([name, complaint(target, *cases[name])]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,162 @@
+"""Which implementation runs: names are obeyed or refused with a reason, "auto" always serves."""
+
+import contextlib
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from kernels import decode, full_attention, limits, prefill, streaming_attention
+from kernels.all_cases import CASES
+
+GPUS = {
+    "A100": AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu"),
+    "H100": AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),
+}
+KERNELS = {"decode": "duo_decode", "prefill": "duo_prefill", "streaming": "duo_streaming"}
+LOWERED = {
+    f"{op}, {name}": (op, case)
+    for op, cases in CASES.items()
+    for name, case in cases.items()
+    if "llama" in name or "float32" in name or "head_dim" in name
+}
+
+
+@contextlib.contextmanager
+def described(gpu: str):
+    """Trace for a GPU that is only described."""
+    mesh = AbstractMesh((), (), abstract_device=GPUS[gpu])
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+def lowered(function, *shapes, platform: str = "cuda") -> str:
+    return jax.jit(function).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
+
+
+def call(q_dtype, kv_dtype=None, *, head_dim=64, slots=40, kv_heads=2):
+    """Return a call of decode, by implementation, and the shapes of its arrays."""
+    q = jax.ShapeDtypeStruct((1, 8, head_dim), q_dtype)
+    kv = jax.ShapeDtypeStruct((1, kv_heads, slots, head_dim), kv_dtype or q_dtype)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def of(implementation):
+        return functools.partial(decode, softmax_scale=0.125, implementation=implementation)
+
+    return of, (q, kv, kv, lengths)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize(("op", "case"), LOWERED.values(), ids=LOWERED.keys())
+def test_kernels_can_be_lowered_for_a_gpu_and_auto_picks_them(op, case, gpu):
+    with described(gpu):
+        text = lowered(functools.partial(case.run, implementation="auto"), *case.shapes())
+    assert KERNELS[op] in text
+    assert "__gpu$xla.gpu.triton" in text
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_auto_is_xla_on_the_cpu_also_where_tracing_thought_of_a_gpu(op):
+    case = CASES[op]["float32"]
+    auto = functools.partial(case.run, implementation="auto")
+    assert KERNELS[op] not in lowered(auto, *case.shapes(), platform="cpu")
+    with described("A100"):
+        assert KERNELS[op] not in lowered(auto, *case.shapes(), platform="cpu")
+
+
+def test_unknown_names_are_refused():
+    of, shapes = call(jnp.float32)
+    with pytest.raises(Exception, match="cuda") as raised:  # the type checker may be first
+        jax.eval_shape(of("cuda"), *shapes)
+    assert not isinstance(raised.value, NotImplementedError)
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_triton_without_a_gpu_says_so(op):
+    case = CASES[op]["float32"]
+    run = functools.partial(case.run, implementation="triton")
+    with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU, and .* runs on cpu"):
+        jax.eval_shape(run, *case.shapes())
+
+
+REFUSED = {
+    "float64": (call(jnp.float64), "not float64"),
+    "mixed dtypes": (call(jnp.float32, jnp.bfloat16), "queries are float32.* bfloat16"),
+    "head_dim 512": (call(jnp.float32, head_dim=512), "head_dim is 512.* 256"),
+    "2^31 elements": (call(jnp.bfloat16, slots=2**20, head_dim=256, kv_heads=8), "2,147,483,647"),
+}
+
+
+@pytest.mark.parametrize("implementation", ["triton", "interpret"])
+@pytest.mark.parametrize(("called", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_no_kernel_takes_is_refused_by_name(called, reason, implementation):
+    of, shapes = called
+    with (
+        jax.enable_x64("float64" in reason),
+        described("A100"),
+        pytest.raises(NotImplementedError, match=f"implementation='{implementation}': .*{reason}"),
+    ):
+        jax.eval_shape(of(implementation), *shapes)
+
+
+@pytest.mark.parametrize("name", ["float64", "head_dim 512", "2^31 elements"])
+def test_auto_serves_what_no_kernel_takes_through_xla(name):
+    (of, shapes), _ = REFUSED[name]
+    with jax.enable_x64(name == "float64"), described("A100"):
+        assert KERNELS["decode"] not in lowered(of("auto"), *shapes)
+        out, lse = jax.eval_shape(of("auto"), *shapes)
+    assert (out.shape, out.dtype, lse.shape) == (shapes[0].shape, shapes[0].dtype, (1, 8))
+
+
+def test_one_element_less_than_2_to_the_31_is_taken():
+    def refusal(slots: int) -> str | None:
+        answers = []
+        shapes = [jax.ShapeDtypeStruct((1, 1, n, 1), jnp.bfloat16) for n in (1, slots)]
+        jax.eval_shape(lambda q, k: answers.append(limits.refusal(q, k, k)), *shapes)
+        return answers[0]
+
+    assert refusal(2**31 - 1) is None
+    assert "2,147,483,648 elements" in refusal(2**31)
+    of, shapes = call(jnp.bfloat16, slots=2**20 - 1, head_dim=256, kv_heads=8)
+    with described("A100"):
+        assert KERNELS["decode"] in lowered(of("triton"), *shapes)
+
+
+def test_prefill_and_streaming_refuse_too_large_arrays():
+    q = jax.ShapeDtypeStruct((1, 16, 8, 128), jnp.bfloat16)
+    kv = jax.ShapeDtypeStruct((1, 8, 2**21, 128), jnp.bfloat16)
+    offsets = jax.ShapeDtypeStruct((1,), jnp.int32)
+    run = functools.partial(prefill, softmax_scale=0.1, implementation="interpret")
+    with pytest.raises(NotImplementedError, match="2,147,483,648 elements"):
+        jax.eval_shape(run, q, kv, kv, offsets)
+    long = jax.ShapeDtypeStruct((1, 2**21, 8, 128), jnp.bfloat16)
+    sizes = {"sink_size": 1, "recent_size": 2, "softmax_scale": 0.1}
+    run = functools.partial(streaming_attention, **sizes, implementation="interpret")
+    with pytest.raises(NotImplementedError, match="2,147,483,648 elements"):
+        jax.eval_shape(run, long, long, long)
+
+
+@pytest.mark.parametrize("op", ["full", "streaming"])
+def test_gradients_through_the_kernel_are_those_of_xla(op):
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((2, 37, heads, 16)), jnp.float32) for heads in (4, 2, 2)
+    )
+
+    def loss(implementation, q, k, v):
+        if op == "full":
+            out = full_attention(q, k, v, softmax_scale=0.25, implementation=implementation)
+        else:
+            sizes = {"sink_size": 3, "recent_size": 8, "softmax_scale": 0.25}
+            out, _ = streaming_attention(q, k, v, **sizes, implementation=implementation)
+        return jnp.sum(jnp.sin(out))
+
+    results = [
+        jax.jit(jax.value_and_grad(functools.partial(loss, name), (0, 1, 2)))(q, k, v)
+        for name in ("interpret", "xla")
+    ]
+    for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
