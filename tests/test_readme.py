@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from benchmarks import decode_report, identify, prefill_report, sweep
+from benchmarks import budgets, decode_report, identify, prefill_report, sweep
 from duo_jax import generate
 from duo_jax.pattern import load_pattern
 from train import report
@@ -46,6 +46,12 @@ def test_cost_table_is_that_of_the_committed_benchmark():
     results = json.loads((ROOT / "benchmarks/results/identify.json").read_text())
     assert identify.to_markdown(results) in README
     assert max(results["settings"]["lengths"]) >= 4096
+
+
+def test_memory_table_is_that_of_the_committed_run():
+    result = json.loads((ROOT / "benchmarks/results/budgets.json").read_text())
+    assert budgets.to_markdown(result) in README
+    assert set(result["programs"]) == set(budgets.PROGRAMS)
 
 
 @pytest.mark.parametrize(
