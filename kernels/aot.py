@@ -1,12 +1,16 @@
 """Compile for a GPU that is not there: what fits, and how a kernel comes out, known on a laptop.
 
 Needs jax's CUDA plugin of the same version as jax, without the CUDA libraries (the extra "aot"),
-and ptxas and nvlink on PATH. Nothing is executed, and there is no autotuning. The GPUs are
-described by the files in kernels/gpu_targets, as XLA's own tools write them for a device.
+and ptxas and nvlink, on PATH or from the same extra. Nothing is executed, and there is no
+autotuning. The GPUs are described by the files in kernels/gpu_targets, as XLA's own tools write
+them for a device.
 """
 
 import functools
+import importlib.metadata
 import importlib.resources
+import importlib.util
+import pathlib
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -24,13 +28,22 @@ _OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 def unavailable() -> str | None:
     """Return why nothing can be compiled for a GPU here, in one line; None if it can."""
+    # Of another version than jax, the plugin would end the process.
+    for plugin in ("jax-cuda12-plugin", "jax-cuda13-plugin"):
+        try:
+            version = importlib.metadata.version(plugin)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if version != jax.__version__:
+            return f"{plugin} is {version}, jax is {jax.__version__}: they must be the same"
     for tool in ("ptxas", "nvlink"):
-        if shutil.which(tool) is None:
-            return f"{tool} is not on PATH (it comes with CUDA, or with nvidia-cuda-nvcc-cu12)"
+        if shutil.which(tool) is None and _toolkit() is None:
+            return f"{tool} is not on PATH (it comes with CUDA, or with the extra aot)"
     try:
         _mesh("a100", 1)
     except (RuntimeError, ValueError, NotImplementedError) as error:
-        return f"jax has no CUDA plugin: {str(error).splitlines()[0]}"
+        reason = str(error).splitlines()[0]
+        return f"jax has no CUDA plugin (the extra aot), or JAX_PLATFORMS is not cpu: {reason}"
     return None
 
 
@@ -58,7 +71,21 @@ def compile_for(
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*args)
-        return lowered.compile(compiler_options={**_OPTIONS, **(options or {})})
+        tools = {}
+        if shutil.which("ptxas") is None and _toolkit() is not None:
+            tools = {"xla_gpu_cuda_data_dir": str(_toolkit())}
+        return lowered.compile(compiler_options={**_OPTIONS, **tools, **(options or {})})
+
+
+@functools.cache
+def _toolkit() -> pathlib.Path | None:
+    """Return where the wheel nvidia-cuda-nvcc put ptxas, nvlink and libdevice; None if nowhere."""
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in (nvidia and nvidia.submodule_search_locations) or ():
+        toolkit = pathlib.Path(folder, "cu13")
+        if (toolkit / "bin" / "ptxas").exists() and (toolkit / "bin" / "nvlink").exists():
+            return toolkit
+    return None
 
 
 @functools.cache
