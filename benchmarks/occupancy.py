@@ -20,6 +20,9 @@ import importlib.resources
 import re
 
 from kernels.aot import Target
+from kernels.gpu import A100, H200, Gpu
+
+GPUS: dict[Target, Gpu] = {"a100": A100, "h200": H200}
 
 _WARP = 32
 _PARTS = 4  # of a core
@@ -36,7 +39,7 @@ class Limits:
     shared_memory: int
     shared_memory_per_program: int
     threads: int
-    cores: int  # of the GPU
+    gpu: Gpu
 
 
 def limits(target: Target) -> Limits:
@@ -55,7 +58,7 @@ def limits(target: Target) -> Limits:
         shared_memory=number("shared_memory_per_core"),
         shared_memory_per_program=number("shared_memory_per_block_optin"),
         threads=number("threads_per_core_limit"),
-        cores=number("core_count"),
+        gpu=GPUS[target],
     )
 
 

@@ -32,13 +32,13 @@ _SCHEDULED_FOR = "a100"  # whose number of cores decides how decode splits its k
 
 def rows(ops: Sequence[str]) -> list[dict[str, Any]]:
     """Count every case of real size, all of which are bfloat16."""
-    cores = occupancy.limits(_SCHEDULED_FOR).cores
+    gpu = occupancy.limits(_SCHEDULED_FOR).gpu
     found = []
     for op in ops:
         for name, case in CASES[op].items():
             if case.compile_only:
-                cost = case.cost(num_cores=cores)
-                floors = {gpu.name: floor(gpu, cost.flops, cost.num_bytes) for gpu in GPUS}
+                cost = case.cost(gpu=gpu)
+                floors = {each.name: floor(each, cost.flops, cost.num_bytes) for each in GPUS}
                 found.append({"op": op, "case": name, **dataclasses.asdict(cost), "floors": floors})
     return found
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.dispatch import Implementation
+from kernels.gpu import Gpu
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +53,11 @@ class Case(abc.ABC):
         """Call the op."""
 
     @abc.abstractmethod
-    def block_sizes(self, *, num_cores: int) -> Any:
+    def block_sizes(self, *, gpu: Gpu) -> Any:
         """Return the tile sizes that the op chooses by itself."""
 
     @abc.abstractmethod
-    def cost(self, *, num_cores: int) -> Cost:
+    def cost(self, *, gpu: Gpu) -> Cost:
         """Count what the case costs with those tile sizes."""
 
     def draw(self, seed: int = 0) -> tuple[Any, ...]:

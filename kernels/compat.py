@@ -5,7 +5,6 @@ is chosen by its compiler parameters, since a bare pallas_call means Mosaic on j
 from 0.11 on. Works with jax 0.10.2, 0.11.2 and 0.12.0.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,18 +13,9 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from kernels.gpu import A100, Gpu
+
 load, store = triton.load, triton.store
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gpu:
-    """The GPU that programs are compiled for."""
-
-    kind: str  # as the driver calls it, "NVIDIA A100-SXM4-80GB"
-    num_cores: int  # streaming multiprocessors
-
-
-_A100 = Gpu(kind="NVIDIA A100-SXM4-80GB", num_cores=108)
 
 
 def target_gpu() -> Gpu | None:
@@ -38,7 +28,7 @@ def target_gpu() -> Gpu | None:
     if described is not None:
         if described.platform not in ("gpu", "cuda"):
             return None
-        return Gpu(kind=described.device_kind, num_cores=described.num_cores or _A100.num_cores)
+        return Gpu(kind=described.device_kind, num_cores=described.num_cores or A100.num_cores)
     return _present_gpu()
 
 
@@ -50,7 +40,7 @@ def _present_gpu() -> Gpu | None:
     if "NVIDIA" not in device.device_kind:
         return None
     cores = getattr(device, "core_count", None)
-    return Gpu(kind=device.device_kind, num_cores=cores or _A100.num_cores)
+    return Gpu(kind=device.device_kind, num_cores=cores or A100.num_cores)
 
 
 def pallas_call(

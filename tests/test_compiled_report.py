@@ -187,7 +187,7 @@ def test_results_cover_exactly_the_cases(committed):
 def test_results_are_of_the_current_tile_sizes(committed):
     for row in committed["rows"]:
         case = CASES[row["op"]][row["case"]]
-        sizes = case.block_sizes(num_cores=occupancy.limits(row["target"]).cores)
+        sizes = case.block_sizes(gpu=occupancy.limits(row["target"]).gpu)
         for kernel in row["kernels"]:
             assert kernel["block_sizes"] == compiled_worker.block_sizes(sizes, kernel["name"]), row
         assert row["real_size"] == case.compile_only

@@ -21,6 +21,7 @@ from benchmarks.gpu.settings import FULL_32K, STREAMING_32K, real, smoke
 from benchmarks.gpu.tables import Stage, Table
 from duo_jax import llama, split
 from kernels.decode.cases import DecodeCase
+from kernels.gpu import H200
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -228,8 +229,8 @@ def test_a_chunk_behind_a_past_is_two_calls_of_theirs():
 @pytest.mark.parametrize("op", ["decode", "prefill", "streaming"])
 def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
     for case in real().timed[op].values():
-        found = block_sweep.candidates(case, num_cores=132)
-        assert found[0] == case.block_sizes(num_cores=132)
+        found = block_sweep.candidates(case, gpu=H200)
+        assert found[0] == case.block_sizes(gpu=H200)
         assert len(set(found)) == len(found) >= 10
 
 

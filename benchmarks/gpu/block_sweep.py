@@ -12,11 +12,12 @@ from typing import Any
 import jax
 
 from benchmarks.gpu import arrays, timers
-from benchmarks.gpu.settings import Settings, num_cores
+from benchmarks.gpu.settings import Settings, gpu_at_hand
 from benchmarks.gpu.tables import Table, reason
 from kernels.case import Case
 from kernels.decode import config as decode_config
 from kernels.decode.cases import DecodeCase
+from kernels.gpu import Gpu
 from kernels.prefill import config as prefill_config
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming import config as streaming_config
@@ -41,16 +42,16 @@ def run(settings: Settings, table: Table) -> None:
             table.add(name=name, op=op, dtype=case.dtype, **row)
 
 
-def candidates(case: Case, *, num_cores: int) -> list[Any]:
+def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
     """Return tile sizes to try; the op's own choice is the first."""
-    chosen = case.block_sizes(num_cores=num_cores)
+    chosen = case.block_sizes(gpu=gpu)
     if isinstance(case, DecodeCase):
         programs = len(case.lengths) * case.kv_heads
         found = [
             decode_config.BlockSizes(
                 block_kv=block_kv,
                 num_splits=max(
-                    1, min(cdiv(waves * num_cores, programs), cdiv(case.slots, block_kv))
+                    1, min(cdiv(waves * gpu.num_cores, programs), cdiv(case.slots, block_kv))
                 ),
                 num_warps=num_warps,
                 num_stages=num_stages,
@@ -110,8 +111,8 @@ def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str
     arguments = arrays.draw(case, 0)
     shapes = jax.eval_shape(lambda *tree: tree, *arguments)
     tried: list[dict[str, Any]] = []
-    found = candidates(case, num_cores=num_cores())[: 2 if settings.smoke else None]
-    loops = timers.LOOPS if case.cost(num_cores=num_cores()).num_bytes < _FEW_BYTES else 1
+    found = candidates(case, gpu=gpu_at_hand())[: 2 if settings.smoke else None]
+    loops = timers.LOOPS if case.cost(gpu=gpu_at_hand()).num_bytes < _FEW_BYTES else 1
 
     def compiled(sizes):
         function = functools.partial(

@@ -13,6 +13,7 @@ from kernels.all_cases import CASES
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.dispatch import Implementation
+from kernels.gpu import NONE, Gpu
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -123,12 +124,11 @@ def smoke() -> Settings:
     )
 
 
-def num_cores() -> int:
-    """Return the cores of the GPU at hand; 1 where there is none."""
+def gpu_at_hand() -> Gpu:
+    """Return the GPU that tile sizes are chosen for; the interpreter's where there is none."""
     from kernels import compat
 
-    gpu = compat.target_gpu()
-    return gpu.num_cores if gpu else 1
+    return compat.target_gpu() or NONE
 
 
 def has_gpu() -> bool:

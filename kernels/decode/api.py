@@ -6,6 +6,7 @@ from kernels import compat, limits
 from kernels.decode import triton, xla
 from kernels.decode.config import BlockSizes, heuristic
 from kernels.dispatch import Implementation, dispatch
+from kernels.gpu import NONE
 
 
 def decode(
@@ -44,14 +45,13 @@ def decode(
     """
 
     def run_triton(interpret: bool):
-        gpu = compat.target_gpu()
         sizes = block_sizes or heuristic(
             batch=q.shape[0],
             kv_heads=k.shape[1],
             slots=k.shape[2],
             head_dim=q.shape[2],
             dtype=k.dtype,
-            num_cores=gpu.num_cores if gpu else 1,
+            gpu=compat.target_gpu() or NONE,
         )
         return triton.decode(
             q,

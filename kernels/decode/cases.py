@@ -7,6 +7,7 @@ import numpy as np
 from kernels.case import Case, Cost, per_row
 from kernels.decode.api import decode
 from kernels.decode.config import BlockSizes, heuristic
+from kernels.gpu import Gpu
 from kernels.tiles import MIN_ROWS, cdiv, power_of_two, width
 
 
@@ -33,18 +34,18 @@ class DecodeCase(Case):
             block_sizes=block_sizes,
         )
 
-    def block_sizes(self, *, num_cores: int) -> BlockSizes:
+    def block_sizes(self, *, gpu: Gpu) -> BlockSizes:
         return heuristic(
             batch=len(self.lengths),
             kv_heads=self.kv_heads,
             slots=self.slots,
             head_dim=self.head_dim,
             dtype=self.dtype,
-            num_cores=num_cores,
+            gpu=gpu,
         )
 
-    def cost(self, *, num_cores: int) -> Cost:
-        sizes = self.block_sizes(num_cores=num_cores)
+    def cost(self, *, gpu: Gpu) -> Cost:
+        sizes = self.block_sizes(gpu=gpu)
         tokens = sum(self.lengths)
         tiled = sum(cdiv(length, sizes.block_kv) for length in self.lengths) * sizes.block_kv
         per_token = 2 * self.kv_heads * self.head_dim * self.itemsize

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kernels.gpu import Gpu
 from kernels.tiles import cdiv, width
 
 
@@ -19,7 +20,7 @@ class BlockSizes:
 
 
 def heuristic(
-    *, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: DTypeLike, num_cores: int
+    *, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: DTypeLike, gpu: Gpu
 ) -> BlockSizes:
     """Choose tile sizes.
 
@@ -29,5 +30,5 @@ def heuristic(
     wide = jnp.dtype(dtype).itemsize * width(head_dim)  # bytes of a token's key
     block_kv = 64 if wide <= 256 else 32
     programs = batch * kv_heads
-    num_splits = min(cdiv(4 * num_cores, programs), cdiv(slots, 2 * block_kv))
+    num_splits = min(cdiv(4 * gpu.num_cores, programs), cdiv(slots, 2 * block_kv))
     return BlockSizes(block_kv=block_kv, num_splits=max(1, num_splits), num_warps=4, num_stages=3)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import compat
 from kernels.full import xla
+from kernels.gpu import NONE
 from kernels.prefill import triton as prefill
 from kernels.prefill.config import heuristic
 
@@ -26,7 +28,9 @@ def full_attention(
         v,
         jnp.zeros(q.shape[0], jnp.int32),
         softmax_scale=softmax_scale,
-        block_sizes=heuristic(length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype),
+        block_sizes=heuristic(
+            length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.target_gpu() or NONE
+        ),
         interpret=interpret,
         heads_first=False,
     )

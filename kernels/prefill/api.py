@@ -2,8 +2,9 @@
 
 from jaxtyping import Array, Float, Int
 
-from kernels import limits
+from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
+from kernels.gpu import NONE
 from kernels.prefill import triton, xla
 from kernels.prefill.config import BlockSizes, heuristic
 
@@ -49,7 +50,12 @@ def prefill(
             offsets,
             softmax_scale=softmax_scale,
             block_sizes=block_sizes
-            or heuristic(length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype),
+            or heuristic(
+                length=q.shape[1],
+                head_dim=q.shape[3],
+                dtype=q.dtype,
+                gpu=compat.target_gpu() or NONE,
+            ),
             interpret=interpret,
         )
 

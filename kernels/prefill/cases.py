@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 
 from kernels.case import Case, Cost, per_row
+from kernels.gpu import Gpu
 from kernels.prefill.api import prefill
 from kernels.prefill.config import BlockSizes, heuristic
 from kernels.tiles import cdiv, width
@@ -35,12 +36,11 @@ class PrefillCase(Case):
             block_sizes=block_sizes,
         )
 
-    def block_sizes(self, *, num_cores: int) -> BlockSizes:
-        del num_cores
-        return heuristic(length=self.length, head_dim=self.head_dim, dtype=self.dtype)
+    def block_sizes(self, *, gpu: Gpu) -> BlockSizes:
+        return heuristic(length=self.length, head_dim=self.head_dim, dtype=self.dtype, gpu=gpu)
 
-    def cost(self, *, num_cores: int) -> Cost:
-        sizes = self.block_sizes(num_cores=num_cores)
+    def cost(self, *, gpu: Gpu) -> Cost:
+        sizes = self.block_sizes(gpu=gpu)
         pairs = sum(
             self.length * offset + self.length * (self.length + 1) // 2 for offset in self.offsets
         )

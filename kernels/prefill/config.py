@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kernels.gpu import Gpu
 from kernels.tiles import MIN_ROWS, power_of_two, width
 
 
@@ -18,8 +19,8 @@ class BlockSizes:
     num_stages: int  # tiles on their way from memory at once
 
 
-def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> BlockSizes:
-    """Choose tile sizes: what fits the registers and shared memory of an A100, without spilling."""
+def heuristic(*, length: int, head_dim: int, dtype: DTypeLike, gpu: Gpu) -> BlockSizes:
+    """Choose tile sizes: what fits registers and shared memory without spilling."""
     columns = width(head_dim)
     if jnp.dtype(dtype).itemsize == 4:
         block_q, block_kv = (64, 32) if columns <= 64 else (32, 32) if columns <= 128 else (16, 16)
@@ -27,7 +28,7 @@ def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> BlockSizes:
     elif columns <= 128:
         # Key tiles of 64 for head_dim 128 spill a few registers on A100 at lengths that are no
         # multiple of the tile.
-        block_kv = 64 if columns <= 64 else 32
+        block_kv = 64 if columns <= 64 or gpu.is_hopper else 32
         block_q, num_warps, num_stages = 128, 8, 3
     else:
         block_q, block_kv, num_warps, num_stages = 64, 32, 8, 2

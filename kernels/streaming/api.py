@@ -2,8 +2,9 @@
 
 from jaxtyping import Array, Float
 
-from kernels import limits
+from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
+from kernels.gpu import NONE
 from kernels.streaming import triton, xla
 from kernels.streaming.config import Config, heuristic
 from kernels.streaming.past import Past
@@ -50,7 +51,12 @@ def streaming_attention(
     if sink_size < 0 or recent_size < 1:
         raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
     sizes = {"sink_size": sink_size, "recent_size": recent_size, "softmax_scale": softmax_scale}
-    config = config or heuristic(length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype)
+    config = config or heuristic(
+        length=q.shape[1],
+        head_dim=q.shape[3],
+        dtype=q.dtype,
+        gpu=compat.target_gpu() or NONE,
+    )
 
     def run_triton(interpret: bool):
         if past is None:

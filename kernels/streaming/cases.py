@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.case import Case, Cost, per_row
+from kernels.gpu import Gpu
 from kernels.streaming.api import streaming_attention
 from kernels.streaming.config import Config, heuristic
 from kernels.streaming.past import Past
@@ -58,12 +59,11 @@ class StreamingCase(Case):
         _, pull_back = jax.vjp(lambda *qkv: attend(*qkv)[0], q, k, v)
         return pull_back(rest[0])
 
-    def block_sizes(self, *, num_cores: int) -> Config:
-        del num_cores
-        return heuristic(length=self.length, head_dim=self.head_dim, dtype=self.dtype)
+    def block_sizes(self, *, gpu: Gpu) -> Config:
+        return heuristic(length=self.length, head_dim=self.head_dim, dtype=self.dtype, gpu=gpu)
 
-    def cost(self, *, num_cores: int) -> Cost:
-        sizes = self.block_sizes(num_cores=num_cores)
+    def cost(self, *, gpu: Gpu) -> Cost:
+        sizes = self.block_sizes(gpu=gpu)
         rows = self.lengths or (0,) * self.batch
         schedule = Schedule(
             length=self.length,

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kernels.gpu import Gpu
 from kernels.tiles import MIN_ROWS, power_of_two, width
 
 
@@ -26,8 +27,8 @@ class Config:
     backward: BlockSizes
 
 
-def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> Config:
-    """Choose tile sizes: what fits the registers and shared memory of an A100, without spilling."""
+def heuristic(*, length: int, head_dim: int, dtype: DTypeLike, gpu: Gpu) -> Config:
+    """Choose tile sizes: what fits registers and shared memory without spilling."""
     columns = width(head_dim)
     if jnp.dtype(dtype).itemsize == 4:
         # Larger tiles spill at lengths that are no multiple of them, though not at multiples.
@@ -38,7 +39,8 @@ def heuristic(*, length: int, head_dim: int, dtype: DTypeLike) -> Config:
     elif columns <= 64:
         forward, backward = (64, 64, 4, 3), (64, 32, 4, 2)
     elif columns <= 128:
-        forward, backward = (64, 32, 4, 3), (64, 32, 4, 2)
+        forward = (64, 64 if gpu.is_hopper else 32, 4, 3)
+        backward = (64, 32, 4, 2)
     else:
         forward, backward = (64, 32, 8, 2), (32, 32, 4, 1)
     most = max(MIN_ROWS, power_of_two(length))

@@ -48,8 +48,8 @@ class Schedule:
             walks = [(max(window, 0), min(first + sizes.block_q, self.length))]
             if sinks:
                 walks.append((0, min((past or 0) + first + sizes.block_q, sinks)))
-            if recents:
-                walks.append((min(max(window + recents, 0), recents), recents))
+            if window < 0:
+                walks.append((max(window + recents, 0), recents))
             for start, end in walks:
                 begin = start // sizes.block_kv
                 tiles += cdiv(end, sizes.block_kv) - begin

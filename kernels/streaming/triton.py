@@ -184,9 +184,10 @@ def _kernel(
     # The window of the block's first query begins here, counted from the chunk's first token.
     window_start = first_row - (recent_size - 1)
     if recents:
-        first = jnp.clip(window_start + recents, 0, recents)
+        first = jnp.maximum(window_start + recents, 0)
+        end = recents * (first < recents).astype(jnp.int32)  # nothing to walk beyond the window
         origin = past_length - recents
-        state = walk(state, *cached[-2:], first=first, end=recents, origin=origin, window=True)
+        state = walk(state, *cached[-2:], first=first, end=end, origin=origin, window=True)
     state = walk(
         state,
         k_ref,

@@ -9,6 +9,7 @@ import pytest
 
 from kernels import compat, masks
 from kernels.all_cases import CASES
+from kernels.gpu import NONE
 
 SMALL = {
     f"{op}: {name}": case
@@ -16,7 +17,6 @@ SMALL = {
     for name, case in cases.items()
     if not case.compile_only
 }
-CORES = 1
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def counted(monkeypatch):
 
 @pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
 def test_schedule_is_what_the_kernels_do(case, counted):
-    sizes = case.block_sizes(num_cores=CORES)
+    sizes = case.block_sizes(gpu=NONE)
     jax.block_until_ready(case.run(*case.draw(), implementation="interpret", block_sizes=sizes))
     jax.effects_barrier()
-    cost = case.cost(num_cores=CORES)
+    cost = case.cost(gpu=NONE)
     assert counted["bytes"] == cost.scheduled_bytes
     assert counted["flops"] == cost.scheduled_flops
 
@@ -84,7 +84,7 @@ def test_least_work_is_that_of_the_visible_pairs(case):
     vector = case.head_dim * case.itemsize
     q, kv, lse = queries * case.q_heads * vector, keys * case.kv_heads * vector, 4 * case.q_heads
     gradient = getattr(case, "gradient", False)
-    cost = case.cost(num_cores=CORES)
+    cost = case.cost(gpu=NONE)
     # Reads q, k, v and writes out and lse; backward reads all five and d_out, writes three.
     forward = 2 * q + 2 * kv + lse * queries
     backward = 4 * q + 4 * kv + lse * queries
