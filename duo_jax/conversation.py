@@ -51,7 +51,7 @@ class Conversation:
         text: str | None = None,
         *,
         max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         progress: Progress | None = None,
         **sampling: Any,
@@ -61,7 +61,7 @@ class Conversation:
         Args:
           text: what to read first.
           max_new_tokens: most tokens to write.
-          stop: strings at which to stop; they are not yielded.
+          stop: string or strings at which to stop; they are not yielded.
           seed: of the random draws.
           progress: called while `text` is read.
           **sampling: fields of `duo_jax.sampling.SamplingConfig`; default greedy.
@@ -84,7 +84,7 @@ class Conversation:
         text: str,
         *,
         max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         progress: Progress | None = None,
         **sampling: Any,

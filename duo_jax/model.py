@@ -114,7 +114,7 @@ class DuoModel:
         prompts: Sequence[str],
         *,
         max_new_tokens: int = 256,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         seed: int = 0,
         progress: Progress | None = None,
         **sampling: Any,
@@ -124,7 +124,7 @@ class DuoModel:
         Args:
           prompts: texts.
           max_new_tokens: most tokens per prompt.
-          stop: strings at which a text stops; they are not returned.
+          stop: string or strings at which a text stops; they are not returned.
           seed: of the random draws; the same seed gives the same texts.
           progress: called while prompts are read, with tokens read and to be read.
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty

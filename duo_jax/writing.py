@@ -100,7 +100,7 @@ def write_text(
     tokenization: Tokenization,
     *,
     max_new_tokens: int,
-    stop: Sequence[str],
+    stop: str | Sequence[str],
     seed: int,
     sampling: SamplingConfig,
     segment: int | None,
@@ -112,7 +112,7 @@ def write_text(
       session: has read something.
       tokenization: its model's; the tokens with which it ends a text are not yielded.
       max_new_tokens: most tokens per row.
-      stop: strings that end a row, just before them.
+      stop: string or strings that end a row, just before them.
       seed: of the random draws.
       sampling: how tokens are drawn.
       segment: as in `write_tokens`; with stop strings it is one token, so that nothing after one
@@ -123,6 +123,8 @@ def write_text(
     Raises:
       InputError: as `write_tokens`.
     """
+    if isinstance(stop, str):
+        stop = (stop,) if stop else ()
     rows = [
         Detokenizer(tokenization.tokenizer, context=tokens if continues else (), stop=stop)
         for tokens in session.tokens

@@ -232,7 +232,7 @@ def test_a_stop_string_is_cut_off_and_nothing_follows_it(model, text, width):
         for i, window in enumerate(windows)
         if i > 2 and window.isascii() and windows.index(window) == i
     )
-    assert model.generate([TEXT, "What"], max_new_tokens=30, stop=[stop])[0] == text[:start]
+    assert model.generate([TEXT, "What"], max_new_tokens=30, stop=stop)[0] == text[:start]
     conversation = model.conversation()
     pieces = list(conversation.stream(TEXT, max_new_tokens=30, stop=["not there", stop]))
     assert "".join(pieces) == text[:start]
