@@ -162,10 +162,10 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_report", description=__doc__.split("\n\n")[0]
     )
-    default = pathlib.Path(os.environ.get("OUT") or "benchmarks/results/gpu")
     parser.add_argument(
-        "--out", type=pathlib.Path, default=default,
-        help="folder for the tables (default: $OUT, else benchmarks/results/gpu)",
+        "--out", type=pathlib.Path,
+        help="folder for the tables (default: $OUT, else benchmarks/results/gpu; runs/gpu-smoke "
+        "with --smoke)",
     )  # fmt: skip
     parser.add_argument(
         "--minutes", type=float, default=9.5, help="time for all stages (default: 9.5)"
@@ -177,6 +177,9 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--fail", choices=STAGES, help="let this stage fail, to see what is left")
     arguments = parser.parse_args(words)
+    if arguments.out is None:
+        ours = "runs/gpu-smoke" if arguments.smoke else "benchmarks/results/gpu"
+        arguments.out = pathlib.Path(os.environ.get("OUT") or ours)
     unknown = [name for name in arguments.stages if name not in STAGES]
     if unknown:
         parser.error(f"--stages: {unknown[0]!r} is not one of {','.join(STAGES)}")

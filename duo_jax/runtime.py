@@ -34,15 +34,7 @@ class Runtime:
                 f"prefill mode {self.prefill_mode!r} is not one of "
                 f"{', '.join(get_args(PrefillMode))}"
             )
-        if self.implementation not in get_args(Implementation):
-            raise InputError(
-                f"implementation {self.implementation!r} is not one of "
-                f"{', '.join(get_args(Implementation))}"
-            )
-        if self.implementation == "triton" and compat.target_gpu() is None:
-            raise InputError(
-                f"implementation 'triton' needs an NVIDIA GPU; jax runs on {jax.default_backend()}"
-            )
+        check_implementation(self.implementation)
 
     @property
     def dtype(self) -> np.dtype:
@@ -62,3 +54,19 @@ class Runtime:
             digest.update(jax.tree_util.keystr(path).encode())
             digest.update(np.asarray(values).astype(np.float32).tobytes())
         return digest.hexdigest()
+
+
+def check_implementation(name: str) -> None:
+    """Refuse an implementation of attention that does not exist or cannot run here.
+
+    Raises:
+      InputError: it cannot.
+    """
+    if name not in get_args(Implementation):
+        raise InputError(
+            f"implementation {name!r} is not one of {', '.join(get_args(Implementation))}"
+        )
+    if name == "triton" and compat.target_gpu() is None:
+        raise InputError(
+            f"implementation 'triton' needs an NVIDIA GPU; jax runs on {jax.default_backend()}"
+        )

@@ -10,12 +10,45 @@ _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
 
 
+def check_shapes(q: Array, k: Array, v: Array, *, kv_heads_axis: int) -> None:
+    """Refuse keys and values that do not fit the queries.
+
+    Raises:
+      ValueError: sizes differ, an array is empty, or KV heads do not divide the query heads.
+    """
+    if k.shape != v.shape or (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
+        raise ValueError(
+            f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit: they share batch "
+            f"and head_dim, keys and values everything"
+        )
+    if 0 in (*q.shape, *k.shape):
+        raise ValueError(f"queries {q.shape} or keys {k.shape} are empty")
+    if q.shape[-2] % k.shape[kv_heads_axis]:
+        raise ValueError(
+            f"{q.shape[-2]} query heads are not a multiple of {k.shape[kv_heads_axis]} KV heads"
+        )
+
+
+def check_rows(what: str, numbers: Array, batch: int) -> None:
+    """Refuse anything but one whole number per row.
+
+    Raises:
+      ValueError: another shape or dtype.
+    """
+    if numbers.shape != (batch,) or not jnp.issubdtype(numbers.dtype, jnp.integer):
+        raise ValueError(f"{what} are {numbers.dtype} {numbers.shape}, not {batch} whole numbers")
+
+
 def refusal(q: Array, *operands: Array) -> str | None:
-    """Return why no kernel can take these arrays, the queries first; None if one can."""
+    """Return why no kernel can take these arrays, the queries first; None if one can.
+
+    Sees the shapes of one example: what jax.vmap adds to them is not counted.
+    """
     if q.dtype not in _DTYPES:
         return f"kernels take bfloat16, float16 and float32, not {q.dtype}"
-    if any(x.dtype != q.dtype for x in operands):
-        return f"queries are {q.dtype}, keys and values {operands[0].dtype}"
+    other = [x.dtype for x in operands if x.dtype != q.dtype]
+    if other:
+        return f"queries are {q.dtype}, keys and values {other[0]}"
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim is {q.shape[-1]}, kernels take at most {_MAX_HEAD_DIM}"
     largest = max((q, *operands), key=lambda x: x.size)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from duo_jax import llama
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
+from kernels import Implementation
 from train import gates as gated
 from train.distillation import Batch, tail_of, tail_positions
 from train.passkeys import PasskeyConfig, PasskeySampler
@@ -38,7 +39,9 @@ class RetrievalTest:
         *,
         num_samples: int,
         seed: int,
+        implementation: Implementation = "auto",
     ) -> None:
+        self._implementation = implementation
         make = functools.partial(PasskeySampler, config, tokenizer, seed=seed, stream=1)
         try:
             sampler = make(held_out_text)
@@ -75,6 +78,7 @@ class RetrievalTest:
                     sink_size=sink_size,
                     recent_size=recent_size,
                     tail_size=self._tail_size,
+                    implementation=self._implementation,
                 )
             )
             starts = np.asarray(tail_positions(batch, self._tail_size))[:, 0]
@@ -97,7 +101,9 @@ class RetrievalTest:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sink_size", "recent_size", "tail_size"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "sink_size", "recent_size", "tail_size", "implementation")
+)
 def _predict_tail(
     params,
     gates: Float[Array, "layers kv_heads"],
@@ -107,8 +113,11 @@ def _predict_tail(
     sink_size: int,
     recent_size: int,
     tail_size: int,
+    implementation: Implementation,
 ) -> Int[Array, "batch tail"]:
-    attend = gated.self_mixed(sink_size=sink_size, recent_size=recent_size)
+    attend = gated.self_mixed(
+        sink_size=sink_size, recent_size=recent_size, implementation=implementation
+    )
     x, _ = llama.hidden_states(
         model,
         params,

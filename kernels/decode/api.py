@@ -43,6 +43,8 @@ def decode(
     Raises:
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
+    limits.check_shapes(q, k, v, kv_heads_axis=1)
+    limits.check_rows("lengths", lengths, q.shape[0])
 
     def run_triton(interpret: bool):
         sizes = block_sizes or heuristic(

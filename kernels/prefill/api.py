@@ -41,6 +41,8 @@ def prefill(
     Raises:
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
+    limits.check_shapes(q, k, v, kv_heads_axis=1)
+    limits.check_rows("offsets", offsets, q.shape[0])
 
     def run_triton(interpret: bool):
         return triton.prefill(

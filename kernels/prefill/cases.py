@@ -82,6 +82,9 @@ CASES: dict[str, PrefillCase] = {
     "float32": PrefillCase(
         offsets=(64,), length=129, slots=256, q_heads=4, kv_heads=1, dtype="float32"
     ),
+    "float32, head_dim 64, odd length": PrefillCase(
+        offsets=(0,), length=1001, slots=1001, q_heads=1, kv_heads=1, head_dim=64, dtype="float32"
+    ),
     "head_dim 96": PrefillCase(
         offsets=(10,), length=70, slots=80, q_heads=4, kv_heads=1, head_dim=96
     ),

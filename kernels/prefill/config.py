@@ -23,7 +23,7 @@ def heuristic(*, length: int, head_dim: int, dtype: DTypeLike, gpu: Gpu) -> Bloc
     """Choose tile sizes: what fits registers and shared memory without spilling."""
     columns = width(head_dim)
     if jnp.dtype(dtype).itemsize == 4:
-        block_q, block_kv = (64, 32) if columns <= 64 else (32, 32) if columns <= 128 else (16, 16)
+        block_q, block_kv = (32, 32) if columns <= 128 else (16, 16)
         num_warps, num_stages = 4, 2 if columns <= 128 else 1
     elif columns <= 128:
         # Key tiles of 64 for head_dim 128 spill a few registers on A100 at lengths that are no

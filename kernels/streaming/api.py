@@ -50,6 +50,13 @@ def streaming_attention(
     """
     if sink_size < 0 or recent_size < 1:
         raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
+    limits.check_shapes(q, k, v, kv_heads_axis=2)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"there are {q.shape[1]} queries and {k.shape[1]} keys in a row")
+    if past is None:
+        recent_size = min(recent_size, q.shape[1])  # more is the same, and may overflow
+    else:
+        past.check(k, sink_size=sink_size)
     sizes = {"sink_size": sink_size, "recent_size": recent_size, "softmax_scale": softmax_scale}
     config = config or heuristic(
         length=q.shape[1],
@@ -70,5 +77,5 @@ def streaming_attention(
         implementation,
         xla=lambda: xla.streaming_attention(q, k, v, past=past, **sizes),
         triton=run_triton,
-        refusal=limits.refusal(q, k, v),
+        refusal=limits.refusal(q, k, v, *(past.buffers() if past is not None else ())),
     )

@@ -139,6 +139,9 @@ CASES: dict[str, StreamingCase] = {
     "gradient, group of 1, float16": StreamingCase(
         length=200, sink=16, recent=64, q_heads=2, kv_heads=2, dtype="float16", gradient=True
     ),
+    "gradient, group of 1, head_dim 96": StreamingCase(
+        length=201, sink=16, recent=64, q_heads=2, kv_heads=2, head_dim=96, gradient=True
+    ),
     "gradient, float32": StreamingCase(
         length=200, sink=16, recent=64, q_heads=4, kv_heads=1, dtype="float32", gradient=True
     ),

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import pytree
+from kernels import limits, pytree
 
 
 @pytree.register
@@ -18,6 +18,24 @@ class Past:
     recent_keys: Float[Array, "batch kv_heads recent head_dim"]  # the last is just before the chunk
     recent_values: Float[Array, "batch kv_heads recent head_dim"]  # finite where unfilled too
     lengths: Int[Array, " batch"]  # tokens before the chunk
+
+    def buffers(self) -> tuple[Array, ...]:
+        """Return keys and values."""
+        return self.sink_keys, self.sink_values, self.recent_keys, self.recent_values
+
+    def check(self, k: Float[Array, "batch length kv_heads head_dim"], *, sink_size: int) -> None:
+        """Refuse a past that does not fit a chunk's keys.
+
+        Raises:
+          ValueError: the number of rows, heads or sinks, or head_dim, differ.
+        """
+        batch, _, kv_heads, head_dim = k.shape
+        sinks = (batch, kv_heads, sink_size, head_dim)
+        recents = (batch, kv_heads, self.recent_keys.shape[2], head_dim)
+        for x, shape in zip(self.buffers(), (sinks, sinks, recents, recents), strict=True):
+            if x.shape != shape:
+                raise ValueError(f"a past of {x.shape} does not fit: {shape} is needed")
+        limits.check_rows("past lengths", self.lengths, batch)
 
 
 def nothing(

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from duo_jax.errors import InputError
+from duo_jax.runtime import check_implementation
 from kernels import Implementation
 from train.distillation import Mixing
 from train.passkeys import PasskeyConfig
@@ -73,6 +74,7 @@ class IdentifyConfig:
     )
 
     def __post_init__(self) -> None:
+        check_implementation(self.implementation)
         positive = ("num_steps", "recent", "length_buckets", "checkpoint_every")
         for name in positive:
             if getattr(self, name) < 1:

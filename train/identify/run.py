@@ -72,6 +72,7 @@ def identify(config: IdentifyConfig) -> None:
             held_out_text,
             num_samples=config.eval_samples,
             seed=config.seed,
+            implementation=config.implementation,
         )
     with contextlib.closing(
         work.WorkDir(config.folder(), config, operational=_OPERATIONAL)
