@@ -127,7 +127,7 @@ def _command(target: aot.Target, dump: pathlib.Path) -> list[str]:
 
 
 def _ptxas_version() -> str:
-    said = subprocess.run(["ptxas", "--version"], capture_output=True, text=True, check=True)
+    said = subprocess.run([aot.ptxas(), "--version"], capture_output=True, text=True, check=True)
     return re.search(r"V([\d.]+)", said.stdout)[1]
 
 

@@ -6,6 +6,8 @@ import re
 import subprocess
 from typing import Any
 
+from kernels import aot
+
 _TARGET = re.compile(r"^\.target\s+(\w+)", re.MULTILINE)
 _ENTRY = re.compile(r"^\.visible \.entry (\w+)\(", re.MULTILINE)
 _MATRIX = re.compile(
@@ -78,7 +80,7 @@ def parse_ptxas(text: str) -> dict[str, int]:
 def run_ptxas(path: str, text: str) -> dict[str, int]:
     """Assemble a PTX file for the architecture that it names, and read what ptxas says of it."""
     architecture = _TARGET.search(text)[1]
-    command = ["ptxas", "-v", f"-arch={architecture}", path, "-o", "/dev/null"]
+    command = [aot.ptxas(), "-v", f"-arch={architecture}", path, "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return parse_ptxas(done.stderr)
 

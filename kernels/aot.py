@@ -77,6 +77,15 @@ def compile_for(
         return lowered.compile(compiler_options={**_OPTIONS, **tools, **(options or {})})
 
 
+def ptxas() -> str:
+    """Return the ptxas that understands what jax's plugin writes: the wheel's, else PATH's.
+
+    XLA finds the wheel by itself, and writes PTX as new as the wheel's ptxas can read.
+    """
+    toolkit = _toolkit()
+    return "ptxas" if toolkit is None else str(toolkit / "bin" / "ptxas")
+
+
 @functools.cache
 def _toolkit() -> pathlib.Path | None:
     """Return where the wheel nvidia-cuda-nvcc put ptxas, nvlink and libdevice; None if nowhere."""
