@@ -16,28 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import machine, shapes
-from duo_jax import cli, compiled, llama
+from benchmarks import machine
+from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
+from duo_jax import cli, compiled, files, llama
 from duo_jax.errors import InputError
-from duo_jax.split import DuoConfig
 from kernels import aot
 from train.distillation import Batch
 from train.optimisation import StepConfig, init_state, train_step
 
-LLAMA_3 = shapes.model_config("gqa", layers=32)
-LLAMA_2 = shapes.model_config("mha", layers=32)
-# Retrieval heads per layer of the published patterns, ../shared/SPEC.md section 6.
-LLAMA_3_1048K = "1 1 3 2 2 4 2 4 6 4 5 3 2 6 5 5 5 6 3 5 6 3 3 6 4 4 3 4 6 5 8 2"
-LLAMA_2_32K = "2 10 2 5 3 4 9 8 9 5 8 10 4 6 12 9 12 10 9 6 11 8 14 5 12 8 12 3 6 6 12 16"
-
-
 BUDGET = 83e9  # of the 85.1e9 bytes of an A100-80G
-
-
-def duo(model, heads: str) -> DuoConfig:
-    """Return a published split: retrieval heads per layer, sink 128, recent 256."""
-    counts = tuple(map(int, heads.split()))
-    return DuoConfig(model=model, retrieval_heads=counts, sink_size=128, recent_size=256)
 
 
 def identification(length: int):
@@ -53,35 +40,34 @@ def identification(length: int):
         tail_size=1024,
         implementation="triton",
     )
-    state = jax.eval_shape(lambda: init_state(LLAMA_3, step))
+    state = jax.eval_shape(lambda: init_state(LLAMA_3_8B.model, step))
     params = jax.eval_shape(
-        lambda: llama.init_params(LLAMA_3, jax.random.key(0), dtype=jnp.bfloat16)
+        lambda: llama.init_params(LLAMA_3_8B.model, jax.random.key(0), dtype=jnp.bfloat16)
     )
     row = jnp.zeros(1, jnp.int32)
     batch = jax.eval_shape(
         lambda: Batch(tokens=jnp.zeros((1, length), jnp.int32), tail_start=row, total_length=row)
     )
-    function = functools.partial(train_step, model=LLAMA_3, config=step)
+    function = functools.partial(train_step, model=LLAMA_3_8B.model, config=step)
     return aot.compile_for("a100", function, state, params, batch)
 
 
-DUO_3, DUO_2 = duo(LLAMA_3, LLAMA_3_1048K), duo(LLAMA_2, LLAMA_2_32K)
-on_a100 = {"target": "a100"}
+DUO_3, DUO_2 = (published.variants[0].config for published in (LLAMA_3_8B, LLAMA_2_7B))
 PROGRAMS = {
     "Llama-3-8B, 50%: decode at 1,000,000": lambda: compiled.decode_step(
-        DUO_3, max_len=1_000_001, **on_a100
+        DUO_3, max_len=1_000_001, target="a100"
     ),
     "Llama-3-8B, 50%: chunk of 32,000 at 900,000": lambda: compiled.prefill_chunk(
-        DUO_3, max_len=932_000, chunk=32_000, **on_a100
+        DUO_3, max_len=932_000, chunk=32_000, target="a100"
     ),
     "Llama-3-8B, full caches: decode at 1,000,000": lambda: compiled.decode_step(
-        DUO_3.all_retrieval(), max_len=1_000_001, **on_a100
+        DUO_3.all_retrieval(), max_len=1_000_001, target="a100"
     ),
     "Llama-2-7B, 25%: decode at 200,000": lambda: compiled.decode_step(
-        DUO_2, max_len=200_001, **on_a100
+        DUO_2, max_len=200_001, target="a100"
     ),
     "Llama-2-7B, 25%: chunk of 10,000 at 190,000": lambda: compiled.prefill_chunk(
-        DUO_2, max_len=200_000, chunk=10_000, **on_a100
+        DUO_2, max_len=200_000, chunk=10_000, target="a100"
     ),
     "Llama-3-8B: identification step at 32,000": lambda: identification(32_000),
     "Llama-3-8B: identification step at 96,000": lambda: identification(96_000),
@@ -119,13 +105,13 @@ def measure(config: BudgetConfig) -> None:
         "jax": jax.__version__,
         "target": "A100-SXM4-80GB",
         "dtype": "bfloat16",
-        "sink": 128,
-        "recent": 256,
+        "sink": DUO_3.sink_size,
+        "recent": DUO_3.recent_size,
         "programs": programs,
     }
     config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "budgets.json").write_text(json.dumps(result, indent=1) + "\n")
-    (config.out / "budgets.md").write_text(to_markdown(result) + "\n")
+    files.write_text(config.out / "budgets.json", json.dumps(result, indent=1) + "\n")
+    files.write_text(config.out / "budgets.md", to_markdown(result) + "\n")
 
 
 def in_own_process(name: str) -> dict[str, int]:

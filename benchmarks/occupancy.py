@@ -16,10 +16,9 @@ files. What is reserved for the system is: the difference of a core's and a prog
 """
 
 import dataclasses
-import importlib.resources
 import re
 
-from kernels.aot import Target
+from kernels.aot import Target, description
 from kernels.gpu import A100, H200, Gpu
 
 GPUS: dict[Target, Gpu] = {"a100": A100, "h200": H200}
@@ -44,11 +43,7 @@ class Limits:
 
 def limits(target: Target) -> Limits:
     """Read the limits of a GPU."""
-    text = (
-        importlib.resources.files("kernels")
-        .joinpath("gpu_targets", f"{target}.txtpb")
-        .read_text(encoding="utf-8")
-    )
+    text = description(target)
 
     def number(name: str) -> int:
         return int(re.search(rf"^\s*{name}: (\d+)$", text, re.MULTILINE)[1])

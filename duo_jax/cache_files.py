@@ -198,18 +198,26 @@ def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:
 
 def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray], *, longest: int) -> LayerCache:
     """Put stored slots, `longest` of them unless there are fewer, into an empty layer's buffers."""
-    filled: dict[str, list[KVCache]] = {"full": [], "streaming": []}
-    for kind, parts in _parts(layer).items():
-        first, (batch, _, slots, head_dim) = 0, parts[0].keys.shape
+
+    def fill(kind: str, parts: tuple[KVCache, ...]) -> Iterator[KVCache]:
+        batch, _, slots, head_dim = parts[0].keys.shape
         expected = (batch, sum(p.keys.shape[1] for p in parts), min(longest, slots), head_dim)
+        stored = {name: arrays[f"{kind}.{name}"] for name in ("keys", "values")}
+        for name, array in stored.items():
+            if array.shape != expected or array.dtype != parts[0].keys.dtype:
+                raise ValueError(f"{kind}.{name} is {array.dtype} {array.shape}")
+        first = 0
         for part in parts:
-            end, buffers = first + part.keys.shape[1], {}
-            for name in ("keys", "values"):
-                buffer, stored = getattr(part, name), arrays[f"{kind}.{name}"]
-                if stored.shape != expected or stored.dtype != buffer.dtype:
-                    raise ValueError(f"{kind}.{name} is {stored.dtype} {stored.shape}")
-                mine = stored[:, first:end]
-                buffers[name] = jax.lax.dynamic_update_slice(buffer, mine, (0, 0, 0, 0))
-            filled[kind].append(KVCache(**buffers))
+            end = first + part.keys.shape[1]
+            buffers = {
+                name: jax.lax.dynamic_update_slice(
+                    getattr(part, name), array[:, first:end], (0, 0, 0, 0)
+                )
+                for name, array in stored.items()
+            }
+            yield KVCache(**buffers)
             first = end
-    return LayerCache(full=tuple(filled["full"]), streaming=next(iter(filled["streaming"]), None))
+
+    filled = {kind: tuple(fill(kind, parts)) for kind, parts in _parts(layer).items()}
+    [streaming] = filled.get("streaming", (None,))
+    return LayerCache(full=filled.get("full", ()), streaming=streaming)

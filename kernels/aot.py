@@ -23,7 +23,7 @@ Target = Literal["a100", "h200"]
 
 # Where arguments fill most of the memory, this pass runs with an impossible limit and multiplies
 # the same matrices again and again.
-_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 
 def unavailable() -> str | None:
@@ -40,7 +40,7 @@ def unavailable() -> str | None:
         if shutil.which(tool) is None and _toolkit() is None:
             return f"{tool} is not on PATH (it comes with CUDA, or with the extra aot)"
     try:
-        _mesh("a100", 1)
+        _mesh("a100")
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         return f"jax has no CUDA plugin (the extra aot), or JAX_PLATFORMS is not cpu: {reason}"
@@ -66,7 +66,7 @@ def compile_for(
     Returns:
       The program; its memory_analysis().peak_memory_in_bytes is the peak on that GPU.
     """
-    mesh = _mesh(target, 1)
+    mesh = _mesh(target)
     sharding = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -74,7 +74,7 @@ def compile_for(
         tools = {}
         if shutil.which("ptxas") is None and _toolkit() is not None:
             tools = {"xla_gpu_cuda_data_dir": str(_toolkit())}
-        return lowered.compile(compiler_options={**_OPTIONS, **tools, **(options or {})})
+        return lowered.compile(compiler_options={**COMPILER_OPTIONS, **tools, **(options or {})})
 
 
 def ptxas() -> str:
@@ -97,12 +97,15 @@ def _toolkit() -> pathlib.Path | None:
     return None
 
 
+def description(target: Target) -> str:
+    """Return what XLA is told of a GPU: a text protocol buffer with the limits of its cores."""
+    file = importlib.resources.files("kernels").joinpath("gpu_targets", f"{target}.txtpb")
+    return file.read_text(encoding="utf-8")
+
+
 @functools.cache
-def _mesh(target: Target, num_devices: int) -> jax.sharding.Mesh:
-    text = importlib.resources.files("kernels").joinpath("gpu_targets", f"{target}.txtpb")
+def _mesh(target: Target) -> jax.sharding.Mesh:
     topology = topologies.get_topology_desc(
-        platform="cuda",
-        target_config=text.read_text(encoding="utf-8"),
-        topology=f"1x{num_devices}x1",
+        platform="cuda", target_config=description(target), topology="1x1x1"
     )
-    return topologies.make_mesh(topology, (num_devices,), ("x",))
+    return topologies.make_mesh(topology, (1,), ("x",))

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from kernels.gpu import A100, Gpu
+from kernels.gpu import A100, NONE, Gpu
 
 load, store = triton.load, triton.store
 
@@ -30,6 +30,11 @@ def target_gpu() -> Gpu | None:
             return None
         return Gpu(kind=described.device_kind, num_cores=described.num_cores or A100.num_cores)
     return _present_gpu()
+
+
+def tile_gpu() -> Gpu:
+    """Return the GPU that tile sizes are chosen for: the target, else the interpreter's."""
+    return target_gpu() or NONE
 
 
 @functools.cache

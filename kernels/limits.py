@@ -29,6 +29,17 @@ def check_shapes(q: Array, k: Array, v: Array, *, kv_heads_axis: int) -> None:
         )
 
 
+def check_sequences(q: Array, k: Array, v: Array) -> None:
+    """Refuse keys and values [batch, length, kv_heads, head_dim] that do not fit the queries.
+
+    Raises:
+      ValueError: as `check_shapes`, or the lengths differ.
+    """
+    check_shapes(q, k, v, kv_heads_axis=2)
+    if q.shape[1] != k.shape[1]:
+        raise ValueError(f"there are {q.shape[1]} queries and {k.shape[1]} keys in a row")
+
+
 def check_rows(what: str, numbers: Array, batch: int) -> None:
     """Refuse anything but one whole number per row.
 

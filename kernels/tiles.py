@@ -4,12 +4,24 @@ Tile sizes are powers of two. Where head_dim is not (80, 96), tiles are wider th
 the columns beyond are masked: read as zeros, never written.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from kernels import compat
 
 MIN_ROWS = 16  # of a matrix instruction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockSizes:
+    """How a kernel with tiles of queries and of keys cuts its work."""
+
+    block_q: int  # queries of one head per tile; a power of two
+    block_kv: int  # tokens per tile of keys; a power of two
+    num_warps: int
+    num_stages: int  # tiles on their way from memory at once
 
 
 def power_of_two(size: int) -> int:

@@ -7,11 +7,8 @@ import pytest
 from benchmarks import budgets
 from benchmarks.budgets import BUDGET
 from duo_jax.cache import cache_bytes
-from kernels import aot
 
-reason = aot.unavailable()
-pytestmark = pytest.mark.skipif(reason is not None, reason=reason or "")
-
+pytestmark = pytest.mark.usefixtures("gpu_compiler")
 
 compiled = functools.cache(budgets.in_own_process)
 

@@ -7,7 +7,6 @@ import sys
 import pytest
 
 from benchmarks import compiled, compiled_report, compiled_worker, occupancy, ptx, roofline
-from kernels import aot
 from kernels.all_cases import CASES
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -147,10 +146,8 @@ for line in sys.stdin:
     assert "**float32: does not compile**" in compiled_report._kernel_table(rows)
 
 
+@pytest.mark.usefixtures("gpu_compiler")
 def test_one_case_is_compiled_and_described():
-    reason = aot.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
     (row,) = compiled.compile_all([("streaming", "gradient, odd length")], "h200")
     assert row["error"] is None
     assert [kernel["name"] for kernel in row["kernels"]] == [

@@ -12,17 +12,16 @@ from typing import Any
 import jax
 
 from benchmarks.gpu import arrays, timers
-from benchmarks.gpu.settings import Settings, gpu_at_hand
+from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table, reason
+from kernels import compat
 from kernels.case import Case
 from kernels.decode import config as decode_config
 from kernels.decode.cases import DecodeCase
 from kernels.gpu import Gpu
-from kernels.prefill import config as prefill_config
 from kernels.prefill.cases import PrefillCase
-from kernels.streaming import config as streaming_config
 from kernels.streaming.cases import StreamingCase
-from kernels.tiles import cdiv
+from kernels.tiles import BlockSizes, cdiv
 
 _FEW_BYTES = 50_000_000  # a call that moves less is shorter than its dispatch
 _MIN_GAIN = 1.02  # less is the spread of two measurements
@@ -62,7 +61,7 @@ def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
         ]
     elif isinstance(case, PrefillCase):
         found = [
-            prefill_config.BlockSizes(
+            BlockSizes(
                 block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages
             )
             for (block_q, block_kv, num_warps), num_stages in itertools.product(
@@ -83,7 +82,7 @@ def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
             dataclasses.replace(
                 chosen,
                 **{
-                    part: streaming_config.BlockSizes(
+                    part: BlockSizes(
                         block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages
                     )
                 },
@@ -111,8 +110,9 @@ def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str
     arguments = arrays.draw(case, 0)
     shapes = jax.eval_shape(lambda *tree: tree, *arguments)
     tried: list[dict[str, Any]] = []
-    found = candidates(case, gpu=gpu_at_hand())[: 2 if settings.smoke else None]
-    loops = timers.LOOPS if case.cost(gpu=gpu_at_hand()).num_bytes < _FEW_BYTES else 1
+    gpu = compat.tile_gpu()
+    found = candidates(case, gpu=gpu)[: 2 if settings.smoke else None]
+    loops = timers.LOOPS if case.cost(gpu=gpu).num_bytes < _FEW_BYTES else 1
 
     def compiled(sizes):
         function = functools.partial(

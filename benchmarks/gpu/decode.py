@@ -18,9 +18,7 @@ from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table
 from benchmarks.serving import Variant
 from duo_jax.cache import cache_bytes
-
-# See kernels.aot: with arguments that fill most of the memory, this pass does harm.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+from kernels.aot import COMPILER_OPTIONS
 
 
 def run(settings: Settings, table: Table) -> None:

@@ -4,8 +4,9 @@ import functools
 from typing import Any
 
 from benchmarks.gpu import arrays, ceilings, rivals, timers
-from benchmarks.gpu.settings import Settings, gpu_at_hand
+from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table, reason
+from kernels import compat
 from kernels.case import Case
 
 
@@ -27,7 +28,7 @@ def _row(settings: Settings, case: Case, limits: tuple[float | None, float | Non
     arguments = arrays.draw(case, 0)
     ours = functools.partial(case.run, implementation=settings.implementation)
     time = timers.of_function(ours, *arguments, seconds=settings.seconds_per_row)
-    cost = case.cost(gpu=gpu_at_hand())
+    cost = case.cost(gpu=compat.tile_gpu())
     row: dict[str, Any] = {
         "seconds": time,
         "flops": cost.flops,

@@ -125,11 +125,6 @@ def random_params(model: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     return {**nested(ends), "layers": tuple(nested(layer) for layer in layers)}
 
 
-def param_shapes(model: ModelConfig, dtype: DTypeLike) -> Any:
-    """Describe what random_params draws."""
-    return jax.eval_shape(lambda: random_params(model, dtype))
-
-
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _normal(key, shape, dtype, scale):
     return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)

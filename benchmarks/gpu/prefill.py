@@ -8,12 +8,12 @@ import numpy as np
 
 from benchmarks import floors, serving, timing
 from benchmarks.gpu import memory, models
-from benchmarks.gpu.decode import COMPILER_OPTIONS
 from benchmarks.gpu.models import Published
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table
 from benchmarks.serving import Variant
 from duo_jax.cache import cache_bytes
+from kernels.aot import COMPILER_OPTIONS
 
 
 def run(settings: Settings, table: Table) -> None:

@@ -13,7 +13,6 @@ from kernels.all_cases import CASES
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.dispatch import Implementation
-from kernels.gpu import NONE, Gpu
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -122,13 +121,6 @@ def smoke() -> Settings:
         threads=2,
         flops_per_second=1e9,
     )
-
-
-def gpu_at_hand() -> Gpu:
-    """Return the GPU that tile sizes are chosen for; the interpreter's where there is none."""
-    from kernels import compat
-
-    return compat.target_gpu() or NONE
 
 
 def has_gpu() -> bool:

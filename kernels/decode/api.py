@@ -6,7 +6,6 @@ from kernels import compat, limits
 from kernels.decode import triton, xla
 from kernels.decode.config import BlockSizes, heuristic
 from kernels.dispatch import Implementation, dispatch
-from kernels.gpu import NONE
 
 
 def decode(
@@ -53,7 +52,7 @@ def decode(
             slots=k.shape[2],
             head_dim=q.shape[2],
             dtype=k.dtype,
-            gpu=compat.target_gpu() or NONE,
+            gpu=compat.tile_gpu(),
         )
         return triton.decode(
             q,

@@ -35,9 +35,7 @@ def full_attention(
     Raises:
       NotImplementedError: the named implementation cannot run this case; the message says why.
     """
-    limits.check_shapes(q, k, v, kv_heads_axis=2)
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(f"there are {q.shape[1]} queries and {k.shape[1]} keys in a row")
+    limits.check_sequences(q, k, v)
     return dispatch(
         implementation,
         xla=lambda: xla.full_attention(q, k, v, softmax_scale=softmax_scale),

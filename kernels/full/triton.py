@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 
 from kernels import compat
 from kernels.full import xla
-from kernels.gpu import NONE
 from kernels.prefill import triton as prefill
 from kernels.prefill.config import heuristic
 
@@ -29,7 +28,7 @@ def full_attention(
         jnp.zeros(q.shape[0], jnp.int32),
         softmax_scale=softmax_scale,
         block_sizes=heuristic(
-            length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.target_gpu() or NONE
+            length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
         ),
         interpret=interpret,
         heads_first=False,

@@ -4,9 +4,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
-from kernels.gpu import NONE
 from kernels.prefill import triton, xla
-from kernels.prefill.config import BlockSizes, heuristic
+from kernels.prefill.config import heuristic
+from kernels.tiles import BlockSizes
 
 
 def prefill(
@@ -56,7 +56,7 @@ def prefill(
                 length=q.shape[1],
                 head_dim=q.shape[3],
                 dtype=q.dtype,
-                gpu=compat.target_gpu() or NONE,
+                gpu=compat.tile_gpu(),
             ),
             interpret=interpret,
         )

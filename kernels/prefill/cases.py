@@ -7,8 +7,8 @@ import numpy as np
 from kernels.case import Case, Cost, per_row
 from kernels.gpu import Gpu
 from kernels.prefill.api import prefill
-from kernels.prefill.config import BlockSizes, heuristic
-from kernels.tiles import cdiv, width
+from kernels.prefill.config import heuristic
+from kernels.tiles import BlockSizes, cdiv, width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

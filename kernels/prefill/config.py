@@ -1,22 +1,10 @@
 """Tile sizes of the prefill kernel."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels.gpu import Gpu
-from kernels.tiles import MIN_ROWS, power_of_two, width
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockSizes:
-    """How the prefill kernel cuts its work."""
-
-    block_q: int  # queries of one head per program; a power of two
-    block_kv: int  # tokens per tile of keys; a power of two
-    num_warps: int
-    num_stages: int  # tiles on their way from memory at once
+from kernels.tiles import MIN_ROWS, BlockSizes, power_of_two, width
 
 
 def heuristic(*, length: int, head_dim: int, dtype: DTypeLike, gpu: Gpu) -> BlockSizes:

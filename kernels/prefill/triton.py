@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels import compat, masks, online_softmax, tiles
-from kernels.prefill.config import BlockSizes
+from kernels.tiles import BlockSizes
 
 
 def prefill(

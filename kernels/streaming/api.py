@@ -4,7 +4,6 @@ from jaxtyping import Array, Float
 
 from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
-from kernels.gpu import NONE
 from kernels.streaming import triton, xla
 from kernels.streaming.config import Config, heuristic
 from kernels.streaming.past import Past
@@ -50,27 +49,22 @@ def streaming_attention(
     """
     if sink_size < 0 or recent_size < 1:
         raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
-    limits.check_shapes(q, k, v, kv_heads_axis=2)
-    if q.shape[1] != k.shape[1]:
-        raise ValueError(f"there are {q.shape[1]} queries and {k.shape[1]} keys in a row")
+    limits.check_sequences(q, k, v)
     if past is None:
         recent_size = min(recent_size, q.shape[1])  # more is the same, and may overflow
     else:
         past.check(k, sink_size=sink_size)
     sizes = {"sink_size": sink_size, "recent_size": recent_size, "softmax_scale": softmax_scale}
-    config = config or heuristic(
-        length=q.shape[1],
-        head_dim=q.shape[3],
-        dtype=q.dtype,
-        gpu=compat.target_gpu() or NONE,
-    )
 
     def run_triton(interpret: bool):
+        chosen = config or heuristic(
+            length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
+        )
         if past is None:
-            static = triton.Static(**sizes, config=config, interpret=interpret)
+            static = triton.Static(**sizes, config=chosen, interpret=interpret)
             return triton.whole_sequence(static, q, k, v)
         return triton.forward(
-            q, k, v, past, **sizes, block_sizes=config.forward, interpret=interpret
+            q, k, v, past, **sizes, block_sizes=chosen.forward, interpret=interpret
         )
 
     return dispatch(

@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from kernels import compat, masks, tiles
-from kernels.streaming.config import BlockSizes
+from kernels.tiles import BlockSizes
 
 MAX_SINK_SPLITS = 16  # kernels.streaming.schedule counts them too
 

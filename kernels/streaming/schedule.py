@@ -7,8 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from kernels.streaming.backward import MAX_SINK_SPLITS
-from kernels.streaming.config import BlockSizes
-from kernels.tiles import cdiv, width
+from kernels.tiles import BlockSizes, cdiv, width
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

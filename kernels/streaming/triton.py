@@ -19,8 +19,9 @@ from jaxtyping import Array, Float
 
 from kernels import compat, masks, online_softmax, tiles
 from kernels.streaming import backward as backward_kernels
-from kernels.streaming.config import BlockSizes, Config
+from kernels.streaming.config import Config
 from kernels.streaming.past import Past, nothing
+from kernels.tiles import BlockSizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def forward(
     group = num_q_heads // k.shape[2]
     chunk_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
     q_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
-    operands, specs = [past.lengths.astype(jnp.int32), q, k, v], []
+    operands = [past.lengths.astype(jnp.int32), q, k, v]
     specs = [pl.BlockSpec((None,), lambda i, n, b: (b,)), q_spec, chunk_spec, chunk_spec]
     sinks, recents = past.sink_keys.shape[2], past.recent_keys.shape[2]
     for slots, pair in (

@@ -14,7 +14,7 @@ from duo_jax import serve
 from duo_jax.cache import grow, init_cache
 from duo_jax.config import parse_config
 from duo_jax.split import duo_config, split_params
-from kernels import aot, limits
+from kernels import limits
 from tests import models
 from tests.params import random_params
 
@@ -83,7 +83,7 @@ compiled.prefill_chunk(config, target="h200", max_len=4_000_000, chunk=512)
 """
 
 
-@pytest.mark.skipif(aot.unavailable() is not None, reason=aot.unavailable() or "")
+@pytest.mark.usefixtures("gpu_compiler")
 def test_a_layer_of_retrieval_heads_only_compiles_at_four_million_tokens():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     subprocess.run([sys.executable, "-c", LLAMA_3_LAYER], check=True, env=environment)

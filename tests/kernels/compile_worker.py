@@ -16,7 +16,8 @@ from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
-from kernels.streaming.config import BlockSizes, Config
+from kernels.streaming.config import Config
+from kernels.tiles import BlockSizes
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")

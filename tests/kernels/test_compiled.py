@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from kernels import aot
 from tests.kernels import compile_worker
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,11 +31,7 @@ def compile_all(target: str, names: list[str]) -> dict[str, str | None]:
     return results
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler():
-    reason = aot.unavailable()
-    if reason is not None:
-        pytest.skip(reason)
+pytestmark = pytest.mark.usefixtures("gpu_compiler")
 
 
 @pytest.mark.parametrize("target", TARGETS)
