@@ -24,8 +24,8 @@ def streaming_attention(
     """Attend with the streaming mask: token i sees the sinks and its `recent_size` latest tokens.
 
     O(length * (sink + recent)) work; blocks of keys that nobody sees are not loaded. Differentiable
-    with memory that grows with the length only; the kernel without `past`. Query head i reads KV
-    head i // group.
+    with memory that grows with the length only; the kernels without `past`, once and in reverse
+    mode (jax refuses forward mode with a TypeError). Query head i reads KV head i // group.
 
     Args:
       q: queries, already rotated.
@@ -45,7 +45,8 @@ def streaming_attention(
       which is not differentiable.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case; the message says why.
+      NotImplementedError: the named implementation cannot run this case, or is asked for a gradient
+        that its kernels do not have; the message says why.
     """
     if sink_size < 0 or recent_size < 1:
         raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
@@ -60,12 +61,10 @@ def streaming_attention(
         chosen = config or heuristic(
             length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
         )
+        static = triton.Static(**sizes, config=chosen, interpret=interpret)
         if past is None:
-            static = triton.Static(**sizes, config=chosen, interpret=interpret)
             return triton.whole_sequence(static, q, k, v)
-        return triton.forward(
-            q, k, v, past, **sizes, block_sizes=chosen.forward, interpret=interpret
-        )
+        return triton.behind(past, static, q, k, v)
 
     return dispatch(
         implementation,

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from kernels import compat, masks, online_softmax, tiles
+from kernels.no_gradient import refuse_gradient
 from kernels.streaming import backward as backward_kernels
 from kernels.streaming.config import Config
 from kernels.streaming.past import Past, nothing
@@ -26,7 +27,7 @@ from kernels.tiles import BlockSizes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Static:
-    """What a differentiable call needs beside its arrays."""
+    """What a call needs beside its arrays."""
 
     sink_size: int
     recent_size: int
@@ -42,7 +43,7 @@ def whole_sequence(
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads head_dim"],
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """Attend within a sequence from its first token on; differentiable."""
+    """Attend within a sequence from its first token on; differentiable once, in reverse mode."""
     return forward(
         q,
         k,
@@ -62,23 +63,43 @@ def _whole_sequence_forward(static: Static, q, k, v):
 
 
 def _whole_sequence_backward(static: Static, residuals, gradients):
-    q, k, v, out, lse = residuals
-    return backward_kernels.backward(
-        q,
-        k,
-        v,
-        out,
-        lse,
-        gradients[0],
+    backward = functools.partial(
+        backward_kernels.backward,
         sink_size=static.sink_size,
         recent_size=static.recent_size,
         softmax_scale=static.softmax_scale,
         block_sizes=static.config.backward,
         interpret=static.interpret,
     )
+    reason = (
+        "the kernels of streaming_attention have no second derivatives; implementation='xla' has"
+    )
+    return refuse_gradient(backward, reason)(*residuals, gradients[0])
 
 
 whole_sequence.defvjp(_whole_sequence_forward, _whole_sequence_backward)
+
+
+def behind(
+    past: Past,
+    static: Static,
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
+    """Attend behind a past; not differentiable."""
+    attend = functools.partial(
+        forward,
+        sink_size=static.sink_size,
+        recent_size=static.recent_size,
+        softmax_scale=static.softmax_scale,
+        block_sizes=static.config.forward,
+        interpret=static.interpret,
+    )
+    reason = (
+        "the kernel of streaming_attention has no gradient behind a past; implementation='xla' has"
+    )
+    return refuse_gradient(attend, reason)(q, k, v, past)
 
 
 def forward(

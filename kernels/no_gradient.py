@@ -1,0 +1,38 @@
+"""Kernels that cannot be differentiated say so.
+
+Left alone, jax differentiates the inside of a kernel and fails there, with an empty message.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+
+Result = TypeVar("Result")
+
+
+def refuse_gradient(function: Callable[..., Result], reason: str) -> Callable[..., Result]:
+    """Return a function that computes the same and refuses to be differentiated.
+
+    Only derivatives by its arguments are noticed, so all arrays that it uses must be arguments
+    (trees of arrays, by position); everything else is bound beforehand. Arguments that are not
+    differentiated, as under jax.lax.stop_gradient, are let through by every transformation.
+
+    Args:
+      function: of trees of arrays.
+      reason: what is said instead, in one line.
+
+    Returns:
+      The function, whose derivatives of any kind raise NotImplementedError with the reason.
+    """
+
+    @jax.custom_jvp
+    def refusing(*arrays):
+        return function(*arrays)
+
+    @refusing.defjvp
+    def refuse(primals, tangents):
+        del primals, tangents
+        raise NotImplementedError(reason)
+
+    return refusing
