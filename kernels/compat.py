@@ -42,10 +42,15 @@ def _present_gpu() -> Gpu | None:
     if jax.default_backend() != "gpu":
         return None
     device = jax.devices()[0]
-    if "NVIDIA" not in device.device_kind:
+    capability = str(getattr(device, "compute_capability", ""))
+    # AMD's begin with "gfx"; names of old NVIDIA GPUs do not tell whose they are ("Tesla T4").
+    if "NVIDIA" not in device.device_kind and not capability[:1].isdigit():
         return None
-    cores = getattr(device, "core_count", None)
-    return Gpu(kind=device.device_kind, num_cores=cores or A100.num_cores)
+    return Gpu(
+        kind=device.device_kind,
+        num_cores=getattr(device, "core_count", None) or A100.num_cores,
+        compute_capability=capability,
+    )
 
 
 def pallas_call(

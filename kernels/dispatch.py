@@ -1,11 +1,16 @@
 """Which implementation of an op runs.
 
 - "xla": plain jax.numpy, on any device; the oracle of the tests.
-- "triton": the Pallas kernel through its Triton lowering, on NVIDIA GPUs from A100 on.
+- "triton": the Pallas kernel through its Triton lowering, on NVIDIA GPUs from A100 on (compute
+  capability 8.0).
 - "interpret": the same kernel run by Pallas' interpreter, on any device; slow, for tests.
-- "auto": "triton" where the program runs on an NVIDIA GPU and the kernel can serve, else "xla".
+- "auto": "triton" where the program runs on such a GPU, else "xla".
 
-A named choice is obeyed or refused, never replaced.
+A named choice is obeyed or refused, never replaced. On a GPU with kernels "auto" takes "xla" for
+what no kernel here is written for: other dtypes (float64, or keys of another dtype than queries)
+and a head_dim above 256. An array of 2^31 elements or more is another matter: it is meant for the
+kernel, which cannot address it, and XLA may need many times its memory. So "auto" refuses it too;
+who wants XLA there names it.
 """
 
 from collections.abc import Callable
@@ -14,8 +19,25 @@ from typing import Any, Literal, get_args
 import jax
 
 from kernels import compat
+from kernels.gpu import Gpu
+from kernels.limits import Refusal
 
 Implementation = Literal["auto", "xla", "triton", "interpret"]
+
+
+def check(implementation: str) -> None:
+    """Refuse an implementation that does not exist, or whose kernels cannot run here.
+
+    Raises:
+      ValueError: there is no such implementation.
+      NotImplementedError: it cannot run on this device.
+    """
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"{implementation=} is not one of {', '.join(get_args(Implementation))}")
+    if implementation == "triton":
+        reason = _no_kernels(compat.target_gpu())
+        if reason is not None:
+            raise NotImplementedError(f"{implementation=} {reason}")
 
 
 def dispatch(
@@ -23,7 +45,7 @@ def dispatch(
     *,
     xla: Callable[[], Any],
     triton: Callable[[bool], Any],
-    refusal: str | None,
+    refusal: Refusal | None,
 ) -> Any:
     """Run one of an op's implementations.
 
@@ -34,18 +56,30 @@ def dispatch(
       refusal: why the kernel cannot serve this case; None if it can.
 
     Raises:
-      NotImplementedError: the named implementation cannot run here; the message says why.
+      ValueError: there is no such implementation.
+      NotImplementedError: it cannot run here; the message says why.
     """
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"{implementation=} is not one of {', '.join(get_args(Implementation))}")
-    gpu = compat.target_gpu()
-    if implementation == "triton" and gpu is None:
-        refusal = f"it needs an NVIDIA GPU, and this process runs on {jax.default_backend()}"
+    check(implementation)
     if implementation in ("triton", "interpret"):
         if refusal is not None:
-            raise NotImplementedError(f"{implementation=}: {refusal}")
+            raise NotImplementedError(f"{implementation=}: {refusal.reason}")
         return triton(implementation == "interpret")
-    if implementation == "xla" or gpu is None or refusal is not None:
+    if implementation == "xla" or _no_kernels(compat.target_gpu()) is not None:
+        return xla()
+    if refusal is not None:
+        if not refusal.auto_may_use_xla:
+            raise NotImplementedError(f"{implementation=}: {refusal.reason}")
         return xla()
     # Decided again when the program is lowered: it may be for another device than the default one.
     return jax.lax.platform_dependent(cuda=lambda: triton(False), default=xla)
+
+
+def _no_kernels(gpu: Gpu | None) -> str | None:
+    """Return why kernels cannot run on a device; None if they can."""
+    if gpu is None:
+        return f"needs an NVIDIA GPU, and this process runs on {jax.default_backend()}"
+    if gpu.is_too_old:
+        return (
+            f"needs compute capability 8.0 (A100) or newer; {gpu.kind} has {gpu.compute_capability}"
+        )
+    return None

@@ -1,5 +1,8 @@
 """What every Triton kernel here needs of its arguments."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -10,12 +13,24 @@ _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Why no kernel can take a case."""
+
+    reason: str
+    auto_may_use_xla: bool = True  # see kernels.dispatch
+
+
 def check_shapes(q: Array, k: Array, v: Array, *, kv_heads_axis: int) -> None:
     """Refuse keys and values that do not fit the queries.
 
     Raises:
-      ValueError: sizes differ, an array is empty, or KV heads do not divide the query heads.
+      ValueError: sizes differ, an array is empty, KV heads do not divide the query heads, or the
+        numbers are whole ones.
     """
+    for what, x in (("queries", q), ("keys", k), ("values", v)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{what} are {x.dtype}, not floating-point numbers")
     if k.shape != v.shape or (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
         raise ValueError(
             f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit: they share batch "
@@ -50,22 +65,29 @@ def check_rows(what: str, numbers: Array, batch: int) -> None:
         raise ValueError(f"{what} are {numbers.dtype} {numbers.shape}, not {batch} whole numbers")
 
 
-def refusal(q: Array, *operands: Array) -> str | None:
+def refusal(q: Array, *operands: Array) -> Refusal | None:
     """Return why no kernel can take these arrays, the queries first; None if one can.
 
-    Sees the shapes of one example: what jax.vmap adds to them is not counted.
+    Under jax.vmap it sees the shapes of one example: the batch that jax then adds to a kernel's
+    arguments is not counted, and 2^31 elements with it are not noticed.
     """
     if q.dtype not in _DTYPES:
-        return f"kernels take bfloat16, float16 and float32, not {q.dtype}"
+        return Refusal(reason=f"kernels take bfloat16, float16 and float32, not {q.dtype}")
     other = [x.dtype for x in operands if x.dtype != q.dtype]
     if other:
-        return f"queries are {q.dtype}, keys and values {other[0]}"
+        return Refusal(reason=f"queries are {q.dtype}, keys and values {other[0]}")
     if q.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim is {q.shape[-1]}, kernels take at most {_MAX_HEAD_DIM}"
-    largest = max((q, *operands), key=lambda x: x.size)
-    if largest.size > MAX_ELEMENTS:
-        return (
-            f"an array of shape {largest.shape} has {largest.size:,} elements; offsets inside a "
-            f"kernel end at {MAX_ELEMENTS:,}"
-        )
-    return None
+        return Refusal(reason=f"head_dim is {q.shape[-1]}, kernels take at most {_MAX_HEAD_DIM}")
+    return too_large(q, *operands)
+
+
+def too_large(*arrays: Array) -> Refusal | None:
+    """Return that the largest of some arrays has more elements than a kernel can count, or None."""
+    largest = max(jax.tree.leaves(arrays), key=lambda x: x.size)
+    if largest.size <= MAX_ELEMENTS:
+        return None
+    return Refusal(
+        reason=f"an array of shape {largest.shape} has {largest.size:,} elements; offsets inside a "
+        f"kernel end at {MAX_ELEMENTS:,}",
+        auto_may_use_xla=False,
+    )

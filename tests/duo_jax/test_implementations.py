@@ -118,7 +118,9 @@ def test_the_runtime_passes_its_choice_on():
     assert runtime.implementation == "auto"
     with pytest.raises(InputError, match="'fast' is not one of auto, xla, triton, interpret"):
         dataclasses.replace(runtime, implementation="fast")
-    with pytest.raises(InputError, match="'triton' needs an NVIDIA GPU; jax runs on cpu"):
+    with pytest.raises(
+        InputError, match="'triton' needs an NVIDIA GPU, and this process runs on cpu"
+    ):
         dataclasses.replace(runtime, implementation="triton")
 
 

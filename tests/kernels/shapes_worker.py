@@ -40,6 +40,15 @@ REFUSED = {
         lambda **o: decode(Q[:, 0], CACHE, CACHE, ROWS / 2, **o),
         "lengths are float32",
     ),
+    "decode, whole numbers": (
+        lambda **o: decode(Q[:, 0], CACHE.astype(jnp.int32), CACHE.astype(jnp.int32), ROWS, **o),
+        "keys are int32, not floating-point numbers",
+    ),
+    "full, booleans": (
+        lambda **o: full_attention(Q, KV, KV.astype(bool), **o),
+        "values are bool, not floating-point numbers",
+    ),
+    "streaming, whole numbers": (streaming(q=Q.astype(jnp.int32)), "queries are int32"),
     "prefill, 3 query heads": (
         lambda **o: prefill(Q[:, :, :3], CACHE, CACHE, ROWS, **o),
         "3 query heads are not a multiple of 2 KV heads",

@@ -1,7 +1,9 @@
 """Which implementation runs: names are obeyed or refused with a reason, "auto" always serves."""
 
 import contextlib
+import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from kernels import decode, full_attention, limits, prefill, streaming_attention
+from kernels import compat, decode, full_attention, limits, prefill, streaming_attention
 from kernels.all_cases import CASES
+from kernels.gpu import Gpu
 
 GPUS = {
     "A100": AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu"),
@@ -102,7 +105,7 @@ def test_what_no_kernel_takes_is_refused_by_name(called, reason, implementation)
         jax.eval_shape(of(implementation), *shapes)
 
 
-@pytest.mark.parametrize("name", ["float64", "head_dim 512", "2^31 elements"])
+@pytest.mark.parametrize("name", ["float64", "mixed dtypes", "head_dim 512"])
 def test_auto_serves_what_no_kernel_takes_through_xla(name):
     (of, shapes), _ = REFUSED[name]
     with jax.enable_x64(name == "float64"), described("A100"):
@@ -111,15 +114,61 @@ def test_auto_serves_what_no_kernel_takes_through_xla(name):
     assert (out.shape, out.dtype, lse.shape) == (shapes[0].shape, shapes[0].dtype, (1, 8))
 
 
+def test_auto_refuses_arrays_that_a_kernel_cannot_address_where_there_are_kernels():
+    (of, shapes), _ = REFUSED["2^31 elements"]
+    with (
+        described("A100"),
+        pytest.raises(
+            NotImplementedError, match=r"implementation='auto': .*2,147,483,648 elements"
+        ),
+    ):
+        jax.eval_shape(of("auto"), *shapes)
+    with described("A100"):
+        jax.eval_shape(of("xla"), *shapes)
+    jax.eval_shape(of("auto"), *shapes)  # on the CPU
+
+
+def test_gpus_before_the_a100_have_no_kernels(monkeypatch):
+    old = Gpu(kind="Tesla T4", num_cores=40, compute_capability="7.5")
+    monkeypatch.setattr(compat, "_present_gpu", lambda: old)
+    for of, shapes in (REFUSED["2^31 elements"][0], call(jnp.float32)):
+        assert KERNELS["decode"] not in lowered(of("auto"), *shapes)
+    with pytest.raises(NotImplementedError, match=r"capability 8\.0 .*; Tesla T4 has 7\.5"):
+        jax.eval_shape(of("triton"), *shapes)
+    new = dataclasses.replace(old, compute_capability="8.0")
+    monkeypatch.setattr(compat, "_present_gpu", lambda: new)
+    assert KERNELS["decode"] in lowered(of("auto"), *shapes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "too_old"),
+    [
+        ("NVIDIA H200", "9.0", False),
+        ("NVIDIA A100-SXM4-80GB", None, False),
+        ("Tesla V100-SXM2-16GB", "7.0", True),
+        ("NVIDIA B200", "10.0", False),
+        ("AMD Instinct MI300X", "gfx942", None),
+    ],
+)
+def test_what_is_known_of_the_gpu_at_hand(monkeypatch, kind, capability, too_old):
+    known = {} if capability is None else {"compute_capability": capability}
+    device = types.SimpleNamespace(device_kind=kind, core_count=7, **known)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    gpu = compat._present_gpu.__wrapped__()
+    assert (gpu is None) == (too_old is None)
+    assert gpu is None or (gpu.kind, gpu.num_cores, gpu.is_too_old) == (kind, 7, too_old)
+
+
 def test_one_element_less_than_2_to_the_31_is_taken():
-    def refusal(slots: int) -> str | None:
+    def refusal(slots: int) -> limits.Refusal | None:
         answers = []
         shapes = [jax.ShapeDtypeStruct((1, 1, n, 1), jnp.bfloat16) for n in (1, slots)]
         jax.eval_shape(lambda q, k: answers.append(limits.refusal(q, k, k)), *shapes)
         return answers[0]
 
     assert refusal(2**31 - 1) is None
-    assert "2,147,483,648 elements" in refusal(2**31)
+    assert "2,147,483,648 elements" in refusal(2**31).reason
     of, shapes = call(jnp.bfloat16, slots=2**20 - 1, head_dim=256, kv_heads=8)
     with described("A100"):
         assert KERNELS["decode"] in lowered(of("triton"), *shapes)
