@@ -21,6 +21,7 @@ from benchmarks.gpu.settings import FULL_32K, STREAMING_32K, real, smoke
 from benchmarks.gpu.tables import Stage, Table
 from duo_jax import llama, split
 from kernels.decode.cases import DecodeCase
+from kernels.full.cases import FullCase
 from kernels.gpu import H200
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
@@ -197,10 +198,11 @@ def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
     "case",
     [
         DecodeCase(lengths=(33,), slots=40, dtype="float32", **SMALL),
+        FullCase(length=20, batch=2, dtype="float32", **SMALL),
         PrefillCase(offsets=(0,), length=20, slots=30, dtype="float32", **SMALL),
         StreamingCase(length=20, sink=0, recent=7, dtype="float32", **SMALL),
     ],
-    ids=["decode", "prefill", "streaming without sinks"],
+    ids=["decode", "full", "prefill", "streaming without sinks"],
 )
 def test_other_libraries_are_given_the_same_work(case):
     arguments = arrays.draw(case, 0)
@@ -226,7 +228,7 @@ def test_a_chunk_behind_a_past_is_two_calls_of_theirs():
         rivals.equivalent(DECODE, arrays.draw(DECODE, 0))
 
 
-@pytest.mark.parametrize("op", ["decode", "prefill", "streaming"])
+@pytest.mark.parametrize("op", ["decode", "full", "prefill", "streaming"])
 def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
     for case in real().timed[op].values():
         found = block_sweep.candidates(case, gpu=H200)

@@ -18,6 +18,7 @@ from kernels import compat
 from kernels.case import Case
 from kernels.decode import config as decode_config
 from kernels.decode.cases import DecodeCase
+from kernels.full.cases import FullCase
 from kernels.gpu import Gpu
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
@@ -59,7 +60,7 @@ def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
                 (4, 2, 8, 16), ((64, 4), (128, 4), (32, 2), (128, 8), (32, 4)), (3, 2, 4)
             )
         ]
-    elif isinstance(case, PrefillCase):
+    elif isinstance(case, PrefillCase | FullCase):
         found = [
             BlockSizes(
                 block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages

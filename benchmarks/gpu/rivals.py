@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from benchmarks.gpu import timers
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
+from kernels.full.cases import FullCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -55,6 +56,8 @@ def equivalent(case: Case, arguments: tuple[Any, ...]) -> Equivalent:
         d_out = rest[0] if case.gradient else None
         call = Call(q=q, k=k, v=v, causal=True, window=case.recent, d_out=d_out)
         return Equivalent(calls=[call], note="a sliding window only: no sinks, no past")
+    if isinstance(case, FullCase):
+        return Equivalent(calls=[Call(q=q, k=k, v=v, causal=True)])
     if not isinstance(case, PrefillCase) or len(case.offsets) > 1:
         raise UnsuitableError("not a call of theirs")
     offset, end = case.offsets[0], case.offsets[0] + case.length

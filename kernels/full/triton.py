@@ -1,24 +1,32 @@
 """Full attention by the prefill kernel, which then reads the sequence as its own cache."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels import compat
 from kernels.full import xla
 from kernels.prefill import triton as prefill
-from kernels.prefill.config import heuristic
+from kernels.tiles import BlockSizes
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Static:
+    """What a call needs beside its arrays."""
+
+    softmax_scale: float
+    block_sizes: BlockSizes
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def full_attention(
+    static: Static,
     q: Float[Array, "batch length q_heads head_dim"],
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads head_dim"],
-    softmax_scale: float,
-    interpret: bool,
 ) -> Float[Array, "batch length q_heads head_dim"]:
     """See kernels.full_attention; the gradient is that of the XLA version."""
     out, _ = prefill.prefill(
@@ -26,23 +34,20 @@ def full_attention(
         k,
         v,
         jnp.zeros(q.shape[0], jnp.int32),
-        softmax_scale=softmax_scale,
-        block_sizes=heuristic(
-            length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
-        ),
-        interpret=interpret,
+        softmax_scale=static.softmax_scale,
+        block_sizes=static.block_sizes,
+        interpret=static.interpret,
         heads_first=False,
     )
     return out
 
 
-def _forward(q, k, v, softmax_scale, interpret):
-    return full_attention(q, k, v, softmax_scale, interpret), (q, k, v)
+def _forward(static: Static, q, k, v):
+    return full_attention(static, q, k, v), (q, k, v)
 
 
-def _backward(softmax_scale, interpret, residuals, gradient):
-    del interpret
-    attend = functools.partial(xla.full_attention, softmax_scale=softmax_scale)
+def _backward(static: Static, residuals, gradient):
+    attend = functools.partial(xla.full_attention, softmax_scale=static.softmax_scale)
     return jax.vjp(attend, *residuals)[1](gradient)
 
 

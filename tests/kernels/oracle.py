@@ -8,6 +8,7 @@ import numpy as np
 
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
+from kernels.full.cases import FullCase
 from kernels.prefill.cases import PrefillCase
 
 STALE = 1e4  # what a slot nobody sees may hold: anything finite, in float16 too
@@ -31,7 +32,9 @@ class Part:
 def draw(case: Case, seed: int = 0):
     """Return random arguments of a case, with stale numbers in the slots that nobody sees."""
     arguments = jax.tree.map(np.asarray, case.draw(seed))
-    if isinstance(case, DecodeCase | PrefillCase):
+    if isinstance(case, FullCase):
+        pass  # every token is seen
+    elif isinstance(case, DecodeCase | PrefillCase):
         q, *_, integers = arguments
         arguments = q, *_parts(case, arguments)[0].stale(), integers
     elif case.lengths:
@@ -50,7 +53,7 @@ def cast(arguments, dtype):
 
 
 def expected(case: Case, arguments):
-    """Return (out, lse) of a case, or its gradients of q, k and v."""
+    """Return what a case returns: (out, lse), (out,) or the gradients of q, k and v."""
     arguments = jax.tree.map(np.asarray, arguments)
     parts = _parts(case, arguments)
     q = arguments[0].astype(np.float64)
@@ -59,7 +62,8 @@ def expected(case: Case, arguments):
         return out[:, 0], lse[:, 0]
     if getattr(case, "gradient", False):
         return _gradients(q, parts[0], arguments[3].astype(np.float64), case.softmax_scale)
-    return _attend(q, parts, case.softmax_scale)
+    out, lse = _attend(q, parts, case.softmax_scale)
+    return (out,) if isinstance(case, FullCase) else (out, lse)
 
 
 def _parts(case: Case, arguments) -> list[Part]:
@@ -74,6 +78,9 @@ def _parts(case: Case, arguments) -> list[Part]:
         return [Part(keys=k, values=v, mask=mask)]
     _, k, v, *rest = arguments
     k, v = np.moveaxis(k, 2, 1), np.moveaxis(v, 2, 1)
+    if isinstance(case, FullCase):
+        mask = np.tril(np.ones((case.length, case.length), bool))
+        return [Part(keys=k, values=v, mask=np.broadcast_to(mask, (case.batch, *mask.shape)))]
     starts = np.zeros((k.shape[0], 1), int)
     if not case.lengths:
         return [Part(keys=k, values=v, mask=_streaming(case, starts, starts + _range(case)))]

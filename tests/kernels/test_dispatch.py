@@ -19,7 +19,12 @@ GPUS = {
     "A100": AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu"),
     "H100": AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),
 }
-KERNELS = {"decode": "duo_decode", "prefill": "duo_prefill", "streaming": "duo_streaming"}
+KERNELS = {
+    "decode": "duo_decode",
+    "full": "duo_prefill",
+    "prefill": "duo_prefill",
+    "streaming": "duo_streaming",
+}
 LOWERED = {
     f"{op}, {name}": (op, case)
     for op, cases in CASES.items()
