@@ -17,7 +17,8 @@ Parameters are a plain nested dict; every leaf below "layers" has a leading axis
     norm/scale                                  [embed]
     lm_head/kernel                              [embed, vocab]                     (absent if tied)
 
-Activations have the dtype of the parameters; norms, rotation and softmax compute in float32.
+Activations have the dtype of the parameters; norms, rotation and softmax compute in float32. In
+serving form (duo_jax.split) the kernels of a layer may be quantised (duo_jax.quantised_weights).
 """  # noqa: E501
 
 import math
@@ -31,6 +32,8 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax import rope
 from duo_jax.config import ModelConfig
+from duo_jax.quantised_products import product
+from duo_jax.quantised_weights import QuantisedKernel
 from kernels import Implementation, full_attention
 from kernels.precision import accumulator
 
@@ -249,14 +252,20 @@ class Linear(nn.Module):
         def init(key, shape, dtype):
             return jax.random.normal(key, shape, dtype) / math.sqrt(math.prod(self.in_shape))
 
-        kernel = self.param("kernel", init, self.in_shape + self.out_shape, self.param_dtype)
-        contracted = tuple(range(x.ndim - len(self.in_shape), x.ndim))
-        dimensions = ((contracted, tuple(range(len(self.in_shape)))), ((), ()))
-        if not self.use_bias:
-            return jax.lax.dot_general(x, kernel, dimensions)
+        wide = accumulator(x.dtype)
+        kernel = self.get_variable("params", "kernel")
+        if isinstance(kernel, QuantisedKernel):
+            out = product(x, kernel, inputs=len(self.in_shape), wide=wide)
+            if not self.use_bias:
+                return out.astype(x.dtype)
+        else:
+            kernel = self.param("kernel", init, self.in_shape + self.out_shape, self.param_dtype)
+            contracted = tuple(range(x.ndim - len(self.in_shape), x.ndim))
+            dimensions = ((contracted, tuple(range(len(self.in_shape)))), ((), ()))
+            if not self.use_bias:
+                return jax.lax.dot_general(x, kernel, dimensions)
+            out = jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=wide)
         # The product is rounded once, after the bias.
         bias = self.param("bias", nn.initializers.zeros, self.out_shape, self.param_dtype)
-        wide = accumulator(x.dtype)
-        out = jax.lax.dot_general(x, kernel, dimensions, preferred_element_type=wide)
         bias = jnp.expand_dims(bias.astype(wide), range(out.ndim - bias.ndim))
         return (out + bias).astype(x.dtype)

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Int, Shaped
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 from duo_jax.llama import Params
+from duo_jax.quantised_weights import QuantisedKernel, take
 
-Leaf = Shaped[Array | np.ndarray, "..."]
+Leaf = Shaped[Array | np.ndarray, "..."] | QuantisedKernel
 
 # Axis of the heads in each parameter of a layer's attention, by (module, leaf).
 _HEAD_AXIS = {
@@ -107,16 +108,29 @@ def reorder_layer(
     config: ModelConfig, layer: Params, heads: Bool[np.ndarray, " kv_heads"]
 ) -> dict[str, Any]:
     """Return one layer's parameters with the heads in `heads` first; otherwise order is kept."""
-
-    def reorder(module: str, leaf: str, array: Leaf) -> Leaf:
-        order = head_order(config, (module, leaf), heads)
-        return array if order is None else jnp.take(array, order.indices, axis=order.axis)
-
     attention = {
-        module: {leaf: reorder(module, leaf, array) for leaf, array in leaves.items()}
+        module: {
+            name: reorder(config, (module, name), leaf, heads) for name, leaf in leaves.items()
+        }
         for module, leaves in layer["self_attn"].items()
     }
     return {**layer, "self_attn": attention}
+
+
+def reorder(
+    config: ModelConfig, name: tuple[str, ...], leaf: Leaf, heads: Bool[np.ndarray, " kv_heads"]
+) -> Leaf:
+    """Return a parameter of a layer, such as ("q_proj", "kernel"), with these heads first.
+
+    numpy arrays stay on the host. Reordering and quantising may be done in either order.
+    """
+    order = head_order(config, name, heads)
+    if order is None:
+        return leaf
+    if isinstance(leaf, QuantisedKernel):
+        return take(leaf, order.indices, axis=order.axis)
+    library = np if isinstance(leaf, np.ndarray) else jnp
+    return library.take(leaf, order.indices, axis=order.axis)
 
 
 class HeadOrder(NamedTuple):
