@@ -1,12 +1,13 @@
 """The converted checkpoint: what `python -m convert` writes, and how it is read.
 
-    duo_jax.json        {"format": "duo_jax checkpoint", "version": 1}
+    duo_jax.json        {"format": "duo_jax checkpoint", "version": 1}; where the layers'
+                        projections are quantised {..., "version": 2, "weights": "int8"}
     params/             an orbax checkpoint (zstd-compressed, OCDBT)
     config.json, ...    config, tokenizer and identify.json of the original, as they were
 
 The tree in params/ is that of duo_jax.llama with its layers apart, so that single tensors can be
 written and read: layers/self_attn/q_proj/kernel is 32 arrays, layers/0/self_attn/q_proj/kernel to
-layers/31/...
+layers/31/... A quantised kernel (duo_jax.quantised_weights) is two: kernel/values, kernel/scales.
 """
 
 import contextlib
@@ -15,13 +16,21 @@ import logging
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from duo_jax import tensor_info, tensor_names
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
+from duo_jax.quantised_weights import (
+    QuantisedKernel,
+    StoredFormat,
+    is_quantised,
+    num_input_axes,
+    scales_shape,
+    value_dtype,
+)
 from duo_jax.tensor_info import DTYPES, TensorInfo
 from duo_jax.tensor_names import Path, Tensor
 
@@ -29,6 +38,7 @@ MARKER_FILE = "duo_jax.json"
 PARAMS_FOLDER = "params"
 FORMAT = "duo_jax checkpoint"
 VERSION = 1
+QUANTISED_VERSION = 2  # refused by readers that know nothing of quantised weights
 
 
 class CheckpointWeights:
@@ -42,21 +52,32 @@ class CheckpointWeights:
         self.config = config
         self.tensors = tensor_names.tensors(config)
         self._path = folder.absolute() / PARAMS_FOLDER
-        _check_marker(folder / MARKER_FILE)
+        self.format: StoredFormat = _read_marker(folder / MARKER_FILE)
         self._metadata = self._read_metadata()
         tensor_info.check(
-            {"/".join(path): _info(leaf) for path, leaf in self._metadata.items()},
-            {"/".join(stored_path(tensor)): tensor.shape for tensor in self.tensors},
+            {"/".join(path): self._info(path) for path in self._metadata},
+            {
+                "/".join(path): shape
+                for tensor in self.tensors
+                for path, shape in stored_shapes(tensor, self.format).items()
+            },
             where=str(folder),
         )
 
     def dtype(self, tensor: Tensor) -> np.dtype:
-        return np.dtype(self._metadata[stored_path(tensor)].dtype)
+        first, *_ = stored_shapes(tensor, self.format)
+        return np.dtype(self._metadata[first].dtype)
 
-    def read(self, tensor: Tensor) -> np.ndarray:
+    def read(self, tensor: Tensor) -> np.ndarray | QuantisedKernel:
+        parts = [self._read(path) for path in stored_shapes(tensor, self.format)]
+        if len(parts) == 1:
+            return parts[0]
+        values, scales = parts
+        return QuantisedKernel(values=values, scales=scales, format=self.format)
+
+    def _read(self, path: Path) -> np.ndarray:
         from orbax.checkpoint.experimental import v1 as ocp
 
-        path = stored_path(tensor)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
@@ -76,6 +97,15 @@ class CheckpointWeights:
                 return flattened(ocp.metadata(self._path).metadata)
         except Exception as error:  # as above
             raise self._damaged(error) from None
+
+    def _info(self, path: Path) -> TensorInfo:
+        leaf = self._metadata[path]
+        dtype = np.dtype(leaf.dtype)
+        accepted = list(DTYPES.values())
+        if self.format != "model" and path[-1] in ("values", "scales"):
+            accepted = [value_dtype(self.format) if path[-1] == "values" else np.dtype(np.float32)]
+        known = dtype in accepted
+        return TensorInfo(shape=leaf.shape, dtype_name=dtype.name, dtype=dtype if known else None)
 
     def _damaged(self, error: Exception) -> InputError:
         return InputError(f"{self._path} is damaged ({type(error).__name__}: {str(error)[:200]})")
@@ -123,6 +153,22 @@ def stored_path(tensor: Tensor) -> Path:
     return (tensor.path[0], str(tensor.layer), *tensor.path[1:])
 
 
+def stored_shapes(tensor: Tensor, stored: StoredFormat) -> dict[Path, tuple[int, ...]]:
+    """Return the arrays that a tensor is stored as, and their shapes."""
+    path = stored_path(tensor)
+    if stored == "model" or not is_quantised(tensor.path):
+        return {path: tensor.shape}
+    scales = scales_shape(tensor.shape, num_input_axes(tensor.path[-2]), stored)
+    return {(*path, "values"): tensor.shape, (*path, "scales"): scales}
+
+
+def marker_of(stored: StoredFormat) -> dict[str, Any]:
+    """Return what duo_jax.json says of a checkpoint."""
+    if stored == "model":
+        return {"format": FORMAT, "version": VERSION}
+    return {"format": FORMAT, "version": QUANTISED_VERSION, "weights": stored}
+
+
 def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
     """Turn {("a", "b"): leaf} into {"a": {"b": leaf}}."""
     tree: dict[str, Any] = {}
@@ -143,20 +189,20 @@ def flattened(tree: dict[str, Any], prefix: Path = ()) -> dict[Path, Any]:
     return leaves
 
 
-def _info(leaf: Any) -> TensorInfo:
-    dtype = np.dtype(leaf.dtype)
-    known = dtype in DTYPES.values()
-    return TensorInfo(shape=leaf.shape, dtype_name=dtype.name, dtype=dtype if known else None)
-
-
-def _check_marker(path: pathlib.Path) -> None:
+def _read_marker(path: pathlib.Path) -> StoredFormat:
+    """Return how weights are stored."""
     try:
         marker = json.loads(path.read_text(encoding="utf-8"))
-        found = (marker["format"], marker["version"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = (marker["format"], marker["version"], marker.get("weights"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
-    if found != (FORMAT, VERSION):
-        raise InputError(
-            f"{path} says {found[0]!r}, version {found[1]!r}; this duo_jax reads "
-            f"{FORMAT!r}, version {VERSION}: convert the model again, or update duo_jax"
-        )
+    for stored in get_args(StoredFormat):
+        expected = marker_of(stored)
+        if found == (expected["format"], expected["version"], expected.get("weights")):
+            return stored
+    weights = "" if found[2] is None else f", weights {found[2]!r}"
+    raise InputError(
+        f"{path} says {found[0]!r}, version {found[1]!r}{weights}; this duo_jax reads {FORMAT!r}, "
+        f"version {VERSION}, or {QUANTISED_VERSION} with weights int8 or int4: convert the model "
+        "again, or update duo_jax"
+    )

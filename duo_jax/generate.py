@@ -15,6 +15,7 @@ from tqdm import tqdm
 from duo_jax import cli, model, pretrained
 from duo_jax.conversation import Conversation
 from duo_jax.errors import InputError
+from duo_jax.quantised_weights import WeightFormat
 from duo_jax.sampling import SamplingConfig, check_seed
 from duo_jax.serve import PrefillMode
 from kernels import Implementation
@@ -81,6 +82,10 @@ class GenerateConfig:
     """Tokens that the cache can hold. Default: as many as are needed."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of weights, activations and caches. Default: as stored; float32 on a CPU."""
+    weights: WeightFormat = "model"
+    """Format of the layers' projections. model: --dtype. int8: one scale per output channel. w8a8:
+    these, and activations in int8 too, one scale per token. int4: one scale per output channel and
+    128 inputs. Quantised while loading, unless python -m convert has done so."""
     implementation: Implementation = "auto"
     """Of attention. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the kernels run
     by Pallas' interpreter, to test them without a GPU; very slow."""
@@ -114,6 +119,7 @@ def generate(config: GenerateConfig) -> None:
         sink=config.sink,
         recent=config.recent,
         dtype=config.dtype,
+        weights=config.weights,
         prefill_chunk=config.prefill_chunk,
         prefill_mode=config.prefill_mode,
         implementation=config.implementation,

@@ -25,6 +25,7 @@ from duo_jax.config import ModelConfig
 from duo_jax.conversation import Conversation, load_conversation
 from duo_jax.errors import InputError
 from duo_jax.pattern import Pattern, check_fits, load_pattern, retrieval_heads
+from duo_jax.quantised_weights import check_format
 from duo_jax.runtime import Runtime
 from duo_jax.sampling import SamplingConfig
 from duo_jax.session import Progress, Session
@@ -46,6 +47,7 @@ def load(
     sink: int | None = None,
     recent: int | None = None,
     dtype: DTypeLike | None = None,
+    weights: str = "model",
     prefill_chunk: int = 8192,
     prefill_mode: str = "exact",
     implementation: str = "auto",
@@ -61,6 +63,8 @@ def load(
       sink: first tokens that a streaming head keeps; default: the pattern's.
       recent: latest tokens that a streaming head keeps; default: the pattern's.
       dtype: of weights, activations and caches; default: as stored, on CPU float32.
+      weights: format of the layers' projections: "model" (the dtype), "int8", "w8a8" or "int4", see
+        `duo_jax.quantised_weights`.
       prefill_chunk: tokens of a prompt that are read at a time.
       prefill_mode: "exact" or "chunk", see `duo_jax.serve`.
       implementation: of attention: "auto", "xla", "triton" or "interpret", see `kernels.dispatch`.
@@ -68,6 +72,7 @@ def load(
     Raises:
       InputError: something cannot be used; the message is one line.
     """
+    check_format(weights)
     folder = pretrained.resolve(model)
     architecture = pretrained.load_config(folder)
     config, heads = _split(
@@ -76,7 +81,7 @@ def load(
     tokenization = load_tokenization(folder)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = np.float32  # CPUs compute in half precision by converting every number
-    params = pretrained.load_split_params(folder, heads, dtype=dtype)
+    params = pretrained.load_split_params(folder, heads, dtype=dtype, weights=weights)
     runtime = Runtime(
         config=config,
         params=params,

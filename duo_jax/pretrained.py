@@ -5,10 +5,11 @@ checkpoint (`python -m convert`); `resolve` turns any of them into a folder, and
 treat both kinds of folder alike.
 """
 
+import dataclasses
 import os
 import pathlib
 import re
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -20,6 +21,14 @@ from duo_jax import split
 from duo_jax.checkpoint import nested
 from duo_jax.config import ModelConfig, read_config
 from duo_jax.errors import InputError
+from duo_jax.quantised_weights import (
+    QuantisedKernel,
+    WeightFormat,
+    check_format,
+    is_quantised,
+    quantise,
+    stored_format,
+)
 from duo_jax.safetensors_files import has_safetensors
 from duo_jax.tensor_info import copy_cast
 from duo_jax.tensor_names import Path, Tensor
@@ -96,6 +105,11 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
         listed at once.
     """
     weights = open_weights(folder)
+    if weights.format != "model":
+        raise InputError(
+            f"{folder} holds {weights.format} weights, which can be served but not trained with: "
+            "name the model that it was converted from"
+        )
     parts: dict[Path, list[Tensor]] = {}  # in order of layers
     for tensor in weights.tensors:
         parts.setdefault(tensor.path, []).append(tensor)
@@ -113,36 +127,55 @@ def load_split_params(
     heads: Bool[np.ndarray, "layers kv_heads"],
     *,
     dtype: DTypeLike | None = None,
+    weights: WeightFormat = "model",
 ) -> dict[str, Any]:
     """Load all parameters in serving form: one dict per layer, retrieval heads first.
 
-    Goes layer by layer, so host memory peaks at about one layer more than what the device holds.
+    Goes tensor by tensor, so host memory peaks at about one tensor more than what the device holds.
 
     Args:
       folder: a Hugging Face folder or a converted checkpoint.
       heads: which KV heads are retrieval heads.
-      dtype: type to cast to; None keeps the stored types, or float32 where they differ.
+      dtype: type to cast to; None keeps the stored types, or float32 where they differ. Quantised
+        weights are made from the stored values, whatever this is.
+      weights: format of the layers' projections, see duo_jax.quantised_weights.
 
     Raises:
-      InputError: as `load_params`.
+      InputError: as `load_params`; or the folder holds weights that are quantised otherwise.
     """
-    weights = open_weights(folder)
+    check_format(weights)
+    files = open_weights(folder)
+    if files.format not in ("model", stored_format(weights)):
+        fitting = [name for name in get_args(WeightFormat) if stored_format(name) == files.format]
+        raise InputError(
+            f"{folder} holds {files.format} weights: load it with weights {' or '.join(fitting)}, "
+            f"not {weights}"
+        )
+
+    def quantised(tensor: Tensor) -> bool:
+        return weights != "model" and is_quantised(tensor.path)
+
     if dtype is None:
-        stored = {weights.dtype(tensor) for tensor in weights.tensors}
+        stored = {files.dtype(tensor) for tensor in files.tensors if not quantised(tensor)}
         dtype = stored.pop() if len(stored) == 1 else np.float32
     ends: dict[Path, Any] = {}
     layers: list[dict[Path, Any]] = [{} for _ in heads]
-    bar = tqdm(weights.tensors, desc="weights", unit="tensor", leave=False, disable=None)
+    bar = tqdm(files.tensors, desc="weights", unit="tensor", leave=False, disable=None)
     for tensor in bar:
-        array = np.empty(tensor.shape, np.dtype(dtype))
-        copy_cast(array, weights.read(tensor), tensor.name)
+        leaf = files.read(tensor)
+        if not quantised(tensor):
+            array = np.empty(tensor.shape, np.dtype(dtype))
+            copy_cast(array, leaf, tensor.name)
+            leaf = array
+        if tensor.layer is not None:
+            leaf = split.reorder(files.config, tensor.path[-2:], leaf, heads[tensor.layer])
+        if quantised(tensor):
+            leaf = _quantised(tensor, leaf, weights)
+        leaf = jax.block_until_ready(jax.device_put(leaf))
         if tensor.layer is None:
-            ends[tensor.path] = jax.device_put(array).block_until_ready()
-            continue
-        order = split.head_order(weights.config, tensor.path[-2:], heads[tensor.layer])
-        if order is not None:
-            array = np.take(array, order.indices, axis=order.axis)
-        layers[tensor.layer][tensor.path[1:]] = jax.device_put(array).block_until_ready()
+            ends[tensor.path] = leaf
+        else:
+            layers[tensor.layer][tensor.path[1:]] = leaf
     return nested(ends) | {"layers": tuple(nested(layer) for layer in layers)}
 
 
@@ -167,6 +200,15 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         )
     except Exception as error:  # whatever is wrong with the files, they are the caller's
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+
+
+def _quantised(
+    tensor: Tensor, leaf: np.ndarray | QuantisedKernel, weights: WeightFormat
+) -> QuantisedKernel:
+    """Return one projection in the format that is wanted, quantising what is not yet."""
+    if isinstance(leaf, QuantisedKernel):
+        return dataclasses.replace(leaf, format=weights)
+    return quantise(leaf, module=tensor.path[-2], weights=weights, name=tensor.name)
 
 
 def _read_leaf(weights: Weights, parts: list[Tensor], dtype: DTypeLike | None) -> np.ndarray:

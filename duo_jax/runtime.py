@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from duo_jax.errors import InputError
+from duo_jax.quantised_weights import WeightFormat, weight_format
 from duo_jax.serve import PrefillMode
 from duo_jax.split import DuoConfig
 from kernels import dispatch
@@ -41,6 +42,11 @@ class Runtime:
         """The dtype of activations and caches."""
         return np.dtype(self.params["norm"]["scale"].dtype)
 
+    @property
+    def weights(self) -> WeightFormat:
+        """The format of the layers' projections."""
+        return weight_format(self.params)
+
     @functools.cached_property
     def weights_digest(self) -> str:
         """A digest of some values of every parameter, in the order in which the split left them.
@@ -48,6 +54,8 @@ class Runtime:
         Tells models and head orders apart; not a check against tampering.
         """
         digest = hashlib.sha256()
+        if self.weights != "model":  # w8a8 computes otherwise than int8, with the same leaves
+            digest.update(self.weights.encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
             values = leaf[np.unravel_index(at, leaf.shape)]

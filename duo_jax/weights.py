@@ -16,6 +16,7 @@ import numpy as np
 from duo_jax import tensor_info, tensor_names
 from duo_jax.checkpoint import CheckpointWeights, is_checkpoint
 from duo_jax.config import ModelConfig, read_config
+from duo_jax.quantised_weights import QuantisedKernel, StoredFormat
 from duo_jax.safetensors_files import SafetensorsFiles
 from duo_jax.tensor_info import TensorInfo
 from duo_jax.tensor_names import Tensor
@@ -27,12 +28,13 @@ class Weights(Protocol):
 
     config: ModelConfig
     tensors: tuple[Tensor, ...]
+    format: StoredFormat  # of the layers' projections
 
     def dtype(self, tensor: Tensor) -> np.dtype:
-        """Return the type a tensor is stored in."""
+        """Return the type a tensor is stored in; of a quantised one, that of its values."""
         ...
 
-    def read(self, tensor: Tensor) -> np.ndarray:
+    def read(self, tensor: Tensor) -> np.ndarray | QuantisedKernel:
         """Read one tensor, in our layout; possibly a read-only, strided view of a file."""
         ...
 
@@ -60,6 +62,8 @@ class HuggingFaceWeights:
       InputError: tensors are missing, unknown, or of another shape or type than config.json
         implies; all are counted in one line.
     """
+
+    format: StoredFormat = "model"
 
     def __init__(self, files: Files, config: ModelConfig, where: str) -> None:
         self.config = config
