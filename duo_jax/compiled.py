@@ -14,16 +14,18 @@ from jax.typing import DTypeLike
 from duo_jax import llama, serve, split
 from duo_jax.cache import init_cache
 from duo_jax.config import ModelConfig
+from duo_jax.quantised_weights import WeightFormat, quantised_shapes
 from duo_jax.split import DuoConfig
 from kernels import aot
 
 
-def param_shapes(model: ModelConfig, dtype: DTypeLike) -> Any:
-    """Return the shapes of a model's parameters in serving form."""
+def param_shapes(model: ModelConfig, dtype: DTypeLike, *, weights: WeightFormat = "model") -> Any:
+    """Return the shapes of a model's parameters in serving form; `weights` as of duo_jax.load."""
     heads = np.ones((model.num_layers, model.num_kv_heads), bool)
     init = functools.partial(llama.init_params, model, dtype=jnp.dtype(dtype))
     params = jax.eval_shape(init, jax.random.key(0))
-    return jax.eval_shape(functools.partial(split.split_params, model, heads=heads), params)
+    params = jax.eval_shape(functools.partial(split.split_params, model, heads=heads), params)
+    return quantised_shapes(params, weights)
 
 
 def decode_step(
@@ -33,6 +35,7 @@ def decode_step(
     max_len: int,
     batch_size: int = 1,
     dtype: DTypeLike = jnp.bfloat16,
+    weights: WeightFormat = "model",
 ) -> jax.stages.Compiled:
     """Compile one decode step over caches of `max_len` tokens, which are updated in place."""
 
@@ -40,7 +43,7 @@ def decode_step(
         return serve.decode(config, params, cache, tokens, implementation="triton")
 
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return _compile(step, config, (tokens,), target, max_len, batch_size, dtype)
+    return _compile(step, config, (tokens,), target, max_len, batch_size, dtype, weights)
 
 
 def prefill_chunk(
@@ -51,6 +54,7 @@ def prefill_chunk(
     chunk: int,
     batch_size: int = 1,
     dtype: DTypeLike = jnp.bfloat16,
+    weights: WeightFormat = "model",
     mode: serve.PrefillMode = "exact",
 ) -> jax.stages.Compiled:
     """Compile the reading of a chunk into caches of `max_len` tokens, at any offset."""
@@ -62,13 +66,13 @@ def prefill_chunk(
 
     tokens = jax.ShapeDtypeStruct((batch_size, chunk), jnp.int32)
     num_tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return _compile(read, config, (tokens, num_tokens), target, max_len, batch_size, dtype)
+    return _compile(read, config, (tokens, num_tokens), target, max_len, batch_size, dtype, weights)
 
 
-def _compile(function, config, arguments, target, max_len, batch_size, dtype):
+def _compile(function, config, arguments, target, max_len, batch_size, dtype, weights):
     init = functools.partial(
         init_cache, config, batch_size=batch_size, max_len=max_len, dtype=dtype
     )
     cache = jax.eval_shape(init)
-    params = param_shapes(config.model, dtype)
+    params = param_shapes(config.model, dtype, weights=weights)
     return aot.compile_for(target, function, params, cache, *arguments, donate_argnums=(1,))
