@@ -10,8 +10,9 @@ _DESCRIPTION = """\
 Convert a model from Hugging Face safetensors to an orbax checkpoint of duo_jax, or back (--to-hf).
 
 Every command of duo_jax also reads Hugging Face folders directly; a checkpoint is smaller
-(compressed) and its tensors can be read one by one. Both directions keep every bit, need host
-memory for about one tensor, and write DST only when it is complete.
+(compressed) and its tensors can be read one by one. Both directions keep every bit (unless --dtype
+or --weights is given), need host memory for about one tensor, and write DST only when it is
+complete.
 """
 
 

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from duo_jax.checkpoint import nested, quiet_orbax, stored_path
+from duo_jax.checkpoint import nested, quiet_orbax, stored_shapes
+from duo_jax.quantised_weights import StoredFormat, quantise
 from duo_jax.tensor_info import cast
-from duo_jax.tensor_names import Tensor
+from duo_jax.tensor_names import Path, Tensor
 from duo_jax.weights import Weights
 
 _MIN_GROUP = 1 << 24
@@ -33,6 +34,7 @@ def write_params(
     weights: Weights,
     *,
     dtype: np.dtype | None,
+    stored: StoredFormat = "model",
     progress: Callable[[int], object],
 ) -> None:
     """Write all tensors of `weights` below `path`, which must not exist.
@@ -41,6 +43,7 @@ def write_params(
       path: the orbax checkpoint to make.
       weights: where tensors come from.
       dtype: type to cast to; None keeps each tensor's own.
+      stored: format of the layers' projections; quantised ones are made from what `weights` reads.
       progress: called with the number of bytes read, again and again.
 
     Raises:
@@ -56,13 +59,23 @@ def write_params(
         for group in _groups(weights, dtype):
             arrays = {}
             for tensor in group:
-                array = weights.read(tensor)
-                arrays[stored_path(tensor)] = cast(array, dtype or array.dtype, tensor.name)
+                arrays |= _stored(tensor, weights.read(tensor), dtype, stored)
             with _os_errors():
                 ocp.partial.save(path, nested(arrays))
             progress(sum(weights.dtype(tensor).itemsize * tensor.size for tensor in group))
         with _os_errors():
             ocp.partial.finalize(path)
+
+
+def _stored(
+    tensor: Tensor, array: np.ndarray, dtype: np.dtype | None, stored: StoredFormat
+) -> dict[Path, np.ndarray]:
+    """Return a tensor as the arrays that are to be written."""
+    paths = tuple(stored_shapes(tensor, stored))
+    if len(paths) == 1:
+        return {paths[0]: cast(array, dtype or array.dtype, tensor.name)}
+    kernel = quantise(array, module=tensor.path[-2], weights=stored, name=tensor.name)
+    return dict(zip(paths, (kernel.values, kernel.scales), strict=True))
 
 
 @contextlib.contextmanager

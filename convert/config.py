@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from duo_jax.errors import InputError
+from duo_jax.quantised_weights import StoredFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,10 @@ class ConvertConfig:
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Type to cast the weights to; without it they stay as they are, bit for bit."""
 
+    weights: StoredFormat = "model"
+    """Format of the layers' projections. model: as they are. int8: one scale per output channel,
+    served with --weights int8 or w8a8. int4: one scale per output channel and 128 inputs."""
+
     allow_pickle: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read pickled weights (pytorch_model.bin), for files you trust; needs PyTorch."""
 
@@ -33,5 +38,9 @@ class ConvertConfig:
     """With --to-hf: the size above which weights are split into several files, in GB (1e9)."""
 
     def __post_init__(self) -> None:
+        if self.to_hf and self.weights != "model":
+            raise InputError(
+                f"--weights {self.weights} is for checkpoints of duo_jax; leave out --to-hf"
+            )
         if not 0 < self.max_shard_gb < math.inf:
             raise InputError(f"--max-shard-gb must be positive, not {self.max_shard_gb}")

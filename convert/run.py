@@ -11,7 +11,7 @@ from convert import checkpoint_writer, huggingface_writer
 from convert.config import ConvertConfig
 from convert.pickled_files import PickledFiles
 from duo_jax import pretrained
-from duo_jax.checkpoint import FORMAT, MARKER_FILE, PARAMS_FOLDER, VERSION, is_checkpoint
+from duo_jax.checkpoint import MARKER_FILE, PARAMS_FOLDER, is_checkpoint, marker_of
 from duo_jax.errors import InputError
 from duo_jax.files import new_folder
 from duo_jax.safetensors_files import has_safetensors
@@ -35,6 +35,11 @@ def convert(config: ConvertConfig) -> None:
     """
     source = pretrained.resolve(config.src, allow_pickle=config.allow_pickle)
     weights = _open(source, allow_pickle=config.allow_pickle)
+    if weights.format != "model":
+        raise InputError(
+            f"{config.src} holds {weights.format} weights, which cannot be converted again: the "
+            "original values are lost; name the model that it was converted from"
+        )
     dtype = None if config.dtype is None else np.dtype(config.dtype)
     total = sum(weights.dtype(tensor).itemsize * tensor.size for tensor in weights.tensors)
     try:
@@ -52,10 +57,14 @@ def convert(config: ConvertConfig) -> None:
                 )
             else:
                 checkpoint_writer.write_params(
-                    folder / PARAMS_FOLDER, weights, dtype=dtype, progress=bar.update
+                    folder / PARAMS_FOLDER,
+                    weights,
+                    dtype=dtype,
+                    stored=config.weights,
+                    progress=bar.update,
                 )
-                marker = {"format": FORMAT, "version": VERSION}
-                (folder / MARKER_FILE).write_text(json.dumps(marker) + "\n", encoding="utf-8")
+                marker = json.dumps(marker_of(config.weights))
+                (folder / MARKER_FILE).write_text(marker + "\n", encoding="utf-8")
             _copy_files(source, folder, dtype)
     except OSError as error:
         raise InputError(f"{config.dst} cannot be written: {error.strerror or error}") from None
