@@ -28,7 +28,9 @@ and the row shows how it came out. XLA's own small steps around a kernel are lef
 
 - kernel: its name in a profile. `duo_decode`, `duo_prefill`, `duo_streaming` (forward); for
   gradients `duo_streaming_dq`, `_dkv` (of keys in the window), `_dsink` (of the sinks' keys).
-- tile: queries x keys per step; `n x 64`: all query heads of a group, padded to at least 16.
+  Full attention is done by `duo_prefill` too; `duo_merge` merges parts of attention.
+- tile: queries x keys per step; `n x 64`: all query heads of a group, padded to at least 16; one
+  number: rows that are merged.
 - warps: of 32 threads, in one program. stages: tiles on their way from memory at once.
 - programs: in the whole grid.
 - regs: registers per thread, of at most 255. spills: bytes per thread that did not fit into them,
@@ -148,7 +150,7 @@ def _kernel_lines(row: dict[str, Any]) -> Iterator[list[str]]:
         yield [
             "" if index else case,
             kernel["name"],
-            f"{sizes.get('block_q', 'n')} x {sizes['block_kv']}",
+            _tile(sizes),
             f"{sizes['num_warps']}",
             f"{sizes['num_stages']}",
             f"{_product(kernel['grid']):,}" if known else "?",
@@ -160,6 +162,12 @@ def _kernel_lines(row: dict[str, Any]) -> Iterator[list[str]]:
             _counts(kernel["matrix_instructions"]) or "none",
             ", ".join(f"{size} B x {n}" for size, n in kernel["global_loads"].items()),
         ]
+
+
+def _tile(sizes: dict[str, int]) -> str:
+    if "block_rows" in sizes:
+        return f"{sizes['block_rows']}"
+    return f"{sizes.get('block_q', 'n')} x {sizes['block_kv']}"
 
 
 def _roofline_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -55,6 +55,21 @@ def check_sequences(q: Array, k: Array, v: Array) -> None:
         raise ValueError(f"there are {q.shape[1]} queries and {k.shape[1]} keys in a row")
 
 
+def check_parts(outs: Array, lses: Array) -> None:
+    """Refuse logarithms [parts, *rows] that do not fit outputs [parts, *rows, head_dim].
+
+    Raises:
+      ValueError: the shapes differ, an array is empty, or the numbers are whole ones.
+    """
+    if outs.shape[:-1] != lses.shape or outs.ndim < 2:
+        raise ValueError(f"outputs {outs.shape} and logarithms {lses.shape} do not fit")
+    if not outs.size:
+        raise ValueError(f"outputs {outs.shape} are empty")
+    for what, x in (("outputs", outs), ("logarithms", lses)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"{what} are {x.dtype}, not floating-point numbers")
+
+
 def check_rows(what: str, numbers: Array, batch: int) -> None:
     """Refuse anything but one whole number per row.
 

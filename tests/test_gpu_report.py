@@ -228,7 +228,7 @@ def test_a_chunk_behind_a_past_is_two_calls_of_theirs():
         rivals.equivalent(DECODE, arrays.draw(DECODE, 0))
 
 
-@pytest.mark.parametrize("op", ["decode", "full", "prefill", "streaming"])
+@pytest.mark.parametrize("op", ["decode", "full", "merge", "prefill", "streaming"])
 def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
     for case in real().timed[op].values():
         found = block_sweep.candidates(case, gpu=H200)

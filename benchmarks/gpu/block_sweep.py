@@ -20,6 +20,8 @@ from kernels.decode import config as decode_config
 from kernels.decode.cases import DecodeCase
 from kernels.full.cases import FullCase
 from kernels.gpu import Gpu
+from kernels.merge import config as merge_config
+from kernels.merge.cases import MergeCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 from kernels.tiles import BlockSizes, cdiv
@@ -91,6 +93,15 @@ def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
             for (block_q, block_kv, num_warps), stages in itertools.product(
                 ((64, 64, 4), (64, 32, 4), (128, 64, 8), (64, 64, 8), (128, 32, 4), (32, 32, 4)),
                 (2, 3, 1),
+            )
+        ]
+    elif isinstance(case, MergeCase):
+        found = [
+            merge_config.BlockSizes(
+                block_rows=block_rows, num_warps=num_warps, num_stages=num_stages
+            )
+            for (block_rows, num_warps), num_stages in itertools.product(
+                ((1, 1), (1, 4), (2, 1), (4, 4), (16, 4), (16, 8)), (3, 1)
             )
         ]
     else:

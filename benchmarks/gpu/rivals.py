@@ -12,6 +12,7 @@ from benchmarks.gpu import timers
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.full.cases import FullCase
+from kernels.merge.cases import MergeCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -46,6 +47,8 @@ def equivalent(case: Case, arguments: tuple[Any, ...]) -> Equivalent:
     Raises:
       UnsuitableError: no such calls do its work.
     """
+    if isinstance(case, MergeCase):
+        raise UnsuitableError("they do not merge")
     q, k, v, *rest = arguments
     if isinstance(case, DecodeCase):
         if len(set(case.lengths)) > 1:

@@ -9,6 +9,7 @@ import numpy as np
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.full.cases import FullCase
+from kernels.merge.cases import MergeCase
 from kernels.prefill.cases import PrefillCase
 
 STALE = 1e4  # what a slot nobody sees may hold: anything finite, in float16 too
@@ -32,8 +33,8 @@ class Part:
 def draw(case: Case, seed: int = 0):
     """Return random arguments of a case, with stale numbers in the slots that nobody sees."""
     arguments = jax.tree.map(np.asarray, case.draw(seed))
-    if isinstance(case, FullCase):
-        pass  # every token is seen
+    if isinstance(case, FullCase | MergeCase):
+        pass  # every slot is seen
     elif isinstance(case, DecodeCase | PrefillCase):
         q, *_, integers = arguments
         arguments = q, *_parts(case, arguments)[0].stale(), integers
@@ -55,6 +56,10 @@ def cast(arguments, dtype):
 def expected(case: Case, arguments):
     """Return what a case returns: (out, lse), (out,) or the gradients of q, k and v."""
     arguments = jax.tree.map(np.asarray, arguments)
+    if isinstance(case, MergeCase):
+        outs, lses = arguments
+        weights, lse = softmax(np.moveaxis(np.asarray(case.seen(lses)), 0, -1))
+        return np.einsum("...p,p...h->...h", weights, outs.astype(np.float64)), lse
     parts = _parts(case, arguments)
     q = arguments[0].astype(np.float64)
     if isinstance(case, DecodeCase):
@@ -109,6 +114,18 @@ def _streaming(case, starts, kv_positions) -> np.ndarray:
     return (j <= i) & ((j < case.sink) | (i - j < case.recent))
 
 
+def softmax(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights and lse over the last axis in float64; 0 and -inf where all is -inf."""
+    scores = scores.astype(np.float64)
+    highest = scores.max(axis=-1)
+    highest = np.where(np.isneginf(highest), 0, highest)
+    weights = np.exp(scores - highest[..., None])
+    total = weights.sum(axis=-1)
+    with np.errstate(divide="ignore"):
+        lse = highest + np.log(total)
+    return weights / np.where(total == 0, 1, total)[..., None], lse
+
+
 def _weights(q, parts: list[Part], scale: float):
     """Return weights [b, n, t, s], lse [b, n, t], and every query head's k and v [b, n, s, h]."""
     group = q.shape[2] // parts[0].keys.shape[1]
@@ -116,14 +133,8 @@ def _weights(q, parts: list[Part], scale: float):
     v = np.concatenate([x.values.astype(np.float64) for x in parts], axis=2).repeat(group, axis=1)
     mask = np.concatenate([x.mask for x in parts], axis=2)
     scores = scale * np.moveaxis(q, 2, 1) @ np.swapaxes(k, 2, 3)
-    scores = np.where(mask[:, None], scores, -np.inf)
-    highest = scores.max(axis=-1)
-    highest = np.where(np.isneginf(highest), 0, highest)
-    weights = np.exp(scores - highest[..., None])
-    total = weights.sum(axis=-1)
-    with np.errstate(divide="ignore"):
-        lse = highest + np.log(total)
-    return weights / np.where(total == 0, 1, total)[..., None], lse, k, v
+    weights, lse = softmax(np.where(mask[:, None], scores, -np.inf))
+    return weights, lse, k, v
 
 
 def _attend(q, parts: list[Part], scale: float):

@@ -8,7 +8,7 @@ import re
 
 import jax.numpy as jnp
 
-from kernels import Past, decode, full_attention, prefill, streaming_attention
+from kernels import Past, decode, full_attention, merge_lse, prefill, streaming_attention
 
 Q = jnp.ones((2, 20, 4, 16))
 KV = jnp.ones((2, 20, 2, 16))  # of a whole sequence
@@ -24,6 +24,11 @@ PAST = Past(
 def streaming(q=Q, k=KV, v=KV, **past):
     past = dataclasses.replace(PAST, **past) if past else None
     return lambda **options: streaming_attention(q, k, v, past=past, **SIZES, **options)
+
+
+def merging(outs, lses, *, softmax_scale, implementation):
+    del softmax_scale  # it has none
+    return merge_lse(outs, lses, implementation=implementation)
 
 
 REFUSED = {
@@ -49,6 +54,14 @@ REFUSED = {
         "values are bool, not floating-point numbers",
     ),
     "streaming, whole numbers": (streaming(q=Q.astype(jnp.int32)), "queries are int32"),
+    "merge, fewer logarithms": (
+        lambda **o: merging(KV, KV[:, 1:, :, 0], **o),
+        r"outputs \(2, 20, 2, 16\) and logarithms \(2, 19, 2\) do not fit",
+    ),
+    "merge, whole numbers": (
+        lambda **o: merging(KV.astype(jnp.int32), KV[..., 0], **o),
+        "outputs are int32",
+    ),
     "prefill, 3 query heads": (
         lambda **o: prefill(Q[:, :, :3], CACHE, CACHE, ROWS, **o),
         "3 query heads are not a multiple of 2 KV heads",

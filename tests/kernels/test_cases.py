@@ -23,6 +23,7 @@ AWKWARD = [
     "decode, one token", "decode, empty rows", "decode, group of 7, odd length",
     "decode, group of 1, head_dim 80",
     "full, group of 7, odd length", "full, group of 1, head_dim 80",
+    "merge, empty parts and rows", "merge, odd number of rows, head_dim 80",
     "prefill, three tokens, ragged", "prefill, group of 7, odd length", "prefill, head_dim 96",
     "streaming, one token before the sinks' end", "streaming, sink + recent + 1",
     "streaming, odd length, rows of many pasts", "streaming, a chunk shorter than the window",

@@ -22,6 +22,7 @@ GPUS = {
 KERNELS = {
     "decode": "duo_decode",
     "full": "duo_prefill",
+    "merge": "duo_merge",
     "prefill": "duo_prefill",
     "streaming": "duo_streaming",
 }

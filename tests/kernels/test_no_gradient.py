@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Past, full_attention, streaming_attention
+from kernels import Past, full_attention, merge_lse, streaming_attention
 from kernels.no_gradient import refuse_gradient
 
 Q, KV = jnp.ones((1, 20, 2, 16)), jnp.ones((1, 20, 1, 16))
@@ -87,6 +87,17 @@ def test_gradients_behind_a_past_are_refused(wrap):
 def test_second_derivatives_of_the_streaming_kernels_are_refused(wrap):
     with pytest.raises(NotImplementedError, match=r"no second derivatives; .*'xla' has(\n|$)"):
         gradient(wrap(gradient(streaming)))(Q)
+
+
+@pytest.mark.parametrize("derive", DERIVATIVES.values(), ids=DERIVATIVES.keys())
+def test_derivatives_of_the_merging_kernel_are_refused(derive):
+    def merged(lses, implementation="interpret"):
+        return merge_lse(jnp.ones((*lses.shape, 16)), lses, implementation=implementation)[1]
+
+    with pytest.raises(NotImplementedError, match=r"kernel of merge_lse has no gradient; .*'xla'"):
+        derive(merged)(jnp.ones((3, 3)))
+    shares = jax.grad(lambda lses: jnp.sum(merged(lses, "xla")))(jnp.zeros((3, 3)))
+    np.testing.assert_allclose(shares, 1 / 3, rtol=1e-6)
 
 
 def test_xla_has_the_derivatives_that_the_messages_promise():

@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, merged into attention over all of them."""
+"""Merging through XLA: the oracle, and what runs unless the kernel is asked for."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,18 +9,7 @@ from kernels.precision import accumulator
 def merge_lse(
     outs: Float[Array, "parts *rows head_dim"], lses: Float[Array, "parts *rows"]
 ) -> tuple[Float[Array, "*rows head_dim"], Float[Array, "*rows"]]:
-    """Merge the outputs of attention over disjoint parts of the keys (flash-decoding).
-
-        lse = log(sum_p exp(lses[p])),  out = sum_p exp(lses[p] - lse) outs[p]
-
-    Args:
-      outs: attention output of every part.
-      lses: its logarithm of the sum of exponentials, natural; -inf where a part saw no key.
-
-    Returns:
-      Output and lse over all keys; 0 and -inf where no part saw a key. The output has the dtype of
-      `outs`, the lse is float32 (float64 for float64).
-    """
+    """See kernels.merge_lse."""
     wide = accumulator(outs.dtype)
     lses = lses.astype(wide)
     highest = jnp.max(lses, axis=0, keepdims=True)
