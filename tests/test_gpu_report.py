@@ -173,6 +173,23 @@ def test_memory_is_poisoned_with_two_numbers_before_the_kernel_runs(monkeypatch)
     np.testing.assert_array_equal(scribbles, fills)
 
 
+def test_an_output_outside_its_poisoned_buffer_fails():
+    programs = checks.compiled(DECODE, "interpret")
+    shapes = DECODE.shapes()
+
+    def kernel(_, *arguments):
+        return DECODE.run(*arguments, implementation="interpret")
+
+    keeping = jax.jit(kernel, keep_unused=True).lower(programs.outputs, *shapes).compile()
+    assert checks.run(DECODE, programs, seed=3)["passed"]
+    result = checks.run(DECODE, dataclasses.replace(programs, kernel=keeping), seed=3)
+    assert not result["passed"]
+    assert result["outputs_in_poisoned_buffers"] == 0
+    assert result["problems"] == [
+        f"output {i} did not take the place of its poisoned buffer" for i in range(2)
+    ]
+
+
 def test_drawn_numbers_are_fresh_and_integers_are_the_cases_own():
     first, second = arrays.draw(DECODE, 1), arrays.draw(DECODE, 2)
     assert not jnp.array_equal(first[0], second[0])
