@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 
 from kernels import Past, full_attention, heads, masks, streaming_attention
+from kernels.full.cases import FullCase
+from kernels.streaming.cases import StreamingCase
+from tests.kernels import oracle
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    length: int
+class Case(StreamingCase):
     sink: int = 4
     recent: int = 24
     q_heads: int = 4
     kv_heads: int = 2
     head_dim: int = 16
     batch: int = 2
-
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
+    dtype: str = "float32"
 
 
 CASES = {
@@ -43,77 +42,62 @@ CASES = {
 }
 
 
-def draw(case: Case):
-    rng = np.random.default_rng(0)
-    shapes = [(case.batch, case.length, n, case.head_dim) for n in (case.q_heads, case.kv_heads)]
-    drawn = [rng.standard_normal(s, np.float32) for s in (shapes[0], shapes[1], shapes[1])]
-    return [jnp.asarray(x) for x in drawn]
-
-
-def reference(q, k, v, *, scale, sink=None, recent=None):
-    """Attend in float64, one query at a time, straight from the definition."""
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    group = q.shape[2] // k.shape[2]
-    out = np.empty_like(q)
-    for i in range(q.shape[1]):
-        seen = [j for j in range(i + 1) if recent is None or j < sink or i - j < recent]
-        for head in range(q.shape[2]):
-            scores = scale * np.einsum("bh,bsh->bs", q[:, i, head], k[:, seen, head // group])
-            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-            weights /= weights.sum(axis=1, keepdims=True)
-            out[:, i, head] = np.einsum("bs,bsh->bh", weights, v[:, seen, head // group])
-    return out
+def as_full(case: Case) -> FullCase:
+    """Return the same sequences under full attention."""
+    names = {field.name for field in dataclasses.fields(FullCase)}
+    return FullCase(**{name: x for name, x in vars(case).items() if name in names})
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_streaming_matches_float64(case):
-    q, k, v = draw(case)
+    q, k, v = case.draw()
     out, _ = streaming_attention(
-        q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.scale
+        q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.softmax_scale
     )
-    expected = reference(q, k, v, scale=case.scale, sink=case.sink, recent=case.recent)
+    expected, _ = oracle.expected(case, (q, k, v))
     np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_full_matches_float64(case):
-    q, k, v = draw(case)
-    out = full_attention(q, k, v, softmax_scale=case.scale)
-    np.testing.assert_allclose(out, reference(q, k, v, scale=case.scale), atol=2e-6, rtol=2e-5)
+    q, k, v = case.draw()
+    out = full_attention(q, k, v, softmax_scale=case.softmax_scale)
+    (expected,) = oracle.expected(as_full(case), (q, k, v))
+    np.testing.assert_allclose(out, expected, atol=2e-6, rtol=2e-5)
 
 
 def test_head_groups_share_memory_bound_without_changing_the_result(monkeypatch):
     case = Case(length=97, q_heads=8, kv_heads=4)
     sizes = {"sink_size": case.sink, "recent_size": case.recent}
-    streaming, _ = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
-    full = full_attention(*draw(case), softmax_scale=case.scale)
+    streaming, _ = streaming_attention(*case.draw(), softmax_scale=case.softmax_scale, **sizes)
+    full = full_attention(*case.draw(), softmax_scale=case.softmax_scale)
     monkeypatch.setattr(heads, "_SCORE_BYTES", 1)
-    one_by_one, _ = streaming_attention(*draw(case), softmax_scale=case.scale, **sizes)
+    one_by_one, _ = streaming_attention(*case.draw(), softmax_scale=case.softmax_scale, **sizes)
     np.testing.assert_allclose(streaming, one_by_one, atol=1e-6)
-    one_by_one = full_attention(*draw(case), softmax_scale=case.scale)
+    one_by_one = full_attention(*case.draw(), softmax_scale=case.softmax_scale)
     np.testing.assert_allclose(full, one_by_one, atol=1e-6)
 
 
 def test_bfloat16_keeps_its_dtype_and_its_accuracy():
     case = CASES["several blocks, group of 1"]
-    q, k, v = (x.astype(jnp.bfloat16) for x in draw(case))
+    q, k, v = (x.astype(jnp.bfloat16) for x in case.draw())
     out, _ = streaming_attention(
-        q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.scale
+        q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.softmax_scale
     )
     assert out.dtype == jnp.bfloat16
-    expected = reference(q, k, v, scale=case.scale, sink=case.sink, recent=case.recent)
+    expected, _ = oracle.expected(case, (q, k, v))
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.03)
 
 
 @pytest.mark.parametrize("name", ["odd length, group of 7", "no sinks", "one past sink + recent"])
 def test_gradients_equal_those_of_the_dense_form(name):
     case = CASES[name]
-    q, k, v = draw(case)
+    q, k, v = case.draw()
     positions = jnp.arange(case.length)
 
     def dense(q, k, v, mask):
         grouped = q.reshape(*q.shape[:2], case.kv_heads, -1, case.head_dim)
-        scores = case.scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k)
+        scores = case.softmax_scale * jnp.einsum("btkgh,bskh->bkgts", grouped, k)
         weights = jax.nn.softmax(jnp.where(mask[None, None, None], scores, -jnp.inf))
         return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape)
 
@@ -123,12 +107,17 @@ def test_gradients_equal_those_of_the_dense_form(name):
     pairs = [
         (
             lambda q, k, v: streaming_attention(
-                q, k, v, sink_size=case.sink, recent_size=case.recent, softmax_scale=case.scale
+                q,
+                k,
+                v,
+                sink_size=case.sink,
+                recent_size=case.recent,
+                softmax_scale=case.softmax_scale,
             )[0],
             lambda q, k, v: dense(q, k, v, streaming_mask),
         ),
         (
-            lambda q, k, v: full_attention(q, k, v, softmax_scale=case.scale),
+            lambda q, k, v: full_attention(q, k, v, softmax_scale=case.softmax_scale),
             lambda q, k, v: dense(q, k, v, masks.causal(positions, positions)),
         ),
     ]
@@ -143,7 +132,7 @@ def test_gradients_equal_those_of_the_dense_form(name):
                                    {"sink_size": 1, "recent_size": 0}])  # fmt: skip
 def test_impossible_sizes_are_refused(sizes):
     with pytest.raises(ValueError, match="at least"):
-        streaming_attention(*draw(Case(length=3)), softmax_scale=1.0, **sizes)
+        streaming_attention(*Case(length=3).draw(), softmax_scale=1.0, **sizes)
 
 
 # ---- a chunk with a past
@@ -156,6 +145,11 @@ class ChunkCase(Case):
     @property
     def total(self) -> int:
         return max(self.starts) + self.length
+
+    @property
+    def whole(self) -> Case:
+        """The texts that end with the chunks, or later."""
+        return dataclasses.replace(self, length=self.total, batch=len(self.starts))
 
 
 CHUNK_CASES = {
@@ -181,8 +175,7 @@ every_chunk_case = pytest.mark.parametrize("case", CHUNK_CASES.values(), ids=CHU
 
 def draw_chunk(case: ChunkCase, dtype=jnp.float32, *, stale=1e4):
     """Return (q, k, v) of every row's whole text, those of its chunk, and the chunk's past."""
-    whole = dataclasses.replace(case, length=case.total, batch=len(case.starts), starts=(0,))
-    whole = [np.asarray(x.astype(dtype)) for x in draw(whole)]
+    whole = [np.asarray(x.astype(dtype)) for x in case.whole.draw()]
     rows = np.arange(len(case.starts))[:, None]
     starts = np.array(case.starts)[:, None]
 
@@ -208,13 +201,13 @@ def attend_chunk(case: ChunkCase, chunk, past):
     @jax.jit
     def attend(chunk, past):
         sizes = {"sink_size": case.sink, "recent_size": case.recent}
-        return streaming_attention(*chunk, **sizes, softmax_scale=case.scale, past=past)[0]
+        return streaming_attention(*chunk, **sizes, softmax_scale=case.softmax_scale, past=past)[0]
 
     return attend(chunk, past)
 
 
 def expected_of_chunk(case: ChunkCase, whole):
-    out = reference(*whole, scale=case.scale, sink=case.sink, recent=case.recent)
+    out, _ = oracle.expected(case.whole, whole)
     chunks = [row[start : start + case.length] for row, start in zip(out, case.starts, strict=True)]
     return np.stack(chunks)
 
@@ -240,7 +233,7 @@ def test_half_precision_chunks_err_at_most_twice_as_much_as_the_dense_form(name,
         positions = jnp.arange(case.total)
         mask = masks.streaming(positions, positions, sink_size=case.sink, recent_size=case.recent)
         scores = jnp.einsum("bktgh,bksh->bktgs", q, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[None, None, :, None], scores * case.scale, -jnp.inf)
+        scores = jnp.where(mask[None, None, :, None], scores * case.softmax_scale, -jnp.inf)
         weights = jax.nn.softmax(scores).astype(v.dtype)
         out = jnp.einsum("bktgs,bksh->bktgh", weights, v, preferred_element_type=jnp.float32)
         return out.astype(q.dtype)
