@@ -3,7 +3,8 @@
 What becomes of the weights on an A100, by XLA's compiler (kernels.aot), Llama-3-8B's MLP matrices:
 
     int8   y = (x @ q) * scale: q is converted on its way into the product, no buffer.
-    w8a8   y = (x_q @ q) * x_scale * scale, x_q and q int8: the int32 product is a buffer.
+    w8a8   y = (x_q @ q) * x_scale * scale, x_q and q int8: the int32 product is a buffer. Decoding,
+           XLA joins q, k and v and copies them side by side in int8 (25 MB; barriers do not help).
     int4   Up to 4 rows: sums over the groups, channel by channel, then over the channels of a
            group; q is read once per row, and the one buffer holds the partial sums, at most 7 MB.
            More rows: one matrix is dequantised at a time (117 MB).
