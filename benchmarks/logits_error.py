@@ -1,0 +1,94 @@
+"""How far quantised weights move the logits: the relative error of each format, as a table.
+
+The error is |logits - logits of the model's own weights| / |the latter|, Euclidean, over all
+tokens of a text. Beside it, how often the likeliest next token stays the same.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import duo_jax
+from duo_jax import cli, pretrained, serve
+from duo_jax.cache import init_cache
+from duo_jax.model import DuoModel
+from duo_jax.quantised_weights import WeightFormat
+
+_TOKENS = 512  # of the text, at most
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitsErrorConfig:
+    """Which model and formats."""
+
+    model: str = pretrained.DEMO
+    """As of python -m duo_jax.generate; its own prompt.txt is read."""
+    formats: tuple[WeightFormat, ...] = ("int8", "w8a8", "int4")
+    """Formats of weights."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitsError:
+    """What a setting does to the logits."""
+
+    relative: float  # Euclidean norms, all tokens and the whole vocabulary
+    same_choice: float  # fraction of tokens after which the likeliest one is the same
+
+
+def logits(model: DuoModel, tokens: Sequence[int]) -> np.ndarray:
+    """Return the logits [tokens, vocab] after every token, read in one chunk."""
+    cache = init_cache(model.config, batch_size=1, max_len=len(tokens), dtype=model.runtime.dtype)
+
+    @jax.jit
+    def read(params, cache, tokens, num_tokens):
+        x, _ = serve.hidden_states(model.config, params, cache, tokens, num_tokens)
+        return serve.logits(model.config, params, x)[0]
+
+    row, length = jnp.asarray([tokens], jnp.int32), jnp.asarray([len(tokens)], jnp.int32)
+    return np.asarray(read(model.params, cache, row, length), np.float32)
+
+
+def compare(got: np.ndarray, want: np.ndarray) -> LogitsError:
+    """Compare logits [tokens, vocab] of a setting with those of the model's own."""
+    return LogitsError(
+        relative=float(np.linalg.norm(got - want) / np.linalg.norm(want)),
+        same_choice=float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean()),
+    )
+
+
+def by_weights(name: str, formats: Sequence[WeightFormat]) -> dict[str, LogitsError]:
+    """Return the error of each format on a model that brings a prompt.txt and a pattern."""
+    load = functools.partial(duo_jax.load, name)
+    own = load()
+    text = (pretrained.resolve(name) / "prompt.txt").read_text(encoding="utf-8")
+    tokens = own.tokenization.encode(text)[:_TOKENS]
+    want = logits(own, tokens)
+    return {weights: compare(logits(load(weights=weights), tokens), want) for weights in formats}
+
+
+def to_markdown(errors: dict[str, LogitsError]) -> str:
+    """Return the table."""
+    lines = ["| weights | relative error of logits | same likeliest token |", "|---|---|---|"]
+    lines += [
+        f"| {weights} | {error.relative:.2%} | {error.same_choice:.1%} |"
+        for weights, error in errors.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the command line."""
+    cli.run(
+        lambda config: print(to_markdown(by_weights(config.model, config.formats))),
+        LogitsErrorConfig,
+        prog="python -m benchmarks.logits_error",
+        description=__doc__.split("\n\n")[0],
+    )
+
+
+if __name__ == "__main__":
+    main()
