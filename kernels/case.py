@@ -7,9 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt32
 
+from kernels import tiles
 from kernels.dispatch import Implementation
 from kernels.gpu import Gpu
+from kernels.packed import Packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,20 @@ class Case(abc.ABC):
     def itemsize(self) -> int:
         return jnp.dtype(self.dtype).itemsize
 
+    @property
+    def kv_bytes(self) -> float:
+        """Bytes of a token's key and value in one head."""
+        return 2.0 * self.head_dim * self.itemsize
+
+    @property
+    def columns(self) -> int:
+        """Columns of the tiles of vectors that are multiplied for head_dim."""
+        return tiles.width(self.head_dim)
+
+    def loaded_bytes(self, num_tokens: int) -> float:
+        """Return the bytes of the first keys and values of a head, as a kernel loads them."""
+        return num_tokens * self.kv_bytes
+
     @abc.abstractmethod
     def shapes(self) -> tuple[Any, ...]:
         """Return the arguments of `run` as jax.ShapeDtypeStruct."""
@@ -64,16 +81,34 @@ class Case(abc.ABC):
         """Return random arguments: normal numbers, and the case's own integers."""
         rng, integers = np.random.default_rng(seed), iter(self.integers())
 
-        def one(shape: jax.ShapeDtypeStruct):
+        def one(shape: jax.ShapeDtypeStruct | Packed):
+            if isinstance(shape, Packed):
+                words = rng.integers(2**32, size=shape.words.shape, dtype=np.uint32)
+                return fill(shape, words, rng.random(shape.scales.shape, np.float32))
             if jnp.issubdtype(shape.dtype, jnp.integer):
                 return jnp.asarray(next(integers), shape.dtype)
             return jnp.asarray(rng.standard_normal(shape.shape, np.float32), shape.dtype)
 
-        return jax.tree.map(one, self.shapes())
+        return jax.tree.map(one, self.shapes(), is_leaf=lambda x: isinstance(x, Packed))
 
     def array(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Return a description of an array in the case's dtype."""
         return jax.ShapeDtypeStruct(shape, self.dtype)
+
+
+def fill(
+    shape: Packed,
+    words: UInt32[Array | np.ndarray, "batch kv_heads word_slots words"],
+    uniform: Float[Array | np.ndarray, "batch kv_heads scale_slots scales"],
+) -> Packed:
+    """Return packed numbers of about size 1, made of random bits and numbers in [0, 1)."""
+    scales = (uniform + 0.5) * (1.7 / shape.layout.middle)
+    return Packed(
+        words=jnp.asarray(words),
+        scales=jnp.asarray(scales, jnp.float16),
+        zeros=jnp.asarray(-shape.layout.middle * scales, jnp.float16),
+        layout=shape.layout,
+    )
 
 
 def per_row(batch: int) -> jax.ShapeDtypeStruct:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kernels.packed import Packed
+
 # Offsets inside a Triton kernel are 32-bit element counts, even from 64-bit indices: beyond this
 # they wrap around silently.
 MAX_ELEMENTS = 2**31 - 1
@@ -21,7 +23,7 @@ class Refusal:
     auto_may_use_xla: bool = True  # see kernels.dispatch
 
 
-def check_shapes(q: Array, k: Array, v: Array, *, kv_heads_axis: int) -> None:
+def check_shapes(q: Array, k: Array | Packed, v: Array | Packed, *, kv_heads_axis: int) -> None:
     """Refuse keys and values that do not fit the queries.
 
     Raises:
@@ -29,7 +31,7 @@ def check_shapes(q: Array, k: Array, v: Array, *, kv_heads_axis: int) -> None:
         numbers are whole ones.
     """
     for what, x in (("queries", q), ("keys", k), ("values", v)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+        if not isinstance(x, Packed) and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{what} are {x.dtype}, not floating-point numbers")
     if k.shape != v.shape or (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
         raise ValueError(
@@ -80,7 +82,7 @@ def check_rows(what: str, numbers: Array, batch: int) -> None:
         raise ValueError(f"{what} are {numbers.dtype} {numbers.shape}, not {batch} whole numbers")
 
 
-def refusal(q: Array, *operands: Array) -> Refusal | None:
+def refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
     """Return why no kernel can take these arrays, the queries first; None if one can.
 
     Under jax.vmap it sees the shapes of one example: the batch that jax then adds to a kernel's
@@ -88,7 +90,8 @@ def refusal(q: Array, *operands: Array) -> Refusal | None:
     """
     if q.dtype not in _DTYPES:
         return Refusal(reason=f"kernels take bfloat16, float16 and float32, not {q.dtype}")
-    other = [x.dtype for x in operands if x.dtype != q.dtype]
+    plain = [x for x in operands if not isinstance(x, Packed)]
+    other = [x.dtype for x in plain if x.dtype != q.dtype]
     if other:
         return Refusal(reason=f"queries are {q.dtype}, keys and values {other[0]}")
     if q.shape[-1] > _MAX_HEAD_DIM:
@@ -96,7 +99,7 @@ def refusal(q: Array, *operands: Array) -> Refusal | None:
     return too_large(q, *operands)
 
 
-def too_large(*arrays: Array) -> Refusal | None:
+def too_large(*arrays: Array | Packed) -> Refusal | None:
     """Return that the largest of some arrays has more elements than a kernel can count, or None."""
     largest = max(jax.tree.leaves(arrays), key=lambda x: x.size)
     if largest.size <= MAX_ELEMENTS:

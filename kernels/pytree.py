@@ -10,22 +10,27 @@ T = TypeVar("T")
 
 
 def register(cls: type[T]) -> type[T]:
-    """Register a dataclass, all of whose fields are subtrees, with jax.
+    """Register a dataclass with jax. Its fields are subtrees; those marked static are constants.
 
+    Marked as for jax.tree_util.register_dataclass: dataclasses.field(metadata={"static": True}).
     Unlike jax.tree_util.register_dataclass this does not construct: jax also makes trees of shapes,
     of shardings and of stacked arrays, which a type checker of the fields would refuse.
     """
-    names = tuple(field.name for field in dataclasses.fields(cls))
+    fields = dataclasses.fields(cls)
+    names = tuple(field.name for field in fields if not field.metadata.get("static"))
+    constants = tuple(field.name for field in fields if field.metadata.get("static"))
 
     def flatten(tree: T):
-        return tuple(getattr(tree, name) for name in names), None
+        kept = tuple(getattr(tree, name) for name in constants)
+        return tuple(getattr(tree, name) for name in names), kept
 
     def flatten_with_keys(tree: T):
-        return tuple((GetAttrKey(name), getattr(tree, name)) for name in names), None
+        children, kept = flatten(tree)
+        return tuple(zip(map(GetAttrKey, names), children, strict=True)), kept
 
-    def unflatten(_, children) -> T:
+    def unflatten(kept, children) -> T:
         tree = object.__new__(cls)
-        for name, child in zip(names, children, strict=True):
+        for name, child in zip((*names, *constants), (*children, *kept), strict=True):
             object.__setattr__(tree, name, child)
         return tree
 

@@ -39,18 +39,22 @@ def indices(size: int, first=0) -> Int[Array, " size"]:
     return first + jnp.arange(size, dtype=jnp.int32)
 
 
-def load(ref, rows: Int[Array, " rows"], *, end, head=None) -> Array:
+def load(
+    ref, rows: Int[Array, " rows"], *, end, head=None, columns: tuple[int, int] | None = None
+) -> Array:
     """Read vectors of a ref [length, head_dim], or of one head of [length, heads, head_dim].
 
-    Rows from `end` on come as zeros.
+    Rows from `end` on come as zeros. `columns` are the first one and how many; default: all.
     """
-    at, mask = _place(ref, rows, end, head)
+    at, mask = _place(ref, rows, end, head, columns)
     return compat.load(at, mask=mask, other=0)
 
 
-def store(ref, rows: Int[Array, " rows"], value, *, end) -> None:
-    """Write vectors to the rows of a ref [length, head_dim] before `end`."""
-    at, mask = _place(ref, rows, end, None)
+def store(
+    ref, rows: Int[Array, " rows"], value, *, end, columns: tuple[int, int] | None = None
+) -> None:
+    """Write vectors to the rows of a ref [length, head_dim] before `end`; columns as in `load`."""
+    at, mask = _place(ref, rows, end, None, columns)
     compat.store(at, value.astype(ref.dtype), mask=mask)
 
 
@@ -73,12 +77,12 @@ def cdiv(a, b: int):
     return (a + (b - 1)) // b
 
 
-def _place(ref, rows, end, head):
-    head_dim = ref.shape[-1]
-    columns = width(head_dim)
-    mask = jnp.broadcast_to((rows < end)[:, None], (rows.shape[0], columns))
-    columns = indices(columns)
-    if head_dim != columns.shape[0]:
-        mask = mask & (columns < head_dim)[None, :]
+def _place(ref, rows, end, head, columns):
+    first, count = columns or (0, ref.shape[-1])
+    tile_width = width(count)
+    mask = jnp.broadcast_to((rows < end)[:, None], (rows.shape[0], tile_width))
+    columns = indices(tile_width, first)
+    if count != tile_width:
+        mask = mask & (columns < first + count)[None, :]
     where = (rows[:, None], columns[None, :])
     return ref.at[where if head is None else (where[0], head, where[1])], mask

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels.case import Case
+from kernels.case import Case, fill
+from kernels.packed import Packed
 
 _LARGEST_FILL = 2**33  # bytes
 
@@ -19,12 +20,15 @@ def draw(case: Case, seed: int) -> tuple[Any, ...]:
     integers = iter(case.integers())
     keys = iter(jax.random.split(jax.random.key(seed), 16))
 
-    def one(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def one(shape: jax.ShapeDtypeStruct | Packed) -> jax.Array | Packed:
+        if isinstance(shape, Packed):
+            words = jax.random.bits(next(keys), shape.words.shape)
+            return fill(shape, words, jax.random.uniform(next(keys), shape.scales.shape))
         if jnp.issubdtype(shape.dtype, jnp.integer):
             return jnp.asarray(next(integers), shape.dtype)
         return _normal(next(keys), shape.shape, jnp.dtype(shape.dtype).name)
 
-    return jax.tree.map(one, case.shapes())
+    return jax.tree.map(one, case.shapes(), is_leaf=lambda x: isinstance(x, Packed))
 
 
 def upcast(tree: Any) -> Any:

@@ -6,12 +6,15 @@ from kernels import compat, limits
 from kernels.decode import triton, xla
 from kernels.decode.config import BlockSizes, heuristic
 from kernels.dispatch import Implementation, dispatch
+from kernels.packed import Packed
+from kernels.packed import config as packed_config
+from kernels.packed import decode as packed_decode
 
 
 def decode(
     q: Float[Array, "batch q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"],
-    v: Float[Array, "batch kv_heads slots head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     lengths: Int[Array, " batch"],
     *,
     softmax_scale: float,
@@ -27,7 +30,7 @@ def decode(
 
     Args:
       q: the rotated query of every row.
-      k: cached keys, already rotated.
+      k: cached keys, already rotated; packed ones are read as they are.
       v: cached values; finite in slots beyond `lengths` too, which count 0 times.
       lengths: filled slots per row, the new token's own included; a row of 0 gets output 0.
       softmax_scale: factor on the scores.
@@ -45,24 +48,19 @@ def decode(
     limits.check_shapes(q, k, v, kv_heads_axis=1)
     limits.check_rows("lengths", lengths, q.shape[0])
 
+    sizes = {"batch": q.shape[0], "kv_heads": k.shape[1], "slots": k.shape[2]}
+    sizes |= {"head_dim": q.shape[2]}
+
     def run_triton(interpret: bool):
-        sizes = block_sizes or heuristic(
-            batch=q.shape[0],
-            kv_heads=k.shape[1],
-            slots=k.shape[2],
-            head_dim=q.shape[2],
-            dtype=k.dtype,
-            gpu=compat.tile_gpu(),
-        )
-        return triton.decode(
-            q,
-            k,
-            v,
-            lengths,
-            softmax_scale=softmax_scale,
-            block_sizes=sizes,
-            interpret=interpret,
-        )
+        gpu = compat.tile_gpu()
+        options = {"softmax_scale": softmax_scale, "interpret": interpret}
+        if isinstance(k, Packed):
+            chosen = block_sizes or packed_config.decode_heuristic(
+                **sizes, dtype=q.dtype, layout=k.layout, gpu=gpu
+            )
+            return packed_decode.decode(q, k, v, lengths, block_sizes=chosen, **options)
+        chosen = block_sizes or heuristic(**sizes, dtype=k.dtype, gpu=gpu)
+        return triton.decode(q, k, v, lengths, block_sizes=chosen, **options)
 
     return dispatch(
         implementation,

@@ -8,7 +8,7 @@ from kernels.case import Case, Cost, per_row
 from kernels.decode.api import decode
 from kernels.decode.config import BlockSizes, heuristic
 from kernels.gpu import Gpu
-from kernels.tiles import MIN_ROWS, cdiv, power_of_two, width
+from kernels.tiles import MIN_ROWS, cdiv, power_of_two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,16 @@ class DecodeCase(Case):
         sizes = self.block_sizes(gpu=gpu)
         tokens = sum(self.lengths)
         tiled = sum(cdiv(length, sizes.block_kv) for length in self.lengths) * sizes.block_kv
-        per_token = 2 * self.kv_heads * self.head_dim * self.itemsize
+        loaded = self.kv_heads * sum(map(self.loaded_bytes, self.lengths))
         vectors = len(self.lengths) * self.q_heads
         vector_bytes = self.head_dim * self.itemsize
         rows = max(MIN_ROWS, power_of_two(self.q_heads // self.kv_heads))
         return Cost(
             flops=4.0 * tokens * self.q_heads * self.head_dim,
-            num_bytes=tokens * per_token + vectors * (2.0 * vector_bytes + 4),
-            scheduled_flops=4.0 * tiled * self.kv_heads * rows * width(self.head_dim),
+            num_bytes=tokens * self.kv_heads * self.kv_bytes + vectors * (2.0 * vector_bytes + 4),
+            scheduled_flops=4.0 * tiled * self.kv_heads * rows * self.columns,
             # Every split reads the queries and leaves its output and lse in float32.
-            scheduled_bytes=tokens * per_token
+            scheduled_bytes=loaded
             + vectors * sizes.num_splits * (vector_bytes + 4.0 * (self.head_dim + 1)),
         )
 

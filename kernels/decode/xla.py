@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import online_softmax
+from kernels import online_softmax, packed
+from kernels.packed import Packed
 
 # Measured on two CPU cores with 2 to 32 KV heads of 128 and 16,384 float32 tokens: all slots at
 # once are read at 11 to 16 GB/s, by both cores; blocks of 256 to 4,096 tokens, each copied out of
@@ -14,16 +15,16 @@ _BLOCK_KV = 512
 
 def decode(
     q: Float[Array, "batch q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"],
-    v: Float[Array, "batch kv_heads slots head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     lengths: Int[Array, " batch"],
     *,
     softmax_scale: float,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
     """See kernels.decode.
 
-    A cache that is at least half full is read whole; of an emptier one, only blocks up to the
-    longest row.
+    A cache that is at least half full is read whole; of an emptier or packed one, only blocks up to
+    the longest row.
     """
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads, slots = k.shape[1], k.shape[2]
@@ -31,28 +32,33 @@ def decode(
     grouped = q.reshape(batch, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     longest = jnp.max(lengths)
 
-    def add(state, k, v, first):
-        positions = first + jnp.arange(k.shape[2])
-        mask = (positions[None, :] < lengths[:, None])[:, None, None, :]
+    def add(state, k, v, at, first):
+        positions = at + jnp.arange(k.shape[2])
+        mask = (positions >= first)[None, :] & (positions[None, :] < lengths[:, None])
+        mask = mask[:, None, None, :]
         mask = jnp.broadcast_to(mask, (batch, 1, grouped.shape[2], k.shape[2]))
         return online_softmax.add_block(state, grouped, k, v, mask, softmax_scale=softmax_scale)
 
     def whole():
-        return add(online_softmax.start(grouped), k, v, 0)
+        return add(online_softmax.start(grouped), k, v, 0, 0)
 
     def in_blocks():
         block = min(_BLOCK_KV, slots)
 
         def add_block(index, state):
             first = index * block
-            parts = [jax.lax.dynamic_slice_in_dim(x, first, block, axis=2) for x in (k, v)]
-            return add(state, *parts, first)
+            at = jnp.minimum(first, slots - block)  # the last block may reach back
+            parts = [packed.tokens(x, at, block, q.dtype) for x in (k, v)]
+            return add(state, *parts, at, first)
 
-        # The last block ends within the slots, since less than half of them are filled.
         start = online_softmax.start(grouped)
         return jax.lax.fori_loop(0, (longest + block - 1) // block, add_block, start)
 
     # Also where it hardly matters, for short rings: a product that XLA sees next to the cache's
     # update wants the cache in another layout, and copies it.
-    out, lse = online_softmax.finish(jax.lax.cond(2 * longest >= slots, whole, in_blocks))
+    if isinstance(k, Packed):
+        state = in_blocks()
+    else:
+        state = jax.lax.cond(2 * longest >= slots, whole, in_blocks)
+    out, lse = online_softmax.finish(state)
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])

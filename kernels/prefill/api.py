@@ -4,6 +4,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
+from kernels.packed import Packed
+from kernels.packed import config as packed_config
+from kernels.packed import prefill as packed_prefill
 from kernels.prefill import triton, xla
 from kernels.prefill.config import heuristic
 from kernels.tiles import BlockSizes
@@ -11,8 +14,8 @@ from kernels.tiles import BlockSizes
 
 def prefill(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"],
-    v: Float[Array, "batch kv_heads slots head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     offsets: Int[Array, " batch"],
     *,
     softmax_scale: float,
@@ -27,9 +30,10 @@ def prefill(
 
     Args:
       q: rotated queries of the chunk.
-      k: cached keys, slot = position.
+      k: cached keys, slot = position; packed ones are read as they are.
       v: cached values; finite in slots nobody sees too, which count 0 times.
-      offsets: position of each row's first query.
+      offsets: position of each row's first query; a query before position 0 sees nothing, and gets
+        output 0 and lse -inf.
       softmax_scale: factor on the scores.
       implementation: see kernels.dispatch.
       block_sizes: tile sizes of the kernel; the XLA version has its own. Default: chosen from the
@@ -45,21 +49,16 @@ def prefill(
     limits.check_rows("offsets", offsets, q.shape[0])
 
     def run_triton(interpret: bool):
-        return triton.prefill(
-            q,
-            k,
-            v,
-            offsets,
-            softmax_scale=softmax_scale,
-            block_sizes=block_sizes
-            or heuristic(
-                length=q.shape[1],
-                head_dim=q.shape[3],
-                dtype=q.dtype,
-                gpu=compat.tile_gpu(),
-            ),
-            interpret=interpret,
+        length, options = q.shape[1], {"softmax_scale": softmax_scale, "interpret": interpret}
+        if isinstance(k, Packed):
+            chosen = block_sizes or packed_config.prefill_heuristic(
+                length=length, head_dim=q.shape[3]
+            )
+            return packed_prefill.prefill(q, k, v, offsets, block_sizes=chosen, **options)
+        chosen = block_sizes or heuristic(
+            length=length, head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
         )
+        return triton.prefill(q, k, v, offsets, block_sizes=chosen, **options)
 
     return dispatch(
         implementation,

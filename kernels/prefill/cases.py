@@ -8,7 +8,7 @@ from kernels.case import Case, Cost, per_row
 from kernels.gpu import Gpu
 from kernels.prefill.api import prefill
 from kernels.prefill.config import heuristic
-from kernels.tiles import BlockSizes, cdiv, width
+from kernels.tiles import BlockSizes, cdiv
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,15 +50,15 @@ class PrefillCase(Case):
             for offset in self.offsets
             for first in range(0, self.length, sizes.block_q)
         ]
-        loaded = sum(min(end, self.slots) for end in ends)
+        loaded = self.q_heads * sum(self.loaded_bytes(min(end, self.slots)) for end in ends)
         vectors = len(self.offsets) * self.length * self.q_heads
         seen = sum(offset + self.length for offset in self.offsets)
         outputs = vectors * (2 * self.head_dim * self.itemsize + 4)
         return Cost(
             flops=4.0 * pairs * self.q_heads * self.head_dim,
-            num_bytes=outputs + 2.0 * seen * self.kv_heads * self.head_dim * self.itemsize,
-            scheduled_flops=4.0 * sum(ends) * sizes.block_q * self.q_heads * width(self.head_dim),
-            scheduled_bytes=outputs + 2.0 * loaded * self.q_heads * self.head_dim * self.itemsize,
+            num_bytes=outputs + seen * self.kv_heads * self.kv_bytes,
+            scheduled_flops=4.0 * sum(ends) * sizes.block_q * self.q_heads * self.columns,
+            scheduled_bytes=outputs + loaded,
         )
 
 

@@ -90,8 +90,8 @@ def _kernel(
             mask = masks.causal(q_positions, positions) & (positions < slots)[None, :]
         return online_softmax.add_block(state, q, k, v, mask, softmax_scale=softmax_scale)
 
-    end = jnp.minimum(first_position + block_q, slots)
-    seen_by_all = jnp.minimum(first_position, slots) // block_kv
+    end = jnp.clip(first_position + block_q, 0, slots)
+    seen_by_all = jnp.clip(first_position, 0, slots) // block_kv
     state = online_softmax.start(q)
     state = jax.lax.fori_loop(0, seen_by_all, functools.partial(add_block, masked=False), state)
     state = jax.lax.fori_loop(

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import masks, online_softmax
+from kernels import masks, online_softmax, packed
+from kernels.packed import Packed
 
 _BLOCK_KV = 512
 # Scores of one block of queries with one block of keys, over all rows and heads, take at most
@@ -16,8 +17,8 @@ _SCORE_BYTES = 2**24
 
 def prefill(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"],
-    v: Float[Array, "batch kv_heads slots head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     offsets: Int[Array, " batch"],
     *,
     softmax_scale: float,
@@ -51,13 +52,13 @@ def prefill(
             return online_softmax.add_block(
                 state,
                 q,
-                jax.lax.dynamic_slice_in_dim(k, at, block_kv, axis=2),
-                jax.lax.dynamic_slice_in_dim(v, at, block_kv, axis=2),
+                packed.tokens(k, at, block_kv, q.dtype),
+                packed.tokens(v, at, block_kv, q.dtype),
                 jnp.repeat(mask, group, axis=1)[:, None],
                 softmax_scale=softmax_scale,
             )
 
-        end = jnp.minimum(jnp.max(q_positions) + 1, slots)
+        end = jnp.clip(jnp.max(q_positions) + 1, 0, slots)
         num_kv_blocks = (end + block_kv - 1) // block_kv
         state = jax.lax.fori_loop(0, num_kv_blocks, add_block, online_softmax.start(q))
         out, lse = online_softmax.finish(state)

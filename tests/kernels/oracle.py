@@ -10,9 +10,12 @@ from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.full.cases import FullCase
 from kernels.merge.cases import MergeCase
+from kernels.packed import Packed, unpack
+from kernels.packed.cases import PackedDecodeCase, PackedPrefillCase
 from kernels.prefill.cases import PrefillCase
 
 STALE = 1e4  # what a slot nobody sees may hold: anything finite, in float16 too
+STALE_SCALE = 100.0  # times 255 it must be finite in float16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +35,10 @@ class Part:
 
 def draw(case: Case, seed: int = 0):
     """Return random arguments of a case, with stale numbers in the slots that nobody sees."""
-    arguments = jax.tree.map(np.asarray, case.draw(seed))
+    arguments = case.draw(seed)
+    if isinstance(case, PackedDecodeCase | PackedPrefillCase):
+        return _stale_scales(case, arguments)
+    arguments = jax.tree.map(np.asarray, arguments)
     if isinstance(case, FullCase | MergeCase):
         pass  # every slot is seen
     elif isinstance(case, DecodeCase | PrefillCase):
@@ -55,7 +61,7 @@ def cast(arguments, dtype):
 
 def expected(case: Case, arguments):
     """Return what a case returns: (out, lse), (out,) or the gradients of q, k and v."""
-    arguments = jax.tree.map(np.asarray, arguments)
+    arguments = jax.tree.map(_unpacked, arguments, is_leaf=lambda x: isinstance(x, Packed))
     if isinstance(case, MergeCase):
         outs, lses = arguments
         weights, lse = softmax(np.moveaxis(np.asarray(case.seen(lses)), 0, -1))
@@ -69,6 +75,24 @@ def expected(case: Case, arguments):
         return _gradients(q, parts[0], arguments[3].astype(np.float64), case.softmax_scale)
     out, lse = _attend(q, parts, case.softmax_scale)
     return (out,) if isinstance(case, FullCase) else (out, lse)
+
+
+def _stale_scales(case: Case, arguments):
+    """Return packed arguments with stale scales where no query sees any number of theirs."""
+    q, *packed, integers = arguments
+    seen = _parts(case, arguments)[0].mask.any(axis=1)  # [batch, slots]
+    stale = []
+    for x in packed:
+        of_scales = seen.reshape(len(seen), x.scales.shape[2], -1).any(axis=2)[:, None, :, None]
+        scales, zeros = (
+            jnp.where(of_scales, y, jnp.float16(STALE_SCALE)) for y in (x.scales, x.zeros)
+        )
+        stale.append(dataclasses.replace(x, scales=scales, zeros=zeros))
+    return q, *stale, integers
+
+
+def _unpacked(x):
+    return np.asarray(unpack(x) if isinstance(x, Packed) else x)
 
 
 def _parts(case: Case, arguments) -> list[Part]:

@@ -62,7 +62,9 @@ def test_the_kernel_errs_at_most_twice_as_much_as_xla(case):
     assert dtypes(kernel) == dtypes(xla)
     for index, (got, other, wanted) in enumerate(zip(kernel, xla, want, strict=True)):
         assert got.shape == other.shape == wanted.shape
-        if index == 1 and not getattr(case, "gradient", False):  # lse
+        # In 2 bits the queries are multiplied with the scales of channels, and rounded again.
+        rounded = getattr(case, "gradient", False) or getattr(case, "bits", None) == 2
+        if index == 1 and not rounded:  # lse
             # Products of two half-precision numbers are exact in float32.
             np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=2e-6)
         else:

@@ -12,6 +12,7 @@ from kernels.all_cases import CASES
 from kernels.full.cases import FullCase
 from kernels.gpu import NONE
 from kernels.merge.cases import MergeCase
+from kernels.packed import zeros
 
 SMALL = {
     f"{op}: {name}": case
@@ -70,6 +71,12 @@ def _mask(case, past):
     return np.asarray(masks.streaming(queries, keys, sink_size=case.sink, recent_size=case.recent))
 
 
+def _packed_vector(case):
+    """Return bytes of a token's key (and of its value): those of what is stored, per token."""
+    x = zeros((1, 1, 64, case.head_dim), case.layouts[0])
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(x)) / 64
+
+
 def _pasts(case):
     if hasattr(case, "slots"):
         return case.offsets if hasattr(case, "offsets") else [n - 1 for n in case.lengths if n]
@@ -88,7 +95,8 @@ def test_least_work_is_that_of_the_visible_pairs(case):
     pairs = sum(mask.sum() for mask in seen)
     keys = sum(mask.any(axis=0).sum() for mask in seen)
     vector = case.head_dim * case.itemsize
-    q, kv, lse = queries * case.q_heads * vector, keys * case.kv_heads * vector, 4 * case.q_heads
+    q, lse = queries * case.q_heads * vector, 4 * case.q_heads
+    kv = keys * case.kv_heads * (_packed_vector(case) if hasattr(case, "bits") else vector)
     if isinstance(case, FullCase):
         lse = 0  # nobody gets it
     gradient = getattr(case, "gradient", False)

@@ -1,0 +1,44 @@
+"""Tile sizes of the kernels that read packed keys and values."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from kernels.decode.config import BlockSizes as DecodeBlockSizes
+from kernels.decode.config import num_splits
+from kernels.gpu import Gpu
+from kernels.packed.layout import Layout
+from kernels.tiles import MIN_ROWS, BlockSizes, power_of_two
+
+
+def decode_heuristic(
+    *,
+    batch: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    layout: Layout,
+    gpu: Gpu,
+) -> DecodeBlockSizes:
+    """Choose tile sizes of decoding: splits as for other caches."""
+    block_kv = _block_kv(head_dim, dtype, layout)
+    return DecodeBlockSizes(
+        block_kv=block_kv,
+        num_splits=num_splits(
+            batch=batch, kv_heads=kv_heads, slots=slots, block_kv=block_kv, gpu=gpu
+        ),
+        num_warps=8 if jnp.dtype(dtype).itemsize == 4 and layout.bits == 2 else 4,
+        num_stages=3,
+    )
+
+
+def prefill_heuristic(*, length: int, head_dim: int) -> BlockSizes:
+    """Choose tile sizes of prefill: what fits registers without spilling."""
+    block_q = min(32 if head_dim <= 128 else MIN_ROWS, max(MIN_ROWS, power_of_two(length)))
+    return BlockSizes(block_q=block_q, block_kv=32, num_warps=8, num_stages=2)
+
+
+def _block_kv(head_dim: int, dtype: DTypeLike, layout: Layout) -> int:
+    if layout.tokens_per_word > 1:
+        return layout.block // layout.tokens_per_word
+    return 64 if head_dim <= 128 and jnp.dtype(dtype).itemsize == 2 else 32
