@@ -8,17 +8,37 @@ min(length, slots), and attention does not care about their order, since keys ca
 
 Rows of a batch have lengths of their own. Slots beyond a row's length hold anything finite (zeros,
 or what was there before): attention gives them weight 0, and 0 * nan is nan.
+
+What a number takes is chosen per run (`KVFormat`): "model" is the dtype of the parameters, "bf16"
+bfloat16; "int8" and "int4" quantise every token of every head by itself, after RoPE; "int2"
+quantises the full caches in blocks of 64 tokens (kernels.packed; KIVI, arXiv 2402.02750) and keeps
+the latest 64 tokens as they are, in a ring of their own, since a block cannot be written token by
+token. A token is seen exactly while it is among the latest 64, then as its codes, so that nothing
+depends on how a text is cut into chunks. Streaming heads of "int2" stay in the dtype of the
+parameters: sinks and recents are what KIVI keeps, and they are few.
 """
 
 import dataclasses
+import functools
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from duo_jax.errors import InputError
 from duo_jax.split import DuoConfig
-from kernels import Past, limits, pytree
+from kernels import limits, packed, pytree
+from kernels.packed import Layout, Packed
+
+KVFormat = Literal["model", "bf16", "int8", "int4", "int2"]
+
+_LAYOUTS: dict[str, tuple[Layout, Layout]] = {
+    "int8": (packed.INT8, packed.INT8),
+    "int4": (packed.INT4, packed.INT4),
+    "int2": (packed.INT2_KEYS, packed.INT2_VALUES),
+}
 
 
 @pytree.register
@@ -26,8 +46,15 @@ from kernels import Past, limits, pytree
 class KVCache:
     """Keys (already rotated) and values of some KV heads of one layer."""
 
-    keys: Float[Array, "batch kv_heads slots head_dim"]
-    values: Float[Array, "batch kv_heads slots head_dim"]
+    keys: Float[Array, "batch kv_heads slots head_dim"] | Packed
+    values: Float[Array, "batch kv_heads slots head_dim"] | Packed
+    # Of "int2": a ring of the latest tokens, position p in slot p % 64.
+    latest: "KVCache | None" = None
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row can hold."""
+        return self.keys.shape[2]
 
 
 @pytree.register
@@ -56,8 +83,29 @@ class Cache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
 
+def check_kv(config: DuoConfig, kv: str) -> None:
+    """Refuse a format of caches that does not exist or that the model cannot have.
+
+    Raises:
+      InputError: it cannot.
+    """
+    if kv not in get_args(KVFormat):
+        raise InputError(f"KV format {kv!r} is not one of {', '.join(get_args(KVFormat))}")
+    head_dim, fields = (
+        config.model.head_dim,
+        max(x.fields for x in _LAYOUTS.get(kv, (packed.INT8,))),
+    )
+    if kv in _LAYOUTS and head_dim % fields:
+        raise InputError(f"head_dim {head_dim} is not a multiple of {fields}, as KV {kv} needs")
+
+
 def init_cache(
-    config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTypeLike = jnp.float32
+    config: DuoConfig,
+    *,
+    batch_size: int,
+    max_len: int,
+    dtype: DTypeLike = jnp.float32,
+    kv: str = "model",
 ) -> Cache:
     """Return an empty cache.
 
@@ -65,23 +113,27 @@ def init_cache(
       config: the split model.
       batch_size: rows.
       max_len: tokens that a row can hold.
-      dtype: of keys and values; the dtype of the parameters.
-    """
-    head_dim, num_kv_heads = config.model.head_dim, config.model.num_kv_heads
-    most = _heads_per_buffer(batch_size, max_len, head_dim)
+      dtype: of the parameters.
+      kv: a KVFormat.
 
-    def kv_cache(heads: int, slots: int) -> KVCache:
-        shape = (batch_size, heads, slots, head_dim)
-        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+    Raises:
+      InputError: there is no such format, or the model's head_dim does not go with it.
+    """
+    check_kv(config, kv)
+    model, slots = config.model, _whole_blocks(max_len, kv)
+    shape = (batch_size, 1, slots, model.head_dim)
+    ring_shape = (config.ring_slots, model.head_dim)
+    most = _heads_per_buffer(jax.eval_shape(lambda: _full_cache(shape, dtype, kv)))
 
     def layer(retrieval: int) -> LayerCache:
-        streaming = num_kv_heads - retrieval
+        streaming = model.num_kv_heads - retrieval
+        ring, ring_kv = (batch_size, streaming, *ring_shape), "model" if kv == "int2" else kv
         return LayerCache(
             full=tuple(
-                kv_cache(min(most, retrieval - first), max_len)
+                _full_cache((batch_size, min(most, retrieval - first), *shape[2:]), dtype, kv)
                 for first in range(0, retrieval, most)
             ),
-            streaming=kv_cache(streaming, config.ring_slots) if streaming else None,
+            streaming=_kv_cache(ring, dtype, ring_kv) if streaming else None,
         )
 
     return Cache(
@@ -89,25 +141,35 @@ def init_cache(
     )
 
 
-def cache_bytes(config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTypeLike) -> int:
+def cache_bytes(
+    config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTypeLike, kv: str = "model"
+) -> int:
     """Return the bytes of the keys and values that `init_cache` allocates."""
-    retrieval = config.num_retrieval_heads
-    streaming = config.model.num_layers * config.model.num_kv_heads - retrieval
-    slots = retrieval * max_len + streaming * config.ring_slots
-    return 2 * batch_size * slots * config.model.head_dim * jnp.dtype(dtype).itemsize
+    init = functools.partial(
+        init_cache, config, batch_size=batch_size, max_len=max_len, dtype=dtype, kv=kv
+    )
+    leaves = jax.tree.leaves(jax.eval_shape(init).layers)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def grow(cache: Cache, *, max_len: int) -> Cache:
     """Return the cache with room for `max_len` tokens; copies the full caches one by one."""
 
     def larger(part: KVCache) -> list[KVCache]:
-        batch, heads, slots, head_dim = part.keys.shape
-        most = _heads_per_buffer(batch, max_len, head_dim)
-        more = ((0, 0), (0, 0), (0, max_len - slots), (0, 0))
-        return [
-            jax.tree.map(lambda buffer, at=first: jnp.pad(buffer[:, at : at + most], more), part)
-            for first in range(0, heads, most)
-        ]
+        slots = _whole_blocks(max_len, "model" if part.latest is None else "int2")
+
+        def pad(leaf: Array) -> Array:
+            more = slots * leaf.shape[2] // part.slots - leaf.shape[2]
+            return jnp.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0)))
+
+        def some_heads(first: int) -> KVCache:
+            some = jax.tree.map(lambda leaf: leaf[:, first : first + most], part)
+            keys, values = (jax.tree.map(pad, x) for x in (some.keys, some.values))
+            return dataclasses.replace(some, keys=keys, values=values)
+
+        one_head = jax.tree.map(lambda leaf: leaf[:, :1], (part.keys, part.values))
+        most = _heads_per_buffer(jax.eval_shape(lambda: jax.tree.map(pad, one_head)))
+        return [some_heads(first) for first in range(0, part.keys.shape[1], most)]
 
     layers = (
         dataclasses.replace(layer, full=tuple(new for part in layer.full for new in larger(part)))
@@ -116,124 +178,30 @@ def grow(cache: Cache, *, max_len: int) -> Cache:
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
-def append(
-    cache: KVCache,
-    keys: Float[Array, "batch length kv_heads head_dim"],
-    values: Float[Array, "batch length kv_heads head_dim"],
-    *,
-    starts: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
-) -> KVCache:
-    """Write row b's first `num_tokens[b]` keys and values into slots starts[b], starts[b] + 1, ...
-
-    Slots past the end are dropped. Only a window of `length` slots is read and written, so a
-    donated cache is updated in place.
-    """
-    return KVCache(
-        keys=_write(cache.keys, keys, starts, num_tokens),
-        values=_write(cache.values, values, starts, num_tokens),
-    )
+def _kv_cache(shape: tuple[int, int, int, int], dtype: DTypeLike, kv: str) -> KVCache:
+    if kv not in _LAYOUTS:
+        dtype = jnp.bfloat16 if kv == "bf16" else dtype
+        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+    keys, values = (packed.zeros(shape, layout) for layout in _LAYOUTS[kv])
+    return KVCache(keys=keys, values=values)
 
 
-def append_to_ring(
-    cache: KVCache,
-    keys: Float[Array, "batch length kv_heads head_dim"],
-    values: Float[Array, "batch length kv_heads head_dim"],
-    *,
-    lengths: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
-    sink_size: int,
-) -> KVCache:
-    """Take in a chunk: its sinks, and the latest of its other tokens that the ring has room for.
-
-    Args:
-      cache: sinks and ring.
-      keys: keys of the chunk, rotated.
-      values: values of the chunk.
-      lengths: tokens before the chunk.
-      num_tokens: tokens of the chunk that count, per row.
-      sink_size: how many of the cache's slots are sinks.
-    """
-    slots = cache.keys.shape[2]
-    if keys.shape[1] == 1:
-        starts = ring_slot(lengths, sink_size=sink_size, slots=slots)
-        return append(cache, keys, values, starts=starts, num_tokens=num_tokens)
-    # Per slot, the latest position that belongs there; slots it came to before keep their content.
-    lengths, num_tokens = lengths[:, None], num_tokens[:, None]
-    slot, recent_size = jnp.arange(slots, dtype=lengths.dtype)[None, :], slots - sink_size
-    last = lengths + num_tokens - 1
-    position = jnp.where(slot < sink_size, slot, last - (last - slot) % recent_size)
-    fresh = (position >= jnp.maximum(lengths, jnp.minimum(slot, sink_size))) & (position <= last)
-    source = jnp.clip(position - lengths, 0, keys.shape[1] - 1)
-
-    def take_in(old, new):
-        new = jnp.take_along_axis(jnp.swapaxes(new, 1, 2), source[:, None, :, None], axis=2)
-        return jnp.where(fresh[:, None, :, None], new, old)
-
-    return KVCache(keys=take_in(cache.keys, keys), values=take_in(cache.values, values))
+def _full_cache(shape: tuple[int, int, int, int], dtype: DTypeLike, kv: str) -> KVCache:
+    cache = _kv_cache(shape, dtype, kv)
+    if kv != "int2":
+        return cache
+    batch, heads, _, head_dim = shape
+    latest = _kv_cache((batch, heads, packed.BLOCK, head_dim), dtype, "model")
+    return dataclasses.replace(cache, latest=latest)
 
 
-def ring_slot(positions: Int[Array, " batch"], *, sink_size: int, slots: int):
-    """Return the slot of a position among the sinks and the ring."""
-    in_ring = sink_size + (positions - sink_size) % (slots - sink_size)
-    return jnp.where(positions < sink_size, positions, in_ring)
+def _whole_blocks(max_len: int, kv: str) -> int:
+    """Round the slots of a full cache up to what is packed together."""
+    block = packed.BLOCK if kv == "int2" else 1
+    return -(-max_len // block) * block
 
 
-def past(
-    cache: KVCache,
-    keys: Float[Array, "batch length kv_heads head_dim"],
-    values: Float[Array, "batch length kv_heads head_dim"],
-    *,
-    lengths: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
-    sink_size: int,
-) -> Past:
-    """Lay out what the streaming heads of a chunk need of the tokens before it.
-
-    The sinks include those of the chunk itself; the recent tokens are put in order of position.
-    Takes the cache as it was before the chunk.
-    """
-    recent_size = cache.keys.shape[2] - sink_size
-    # Position lengths - recent_size + i comes at index i; those below sink_size are masked there.
-    order = (lengths[:, None] + jnp.arange(recent_size, dtype=lengths.dtype)[None, :]) - sink_size
-    order = sink_size + order % recent_size
-
-    def sinks(old, new):
-        return _write(old[:, :, :sink_size], new, lengths, num_tokens)
-
-    def recents(old):
-        return jnp.take_along_axis(old, order[:, None, :, None], axis=2)
-
-    return Past(
-        sink_keys=sinks(cache.keys, keys),
-        sink_values=sinks(cache.values, values),
-        recent_keys=recents(cache.keys),
-        recent_values=recents(cache.values),
-        lengths=lengths,
-    )
-
-
-def _heads_per_buffer(batch_size: int, max_len: int, head_dim: int) -> int:
+def _heads_per_buffer(one_head: Any) -> int:
     """Return how many full heads a buffer may hold so that kernels can address all of it."""
-    return max(1, limits.MAX_ELEMENTS // (batch_size * max_len * head_dim))
-
-
-def _write(
-    buffer: Float[Array, "batch kv_heads slots head_dim"],
-    new: Float[Array, "batch length kv_heads head_dim"],
-    starts: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
-) -> Float[Array, "batch kv_heads slots head_dim"]:
-    slots, length = buffer.shape[2], new.shape[1]
-    window = min(length, slots)
-
-    def write_row(buffer, new, start, num_tokens):
-        at = jnp.clip(start, 0, slots - window)
-        source = jnp.arange(window, dtype=at.dtype) - (start - at)
-        fresh = (source >= 0) & (source < num_tokens)
-        new = jnp.take(jnp.swapaxes(new, 0, 1), jnp.clip(source, 0, length - 1), axis=1)
-        old = jax.lax.dynamic_slice_in_dim(buffer, at, window, axis=1)
-        new = jnp.where(fresh[None, :, None], new, old)
-        return jax.lax.dynamic_update_slice_in_dim(buffer, new, at, axis=1)
-
-    return jax.vmap(write_row)(buffer, new, starts, num_tokens)
+    largest = max(leaf.size for leaf in jax.tree.leaves(one_head))
+    return max(1, limits.MAX_ELEMENTS // largest)

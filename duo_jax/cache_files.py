@@ -4,7 +4,8 @@
     tokens.safetensors        "0", "1", ...: the tokens of every row
     logits.safetensors        "logits" [batch, vocab]: what follows the first logits_at tokens
     layer-00000.safetensors   "full.keys", "full.values", "streaming.keys", "streaming.values"
-                              [batch, kv_heads, slots, head_dim]
+                              [batch, kv_heads, slots, head_dim]; quantised ones are stored as they
+                              are: "full.keys.words", "full.keys.scales", "full.latest.keys", ...
 
 Only slots that hold something are stored. Host memory peaks at one layer.
 """
@@ -28,7 +29,7 @@ from duo_jax.errors import InputError
 from duo_jax.runtime import Runtime
 from duo_jax.session import Session, Snapshot
 
-FORMAT, VERSION = "duo_jax cache", 1
+FORMAT, VERSION = "duo_jax cache", 2
 _MARKER = "cache.json"
 
 
@@ -118,6 +119,7 @@ _DESCRIPTIONS = {
     "sink_size": "sink size",
     "recent_size": "recent size",
     "dtype": "dtype",
+    "kv": "KV format",
     "prefill_mode": "prefill mode",
 }
 
@@ -127,6 +129,7 @@ def _belongs_to(runtime: Runtime) -> dict[str, Any]:
     return {
         "model": json.loads(json.dumps(dataclasses.asdict(runtime.config.model))),
         "dtype": runtime.dtype.name,
+        "kv": runtime.kv,
         "sink_size": runtime.config.sink_size,
         "recent_size": runtime.config.recent_size,
         "retrieval_heads": list(runtime.config.retrieval_heads),
@@ -180,13 +183,25 @@ def _layer_file(number: int) -> str:
 
 def _to_arrays(layer: LayerCache, longest: int) -> dict[str, np.ndarray]:
     """Name a layer's filled slots; safetensors wants contiguous arrays."""
-    return {
-        f"{kind}.{name}": np.concatenate(
-            [np.asarray(getattr(part, name)[:, :, :longest]) for part in parts], axis=1
-        )
-        for kind, parts in _parts(layer).items()
-        for name in ("keys", "values")
-    }
+    arrays = {}
+    for kind, parts in _parts(layer).items():
+        for name, leaf in _leaves(parts[0]).items():
+            filled = _filled(name, leaf, parts[0], longest)
+            leaves = (_leaves(part)[name][:, :, :filled] for part in parts)
+            arrays[f"{kind}.{name}"] = np.concatenate(list(map(np.asarray, leaves)), axis=1)
+    return arrays
+
+
+def _leaves(cache: KVCache) -> dict[str, jax.Array]:
+    """Return the buffers of a cache by name, such as "keys" or "keys.words"."""
+    leaves = jax.tree_util.tree_leaves_with_path(cache)
+    return {".".join(key.name for key in path): leaf for path, leaf in leaves}
+
+
+def _filled(name: str, leaf: jax.Array, cache: KVCache, longest: int) -> int:
+    """Return how many of a buffer's slots `longest` tokens fill; one may serve several tokens."""
+    slots = cache.latest.slots if name.startswith("latest.") else cache.slots
+    return -(-min(longest, slots) * leaf.shape[2] // slots)
 
 
 def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:
@@ -197,25 +212,23 @@ def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:
 
 
 def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray], *, longest: int) -> LayerCache:
-    """Put stored slots, `longest` of them unless there are fewer, into an empty layer's buffers."""
+    """Put what was stored of `longest` tokens into an empty layer's buffers."""
 
     def fill(kind: str, parts: tuple[KVCache, ...]) -> Iterator[KVCache]:
-        batch, _, slots, head_dim = parts[0].keys.shape
-        expected = (batch, sum(p.keys.shape[1] for p in parts), min(longest, slots), head_dim)
-        stored = {name: arrays[f"{kind}.{name}"] for name in ("keys", "values")}
-        for name, array in stored.items():
-            if array.shape != expected or array.dtype != parts[0].keys.dtype:
-                raise ValueError(f"{kind}.{name} is {array.dtype} {array.shape}")
-        first = 0
+        first, num_heads = 0, sum(part.keys.shape[1] for part in parts)
         for part in parts:
-            end = first + part.keys.shape[1]
-            buffers = {
-                name: jax.lax.dynamic_update_slice(
-                    getattr(part, name), array[:, first:end], (0, 0, 0, 0)
-                )
-                for name, array in stored.items()
-            }
-            yield KVCache(**buffers)
+            end, leaves = first + part.keys.shape[1], []
+            for name, leaf in _leaves(part).items():
+                array = arrays[f"{kind}.{name}"]
+                slots = _filled(name, leaf, part, longest)
+                if (
+                    array.shape != (leaf.shape[0], num_heads, slots, leaf.shape[3])
+                    or array.dtype != leaf.dtype
+                ):
+                    raise ValueError(f"{kind}.{name} is {array.dtype} {array.shape}")
+                stored = array[:, first:end]
+                leaves.append(jax.lax.dynamic_update_slice(leaf, stored, (0, 0, 0, 0)))
+            yield jax.tree.unflatten(jax.tree.structure(part), leaves)
             first = end
 
     filled = {kind: tuple(fill(kind, parts)) for kind, parts in _parts(layer).items()}

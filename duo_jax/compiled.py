@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from duo_jax import llama, serve, split
-from duo_jax.cache import init_cache
+from duo_jax.cache import KVFormat, init_cache
 from duo_jax.config import ModelConfig
 from duo_jax.quantised_weights import WeightFormat, quantised_shapes
 from duo_jax.split import DuoConfig
@@ -36,6 +36,7 @@ def decode_step(
     batch_size: int = 1,
     dtype: DTypeLike = jnp.bfloat16,
     weights: WeightFormat = "model",
+    kv: KVFormat = "model",
 ) -> jax.stages.Compiled:
     """Compile one decode step over caches of `max_len` tokens, which are updated in place."""
 
@@ -43,7 +44,9 @@ def decode_step(
         return serve.decode(config, params, cache, tokens, implementation="triton")
 
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return _compile(step, config, (tokens,), target, max_len, batch_size, dtype, weights)
+    cache = _cache_shapes(config, batch_size, max_len, dtype, kv)
+    params = param_shapes(config.model, dtype, weights=weights)
+    return aot.compile_for(target, step, params, cache, tokens, donate_argnums=(1,))
 
 
 def prefill_chunk(
@@ -55,6 +58,7 @@ def prefill_chunk(
     batch_size: int = 1,
     dtype: DTypeLike = jnp.bfloat16,
     weights: WeightFormat = "model",
+    kv: KVFormat = "model",
     mode: serve.PrefillMode = "exact",
 ) -> jax.stages.Compiled:
     """Compile the reading of a chunk into caches of `max_len` tokens, at any offset."""
@@ -66,13 +70,13 @@ def prefill_chunk(
 
     tokens = jax.ShapeDtypeStruct((batch_size, chunk), jnp.int32)
     num_tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return _compile(read, config, (tokens, num_tokens), target, max_len, batch_size, dtype, weights)
-
-
-def _compile(function, config, arguments, target, max_len, batch_size, dtype, weights):
-    init = functools.partial(
-        init_cache, config, batch_size=batch_size, max_len=max_len, dtype=dtype
-    )
-    cache = jax.eval_shape(init)
+    cache = _cache_shapes(config, batch_size, max_len, dtype, kv)
     params = param_shapes(config.model, dtype, weights=weights)
-    return aot.compile_for(target, function, params, cache, *arguments, donate_argnums=(1,))
+    return aot.compile_for(target, read, params, cache, tokens, num_tokens, donate_argnums=(1,))
+
+
+def _cache_shapes(config, batch_size: int, max_len: int, dtype: DTypeLike, kv: KVFormat) -> Any:
+    init = functools.partial(
+        init_cache, config, batch_size=batch_size, max_len=max_len, dtype=dtype, kv=kv
+    )
+    return jax.eval_shape(init)

@@ -150,7 +150,11 @@ class Conversation:
             return 0, 0
         plain = runtime.config.all_retrieval()
         return session.cache.nbytes, cache_bytes(
-            plain, batch_size=1, max_len=session.capacity, dtype=runtime.dtype
+            plain,
+            batch_size=1,
+            max_len=session.capacity,
+            dtype=runtime.dtype,
+            kv=runtime.kv,
         )
 
     def _write(self, max_new_tokens, stop, seed, sampling) -> Iterator[list[str]]:

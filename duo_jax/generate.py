@@ -13,6 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from duo_jax import cli, model, pretrained
+from duo_jax.cache import KVFormat
 from duo_jax.conversation import Conversation
 from duo_jax.errors import InputError
 from duo_jax.quantised_weights import WeightFormat
@@ -86,6 +87,9 @@ class GenerateConfig:
     """Format of the layers' projections. model: --dtype. int8: one scale per output channel. w8a8:
     these, and activations in int8 too, one scale per token. int4: one scale per output channel and
     128 inputs. Quantised while loading, unless python -m convert has done so."""
+    kv: KVFormat = "model"
+    """Format of the caches. model: --dtype. int8, int4: one scale per token and head. int2: keys by
+    channel in blocks of 64 tokens, the latest 64 tokens exactly."""
     implementation: Implementation = "auto"
     """Of attention. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the kernels run
     by Pallas' interpreter, to test them without a GPU; very slow."""
@@ -120,6 +124,7 @@ def generate(config: GenerateConfig) -> None:
         recent=config.recent,
         dtype=config.dtype,
         weights=config.weights,
+        kv=config.kv,
         prefill_chunk=config.prefill_chunk,
         prefill_mode=config.prefill_mode,
         implementation=config.implementation,

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool
 
 from duo_jax import pretrained, split
+from duo_jax.cache import check_kv
 from duo_jax.config import ModelConfig
 from duo_jax.conversation import Conversation, load_conversation
 from duo_jax.errors import InputError
@@ -48,6 +49,7 @@ def load(
     recent: int | None = None,
     dtype: DTypeLike | None = None,
     weights: str = "model",
+    kv: str = "model",
     prefill_chunk: int = 8192,
     prefill_mode: str = "exact",
     implementation: str = "auto",
@@ -65,6 +67,8 @@ def load(
       dtype: of weights, activations and caches; default: as stored, on CPU float32.
       weights: format of the layers' projections: "model" (the dtype), "int8", "w8a8" or "int4", see
         `duo_jax.quantised_weights`.
+      kv: format of the caches: "model" (the dtype), "bf16", "int8", "int4" or "int2", see
+        `duo_jax.cache`.
       prefill_chunk: tokens of a prompt that are read at a time.
       prefill_mode: "exact" or "chunk", see `duo_jax.serve`.
       implementation: of attention: "auto", "xla", "triton" or "interpret", see `kernels.dispatch`.
@@ -81,6 +85,7 @@ def load(
     tokenization = load_tokenization(folder)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = np.float32  # CPUs compute in half precision by converting every number
+    check_kv(config, kv)
     params = pretrained.load_split_params(folder, heads, dtype=dtype, weights=weights)
     runtime = Runtime(
         config=config,
@@ -88,6 +93,7 @@ def load(
         prefill_chunk=prefill_chunk,
         prefill_mode=prefill_mode,
         implementation=implementation,
+        kv=kv,
     )
     return DuoModel(runtime=runtime, tokenization=tokenization)
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
+from duo_jax.cache import check_kv
 from duo_jax.errors import InputError
 from duo_jax.quantised_weights import WeightFormat, weight_format
 from duo_jax.serve import PrefillMode
@@ -26,6 +27,7 @@ class Runtime:
     prefill_chunk: int = 8192  # tokens per row and step
     prefill_mode: str = "exact"  # a PrefillMode
     implementation: str = "auto"  # of attention, see kernels.dispatch
+    kv: str = "model"  # a KVFormat
 
     def __post_init__(self) -> None:
         if self.prefill_chunk < 1:
@@ -36,10 +38,11 @@ class Runtime:
                 f"{', '.join(get_args(PrefillMode))}"
             )
         check_implementation(self.implementation)
+        check_kv(self.config, self.kv)
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of activations and caches."""
+        """The dtype of activations, and of caches in the format "model"."""
         return np.dtype(self.params["norm"]["scale"].dtype)
 
     @property

@@ -15,22 +15,17 @@ Decoding is the same for both.
 """
 
 import functools
-from typing import Literal, get_args
+from typing import get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from duo_jax import cache as caches
 from duo_jax import llama, rope
-from duo_jax.cache import Cache, KVCache, LayerCache
+from duo_jax.attention import PrefillMode, attend
+from duo_jax.cache import Cache
 from duo_jax.llama import Params
 from duo_jax.split import DuoConfig
-from kernels import Implementation, streaming_attention
-from kernels import decode as decode_attention
-from kernels import prefill as prefill_attention
-
-PrefillMode = Literal["exact", "chunk"]
+from kernels import Implementation
 
 
 def prefill(
@@ -128,14 +123,11 @@ def hidden_states(
     cos_sin = rope.rotation(config.model, positions, total_length=total_lengths)
     x = params["embed_tokens"]["embedding"][tokens]
     layers = []
+    attend_layer = functools.partial(
+        attend, config=config, mode=mode, implementation=implementation
+    )
     for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
-        attend = functools.partial(
-            _attend,
-            config=config,
-            mode=mode,
-            implementation=implementation,
-        )
-        layer = llama.DecoderLayer(config.model, attend=attend)
+        layer = llama.DecoderLayer(config.model, attend=attend_layer)
         layer_input = (layer_cache, lengths, num_tokens)
         x, layer_cache = layer.apply({"params": layer_params}, x, cos_sin, layer_input)
         layers.append(layer_cache)
@@ -148,93 +140,3 @@ def logits(
     """Turn residual streams into next-token logits."""
     ends = {name: part for name, part in params.items() if name != "layers"}
     return llama.logits(config.model, ends, x)
-
-
-def _attend(
-    q,
-    k,
-    v,
-    layer_input,
-    *,
-    config: DuoConfig,
-    mode: PrefillMode,
-    implementation: Implementation,
-):
-    """Attend with the first KV heads to the full cache, with the others to sinks and recents."""
-    cache, lengths, num_tokens = layer_input
-    outputs, full, streaming = [], [], None
-
-    def heads(first: int, end: int | None = None):
-        """Return queries, keys and values of some KV heads."""
-        group = config.model.q_per_kv
-        queries = slice(first * group, None if end is None else end * group)
-        return q[:, :, queries], k[:, :, first:end], v[:, :, first:end]
-
-    first = 0
-    for part in cache.full:
-        end = first + part.keys.shape[1]
-        out, part = _attend_full(
-            *heads(first, end), part, lengths, num_tokens, implementation=implementation
-        )
-        outputs.append(out)
-        full.append(part)
-        first = end
-    if cache.streaming is not None:
-        out, streaming = _attend_streaming(
-            *heads(first),
-            cache.streaming,
-            lengths,
-            num_tokens,
-            config=config,
-            mode=mode,
-            implementation=implementation,
-        )
-        outputs.append(out)
-    return jnp.concatenate(outputs, axis=2), LayerCache(full=tuple(full), streaming=streaming)
-
-
-def _attend_full(q, k, v, cache: KVCache, lengths, num_tokens, *, implementation: Implementation):
-    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-    cache = caches.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
-    if q.shape[1] == 1:
-        filled = lengths + num_tokens
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
-        return out[:, None], cache
-    out, _ = prefill_attention(q, cache.keys, cache.values, lengths, **options)
-    return out, cache
-
-
-def _attend_streaming(
-    q,
-    k,
-    v,
-    cache: KVCache,
-    lengths,
-    num_tokens,
-    *,
-    config: DuoConfig,
-    mode: PrefillMode,
-    implementation: Implementation,
-):
-    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-    sink_size = config.sink_size
-    update = functools.partial(
-        caches.append_to_ring, lengths=lengths, num_tokens=num_tokens, sink_size=sink_size
-    )
-    if q.shape[1] == 1:
-        cache = update(cache, k, v)
-        filled = jnp.minimum(lengths + num_tokens, config.ring_slots)
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
-        return out[:, None], cache
-    if mode == "exact":
-        past = caches.past(cache, k, v, lengths=lengths, num_tokens=num_tokens, sink_size=sink_size)
-        out, _ = streaming_attention(
-            q, k, v, sink_size=sink_size, recent_size=config.recent_size, past=past, **options
-        )
-        return out, update(cache, k, v)
-    # To a causal chunk all cached tokens are past, in whatever order: lay it behind them.
-    filled = jnp.minimum(lengths, config.ring_slots)
-    room = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))), cache)
-    laid_out = caches.append(room, k, v, starts=filled, num_tokens=num_tokens)
-    out, _ = prefill_attention(q, laid_out.keys, laid_out.values, filled, **options)
-    return out, update(cache, k, v)

@@ -232,6 +232,7 @@ class Session:
                 batch_size=self.batch_size,
                 max_len=wanted,
                 dtype=self.runtime.dtype,
+                kv=self.runtime.kv,
             )
         elif wanted > self.capacity:
             self.capacity = wanted

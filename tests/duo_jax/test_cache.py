@@ -9,7 +9,8 @@ import pytest
 
 from duo_jax import cache as caches
 from duo_jax import serve
-from duo_jax.cache import KVCache, append, append_to_ring, cache_bytes, init_cache
+from duo_jax.cache import KVCache, cache_bytes, init_cache
+from duo_jax.cache_update import append, append_to_ring, past
 from duo_jax.config import ModelConfig
 from duo_jax.split import DuoConfig, split_params
 from tests.params import random_params
@@ -110,7 +111,7 @@ def ring_positions(length: int, *, sink: int, recent: int) -> list[int | None]:
 def append_and_lay_out(cache, new, lengths, num_tokens, sink_size):
     """Return the ring after a chunk, and what its streaming heads are shown of the past."""
     args = {"lengths": lengths, "num_tokens": num_tokens, "sink_size": sink_size}
-    return append_to_ring(cache, new, -new, **args), caches.past(cache, new, -new, **args)
+    return append_to_ring(cache, new, -new, **args), past(cache, new, -new, **args)
 
 
 RINGS = [(4, 6), (0, 5), (3, 1), (0, 1), (1, 16)]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from duo_jax import cache_files, llama
+from duo_jax import cache_files
 from duo_jax.config import parse_config
 from duo_jax.errors import InputError
 from duo_jax.runtime import Runtime
@@ -18,6 +18,7 @@ from duo_jax.session import Session
 from duo_jax.split import duo_config, split_params
 from duo_jax.writing import write_tokens
 from tests import models
+from tests.params import random_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 # One layer of retrieval heads only, one of streaming heads only, one mixed.
@@ -29,7 +30,7 @@ PROMPTS = [models.tokens(RAW, batch=1, length=n, seed=n)[0].tolist() for n in (3
 
 @functools.cache
 def params(seed: int, dtype: str):
-    return llama.init_params(CONFIG, jax.random.key(seed), dtype)
+    return random_params(CONFIG, seed=seed, dtype=dtype)
 
 
 def runtime(*, heads=HEADS, sink=4, recent=8, seed=0, dtype="float32", **settings) -> Runtime:
@@ -158,8 +159,8 @@ def edit(folder: pathlib.Path, **changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"version": 2}, "says 'duo_jax cache', version 2; this duo_jax reads"),
-        ({"format": "other"}, "says 'other', version 1"),
+        ({"version": 1}, "says 'duo_jax cache', version 1; this duo_jax reads"),
+        ({"format": "other"}, "says 'other', version 2"),
         ({"version": ...}, "cannot be read .KeyError"),
         ({"weights": ...}, "lacks weights"),
         ({"extra": ..., "lengths": ...}, "lacks extra, lengths"),
