@@ -11,6 +11,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,10 @@ import jax.numpy as jnp
 from benchmarks import machine
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
 from duo_jax import cli, compiled, files, llama
+from duo_jax.cache import KVFormat, cache_bytes
 from duo_jax.errors import InputError
+from duo_jax.quantised_weights import WeightFormat
+from duo_jax.split import DuoConfig
 from kernels import aot
 from train.distillation import Batch
 from train.optimisation import StepConfig, init_state, train_step
@@ -53,22 +57,89 @@ def identification(length: int):
 
 
 DUO_3, DUO_2 = (published.variants[0].config for published in (LLAMA_3_8B, LLAMA_2_7B))
-PROGRAMS = {
-    "Llama-3-8B, 50%: decode at 1,000,000": lambda: compiled.decode_step(
-        DUO_3, max_len=1_000_001, target="a100"
+# Retrieval heads that the published pattern of Llama-3-8B-Instruct-Gradient-4194k keeps at 50%.
+DUO_4194K = dataclasses.replace(
+    DUO_3,
+    retrieval_heads=(
+        *(2, 1, 3, 0, 2, 5, 2, 4, 5, 3, 4, 4, 1, 6, 5, 5),
+        *(5, 6, 3, 3, 6, 4, 5, 5, 5, 5, 5, 6, 5, 5, 8, 0),
     ),
-    "Llama-3-8B, 50%: chunk of 32,000 at 900,000": lambda: compiled.prefill_chunk(
-        DUO_3, max_len=932_000, chunk=32_000, target="a100"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serving:
+    """A decode step at a context, or the reading of a chunk that begins there."""
+
+    config: DuoConfig
+    context: int
+    chunk: int | None = None  # None: a decode step
+    weights: WeightFormat = "model"
+    kv: KVFormat = "model"
+
+    @property
+    def max_len(self) -> int:
+        return self.context + (self.chunk or 1)
+
+    def __call__(self) -> jax.stages.Compiled:
+        """Compile it for an A100."""
+        options = {"max_len": self.max_len, "weights": self.weights, "kv": self.kv}
+        if self.chunk is None:
+            return compiled.decode_step(self.config, target="a100", **options)
+        return compiled.prefill_chunk(self.config, target="a100", chunk=self.chunk, **options)
+
+    def of_layers(self, layers: slice) -> "Serving":
+        """Return the same program of fewer layers: it compiles quickly, with as much workspace."""
+        heads = self.config.retrieval_heads[layers]
+        model = dataclasses.replace(self.config.model, num_layers=len(heads))
+        config = dataclasses.replace(self.config, model=model, retrieval_heads=heads)
+        return dataclasses.replace(self, config=config)
+
+    def held(self) -> int:
+        """Return the bytes of weights and caches, from their shapes alone."""
+        params = compiled.param_shapes(self.config.model, jnp.bfloat16, weights=self.weights)
+        cache = cache_bytes(
+            self.config, batch_size=1, max_len=self.max_len, dtype="bfloat16", kv=self.kv
+        )
+        bits = sum(
+            leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in jax.tree.leaves(params)
+        )
+        return cache + bits // 8
+
+
+_QUANTISED = {
+    "int4 KV": {"config": DUO_4194K, "weights": "int8", "kv": "int4"},
+    "int2 KV": {"config": DUO_4194K, "weights": "int8", "kv": "int2"},
+}
+_LONG = (("int4 KV", 3_300_000), ("int4 KV", 4_000_000), ("int2 KV", 6_500_000))
+SERVING: dict[str, Serving] = {
+    "Llama-3-8B, 50%: decode at 1,000,000": Serving(config=DUO_3, context=1_000_000),
+    "Llama-3-8B, 50%: chunk of 32,000 at 900,000": Serving(
+        config=DUO_3, context=900_000, chunk=32_000
     ),
-    "Llama-3-8B, full caches: decode at 1,000,000": lambda: compiled.decode_step(
-        DUO_3.all_retrieval(), max_len=1_000_001, target="a100"
+    "Llama-3-8B, full caches: decode at 1,000,000": Serving(
+        config=DUO_3.all_retrieval(), context=1_000_000
     ),
-    "Llama-2-7B, 25%: decode at 200,000": lambda: compiled.decode_step(
-        DUO_2, max_len=200_001, target="a100"
+    "Llama-2-7B, 25%: decode at 200,000": Serving(config=DUO_2, context=200_000),
+    "Llama-2-7B, 25%: chunk of 10,000 at 190,000": Serving(
+        config=DUO_2, context=190_000, chunk=10_000
     ),
-    "Llama-2-7B, 25%: chunk of 10,000 at 190,000": lambda: compiled.prefill_chunk(
-        DUO_2, max_len=200_000, chunk=10_000, target="a100"
-    ),
+    **{
+        f"Llama-3-8B, 50%, int8 weights, {name}: {what} at {context:,}": Serving(
+            context=context, chunk=chunk, **_QUANTISED[name]
+        )
+        for name, context in _LONG
+        for what, chunk in (("decode", None), ("chunk of 32,000", 32_000))
+    },
+    **{
+        f"Llama-3-8B, 50%, int8 weights, {name}: chunk of 32,000 at {context:,}": Serving(
+            context=context, chunk=32_000, **_QUANTISED[name]
+        )
+        for name, context in (("int4 KV", 4_400_000), ("int2 KV", 7_150_000))
+    },
+}
+PROGRAMS: dict[str, Callable[[], jax.stages.Compiled]] = {
+    **SERVING,
     "Llama-3-8B: identification step at 32,000": lambda: identification(32_000),
     "Llama-3-8B: identification step at 96,000": lambda: identification(96_000),
 }
@@ -80,12 +151,16 @@ class BudgetConfig:
 
     program: str | None = None
     """Only this one; its numbers are printed as JSON, and nothing is written."""
+    layers: tuple[int, int] | None = None
+    """With --program: only these layers of the model, first and end."""
     out: pathlib.Path = pathlib.Path("benchmarks/results")
     """Folder of budgets.json and budgets.md."""
 
     def __post_init__(self) -> None:
         if self.program is not None and self.program not in PROGRAMS:
             raise InputError(f"program {self.program!r} is not one of {', '.join(PROGRAMS)}")
+        if self.layers is not None and self.program not in SERVING:
+            raise InputError("--layers goes with the --program of a decode step or chunk")
         reason = aot.unavailable()
         if reason is not None:
             raise InputError(f"nothing can be compiled for a GPU here: {reason}")
@@ -94,7 +169,10 @@ class BudgetConfig:
 def measure(config: BudgetConfig) -> None:
     """Compile one program and print its bytes, or all and write them."""
     if config.program is not None:
-        print(json.dumps(needs(PROGRAMS[config.program]())))
+        program = PROGRAMS[config.program]
+        if config.layers is not None:
+            program = SERVING[config.program].of_layers(slice(*config.layers))
+        print(json.dumps(needs(program())))
         return
     programs = {}
     for name in PROGRAMS:
@@ -114,14 +192,18 @@ def measure(config: BudgetConfig) -> None:
     files.write_text(config.out / "budgets.md", to_markdown(result) + "\n")
 
 
-def in_own_process(name: str) -> dict[str, int]:
+def in_own_process(name: str, *flags: str) -> dict[str, int]:
     """Compile a program in a new process; return what `needs` says of it.
+
+    Args:
+      name: of the program.
+      *flags: more of the command line's.
 
     Raises:
       RuntimeError: it does not compile; with the end of what the compiler printed.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.budgets", "--program", name],
+        [sys.executable, "-m", "benchmarks.budgets", "--program", name, *flags],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},

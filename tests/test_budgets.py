@@ -2,6 +2,7 @@
 
 import functools
 
+import jax.numpy as jnp
 import pytest
 
 from benchmarks import budgets
@@ -52,3 +53,55 @@ def test_llama_2_reads_a_chunk_of_10000_at_190_thousand_tokens():
 @pytest.mark.parametrize(("length", "budget"), [(32_000, 45e9), (96_000, BUDGET)])
 def test_llama_3_is_identified_on_one_gpu(length, budget):
     assert compiled(f"Llama-3-8B: identification step at {length:,}")["peak"] <= budget
+
+
+# ---- quantised: int8 weights, int4 or int2 caches
+
+FITS = [
+    name for name in budgets.SERVING if "KV" in name and "4,400" not in name and "7,150" not in name
+]
+TOO_LONG = [name for name in budgets.SERVING if "4,400" in name or "7,150" in name]
+# Layers 29 and 30 keep 5 and 8 retrieval heads of 8: no layer needs more workspace than the latter.
+SOME_LAYERS = ("--layers", "29", "31")
+
+
+def peak_from_two_layers(name: str) -> int:
+    """Return what a program needs: what it holds by its shapes, and the workspace of two layers."""
+    return budgets.SERVING[name].held() + compiled(name, *SOME_LAYERS)["temp"]
+
+
+@pytest.mark.parametrize("kv", ["int4", "int2"])
+def test_the_longest_chunk_fits_and_ten_percent_more_does_not(kv):
+    fits, too_long = (
+        next(name for name in reversed(names) if f"{kv} KV: chunk" in name)
+        for names in (FITS, TOO_LONG)
+    )
+    assert 10 * budgets.SERVING[too_long].context == 11 * budgets.SERVING[fits].context
+    assert peak_from_two_layers(fits) <= BUDGET
+    workspace = compiled(fits, *SOME_LAYERS)["temp"]  # of a chunk, whatever the context
+    assert budgets.SERVING[too_long].held() + workspace > BUDGET
+
+
+@pytest.mark.parametrize("kv", ["int4", "int2"])
+def test_nothing_as_large_as_a_dequantised_cache_is_ever_in_memory(kv):
+    """Of one head's keys, even."""
+    name = next(name for name in reversed(FITS) if f"{kv} KV: decode" in name)
+    program = budgets.SERVING[name]
+    one_head = program.context * program.config.model.head_dim * jnp.dtype("bfloat16").itemsize
+    assert compiled(name, *SOME_LAYERS)["temp"] < 0.05 * one_head
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FITS)
+def test_quantised_programs_fit(name):
+    memory, program = compiled(name), budgets.SERVING[name]
+    assert memory["peak"] <= BUDGET
+    # The quick tests above say the same: what is held is known, and layers share their workspace.
+    assert memory["arguments"] == pytest.approx(program.held(), abs=1e6)
+    assert memory["peak"] == pytest.approx(peak_from_two_layers(name), rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TOO_LONG)
+def test_quantised_programs_ten_percent_longer_do_not_fit(name):
+    assert compiled(name)["peak"] > BUDGET
