@@ -48,10 +48,19 @@ def write_text(path: str | pathlib.Path, text: str) -> None:
     Raises:
       InputError: it cannot be written.
     """
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it.
+
+    Raises:
+      InputError: it cannot be written.
+    """
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -79,7 +79,7 @@ def load(
     check_format(weights)
     folder = pretrained.resolve(model)
     architecture = pretrained.load_config(folder)
-    config, heads = _split(
+    config, heads = split_heads(
         architecture, folder, pattern, sparsity=sparsity, threshold=threshold, sizes=(sink, recent)
     )
     tokenization = load_tokenization(folder)
@@ -191,16 +191,28 @@ class DuoModel:
         return load_conversation(folder, self.runtime, self.tokenization, max_len=max_len)
 
 
-def _split(
+def split_heads(
     model: ModelConfig,
     folder: pathlib.Path,
     pattern: str | pathlib.Path | Pattern | None,
     *,
     sparsity: float | None,
     threshold: float | None,
-    sizes: tuple[int | None, int | None],
+    sizes: tuple[int | None, int | None] = (None, None),
 ) -> tuple[DuoConfig, Bool[np.ndarray, "layers kv_heads"]]:
-    """Choose the retrieval heads."""
+    """Choose the retrieval heads of a model; `pattern`, `sparsity`, `threshold` as of `load`.
+
+    Args:
+      model: the architecture.
+      folder: where the model's own pattern may lie.
+      pattern: a pattern, its folder, "none" or None.
+      sparsity: fraction of streaming heads.
+      threshold: instead of it.
+      sizes: sink and recent; None: the pattern's.
+
+    Raises:
+      InputError: there is no pattern, it does not fit, or a number is out of range.
+    """
     if sparsity is not None and threshold is not None:
         raise InputError("give a sparsity or a threshold, not both")
     if pattern is None:

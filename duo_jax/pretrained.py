@@ -81,6 +81,23 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
     return folder
 
 
+def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
+    """Return a model's config.json or a folder that holds it; of a hub model nothing else is fetched.
+
+    Args:
+      name: as of `resolve`, or the file itself.
+
+    Raises:
+      InputError: as `resolve`.
+    """
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    if not path.is_dir() and _HUB_NAME.fullmatch(str(name)):
+        return _download(str(name), ["config.json"])
+    return resolve(name)
+
+
 def load_config(folder: pathlib.Path) -> ModelConfig:
     """Read the architecture of the model in `folder`.
 

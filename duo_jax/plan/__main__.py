@@ -1,0 +1,152 @@
+"""Command line: what fits on a GPU."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Literal
+
+from tqdm import tqdm
+
+from duo_jax import cli, files, pretrained
+from duo_jax.cache import KVFormat
+from duo_jax.config import read_config
+from duo_jax.errors import InputError
+from duo_jax.model import split_heads
+from duo_jax.plan import gpus, plot, table, verify
+from duo_jax.plan.estimate import Workload
+from duo_jax.plan.gpus import PlannedGpu
+from duo_jax.plan.rows import Row, cheapest, plan
+from duo_jax.plan.settings import chosen_settings
+from duo_jax.quantised_weights import WeightFormat
+
+_DESCRIPTION = """\
+Tell the longest context that fits a GPU, for every setting of caches and weights.
+
+Needs a model's config.json and a pattern; no weights, no GPU.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Flags of the command."""
+
+    model: str = pretrained.DEMO
+    """A config.json, a folder that holds one, a hub name, or "demo" (ships with duo_jax)."""
+    gpu: str = "a100-80g"
+    """a100-40g, a100-80g, h100-80g, h200, or a number of gigabytes."""
+    pattern: str | None = None
+    """A pattern folder (python -m train.identify makes one), or "none" for the model as published,
+    every head with a full cache. Default: the pattern that the model's folder brings."""
+    sparsity: float | None = None
+    """Fraction of streaming heads, 0 to 1. Default: 0.5."""
+    weights: WeightFormat | None = None
+    """Plan this format of the layers' projections only, beside the model as it is."""
+    kv: KVFormat | None = None
+    """Plan this format of the caches only, beside the model as it is."""
+
+    batch: int = 1
+    """Rows that are served at once."""
+    chunk: int = 8192
+    """Tokens of a prompt that are read at a time: fewer take less workspace."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Of weights, activations and caches where they are not quantised."""
+    context: int | None = None
+    """Also tell which setting of the least loss fits this many tokens per row."""
+    verify: bool = False
+    """Compile the decode step and the reading of a chunk for the GPU, without having it, and
+    compare: minutes per row, so name --weights or --kv."""
+    png: pathlib.Path | None = None
+    """Draw memory against context for all settings into this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "chunk", "context"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < 2**31:
+                raise InputError(f"{name} {value} is not from 1 to 2^31")
+        if self.png is not None and not self.png.absolute().parent.is_dir():
+            raise InputError(f"{self.png} cannot be written: its folder does not exist")
+
+
+def run(config: PlanConfig) -> None:
+    """Print the plan."""
+    gpu = gpus.find(config.gpu)
+    file = pretrained.resolve_config(config.model)
+    folder = file if file.is_dir() else file.parent
+    split, _ = split_heads(
+        read_config(file), folder, config.pattern, sparsity=config.sparsity, threshold=None
+    )
+    workload = Workload(
+        config=split, dtype=config.dtype, batch_size=config.batch, chunk=config.chunk
+    )
+    model = split.model
+    num_heads = model.num_layers * model.num_kv_heads
+    duo = split.num_retrieval_heads < num_heads
+    settings = chosen_settings(duo=duo, weights=config.weights, kv=config.kv)
+    rows = plan(workload, settings, gpu)
+    heads = f"no streaming heads of {num_heads}"
+    if duo:
+        heads = (
+            f"{num_heads - split.num_retrieval_heads} of {num_heads} KV heads streaming (sparsity "
+            f"{1 - split.num_retrieval_heads / num_heads:.2f}), "
+            f"sink {split.sink_size}, recent {split.recent_size}"
+        )
+    print(table.heading(workload, gpu, model=_name(config.model), heads=heads))
+    floors_at = table.floor_context(rows, config.context)
+    print(f"\n{table.table(rows, gpu, floors_at=floors_at)}")
+    print(f"\n{table.notes(rows, workload, gpu, floors_at=floors_at)}")
+    if config.context is not None:
+        print(f"\n{_answer(rows, config.context)}")
+    if config.png is not None:
+        pattern = "its own" if config.pattern is None else _name(config.pattern)
+        numbers = f"batch {config.batch}, chunk {config.chunk:,}, {config.dtype}"
+        title = f"{_name(config.model)} on {gpu.name}, {numbers}\npattern {pattern}\n{heads}"
+        files.write_bytes(config.png, plot.png(rows, gpu, title=title))
+        print(f"\nwritten: {config.png}")
+    if config.verify:
+        _verify(rows, gpu)
+
+
+def _name(path: str) -> str:
+    """Shorten a path to its last parts, which say what it is."""
+    parts = [part for part in pathlib.PurePath(path).parts if part not in ("/", "config.json")]
+    return "/".join(parts[-2:])
+
+
+def _answer(rows: Sequence[Row], context: int) -> str:
+    row = cheapest(rows, context)
+    if row is None:
+        return f"{context:,} tokens: no setting fits"
+    assert row.estimate is not None
+    peak = row.estimate.parts(context).total / 1e9
+    return (
+        f"{context:,} tokens: {row.setting} is the setting of least loss that fits ({peak:.2f} GB)"
+    )
+
+
+def _verify(rows: Sequence[Row], gpu: PlannedGpu) -> None:
+    print(f"\ncompiled for {gpu.target} at the longest context, GB:")
+    fitting = [row for row in rows if row.longest is not None]
+    for row in tqdm(fitting, unit="row", disable=None, leave=False):
+        assert row.estimate is not None and row.longest is not None
+        peaks = verify.compile_row(row.estimate, row.longest, target=gpu.target)
+        estimate = row.estimate.parts(row.longest).total
+        tqdm.write(
+            f"{row.setting}, {row.longest:,} tokens: decode step {peaks.decode / 1e9:.2f}, chunk "
+            f"{peaks.prefill / 1e9:.2f}, estimate {estimate / 1e9:.2f} "
+            f"({100 * (estimate / peaks.peak - 1):+.2f}%)"
+        )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    cli.run(
+        run,
+        PlanConfig,
+        prog="python -m duo_jax.plan",
+        description=_DESCRIPTION,
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""How much memory a setting takes at a context, how long it can get, and how fast it could be."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from duo_jax import compiled
+from duo_jax.cache import init_cache
+from duo_jax.config import ModelConfig
+from duo_jax.plan.settings import Setting
+from duo_jax.plan.workspace import workspace_bytes
+from duo_jax.quantised_weights import WeightFormat
+from duo_jax.split import DuoConfig
+from kernels.packed import BLOCK
+
+_LONGEST = 1 << 31  # tokens of a row; positions are 32-bit numbers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What all settings of a plan share."""
+
+    config: DuoConfig  # the split model
+    dtype: str = "bfloat16"
+    batch_size: int = 1
+    chunk: int = 32_000  # tokens of a prompt that are read at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Bytes at the peak."""
+
+    weights: int
+    full_cache: int
+    streaming_cache: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.full_cache + self.streaming_cache + self.workspace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The bytes of one setting, as functions of the context; made by `estimate`."""
+
+    workload: Workload
+    setting: Setting
+    weights: int
+    weights_read: int  # by a decode step: of the embedding one row per token
+    full_cache_fixed: int
+    full_cache_per_block: int  # 64 tokens of every row
+    streaming_cache: int
+
+    @property
+    def config(self) -> DuoConfig:
+        """The split that the setting serves."""
+        return _served(self.workload.config, self.setting)
+
+    @property
+    def block(self) -> int:
+        """Tokens that a full cache grows by."""
+        return BLOCK if self.setting.kv == "int2" else 1
+
+    def parts(self, context: int) -> Parts:
+        """Return the peak of serving `context` tokens per row: prefill's or decode's, the larger."""
+        slots = -(-context // self.block) * self.block
+        workload = self.workload
+        return Parts(
+            weights=self.weights,
+            full_cache=self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK,
+            streaming_cache=self.streaming_cache,
+            workspace=workspace_bytes(
+                self.config.model,
+                chunk=min(workload.chunk, context),
+                batch_size=workload.batch_size,
+                dtype=workload.dtype,
+                weights=self.setting.weights,
+            ),
+        )
+
+    def longest(self, budget: int) -> int | None:
+        """Return the most tokens per row that fit; None if not even one does, by bisection."""
+        fits, too_long = 0, 1
+        while too_long < _LONGEST and self.parts(too_long).total <= budget:
+            fits, too_long = too_long, 2 * too_long
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            if self.parts(middle).total <= budget:
+                fits = middle
+            else:
+                too_long = middle
+        return fits // self.block * self.block or None
+
+    def decode_floor(self, context: int, bandwidth: float) -> float:
+        """Return the least seconds of a step that writes one token per row behind `context` tokens.
+
+        Every weight is read once for all rows, every cached key and value once.
+
+        Args:
+          context: tokens that every row holds.
+          bandwidth: of the GPU's memory, in bytes per second.
+        """
+        parts = self.parts(context)
+        filled = min(1.0, context / self.config.ring_slots)
+        read = self.weights_read + parts.full_cache + filled * parts.streaming_cache
+        return read / bandwidth
+
+
+def estimate(workload: Workload, setting: Setting) -> Estimate:
+    """Count the bytes of a setting from shapes alone; nothing is allocated.
+
+    Raises:
+      InputError: the model cannot have these weights or this cache.
+    """
+    served = _served(workload.config, setting)
+    rows = {"batch_size": workload.batch_size, "dtype": workload.dtype, "kv": setting.kv}
+    one, two = (_cache_bytes(served, max_len=BLOCK * blocks, **rows) for blocks in (1, 2))
+    weights, embedding = _weight_bytes(served.model, workload.dtype, setting.weights)
+    vocab_size = served.model.vocab_size
+    unread = 0 if served.model.tie_embeddings else vocab_size - workload.batch_size
+    return Estimate(
+        workload=workload,
+        setting=setting,
+        weights=weights,
+        weights_read=weights - embedding * max(unread, 0) // vocab_size,
+        full_cache_fixed=2 * one[0] - two[0],
+        full_cache_per_block=two[0] - one[0],
+        streaming_cache=one[1],
+    )
+
+
+def tree_bytes(tree: object) -> int:
+    """Return the bytes of arrays or their shapes on a GPU, where jax packs two int4 to a byte."""
+    return sum(
+        leaf.size // 2 if leaf.dtype == jnp.int4 else leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _served(config: DuoConfig, setting: Setting) -> DuoConfig:
+    return config if setting.duo else config.all_retrieval()
+
+
+@functools.cache
+def _weight_bytes(model: ModelConfig, dtype: str, weights: WeightFormat) -> tuple[int, int]:
+    """Return the bytes of all weights, and of the embedding among them."""
+    shapes = compiled.param_shapes(model, dtype, weights=weights)
+    return tree_bytes(shapes), tree_bytes(shapes["embed_tokens"])
+
+
+@functools.cache
+def _cache_bytes(served: DuoConfig, **sizes: Any) -> tuple[int, int]:
+    """Return the bytes of all full and all streaming caches; `sizes` as of `init_cache`."""
+    layers = jax.eval_shape(functools.partial(init_cache, served, **sizes)).layers
+    full = [layer.full for layer in layers]
+    return tree_bytes(full), tree_bytes([layer.streaming for layer in layers])

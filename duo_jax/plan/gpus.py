@@ -1,0 +1,62 @@
+"""GPUs by name: how much memory they have, how fast it is, and how they are compiled for.
+
+Memory is what the driver reports, as XLA's descriptions of these devices give it (kernels/
+gpu_targets has two of them; the others lie in openxla/xla, target_config/specs); bandwidth is
+NVIDIA's data sheets': A100 80GB SXM 2,039 GB/s, A100 40GB 1,555, H100 SXM 3,352, H200 4,800.
+"""
+
+import dataclasses
+import re
+
+from duo_jax.errors import InputError
+from kernels.aot import Target
+
+# A program shares the memory with the driver, the libraries and the allocator's gaps: of an
+# A100-80G this leaves 83e9 bytes.
+_USABLE = 0.975
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlannedGpu:
+    """What a plan needs to know of a GPU."""
+
+    name: str
+    memory: int  # bytes, as the driver reports them
+    bandwidth: float | None = None  # bytes per second; None: not known
+    target: Target  # the description that programs are compiled for: this GPU's, or the nearest
+
+    @property
+    def budget(self) -> int:
+        """Bytes that a program may take at its peak."""
+        return int(_USABLE * self.memory)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        PlannedGpu(name="a100-40g", memory=42_331_013_120, bandwidth=1555e9, target="a100"),
+        PlannedGpu(name="a100-80g", memory=85_100_068_864, bandwidth=2039e9, target="a100"),
+        PlannedGpu(name="h100-80g", memory=84_942_979_072, bandwidth=3352e9, target="h200"),
+        PlannedGpu(name="h200", memory=151_397_597_184, bandwidth=4800e9, target="h200"),
+    )
+}
+_GIGABYTES = re.compile(r"(\d+(?:\.\d+)?)(?:gb?)?", re.IGNORECASE)
+_MOST_GIGABYTES = 10_000
+
+
+def find(name: str) -> PlannedGpu:
+    """Return a GPU by its name, or one that is only known by its memory in gigabytes (1e9).
+
+    Raises:
+      InputError: it is neither.
+    """
+    if name.lower() in GPUS:
+        return GPUS[name.lower()]
+    number = _GIGABYTES.fullmatch(name)
+    if number is None or not 0 < float(number[1]) <= _MOST_GIGABYTES:
+        raise InputError(
+            f"unknown GPU {name!r}: known are {', '.join(GPUS)}, or a number of gigabytes such as "
+            "24"
+        )
+    memory = int(float(number[1]) * 1e9)
+    return PlannedGpu(name=f"a GPU of {float(number[1]):g} GB", memory=memory, target="a100")

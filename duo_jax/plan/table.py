@@ -1,0 +1,100 @@
+"""A plan as plain text."""
+
+from collections.abc import Sequence
+
+from duo_jax.plan.estimate import Workload
+from duo_jax.plan.gpus import PlannedGpu
+from duo_jax.plan.rows import Row
+
+_HEADER = (
+    ("caches", "weights", "KV", "longest", "weights", "full", "streaming", "work-", "peak"),
+    ("", "", "", "context", "GB", "cache GB", "cache GB", "space GB", "GB"),
+)
+_FLOOR = ("decode", "floor")
+_TEXT_COLUMNS = 3
+
+
+def heading(workload: Workload, gpu: PlannedGpu, *, model: str, heads: str) -> str:
+    """Say what is planned, in two lines."""
+    memory, budget = gpu.memory / 1e9, gpu.budget / 1e9
+    return (
+        f"{model}, {heads}\n"
+        f"{gpu.name}: {memory:.1f} GB of memory, {budget:.1f} of them to be used; "
+        f"batch {workload.batch_size}, chunk {workload.chunk:,}, {workload.dtype}"
+    )
+
+
+def floor_context(rows: Sequence[Row], context: int | None) -> int:
+    """Return where decode floors are compared: the context asked for, or the first that is known.
+
+    At the longest context of each row they would all be alike: the GPU's memory, read once.
+    """
+    return context or next(row.longest for row in rows if row.longest is not None)
+
+
+def table(rows: Sequence[Row], gpu: PlannedGpu, *, floors_at: int) -> str:
+    """Return one line per setting, in gigabytes of 1e9 bytes, at the longest context that fits.
+
+    Args:
+      rows: the plan.
+      gpu: its GPU.
+      floors_at: context of the decode floors.
+    """
+    floors = () if gpu.bandwidth is None else (_FLOOR,)
+    header = [(*line, *(floor[index] for floor in floors)) for index, line in enumerate(_HEADER)]
+    lines = [*header, *(_cells(row, gpu, floors_at) for row in rows)]
+    columns = len(header[0])
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(columns)]
+    return "\n".join(_align(line, widths) for line in lines)
+
+
+def notes(rows: Sequence[Row], workload: Workload, gpu: PlannedGpu, *, floors_at: int) -> str:
+    """Explain the columns that are not what they seem."""
+    text = [
+        "longest context: tokens per row; peak: the larger one of a decode step's and a chunk's"
+    ]
+    if gpu.bandwidth is None:
+        text.append("no decode floor: the memory bandwidth of this GPU is not known")
+    else:
+        text.append(
+            f"decode floor: ms to read weights and caches once at {gpu.bandwidth / 1e9:,.0f} GB/s, "
+            f"behind {floors_at:,} tokens; a step writes "
+            f"{workload.batch_size} token{'s' if workload.batch_size > 1 else ''}"
+        )
+    most = workload.config.model.max_length
+    if any(row.longest and row.longest > most for row in rows):
+        text.append(f"* longer than the {most:,} tokens that the model was made for")
+    return "\n".join(text)
+
+
+def _cells(row: Row, gpu: PlannedGpu, floors_at: int) -> tuple[str, ...]:
+    setting = row.setting
+    names = ("duo" if setting.duo else "full", setting.weights, setting.kv)
+    if row.estimate is None:
+        return (*names, "not possible with this model's sizes")
+    if row.longest is None:
+        return (*names, "does not fit")
+    parts = row.estimate.parts(row.longest)
+    beyond = row.longest > row.estimate.config.model.max_length
+    gigabytes = (parts.weights, parts.full_cache, parts.streaming_cache, parts.workspace)
+    floor = ()
+    if gpu.bandwidth is not None:
+        seconds = row.estimate.decode_floor(floors_at, gpu.bandwidth)
+        floor = (f"{1e3 * seconds:.2f}" if floors_at <= row.longest else "-",)
+    return (
+        *names,
+        f"{row.longest:,}" + ("*" if beyond else " "),
+        *(f"{x / 1e9:.2f}" for x in (*gigabytes, parts.total)),
+        *floor,
+    )
+
+
+def _align(line: Sequence[str], widths: Sequence[int]) -> str:
+    """Put words to the left and numbers to the right; a remark ends its line."""
+    cells = [
+        cell.ljust(width) if index < _TEXT_COLUMNS else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(line, widths, strict=False))
+    ]
+    if len(line) <= _TEXT_COLUMNS + 1:
+        cells[-1] = line[-1]
+    return "  ".join(cells).rstrip()
