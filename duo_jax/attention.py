@@ -5,6 +5,7 @@ it is by the kernels; so that nothing depends on how a text is cut into chunks, 
 chunk see each other as the cache will hold them.
 """
 
+import dataclasses
 import functools
 from typing import Literal
 
@@ -81,7 +82,22 @@ def attend(
         )
         outputs.append(out)
     out = jnp.concatenate(outputs, axis=2).astype(dtype)
-    return out, LayerCache(full=tuple(full), streaming=streaming)
+    return _rings_first(out, LayerCache(full=tuple(full), streaming=streaming))
+
+
+def _rings_first(out, cache: LayerCache):
+    """Have the rings of a chunk written before the next layer begins.
+
+    XLA's GPU compiler would join the writing of rings of the same shape, of whatever layers, and
+    keep all their keys and values until then: 1.3 GB of Llama-3-8B in "int2", chunk 32,000.
+    """
+    if out.shape[1] == 1:
+        return out, cache
+    rings = (cache.streaming, [part.latest for part in cache.full])
+    out, (streaming, latest) = jax.lax.optimization_barrier((out, rings))
+    parts = zip(cache.full, latest, strict=True)
+    full = tuple(dataclasses.replace(part, latest=ring) for part, ring in parts)
+    return out, LayerCache(full=full, streaming=streaming)
 
 
 def _attend_full(q, k, v, cache: KVCache, lengths, num_tokens, *, implementation: Implementation):
