@@ -90,9 +90,9 @@ def append_in_blocks(
     """
     begun = lengths % BLOCK  # tokens of an unfinished block; they are the ring's first ones
     complete = (begun + num_tokens) // BLOCK * BLOCK
-    window = jnp.arange(-(-(BLOCK - 1 + keys.shape[1]) // BLOCK) * BLOCK, dtype=begun.dtype)
-    begun_row = begun[:, None]
-    source = jnp.where(window < begun_row, window, BLOCK + window - begun_row)
+    window = -(-(BLOCK - 1 + keys.shape[1]) // BLOCK) * BLOCK
+    at, end = jnp.arange(window, dtype=begun.dtype)[None, :], begun[:, None]
+    source = jnp.where(at < end, at, BLOCK + at - end)
     source = jnp.minimum(source, BLOCK + keys.shape[1] - 1)
 
     def pack_in(cached: Packed, ring: Array, new: Array) -> Packed:

@@ -1,14 +1,19 @@
 """Attention of one new token per row over cached keys and values."""
 
+import functools
+
 from jaxtyping import Array, Float, Int
 
 from kernels import compat, limits
 from kernels.decode import triton, xla
 from kernels.decode.config import BlockSizes, heuristic
 from kernels.dispatch import Implementation, dispatch
+from kernels.no_gradient import refuse_gradient
 from kernels.packed import Packed
 from kernels.packed import config as packed_config
 from kernels.packed import decode as packed_decode
+
+_NO_GRADIENT = "decode has no gradient; full_attention and streaming_attention have"
 
 
 def decode(
@@ -53,14 +58,18 @@ def decode(
 
     def run_triton(interpret: bool):
         gpu = compat.tile_gpu()
-        options = {"softmax_scale": softmax_scale, "interpret": interpret}
         if isinstance(k, Packed):
             chosen = block_sizes or packed_config.decode_heuristic(
                 **sizes, dtype=q.dtype, layout=k.layout, gpu=gpu
             )
-            return packed_decode.decode(q, k, v, lengths, block_sizes=chosen, **options)
-        chosen = block_sizes or heuristic(**sizes, dtype=k.dtype, gpu=gpu)
-        return triton.decode(q, k, v, lengths, block_sizes=chosen, **options)
+            kernel = packed_decode.decode
+        else:
+            chosen = block_sizes or heuristic(**sizes, dtype=k.dtype, gpu=gpu)
+            kernel = triton.decode
+        kernel = functools.partial(
+            kernel, softmax_scale=softmax_scale, block_sizes=chosen, interpret=interpret
+        )
+        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, lengths)
 
     return dispatch(
         implementation,

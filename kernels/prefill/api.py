@@ -1,15 +1,20 @@
 """Causal attention of a chunk of new tokens over cached keys and values, their own included."""
 
+import functools
+
 from jaxtyping import Array, Float, Int
 
 from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
+from kernels.no_gradient import refuse_gradient
 from kernels.packed import Packed
 from kernels.packed import config as packed_config
 from kernels.packed import prefill as packed_prefill
 from kernels.prefill import triton, xla
 from kernels.prefill.config import heuristic
 from kernels.tiles import BlockSizes
+
+_NO_GRADIENT = "prefill has no gradient; full_attention and streaming_attention have"
 
 
 def prefill(
@@ -49,16 +54,21 @@ def prefill(
     limits.check_rows("offsets", offsets, q.shape[0])
 
     def run_triton(interpret: bool):
-        length, options = q.shape[1], {"softmax_scale": softmax_scale, "interpret": interpret}
+        length, head_dim = q.shape[1], q.shape[3]
         if isinstance(k, Packed):
             chosen = block_sizes or packed_config.prefill_heuristic(
-                length=length, head_dim=q.shape[3]
+                length=length, head_dim=head_dim
             )
-            return packed_prefill.prefill(q, k, v, offsets, block_sizes=chosen, **options)
-        chosen = block_sizes or heuristic(
-            length=length, head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
+            kernel = packed_prefill.prefill
+        else:
+            chosen = block_sizes or heuristic(
+                length=length, head_dim=head_dim, dtype=q.dtype, gpu=compat.tile_gpu()
+            )
+            kernel = triton.prefill
+        kernel = functools.partial(
+            kernel, softmax_scale=softmax_scale, block_sizes=chosen, interpret=interpret
         )
-        return triton.prefill(q, k, v, offsets, block_sizes=chosen, **options)
+        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, offsets)
 
     return dispatch(
         implementation,

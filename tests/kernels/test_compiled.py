@@ -12,7 +12,7 @@ from tests.kernels import compile_worker
 
 ROOT = pathlib.Path(__file__).parents[2]
 TARGETS = ("a100", "h200")
-OPS = ("decode", "full", "merge", "prefill", "streaming")
+OPS = ("decode", "decode_packed", "full", "merge", "prefill", "prefill_packed", "streaming")
 
 
 def compile_all(target: str, names: list[str]) -> dict[str, str | None]:

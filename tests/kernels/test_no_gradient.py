@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Past, full_attention, merge_lse, streaming_attention
+from kernels import Past, decode, full_attention, merge_lse, prefill, streaming_attention
 from kernels.no_gradient import refuse_gradient
+from kernels.packed import INT4, pack
 
 Q, KV = jnp.ones((1, 20, 2, 16)), jnp.ones((1, 20, 1, 16))
 CACHED = jnp.ones((1, 1, 4, 16))
@@ -98,6 +99,22 @@ def test_derivatives_of_the_merging_kernel_are_refused(derive):
         derive(merged)(jnp.ones((3, 3)))
     shares = jax.grad(lambda lses: jnp.sum(merged(lses, "xla")))(jnp.zeros((3, 3)))
     np.testing.assert_allclose(shares, 1 / 3, rtol=1e-6)
+
+
+@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "packed"])
+@pytest.mark.parametrize("op", [decode, prefill], ids=["decode", "prefill"])
+def test_gradients_of_attention_over_caches_are_refused(op, is_packed):
+    cache = jnp.ones((1, 2, 64, 16))
+    cache = pack(cache, INT4) if is_packed else cache
+    q = jnp.ones((1, 4, 16) if op is decode else (1, 3, 4, 16))
+
+    def loss(q):
+        options = {"softmax_scale": 0.25, "implementation": "interpret"}
+        return op(q, cache, cache, jnp.array([9]), **options)[0].sum()
+
+    assert np.isfinite(loss(q))
+    with pytest.raises(NotImplementedError, match="has no gradient; full_attention and"):
+        jax.grad(loss)(q)
 
 
 def test_xla_has_the_derivatives_that_the_messages_promise():
