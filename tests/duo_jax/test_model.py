@@ -99,11 +99,11 @@ def test_sparsity_or_threshold_decides(folder, choice, heads):
 
 
 @pytest.mark.parametrize("sizes", [{"sink": 1}, {"recent": 3}])
-def test_sink_and_recent_override_the_pattern(model, folder, text, sizes):
+def test_sink_and_recent_override_the_pattern(model, folder, sizes):
+    """And change what is written: test_flags_change_the_text in test_generate_cli.py."""
     other = duo_jax.load(folder, prefill_chunk=16, **sizes)
     changed = {f"{name}_size": size for name, size in sizes.items()}
     assert other.config == dataclasses.replace(model.config, **changed)
-    assert other.generate([TEXT], max_new_tokens=30) != [text]
 
 
 def test_the_prefill_chunk_matters_to_chunk_mode_only(folder, text):
@@ -431,7 +431,8 @@ def test_a_template_that_refuses(folder, tmp_path):
 # The demo model
 
 
-@pytest.mark.parametrize(("sparsity", "finds"), [(0.5, True), (0.75, True), (1.0, False)])
+# Half of the heads streaming: test_the_demo_answers_without_flags in test_generate_cli.py.
+@pytest.mark.parametrize(("sparsity", "finds"), [(0.75, True), (1.0, False)])
 def test_the_demo_model_finds_its_passkey(sparsity, finds):
     prompt = (pretrained.resolve("demo") / "prompt.txt").read_text()
     [passkey] = [line for line in prompt.splitlines() if line.startswith("Passkey third ")]

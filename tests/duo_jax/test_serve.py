@@ -261,8 +261,8 @@ def test_unusual_sizes(sink, recent):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_errs_at_most_twice_as_much_as_the_plain_model(dtype):
     """Against the same rounded weights in float32; the plain model sets the scale."""
-    rounded = jax.tree.map(lambda x: x.astype(dtype), params(ONE_LAYER))
-    wide = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+    rounded = random_params(ONE_LAYER, dtype=dtype)
+    wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), rounded)
     config, weights = split(SOME, config=ONE_LAYER, weights=rounded)
     tokens = tokens_of(batch=8)
 
@@ -310,7 +310,8 @@ def test_decode_can_be_vmapped():
     _, _, cache = read(config, weights, tokens[:, :12], chunk=12)
     choices = jnp.asarray(tokens[:, 12:14].T)  # [choices, batch]
     step = functools.partial(serve.decode, config, weights)
-    together, _ = jax.vmap(step, in_axes=(None, 0))(cache, choices)
+    together, _ = jit(jax.vmap(step, in_axes=(None, 0)))(cache, choices)
+    step = jit(step)
     for choice, logits in zip(choices, together, strict=True):
         alone, _ = step(cache, choice)
         np.testing.assert_allclose(logits, alone, atol=2e-5)
@@ -344,7 +345,8 @@ print("the same")
 
 
 def test_rows_can_be_sharded_over_devices():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", _SHARDED], capture_output=True, text=True, env=environment
     )

@@ -11,6 +11,7 @@ from duo_jax import llama
 from duo_jax.config import parse_config
 from kernels import full_attention, streaming_attention
 from tests import models
+from tests.params import random_params
 from train import gates as gated
 from train.distillation import Batch, distillation_loss, tail_of, tail_positions
 
@@ -21,7 +22,7 @@ LENGTH, TAIL = 64, 24
 @functools.cache
 def model(name="llama-3, grouped queries"):
     config = parse_config(models.CASES[name])
-    return config, llama.init_params(config, jax.random.key(0))
+    return config, random_params(config)
 
 
 def batch(rows: int = 1, total: int = 60) -> Batch:
@@ -63,6 +64,7 @@ def test_all_gates_zero_is_pure_streaming(mixing):
         out, _ = streaming_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, **SIZES)
         return out, None
 
+    @functools.partial(jax.jit, static_argnums=0)
     def final(attend):
         x, _ = llama.hidden_states(config, params, data.tokens, attend=attend)
         return llama.final_norm(config, params, x)[:, 40:60]

@@ -75,26 +75,26 @@ def test_a_finished_run_is_not_repeated(finished, tiny_model, capsys):
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("lines", [3, 12])
-def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path, lines):
-    """SIGKILL before the first checkpoint (5 steps) and between later ones."""
+def test_killed_twice_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path):
+    """SIGKILL before the first checkpoint (5 steps) and, resumed, between later ones."""
     workdir = tmp_path / "killed"
-    command = [sys.executable, "-m", "train.identify", "--model", str(tiny_model)]
-    process = subprocess.Popen(
-        [*command, "--workdir", str(workdir), *TINY_FLAGS],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
     metrics = workdir / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (workdir / "report.md").exists()
+    command = [sys.executable, "-m", "train.identify", "--model", str(tiny_model)]
+    for lines in (3, 12):
+        process = subprocess.Popen(
+            [*command, "--workdir", str(workdir), *TINY_FLAGS],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (workdir / "report.md").exists()
 
     run(tiny_model, workdir)
     assert gates_bytes(workdir) == gates_bytes(finished)
@@ -131,24 +131,21 @@ def test_defaults_are_the_papers(tmp_path):
 
 
 SHORT = ("--num-steps", "4", "--eval-samples", "0")
+SETTINGS = [
+    ("--learning-rate", "0.05"),
+    ("--reg-weight", "2.0"),
+    ("--target-sparsity", "0.9"),
+    ("--mixing", "self"),
+    ("--sink", "1"),
+    ("--recent", "3"),
+    ("--dtype", "bfloat16"),
+    ("--seed", "1"),
+    ("--num-steps", "3"),
+    ("--max-length", "208"),
+]
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--learning-rate", "0.05"),
-        ("--reg-weight", "2.0"),
-        ("--target-sparsity", "0.9"),
-        ("--mixing", "self"),
-        ("--sink", "1"),
-        ("--recent", "3"),
-        ("--dtype", "bfloat16"),
-        ("--seed", "1"),
-        ("--num-steps", "3"),
-        ("--max-length", "208"),
-    ],
-    ids=lambda flags: flags[0],
-)
+@pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: flags[0])
 def test_every_setting_changes_the_gates(tiny_model, tmp_path, flags):
     base = _gates_once(tiny_model, tmp_path / "base", SHORT)
     assert _gates_once(tiny_model, tmp_path / "changed", (*SHORT, *flags)) != base

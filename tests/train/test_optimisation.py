@@ -11,6 +11,7 @@ import pytest
 from duo_jax import llama
 from duo_jax.config import parse_config
 from tests import models
+from tests.train.test_identify import SETTINGS
 from train import optimisation
 from train.distillation import Batch, distillation_loss
 from train.optimisation import StepConfig, init_state, train_step
@@ -28,6 +29,7 @@ CONFIG = StepConfig(
 )
 
 
+TARGETED = dataclasses.replace(CONFIG, num_steps=300, target_sparsity=0.5)
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}  # compiling is what these tests wait for
 
 
@@ -135,9 +137,9 @@ def gradient_of(gates, data):
     )
 
 
-@pytest.mark.parametrize("target", [None, 0.5])
-def test_metrics_add_up(target):
-    states, metrics = train(dataclasses.replace(CONFIG, target_sparsity=target), steps=4)
+@pytest.mark.parametrize("config", [CONFIG, TARGETED], ids=["penalty", "target"])
+def test_metrics_add_up(config):
+    states, metrics = train(config, steps=4)
     for state, values in zip(states, metrics, strict=True):
         above_half = float((state.gates > 0.5).mean())
         np.testing.assert_allclose(values["gates_above_half"], above_half, rtol=1e-6)
@@ -145,7 +147,7 @@ def test_metrics_add_up(target):
             values["loss"], values["distillation"] + values["penalty"], rtol=1e-6
         )
         np.testing.assert_allclose(values["mean_gate"], state.gates.mean(), rtol=1e-6)
-    if target is None:
+    if config.target_sparsity is None:
         before = [1.0, *(float(s.gates.mean()) for s in states[:-1])]
         np.testing.assert_allclose([m["penalty"] for m in metrics], 0.05 * np.array(before), 1e-5)
 
@@ -162,8 +164,7 @@ def test_gates_stay_between_0_and_1():
 
 
 def test_target_sparsity_brings_the_mean_gate_to_the_target_and_holds_it():
-    config = dataclasses.replace(CONFIG, num_steps=300, target_sparsity=0.5)
-    states, metrics = train(config, steps=300)
+    states, metrics = train(TARGETED, steps=300)
     means = np.array([m["mean_gate"] for m in metrics])
     assert abs(means[-1] - 0.5) < 0.05
     assert np.abs(means[200:] - 0.5).max() < 0.1  # no swinging about
@@ -181,27 +182,14 @@ def test_bfloat16_weights_keep_gates_and_optimiser_in_float32():
     assert metrics[-1]["distillation"] > 0
 
 
-CHANGES = {
-    "num_steps": 4,
-    "learning_rate": 0.03,
-    "reg_weight": 0.5,
-    "target_sparsity": 0.5,
-    "sink_size": 3,
-    "recent_size": 7,
-    "mixing": "self",
-    "tail_size": 8,  # too short on purpose: cuts supervised positions off
-}
-
-
-def test_every_field_is_listed():
-    # Implementations agree; tests/duo_jax/test_implementations.py sees that the choice is obeyed.
-    listed = [*CHANGES, "implementation"]
-    assert sorted(listed) == sorted(field.name for field in dataclasses.fields(StepConfig))
-
-
-@pytest.mark.parametrize("field", CHANGES)
-def test_every_field_changes_the_gates(field):
+def test_a_tail_that_cuts_supervised_positions_off_changes_the_gates():
     before = train(CONFIG, steps=4)[0][-1].gates
-    changed = dataclasses.replace(CONFIG, **{field: CHANGES[field]})
-    after = train(changed, steps=4)[0][-1].gates
+    after = train(dataclasses.replace(CONFIG, tail_size=8), steps=4)[0][-1].gates
     assert np.abs(before - after).max() > 1e-6
+
+
+def test_every_other_field_is_a_setting_that_changes_the_gates_of_a_whole_run():
+    settings = {flags[0].removeprefix("--").replace("-", "_") for flags in SETTINGS}
+    fields = {field.name.removesuffix("_size") for field in dataclasses.fields(StepConfig)}
+    # Implementations agree; tests/duo_jax/test_implementations.py sees that the choice is obeyed.
+    assert fields - settings == {"tail", "implementation"}
