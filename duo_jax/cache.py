@@ -91,12 +91,12 @@ def check_kv(config: DuoConfig, kv: str) -> None:
     """
     if kv not in get_args(KVFormat):
         raise InputError(f"KV format {kv!r} is not one of {', '.join(get_args(KVFormat))}")
-    head_dim, fields = (
-        config.model.head_dim,
-        max(x.fields for x in _LAYOUTS.get(kv, (packed.INT8,))),
-    )
-    if kv in _LAYOUTS and head_dim % fields:
-        raise InputError(f"head_dim {head_dim} is not a multiple of {fields}, as KV {kv} needs")
+    head_dim = config.model.head_dim
+    for layout in _LAYOUTS.get(kv, ()):
+        if head_dim % layout.fields:
+            raise InputError(
+                f"head_dim {head_dim} is not a multiple of {layout.fields}, as KV {kv} needs"
+            )
 
 
 def init_cache(
