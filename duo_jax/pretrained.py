@@ -82,7 +82,7 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
 
 
 def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
-    """Return a model's config.json or a folder that holds it; of a hub model nothing else is fetched.
+    """Return a model's config.json or a folder that holds it; nothing else is fetched.
 
     Args:
       name: as of `resolve`, or the file itself.

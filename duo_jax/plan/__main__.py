@@ -97,9 +97,11 @@ def run(config: PlanConfig) -> None:
     if config.context is not None:
         print(f"\n{_answer(rows, config.context)}")
     if config.png is not None:
-        pattern = "its own" if config.pattern is None else _name(config.pattern)
+        pattern = "its own pattern"
+        if config.pattern is not None:
+            pattern = f"pattern {_name(config.pattern)}"
         numbers = f"batch {config.batch}, chunk {config.chunk:,}, {config.dtype}"
-        title = f"{_name(config.model)} on {gpu.name}, {numbers}\npattern {pattern}\n{heads}"
+        title = f"{_name(config.model)} on {gpu.name}, {numbers}\n{pattern}\n{heads}"
         files.write_bytes(config.png, plot.png(rows, gpu, title=title))
         print(f"\nwritten: {config.png}")
     if config.verify:
@@ -118,16 +120,15 @@ def _answer(rows: Sequence[Row], context: int) -> str:
         return f"{context:,} tokens: no setting fits"
     assert row.estimate is not None
     peak = row.estimate.parts(context).total / 1e9
-    return (
-        f"{context:,} tokens: {row.setting} is the setting of least loss that fits ({peak:.2f} GB)"
-    )
+    return f"{context:,} tokens: {row.setting} is what fits with the least loss ({peak:.2f} GB)"
 
 
 def _verify(rows: Sequence[Row], gpu: PlannedGpu) -> None:
     print(f"\ncompiled for {gpu.target} at the longest context, GB:")
     fitting = [row for row in rows if row.longest is not None]
     for row in tqdm(fitting, unit="row", disable=None, leave=False):
-        assert row.estimate is not None and row.longest is not None
+        assert row.estimate is not None
+        assert row.longest is not None
         peaks = verify.compile_row(row.estimate, row.longest, target=gpu.target)
         estimate = row.estimate.parts(row.longest).total
         tqdm.write(

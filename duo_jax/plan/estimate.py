@@ -67,7 +67,7 @@ class Estimate:
         return BLOCK if self.setting.kv == "int2" else 1
 
     def parts(self, context: int) -> Parts:
-        """Return the peak of serving `context` tokens per row: prefill's or decode's, the larger."""
+        """Return the peak at `context` tokens per row: that of a chunk or a decode step."""
         slots = -(-context // self.block) * self.block
         workload = self.workload
         return Parts(

@@ -58,7 +58,7 @@ def png(rows: Sequence[Row], gpu: PlannedGpu, *, title: str) -> bytes:
     axes[0].set_ylabel("peak memory (GB)")
     figure.legend(handles=_legend(rows), loc="outside right center", fontsize=9, frameon=False)
     file = io.BytesIO()
-    figure.savefig(file, dpi=130, format="png")
+    figure.savefig(file, dpi=100, format="png")
     return file.getvalue()
 
 
@@ -76,13 +76,10 @@ def _draw(panel: Any, row: Row, contexts: np.ndarray) -> None:
 def _legend(rows: Sequence[Row]) -> list[Line2D]:
     """Name colours and styles one by one: a line of both for every setting would fill the page."""
     caches = [kv for kv in _COLOURS if any(row.setting.kv == kv for row in rows)]
-    weights = [name for name in _STYLES if any(row.setting.weights == name for row in rows)]
+    styles = [name for name in _STYLES if any(row.setting.weights == name for row in rows)]
     return [
         *(Line2D([], [], color=_COLOURS[kv], label=f"KV {kv}") for kv in caches),
-        *(
-            Line2D([], [], color="grey", linestyle=_STYLES[w], label=f"weights {w}")
-            for w in weights
-        ),
+        *(Line2D([], [], color="grey", linestyle=_STYLES[w], label=f"weights {w}") for w in styles),
         Line2D([], [], color="black", linewidth=1.2, label="usable memory"),
         Line2D([], [], color="grey", marker="o", linestyle="", label="longest context"),
     ]

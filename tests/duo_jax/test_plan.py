@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import pathlib
 import re
+import shlex
+import shutil
 
 import jax
 import numpy as np
@@ -22,6 +25,8 @@ from duo_jax.split import DuoConfig
 from kernels import aot
 from tests.models import llama
 
+ROOT = pathlib.Path(__file__).parents[2]
+PUBLISHED = ROOT.parent / "shared" / "attn_patterns" / "Llama-3-8B-Instruct-Gradient-4194k"
 GB = 1e9
 # Llama-3-8B's sizes, but for its 32 layers.
 SMALL = llama(
@@ -219,9 +224,13 @@ def test_a_context_is_answered_with_the_setting_of_least_loss(printed):
     rows = rows_of(printed())
     longest = int(rows["duo", "model", "model"][0].strip("*").replace(",", ""))
     answer = printed("--context", str(longest)).splitlines()[-1]
-    assert answer.startswith(f"{longest:,} tokens: duo caches, weights model, KV model is")
+    assert answer.startswith(
+        f"{longest:,} tokens: duo caches, weights model, KV model is what fits"
+    )
     answer = printed("--context", str(longest + 1)).splitlines()[-1]
-    assert answer.startswith(f"{longest + 1:,} tokens: duo caches, weights model, KV int8 is")
+    assert answer.startswith(
+        f"{longest + 1:,} tokens: duo caches, weights model, KV int8 is what fits"
+    )
     assert printed("--context", "2000000000").splitlines()[-1] == (
         "2,000,000,000 tokens: no setting fits"
     )
@@ -345,3 +354,24 @@ def test_a_picture_that_cannot_be_written_is_one_line(model, tmp_path, capsys):
         main(["--model", str(model), "--png", str(tmp_path / "plan.png")])
     assert "plan.png cannot be written" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
+
+
+# The README.
+
+
+def test_the_readmes_example_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    if not PUBLISHED.is_dir():
+        pytest.skip("the published patterns are not here")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    example = text.split("<!-- plan example -->\n```\n$ ")[1].split("```\n<!-- end -->")[0]
+    command, printed = example.split("\n", 1)
+    python, minus_m, module, *args = shlex.split(command)
+    assert (python, minus_m, module) == ("python", "-m", "duo_jax.plan")
+    folder = tmp_path / "Llama-3-8B"
+    folder.mkdir()
+    raw = SMALL | {"num_hidden_layers": 32, "max_position_embeddings": 4_194_304}
+    (folder / "config.json").write_text(json.dumps(raw))
+    shutil.copytree(next(PUBLISHED.iterdir()), folder / "pattern")
+    monkeypatch.chdir(tmp_path)
+    main(args)
+    assert capsys.readouterr().out == printed
