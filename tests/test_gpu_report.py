@@ -17,12 +17,20 @@ from jax.experimental import pallas as pl
 
 from benchmarks import floors, gpu_report
 from benchmarks.gpu import arrays, block_sweep, checks, models, references, rivals, tables, targets
-from benchmarks.gpu.settings import FULL_32K, STREAMING_32K, real, smoke
+from benchmarks.gpu.settings import (
+    DECODE_500K,
+    FULL_32K,
+    STREAMING_32K,
+    packed_name,
+    real,
+    smoke,
+)
 from benchmarks.gpu.tables import Stage, Table
 from duo_jax import llama, split
 from kernels.decode.cases import DecodeCase
 from kernels.full.cases import FullCase
 from kernels.gpu import H200
+from kernels.packed.cases import PackedDecodeCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -73,7 +81,10 @@ def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path)
     printed = ran.stdout.splitlines()
     printed = printed[next(i for i, line in enumerate(printed) if line.startswith("SMOKE")) :]
     assert len(printed) <= 40
-    assert "checks: 2 passed, 0 failed, 0 not reached" in ran.stdout
+    assert "checks: 3 passed, 0 failed, 0 not reached" in ran.stdout
+    for bits, floor in ((8, 1.6), (4, 2.6), (2, 2.9)):
+        line = next(x for x in printed if f"500K, int{bits} KV: " in x)
+        assert float(line.split("floor ")[1].split("x")[0]) == pytest.approx(floor, abs=0.5)
     assert "stage prefill: failed: RuntimeError: --fail prefill, 0 rows" in printed
     for target, line in zip(judged, printed[-len(judged) :], strict=True):
         assert target["what"][:60] in line
@@ -87,7 +98,7 @@ def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys, monk
     found = json.loads((tmp_path / "decode.json").read_text())
     assert (found["rows"], found["not_reached"]) == ([], ["tiny"])
     assert found["status"] == "out of time"
-    assert "checks: 0 passed, 0 failed, 2 not reached" in capsys.readouterr().out
+    assert "checks: 0 passed, 0 failed, 3 not reached" in capsys.readouterr().out
 
 
 def test_a_real_run_needs_a_gpu_and_says_so(capsys):
@@ -171,6 +182,16 @@ def test_memory_is_poisoned_with_two_numbers_before_the_kernel_runs(monkeypatch)
     assert math.isnan(fills[0])
     assert fills[1] > 1e4
     np.testing.assert_array_equal(scribbles, fills)
+
+
+def test_packed_caches_are_checked_as_they_are():
+    case = PackedDecodeCase(bits=2, lengths=(70, 0), slots=128, dtype="float32", **SMALL)
+    result = checks.check(case, seed=3, implementation="interpret")
+    assert result["passed"], result
+    assert block_sweep.candidates(case, gpu=H200)[0] == case.block_sizes(gpu=H200)
+    assert {x.block_kv for x in block_sweep.candidates(case, gpu=H200)} == {32}
+    with pytest.raises(rivals.UnsuitableError, match="packed"):
+        rivals.equivalent(case, arrays.draw(case, 0))
 
 
 def test_an_output_outside_its_poisoned_buffer_fails():
@@ -337,6 +358,8 @@ def test_targets_are_judged_by_what_was_measured(tmp_path):
     add("decode", "a ring", 1.0, num_bytes=1e6, copy=0.1)
     add("prefill", FULL_32K, 1.0, rivals={"jax.nn cudnn": {"ours_is_faster_by": 0.7}})
     add("streaming", STREAMING_32K, 0.05)
+    add("decode", DECODE_500K, 0.006, num_bytes=1e6)
+    add("decode_packed", packed_name(4), 0.003, num_bytes=4e5)
     headline = {"model": models.LLAMA_2_7B.name, "name": "duo", "floor_speedup": 2.7}
     decode.add(**headline, context=100_000, speedup=9.0)
     decode.add(**headline, context=134_000, speedup=2.6)
@@ -345,12 +368,13 @@ def test_targets_are_judged_by_what_was_measured(tmp_path):
     def judged(hardware):
         return [(target.status, target.value) for target in targets.judge(found, hardware=hardware)]
 
-    assert judged("NVIDIA A100-SXM4-80GB")[:5] == [
+    assert judged("NVIDIA A100-SXM4-80GB")[:6] == [
         ("not met", 0.84),
         ("not met", 0.7),
         ("met", 20.0),
+        ("not met", 2.0),
         ("met", 2.6),
         ("met", 2.6 / 2.7),
     ]
     assert judged("NVIDIA H200")[1] == ("reported", 0.7)
-    assert set(judged("NVIDIA H200")[5:]) == {("not measured", None)}
+    assert set(judged("NVIDIA H200")[6:]) == {("not measured", None)}

@@ -32,10 +32,16 @@ def draw(case: Case, seed: int) -> tuple[Any, ...]:
 
 
 def upcast(tree: Any) -> Any:
-    """Return a tree with its floating-point arrays in float32."""
-    return jax.tree.map(
-        lambda x: x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
+    """Return a tree with its floating-point arrays in float32; packed ones stay as they are.
+
+    What a packed number stands for is the same in any dtype.
+    """
+
+    def one(x):
+        floating = not isinstance(x, Packed) and jnp.issubdtype(x.dtype, jnp.floating)
+        return x.astype(jnp.float32) if floating else x
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Packed))
 
 
 def filled_like(shapes: Any, value: float) -> Any:

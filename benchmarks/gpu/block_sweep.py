@@ -22,6 +22,7 @@ from kernels.full.cases import FullCase
 from kernels.gpu import Gpu
 from kernels.merge import config as merge_config
 from kernels.merge.cases import MergeCase
+from kernels.packed import Packed
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 from kernels.tiles import BlockSizes, cdiv
@@ -106,6 +107,9 @@ def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
         ]
     else:
         found = []
+    if any(isinstance(x, Packed) for x in case.shapes()):
+        # A tile of theirs is what a block's words hold.
+        found = [sizes for sizes in found if sizes.block_kv == chosen.block_kv]
     # Those that differ little from the choice come first: time may not do for all.
     return sorted(dict.fromkeys([chosen, *found]), key=lambda sizes: _differences(sizes, chosen))
 

@@ -13,6 +13,7 @@ from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.full.cases import FullCase
 from kernels.merge.cases import MergeCase
+from kernels.packed import Packed
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -50,6 +51,8 @@ def equivalent(case: Case, arguments: tuple[Any, ...]) -> Equivalent:
     if isinstance(case, MergeCase):
         raise UnsuitableError("they do not merge")
     q, k, v, *rest = arguments
+    if isinstance(k, Packed):
+        raise UnsuitableError("they do not read packed keys")
     if isinstance(case, DecodeCase):
         if len(set(case.lengths)) > 1:
             raise UnsuitableError("rows have different lengths")

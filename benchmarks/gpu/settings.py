@@ -13,6 +13,7 @@ from kernels.all_cases import CASES
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.dispatch import Implementation
+from kernels.packed.cases import LAYOUTS, PackedDecodeCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -21,6 +22,13 @@ Cases = Mapping[str, Mapping[str, Case]]
 # The same heads and tokens, full and streaming: what the streaming kernel saves.
 FULL_32K = "llama-3-8b, all heads, first 32K"
 STREAMING_32K = "llama-3-8b, all heads streaming, first 32K"
+# The same heads and tokens, in bfloat16 and packed.
+DECODE_500K = "llama-3-8b, 4 retrieval heads at 500K"
+
+
+def packed_name(bits: int) -> str:
+    """Return the name of the packed case that has the heads and tokens of DECODE_500K."""
+    return f"int{bits}, {DECODE_500K}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +76,9 @@ def real() -> Settings:
     timed["streaming"] = {
         STREAMING_32K: StreamingCase(length=32_000, q_heads=32, kv_heads=8)
     } | timed["streaming"]
+    timed["decode"] = {
+        DECODE_500K: DecodeCase(lengths=(500_000,), slots=500_032, q_heads=16, kv_heads=4)
+    } | timed["decode"]
     return Settings(
         smoke=False,
         checks=CASES,
@@ -85,16 +96,22 @@ def smoke() -> Settings:
         shapes.model_config("gqa", layers=1, embed=64, q_heads=4), vocab_size=64, head_dim=16,
         num_kv_heads=2,
     )  # fmt: skip
-    decode = DecodeCase(lengths=(33,), slots=40, **tiny)
+    decode = DecodeCase(lengths=(33,), slots=64, **tiny)
+    packed = {
+        packed_name(bits): PackedDecodeCase(bits=bits, lengths=(33,), slots=64, **tiny)
+        for bits in LAYOUTS
+    }
     return Settings(
         smoke=True,
         checks={
             "decode": {"odd length": decode},
+            "decode_packed": {packed_name(4): packed[packed_name(4)]},
             "streaming": {"odd length": StreamingCase(length=19, sink=2, recent=8, **tiny)},
         },
         check_implementation="interpret",
         timed={
-            "decode": {"33 tokens": decode},
+            "decode": {DECODE_500K: decode},
+            "decode_packed": packed,
             "prefill": {FULL_32K: PrefillCase(offsets=(0,), length=32, slots=32, **tiny)},
             "streaming": {STREAMING_32K: StreamingCase(length=32, sink=2, recent=8, **tiny)},
         },

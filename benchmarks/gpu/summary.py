@@ -1,6 +1,6 @@
 """The last lines of a run: what passed, what was measured, which targets were met."""
 
-from benchmarks.gpu import ceilings
+from benchmarks.gpu import ceilings, packed
 from benchmarks.gpu.tables import Table
 from benchmarks.gpu.targets import Target
 
@@ -12,7 +12,7 @@ def lines(tables: dict[str, Table], targets: list[Target], *, title: str) -> lis
     """Write the summary; targets come last, and whole."""
     head = [title, *_stages(tables), *_checks(tables), *_ceilings(tables)]
     tail = ["targets:", *(f"  {target.line()}" for target in targets)]
-    middle = _serving(tables)
+    middle = [*_packed(tables), *_serving(tables)]
     room = _MAX_LINES - len(head) - len(tail)
     return [line[:_WIDTH] for line in (*head[: _MAX_LINES - len(tail)], *middle[:room], *tail)]
 
@@ -45,6 +45,14 @@ def _ceilings(tables: dict[str, Table]) -> list[str]:
     if flops is None or num_bytes is None:
         return []
     return [f"ceilings: {flops / 1e12:,.3g} TFLOP/s, {num_bytes / 1e9:,.3g} GB/s copied"]
+
+
+def _packed(tables: dict[str, Table]) -> list[str]:
+    return [
+        f"decode attention at 500K, int{x.bits} KV: {1e3 * x.seconds:.4g} ms, "
+        f"{x.speedup:.2f}x bf16 (floor {x.floor:.2f}x)"
+        for x in packed.speedups(tables)
+    ]
 
 
 def _serving(tables: dict[str, Table]) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from benchmarks.gpu import packed
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Published
 from benchmarks.gpu.settings import FULL_32K, STREAMING_32K
 from benchmarks.gpu.tables import Table
@@ -74,6 +75,11 @@ def judge(tables: dict[str, Table], *, hardware: str) -> list[Target]:
             value=full["seconds"]["median"] / streaming["seconds"]["median"]
             if full and streaming
             else None,
+        ),
+        Target(
+            what="decode attention at 500K, int4 KV against bf16",
+            goal=2.5,
+            value=next((x.speedup for x in packed.speedups(tables) if x.bits == 4), None),
         ),
     ]
     for model in (LLAMA_2_7B, LLAMA_3_8B):
