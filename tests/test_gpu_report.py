@@ -82,9 +82,9 @@ def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path)
     printed = printed[next(i for i, line in enumerate(printed) if line.startswith("SMOKE")) :]
     assert len(printed) <= 40
     assert "checks: 3 passed, 0 failed, 0 not reached" in ran.stdout
-    for bits, floor in ((8, 1.6), (4, 2.6), (2, 2.9)):
+    for bits, floor in ((8, 4488 / 1584), (4, 4488 / 1056), (2, 4488 / 693)):
         line = next(x for x in printed if f"500K, int{bits} KV: " in x)
-        assert float(line.split("floor ")[1].split("x")[0]) == pytest.approx(floor, abs=0.5)
+        assert float(line.split("floor ")[1].split("x")[0]) == pytest.approx(floor, abs=0.01)
     assert "stage prefill: failed: RuntimeError: --fail prefill, 0 rows" in printed
     for target, line in zip(judged, printed[-len(judged) :], strict=True):
         assert target["what"][:60] in line
