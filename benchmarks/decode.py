@@ -7,24 +7,36 @@ context of random keys and values. All splits of the model are timed in turn, in
 each stands the time of its attention part (a model of the same attention and width 2), the bytes of
 its live cache, and the ratio of the bytes that a step has to read at least. transformers and
 kvpress follow at every context, on the same saved weights (see benchmarks.rivals).
+
+A table of its own has one of the splits with the cache in every format (benchmarks.decode_kv).
 """
 
 import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks import decode_report, floors, machine, serving, shapes, sweep, timing
+from benchmarks import (
+    decode_kv,
+    decode_kv_report,
+    decode_report,
+    floors,
+    machine,
+    serving,
+    shapes,
+    sweep,
+    timing,
+)
+from benchmarks.decode_parts import StepAndAttention
 from benchmarks.rivals import Rival, RivalError
-from benchmarks.serving import Decoder, Variant
+from benchmarks.serving import Variant
 from benchmarks.settings import ServingSettings
 from duo_jax import cli
-from duo_jax.cache import Cache
+from duo_jax.cache import KVFormat
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 
@@ -41,26 +53,42 @@ class DecodeConfig(ServingSettings):
     """Timed steps of every program and context; the median counts."""
     rival_steps: int = 6
     """Timed steps of other libraries."""
+    tables: tuple[Literal["splits", "kv"], ...] = ("splits", "kv")
+    """What to measure: splits and other libraries, formats of the cache."""
+    kv: tuple[KVFormat, ...] = ("bf16", "int8", "int4", "int2")
+    """Formats of the cache, beside the model's own."""
+    kv_contexts: tuple[int, ...] = (1024, 4096, 16384)
+    """As contexts, of the table of formats."""
+    kv_geometry: shapes.Geometry = "gqa"
+    """As geometries, of the table of formats."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/decode")
-    """Where to write .json, .md and .png."""
+    """Where to write .json, .md and .png; the table of formats goes to OUT_kv."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.contexts or min(self.steps, self.rival_steps, *self.contexts) < 1:
+        contexts = (*self.contexts, *self.kv_contexts)
+        if not (self.tables and self.contexts and self.kv_contexts):
+            raise InputError("there must be tables and contexts to measure")
+        if min(self.steps, self.rival_steps, *contexts) < 1:
             raise InputError("contexts, steps and rival steps must be at least 1")
+        if "kv" in self.tables and not self.retrieval:
+            raise InputError("the table of KV formats needs a fraction of retrieval heads")
 
 
 def main(config: DecodeConfig) -> None:
-    """Measure, print a table, write it, JSON and a picture."""
+    """Measure, print tables, write them, JSON and pictures."""
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    rows_of = functools.partial(_sweep, config)
-    result = sweep.measure(
-        config,
-        rows_of,
-        module="benchmarks.decode",
-        extra={"read_bandwidth": machine.read_bandwidth},
-    )
-    sweep.publish(result, config.out, decode_report)
+    extra = {"read_bandwidth": machine.read_bandwidth}
+    if "splits" in config.tables:
+        rows_of = functools.partial(_sweep, config)
+        result = sweep.measure(config, rows_of, module="benchmarks.decode", extra=extra)
+        sweep.publish(result, config.out, decode_report)
+    if "kv" in config.tables:
+        only = dataclasses.replace(config, geometries=(config.kv_geometry,), rivals=())
+        rows_of = functools.partial(_formats, config)
+        result = sweep.measure(only, rows_of, module="benchmarks.decode", extra=extra)
+        out = config.out.with_name(f"{config.out.name}_kv")
+        sweep.publish(result, out, decode_kv_report)
 
 
 def _sweep(
@@ -85,13 +113,47 @@ def _sweep(
             yield {"geometry": geometry, "context": context, **row}
 
 
+def _formats(
+    config: DecodeConfig,
+    geometry: str,
+    model: ModelConfig,
+    folder: pathlib.Path,
+    libraries: list[Rival],
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of one model, its cache in every format."""
+    del libraries
+    full, duo, *_ = serving.variants(
+        model, config.retrieval, sink_size=config.sink, recent_size=config.recent
+    )
+    params = serving.load_params(folder, model)
+    attention_params = serving.attention_params(model, config.dtype)
+    for context in tqdm(config.kv_contexts, desc=f"{geometry}, KV", disable=None):
+        rows = decode_kv.rows(
+            [(full, "model"), (duo, "model"), *((duo, kv) for kv in config.kv)],
+            params,
+            attention_params,
+            context=context,
+            steps=config.steps,
+            dtype=config.dtype,
+        )
+        for row in rows:
+            yield {"geometry": geometry, "context": context, **row}
+
+
 def _ours(
     config: DecodeConfig, context: int, variants: list[Variant], params, attention_params
 ) -> list[dict[str, Any]]:
     """Measure all splits at one context."""
     max_len = context + 2 * (1 + config.steps)  # two programs decode into each cache
     measured = {
-        variant.name: _Measured(config, context, max_len, variant, params, attention_params)
+        variant.name: StepAndAttention(
+            variant.config,
+            params,
+            attention_params,
+            context=context,
+            max_len=max_len,
+            dtype=config.dtype,
+        )
         for variant in variants
     }
     calls = {
@@ -143,42 +205,6 @@ def _ours(
             ratio = full["floor_bytes"][part] / row["floor_bytes"][part]
             row[f"floor_{part}_speedup"] = ratio
     return rows
-
-
-class _Measured:
-    """A split model, its attention part, and the cache that both decode into."""
-
-    def __init__(
-        self, config: DecodeConfig, context: int, max_len: int, variant: Variant,
-        params, attention_params,
-    ) -> None:  # fmt: skip
-        split = variant.config
-        self.cache = serving.filled_cache(
-            split, context=context, max_len=max_len, dtype=config.dtype
-        )
-        only = dataclasses.replace(split, model=shapes.attention_only(split.model))
-        self._step = Decoder(split, params, self.cache)
-        self._attention = Decoder(only, attention_params, self.cache)
-        self._buffers = _pointers(self.cache)
-
-    def step(self) -> None:
-        self.cache = self._step.step(self.cache)
-
-    def attention(self) -> None:
-        self.cache = self._attention.step(self.cache)
-
-    @property
-    def in_place(self) -> bool:
-        """Whether the cache still lies where it was made."""
-        return _pointers(self.cache) == self._buffers
-
-    @property
-    def temp_bytes(self) -> int:
-        return self._step.temp_bytes
-
-
-def _pointers(cache: Cache) -> set[int]:
-    return {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(cache.layers)}
 
 
 def _theirs(

@@ -66,13 +66,16 @@ def attention_params(model: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     return split.split_params(model, params, heads)
 
 
-def filled_cache(config: DuoConfig, *, context: int, max_len: int, dtype: DTypeLike) -> Cache:
-    """Return the cache of one row after `context` random keys and values.
+def filled_cache(
+    config: DuoConfig, *, context: int, max_len: int, dtype: DTypeLike, kv: str = "model"
+) -> Cache:
+    """Return the cache of one row after `context` random keys and values, in the format `kv`.
 
     What a step costs does not depend on what the cache holds, and reading a long prompt takes
     minutes on a CPU. All slots are written, so that all memory is really there.
     """
-    leaves, treedef = jax.tree.flatten(empty_cache(config, max_len=max_len, dtype=dtype).layers)
+    empty = empty_cache(config, max_len=max_len, dtype=dtype, kv=kv)
+    leaves, treedef = jax.tree.flatten(empty.layers)
     for i, key in enumerate(jax.random.split(jax.random.key(0), len(leaves))):
         leaves[i] = _random_like(leaves[i], key)
     return Cache(
@@ -80,9 +83,11 @@ def filled_cache(config: DuoConfig, *, context: int, max_len: int, dtype: DTypeL
     )
 
 
-def empty_cache(config: DuoConfig, *, max_len: int, dtype: DTypeLike) -> Cache:
+def empty_cache(config: DuoConfig, *, max_len: int, dtype: DTypeLike, kv: str = "model") -> Cache:
     """Describe the cache of one row by jax.ShapeDtypeStruct: enough to compile, no memory."""
-    return jax.eval_shape(lambda: init_cache(config, batch_size=1, max_len=max_len, dtype=dtype))
+    return jax.eval_shape(
+        lambda: init_cache(config, batch_size=1, max_len=max_len, dtype=dtype, kv=kv)
+    )
 
 
 def live_bytes(cache: Cache) -> int:
@@ -193,5 +198,6 @@ def _random_like(buffer: jax.ShapeDtypeStruct, key: jax.Array) -> jax.Array:
 def _repeated(key, shape, dtype):
     batch, heads, slots, head_dim = shape
     drawn = min(slots, _RANDOM_TOKENS)
-    block = jax.random.normal(key, (batch, heads, drawn, head_dim), dtype)
+    draw = jax.random.bits if jnp.issubdtype(dtype, jnp.integer) else jax.random.normal
+    block = draw(key, (batch, heads, drawn, head_dim), dtype)
     return jnp.tile(block, (1, 1, -(-slots // drawn), 1))[:, :, :slots]

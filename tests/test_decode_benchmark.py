@@ -148,7 +148,7 @@ def test_smallest_decode_run(tmp_path, capsys):
     config = decode.DecodeConfig(
         contexts=(600,), geometries=("gqa",), layers=1, embed=64, q_heads=32, sink=16, recent=32,
         steps=3, rivals=("kvpress",), kvpress_python=NO_KVPRESS, models=tmp_path / "models",
-        out=tmp_path / "decode",
+        out=tmp_path / "decode", tables=("splits",),
     )  # fmt: skip
     decode.main(config)
     result = json.loads((tmp_path / "decode.json").read_text())
@@ -169,6 +169,32 @@ def test_smallest_decode_run(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "| gqa | 600 | duo 25% |" in out
     assert "kvpress is skipped: there is no no/such/python" in out
+
+
+def test_smallest_run_of_cache_formats(tmp_path, capsys):
+    config = decode.DecodeConfig(
+        kv_contexts=(600,), kv=("bf16", "int4", "int2"), layers=1, embed=64, q_heads=8, sink=16,
+        recent=32, steps=2, models=tmp_path / "models", out=tmp_path / "decode", tables=("kv",),
+    )  # fmt: skip
+    decode.main(config)
+    result = json.loads((tmp_path / "decode_kv.json").read_text())
+    rows = {(row["name"], row["kv"]): row for row in result["rows"]}
+    duo = [("duo 50%", kv) for kv in ("model", "bf16", "int4", "int2")]
+    assert list(rows) == [("full", "model"), *duo]
+    own = rows["duo 50%", "model"]
+    assert own["cache_bytes"] == (606 + 48) * 2 * 128 * 4
+    assert rows["duo 50%", "bf16"]["cache_bytes"] == own["cache_bytes"] / 2
+    assert rows["duo 50%", "int4"]["cache_bytes"] == own["cache_bytes"] * 68 / 512
+    for kv, floor in (("model", 1), ("bf16", 2), ("int4", 512 / 68)):
+        row = rows["duo 50%", kv]
+        assert row["attention_floor"] == pytest.approx(floor)
+        assert row["in_place"]
+        assert row["speedup"] == pytest.approx(own["ms"]["median"] / row["ms"]["median"])
+        assert row["ms"]["samples"] == 2
+    assert rows["full", "model"]["attention_speedup"] == 1
+    assert (tmp_path / "decode_kv.png").stat().st_size > 1000
+    assert "| gqa | 600 | duo 50% | int4 |" in capsys.readouterr().out
+    assert not (tmp_path / "decode.json").exists()
 
 
 def test_smallest_prefill_run(tmp_path, capsys):
