@@ -1,0 +1,224 @@
+"""What smaller caches and weights cost the demo model: passkeys found, logits moved, bytes kept.
+
+    python -m benchmarks.quantised
+
+Every setting answers the same questions on held-out text, through the caches that serve it (see
+benchmarks.served_retrieval). Half of the heads stream, as the demo's pattern says; the first row is
+the model with full caches. Differences are paired, text by text, against the split model in its own
+dtype. Of the logits, as in benchmarks.logits_error: |logits - that model's| / |that model's|, after
+every token of all questions and answers.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+import duo_jax
+from benchmarks import logits_error, machine, served_retrieval
+from benchmarks.served_retrieval import Retrieved
+from duo_jax import cli, files, pretrained
+from duo_jax.cache import KVFormat
+from duo_jax.errors import InputError
+from duo_jax.model import DEFAULT_SPARSITY, NO_PATTERN, DuoModel
+from duo_jax.quantised_weights import WeightFormat
+from train.demo_model.config import TEMPLATES
+from train.evaluate import RetrievalTest
+from train.text import load_documents, split_held_out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantisedConfig:
+    """Flags of the benchmark."""
+
+    kv: tuple[KVFormat, ...] = ("bf16", "int8", "int4", "int2")
+    """Formats of caches to compare with the model's own; weights stay in its dtype."""
+    weights: tuple[WeightFormat, ...] = ("int8", "w8a8", "int4")
+    """Formats of weights to compare with the model's own; caches stay in its dtype."""
+    both: tuple[tuple[WeightFormat, KVFormat], ...] = (("int8", "int4"),)
+    """Pairs of formats of weights and caches."""
+    samples: int = 128
+    """Held-out texts."""
+    length: int = 1024
+    """Tokens of a text, passkeys and questions included."""
+    passkeys: int = 8
+    """Passkeys in each text."""
+    passkey_words: int = 8
+    """Words of a passkey; each is one token of the demo model."""
+    chunk: int = 256
+    """Tokens that are read at a time; mode exact."""
+    rows: int = 16
+    """Texts in a batch."""
+    seed: int = 0
+    """Of texts and passkeys."""
+    out: pathlib.Path = pathlib.Path("benchmarks/results/quantised.json")
+    """Where to write the result."""
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.rows) < 1:
+            raise InputError("samples and rows must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A row of the table."""
+
+    heads: str
+    weights: WeightFormat = "model"
+    kv: KVFormat = "model"
+
+    @property
+    def full(self) -> bool:
+        """Whether all heads have a full cache."""
+        return self.heads == _FULL
+
+
+_FULL, _DUO = "full", f"duo {1 - DEFAULT_SPARSITY:.0%}"
+
+
+def settings(config: QuantisedConfig) -> list[Setting]:
+    """Return the rows: full caches, the split model to compare with, then what is smaller."""
+    return [
+        Setting(heads=_FULL),
+        Setting(heads=_DUO),
+        *(Setting(heads=_DUO, kv=kv) for kv in config.kv),
+        *(Setting(heads=_DUO, weights=weights) for weights in config.weights),
+        *(Setting(heads=_DUO, weights=weights, kv=kv) for weights, kv in config.both),
+    ]
+
+
+def measure(config: QuantisedConfig) -> dict[str, Any]:
+    """Measure all settings."""
+    began, environment = time.monotonic(), machine.environment()
+    model = duo_jax.load(pretrained.DEMO)
+    test = held_out(config, model)
+    rows, base = [], None
+    for setting in tqdm(settings(config), desc="settings", disable=None):
+        model = _load(setting, config)
+        found = served_retrieval.retrieve(model.runtime, test.samples, rows=config.rows)
+        if setting == Setting(heads=_DUO):
+            base = found
+        rows.append(dataclasses.asdict(setting) | numbers(found, None if setting.full else base))
+    return {
+        "command": machine.command("benchmarks.quantised"),
+        "settings": machine.plain(config),
+        **environment,
+        "model": pretrained.DEMO,
+        "dtype": str(model.runtime.dtype),
+        "head_dim": model.config.model.head_dim,
+        "retrieval_heads": model.config.retrieval_heads,
+        "sink": model.config.sink_size,
+        "recent": model.config.recent_size,
+        "prefill_mode": model.runtime.prefill_mode,
+        "haystack": test.haystack,
+        "run_minutes": round((time.monotonic() - began) / 60, 1),
+        "rows": rows,
+    }
+
+
+def numbers(found: Retrieved, base: Retrieved | None) -> dict[str, Any]:
+    """Return the numbers of a setting.
+
+    Args:
+      found: what it made of the samples.
+      base: what the model to compare with made of them; None leaves the differences out.
+    """
+    values = {
+        "exact": float(found.exact.mean()),
+        "exact_error": _standard_error(found.exact),
+        "tokens": float(found.tokens.mean()),
+        "passkeys": found.exact.size,
+        "cache_bytes": found.cache_bytes,
+    }
+    if base is not None:
+        change = found.exact - base.exact
+        error = logits_error.compare(found.logits, base.logits)
+        values |= {
+            "change": float(change.mean()),
+            "change_error": _standard_error(change),
+            "logits_relative_error": error.relative,
+            "same_choice": error.same_choice,
+        }
+    return values
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Write the table; errors are two standard errors over texts."""
+    lines = [
+        "| caches | weights | KV | exact retrieval | change, points | tokens right "
+        "| relative error of logits | cache kB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [f"| {' | '.join(_cells(row))} |" for row in result["rows"]]
+    return "\n".join(lines)
+
+
+def main(config: QuantisedConfig) -> None:
+    """Measure, write JSON and print the table."""
+    result = measure(config)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(config.out, json.dumps(result, indent=2) + "\n")
+    print(to_markdown(result))
+
+
+def held_out(config: QuantisedConfig, model: DuoModel) -> RetrievalTest:
+    """Return the texts, which training never saw."""
+    data = dataclasses.replace(
+        TEMPLATES,
+        num_passkeys=config.passkeys,
+        passkey_words=config.passkey_words,
+        min_length=1,
+        max_length=config.length,
+    )
+    training_text, held_out_text = split_held_out(load_documents(()))
+    return RetrievalTest(
+        data,
+        model.tokenizer,
+        training_text,
+        held_out_text,
+        num_samples=config.samples,
+        seed=config.seed,
+    )
+
+
+def _load(setting: Setting, config: QuantisedConfig) -> DuoModel:
+    return duo_jax.load(
+        pretrained.DEMO,
+        pattern=NO_PATTERN if setting.full else None,
+        weights=setting.weights,
+        kv=setting.kv,
+        prefill_chunk=config.chunk,
+    )
+
+
+def _standard_error(passkeys: np.ndarray) -> float:
+    """Return that of the mean of values [samples, passkeys]; those of one text hang together."""
+    texts = passkeys.mean(axis=1)
+    return float(texts.std(ddof=1) / np.sqrt(texts.size)) if texts.size > 1 else 0.0
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    compared = "change" in row
+    return [
+        row["heads"],
+        row["weights"],
+        row["kv"],
+        f"{row['exact']:.1%} ± {200 * row['exact_error']:.1f}",
+        f"{100 * row['change']:+.1f} ± {200 * row['change_error']:.1f}" if compared else "",
+        f"{row['tokens']:.1%}",
+        f"{row['logits_relative_error']:.2%}" if compared else "",
+        f"{row['cache_bytes'] / 1e3:,.0f}",
+    ]
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        QuantisedConfig,
+        prog="python -m benchmarks.quantised",
+        description=__doc__.split("\n\n")[0],
+    )

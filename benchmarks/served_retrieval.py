@@ -1,0 +1,102 @@
+"""Passkey retrieval of a model as it is served: its text in chunks, then token by token.
+
+The text of a sample is read by a Session, in the formats of weights and caches that the runtime
+has. Questions and answers follow one token at a time, each decoded from the cache; whatever the
+model would have written, the next token is the true one. So a passkey counts as in train.evaluate:
+when greedy decoding would write all of it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from benchmarks import serving
+from duo_jax import serve
+from duo_jax.cache import Cache
+from duo_jax.llama import Params
+from duo_jax.runtime import Runtime
+from duo_jax.session import Session
+from duo_jax.split import DuoConfig
+from kernels import Implementation
+from train.passkeys import Sample
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Retrieved:
+    """What a model made of some samples."""
+
+    exact: Float[np.ndarray, "samples passkeys"]  # 1 where every token of a passkey is right
+    tokens: Float[np.ndarray, "samples passkeys"]  # fraction of a passkey's tokens that are right
+    logits: Float[np.ndarray, "tokens vocab"]  # after every token of all questions and answers
+    cache_bytes: int  # of one row, measured
+
+
+def retrieve(runtime: Runtime, samples: Sequence[Sample], *, rows: int) -> Retrieved:
+    """Ask for all passkeys of the samples, `rows` samples at a time."""
+    parts = [_batch(runtime, samples[i : i + rows]) for i in range(0, len(samples), rows)]
+    return Retrieved(
+        exact=np.concatenate([part.exact for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        cache_bytes=parts[0].cache_bytes,
+    )
+
+
+def _batch(runtime: Runtime, samples: Sequence[Sample]) -> Retrieved:
+    tails = [sample.tokens[sample.tail_start :] for sample in samples]
+    longest = max(tail.size for tail in tails)
+    session = Session(runtime, batch_size=len(samples))
+    texts = [sample.tokens[: sample.tail_start].tolist() for sample in samples]
+    session.append(texts, room=longest)
+    cache = session.take()
+    num_bytes = serving.live_bytes(cache) // len(samples)
+    padded = np.stack([np.pad(tail, (0, longest - tail.size)) for tail in tails])
+    active = np.arange(longest) < np.array([[tail.size] for tail in tails])
+    logits, _ = _decode(
+        runtime.config,
+        runtime.params,
+        cache,
+        jnp.asarray(padded),
+        jnp.asarray(active),
+        implementation=runtime.implementation,
+    )
+    logits = np.asarray(logits, np.float32)
+    right = [
+        [
+            row[start - 1 - sample.tail_start : stop - 1 - sample.tail_start]
+            == sample.tokens[start:stop]
+            for start, stop in sample.answers
+        ]
+        for sample, row in zip(samples, logits.argmax(axis=-1), strict=True)
+    ]
+    return Retrieved(
+        exact=np.array([[key.all() for key in row] for row in right], np.float64),
+        tokens=np.array([[key.mean() for key in row] for row in right], np.float64),
+        logits=logits[active],
+        cache_bytes=num_bytes,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="cache")
+def _decode(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    active: Bool[Array, "batch length"],
+    *,
+    implementation: Implementation,
+) -> tuple[Float[Array, "batch length vocab"], Cache]:
+    """Give the tokens one by one; return the logits after each."""
+
+    def step(cache: Cache, inputs):
+        logits, cache = serve.decode(config, params, cache, *inputs, implementation=implementation)
+        return cache, logits
+
+    cache, logits = jax.lax.scan(step, cache, (tokens.T, active.T))
+    return logits.swapaxes(0, 1), cache
