@@ -53,7 +53,7 @@ class Case(abc.ABC):
         """Columns of the tiles of vectors that are multiplied for head_dim."""
         return tiles.width(self.head_dim)
 
-    def loaded_bytes(self, num_tokens: int) -> float:
+    def loaded_bytes(self, num_tokens: int, block_kv: int) -> float:  # noqa: ARG002
         """Return the bytes of the first keys and values of a head, as a kernel loads them."""
         return num_tokens * self.kv_bytes
 

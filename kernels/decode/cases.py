@@ -48,7 +48,7 @@ class DecodeCase(Case):
         sizes = self.block_sizes(gpu=gpu)
         tokens = sum(self.lengths)
         tiled = sum(cdiv(length, sizes.block_kv) for length in self.lengths) * sizes.block_kv
-        loaded = self.kv_heads * sum(map(self.loaded_bytes, self.lengths))
+        loaded = self.kv_heads * sum(self.loaded_bytes(n, sizes.block_kv) for n in self.lengths)
         vectors = len(self.lengths) * self.q_heads
         vector_bytes = self.head_dim * self.itemsize
         rows = max(MIN_ROWS, power_of_two(self.q_heads // self.kv_heads))

@@ -48,12 +48,12 @@ class _Packed:
         fields = self.layouts[0].fields
         return fields * width(self.head_dim // fields)
 
-    def loaded_bytes(self, num_tokens: int) -> float:
+    def loaded_bytes(self, num_tokens: int, block_kv: int) -> float:
         """Return bytes as the kernels load them: words that tokens share, once for each."""
         size = 0.0
         for chosen in self.layouts:
             size += 4 * num_tokens * self.head_dim // chosen.fields
-            times = cdiv(num_tokens, chosen.tokens_per_scale // chosen.tokens_per_word or 1)
+            times = cdiv(num_tokens, block_kv if chosen.by == "channel" else 1)
             size += 4 * times * chosen.num_scales(self.head_dim)
         return size
 

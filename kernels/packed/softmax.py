@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import compat, tiles
-from kernels.packed.layout import Layout, Packed
+from kernels.packed.layout import BLOCK, Layout, Packed
 
 _LOWEST = -1e30  # see kernels.online_softmax
 
@@ -94,14 +94,17 @@ def add_block(
 ) -> State:
     """Let every row see the keys of block `index`, of `block_kv` tokens, that `mask` allows.
 
-    Tokens from `end` on are not read. In 2 bits a block is half of the tokens that were packed
-    together: all at once would be twice the products, and spill.
+    Tokens from `end` on are not read. In 2 bits a block is at most half of the tokens that were
+    packed together: all at once would be twice the products, and spill.
     """
-    halves = jnp.int32(keys.layout.tokens_per_word)
-    block, half = jax.lax.div(index, halves), jax.lax.rem(index, halves).astype(jnp.uint32)
-    positions = tiles.indices(block_kv, index * block_kv)
-    rows = tiles.indices(block_kv, block * block_kv)
-    word_end = end + (block - index) * block_kv  # of the words of tokens before `end`
+    first, first_word, block, half = index * block_kv, index * block_kv, index, None
+    if keys.layout.tokens_per_word > 1:
+        block, at = jax.lax.div(first, BLOCK), jax.lax.rem(first, BLOCK)
+        half, at = jax.lax.div(at, BLOCK // 2).astype(jnp.uint32), jax.lax.rem(at, BLOCK // 2)
+        first_word = block * (BLOCK // 2) + at
+    positions = tiles.indices(block_kv, first)
+    rows = tiles.indices(block_kv, first_word)
+    word_end = end + (first_word - first)  # of the words of tokens before `end`
     key_words, value_words = (tiles.load(x.words, rows, end=word_end) for x in (keys, values))
     scores = _scores(block, queries, keys, key_words, half, positions, end)
     scores = scores * softmax_scale

@@ -50,7 +50,9 @@ class PrefillCase(Case):
             for offset in self.offsets
             for first in range(0, self.length, sizes.block_q)
         ]
-        loaded = self.q_heads * sum(self.loaded_bytes(min(end, self.slots)) for end in ends)
+        loaded = self.q_heads * sum(
+            self.loaded_bytes(min(end, self.slots), sizes.block_kv) for end in ends
+        )
         vectors = len(self.offsets) * self.length * self.q_heads
         seen = sum(offset + self.length for offset in self.offsets)
         outputs = vectors * (2 * self.head_dim * self.itemsize + 4)
