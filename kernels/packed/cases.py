@@ -79,7 +79,7 @@ class PackedPrefillCase(_Packed, PrefillCase):
     """A chunk over packed keys and values."""
 
     def block_sizes(self, *, gpu: Gpu) -> BlockSizes:  # noqa: ARG002
-        return config.prefill_heuristic(length=self.length, head_dim=self.head_dim)
+        return config.prefill_heuristic(head_dim=self.head_dim)
 
 
 _LLAMA_3_8B = {"q_heads": 16, "kv_heads": 4, "compile_only": True}  # 4 retrieval heads of a layer

@@ -7,7 +7,7 @@ from kernels.decode.config import BlockSizes as DecodeBlockSizes
 from kernels.decode.config import num_splits
 from kernels.gpu import Gpu
 from kernels.packed.layout import Layout
-from kernels.tiles import MIN_ROWS, BlockSizes, power_of_two
+from kernels.tiles import MIN_ROWS, BlockSizes
 
 
 def decode_heuristic(
@@ -34,9 +34,12 @@ def decode_heuristic(
     )
 
 
-def prefill_heuristic(*, length: int, head_dim: int) -> BlockSizes:
-    """Choose tile sizes of prefill: what fits registers without spilling."""
-    block_q = min(32 if head_dim <= 128 else MIN_ROWS, max(MIN_ROWS, power_of_two(length)))
+def prefill_heuristic(*, head_dim: int) -> BlockSizes:
+    """Choose tile sizes of prefill: what fits registers without spilling.
+
+    Short chunks get no smaller tiles: of 16 queries, 2-bit keys of 64 and 128 channels spill.
+    """
+    block_q = 32 if head_dim <= 128 else MIN_ROWS
     return BlockSizes(block_q=block_q, block_kv=32, num_warps=8, num_stages=2)
 
 

@@ -56,9 +56,7 @@ def prefill(
     def run_triton(interpret: bool):
         length, head_dim = q.shape[1], q.shape[3]
         if isinstance(k, Packed):
-            chosen = block_sizes or packed_config.prefill_heuristic(
-                length=length, head_dim=head_dim
-            )
+            chosen = block_sizes or packed_config.prefill_heuristic(head_dim=head_dim)
             kernel = packed_prefill.prefill
         else:
             chosen = block_sizes or heuristic(
