@@ -4,11 +4,13 @@ import json
 import pathlib
 import re
 import shlex
+from typing import get_args
 
 import pytest
 
-from benchmarks import budgets, decode_report, identify, prefill_report, sweep
+from benchmarks import budgets, decode_report, identify, prefill_report, quantised, sweep
 from duo_jax import generate
+from duo_jax.cache import KVFormat
 from duo_jax.pattern import load_pattern
 from train import report
 
@@ -52,6 +54,12 @@ def test_memory_table_is_that_of_the_committed_run():
     result = json.loads((ROOT / "benchmarks/results/budgets.json").read_text())
     assert budgets.to_markdown(result) in README
     assert set(result["programs"]) == set(budgets.PROGRAMS)
+
+
+def test_table_of_formats_is_that_of_the_committed_run():
+    result = json.loads((ROOT / "benchmarks/results/quantised.json").read_text())
+    assert quantised.to_markdown(result) in README
+    assert {row["kv"] for row in result["rows"]} == set(get_args(KVFormat))
 
 
 @pytest.mark.parametrize(
