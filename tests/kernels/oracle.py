@@ -80,7 +80,7 @@ def expected(case: Case, arguments):
 def _stale_scales(case: Case, arguments):
     """Return packed arguments with stale scales where no query sees any number of theirs."""
     q, *packed, integers = arguments
-    seen = _parts(case, arguments)[0].mask.any(axis=1)  # [batch, slots]
+    seen = _parts(case, (q, *packed, np.asarray(integers)))[0].mask.any(axis=1)  # [batch, slots]
     stale = []
     for x in packed:
         of_scales = seen.reshape(len(seen), x.scales.shape[2], -1).any(axis=2)[:, None, :, None]

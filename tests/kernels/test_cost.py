@@ -72,9 +72,9 @@ def _mask(case, past):
 
 
 def _packed_vector(case):
-    """Return bytes of a token's key (and of its value): those of what is stored, per token."""
-    x = zeros((1, 1, 64, case.head_dim), case.layouts[0])
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(x)) / 64
+    """Return bytes of a token's key or value, on average: those of what is stored, per token."""
+    both = [zeros((1, 1, 64, case.head_dim), layout) for layout in case.layouts]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(both)) / 64 / 2
 
 
 def _pasts(case):
