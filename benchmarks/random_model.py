@@ -15,6 +15,7 @@ from tqdm import tqdm
 from convert.huggingface_writer import write_params
 from duo_jax import files, tensor_names
 from duo_jax.config import ModelConfig
+from duo_jax.quantised_weights import StoredFormat
 from duo_jax.tensor_info import DTYPES
 from duo_jax.tensor_names import Tensor
 
@@ -24,6 +25,8 @@ _SHARD_SIZE = 10**12  # one file
 
 class RandomWeights:
     """Tensors drawn when they are read (a duo_jax.weights.Weights)."""
+
+    format: StoredFormat = "model"
 
     def __init__(self, config: ModelConfig, dtype: str, seed: int) -> None:
         self.config = config

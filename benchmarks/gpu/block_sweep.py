@@ -108,8 +108,8 @@ def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
     else:
         found = []
     if any(isinstance(x, Packed) for x in case.shapes()):
-        # A tile of theirs is what a block's words hold.
-        found = [sizes for sizes in found if sizes.block_kv == chosen.block_kv]
+        # 2 bits take tiles of up to 32 tokens, of which a block's words hold two.
+        found = [sizes for sizes in found if sizes.block_kv in (chosen.block_kv, 32)]
     # Those that differ little from the choice come first: time may not do for all.
     return sorted(dict.fromkeys([chosen, *found]), key=lambda sizes: _differences(sizes, chosen))
 

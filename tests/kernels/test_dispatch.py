@@ -21,9 +21,11 @@ GPUS = {
 }
 KERNELS = {
     "decode": "duo_decode",
+    "decode_packed": "duo_decode_packed",
     "full": "duo_prefill",
     "merge": "duo_merge",
     "prefill": "duo_prefill",
+    "prefill_packed": "duo_prefill_packed",
     "streaming": "duo_streaming",
 }
 LOWERED = {
@@ -69,7 +71,7 @@ def test_kernels_can_be_lowered_for_a_gpu_and_auto_picks_them(op, case, gpu):
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_auto_is_xla_on_the_cpu_also_where_tracing_thought_of_a_gpu(op):
-    case = CASES[op]["float32"]
+    case = next(case for name, case in CASES[op].items() if name.endswith("float32"))
     auto = functools.partial(case.run, implementation="auto")
     assert KERNELS[op] not in lowered(auto, *case.shapes(), platform="cpu")
     with described("A100"):
@@ -85,7 +87,7 @@ def test_unknown_names_are_refused():
 
 @pytest.mark.parametrize("op", KERNELS)
 def test_triton_without_a_gpu_says_so(op):
-    case = CASES[op]["float32"]
+    case = next(case for name, case in CASES[op].items() if name.endswith("float32"))
     run = functools.partial(case.run, implementation="triton")
     with pytest.raises(NotImplementedError, match=r"needs an NVIDIA GPU, and .* runs on cpu"):
         jax.eval_shape(run, *case.shapes())
