@@ -69,7 +69,7 @@ def test_the_kernel_errs_at_most_twice_as_much_as_xla(case):
             # Products of two half-precision numbers are exact in float32.
             np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=2e-6)
         else:
-            # In 2 bits an lse is one number per query, of few queries: nothing averages its rounding.
+            # In 2 bits the lse of a few queries is rounded, and nothing averages that out.
             times = 4.0 if index == 1 and getattr(case, "bits", None) == 2 else allowed(case)
             assert error(got, wanted) <= times * error(other, wanted) + FLOOR
 
