@@ -101,10 +101,7 @@ class Serving:
         cache = cache_bytes(
             self.config, batch_size=1, max_len=self.max_len, dtype="bfloat16", kv=self.kv
         )
-        bits = sum(
-            leaf.size * jax.dtypes.itemsize_bits(leaf.dtype) for leaf in jax.tree.leaves(params)
-        )
-        return cache + bits // 8
+        return cache + compiled.tree_bytes(params)
 
 
 _QUANTISED = {

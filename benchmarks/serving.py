@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from benchmarks import shapes
 from duo_jax import llama, pretrained, serve, split
-from duo_jax.cache import Cache, init_cache
+from duo_jax.cache import Cache, cache_shapes, init_cache
 from duo_jax.config import ModelConfig
 from duo_jax.split import DuoConfig
 from kernels import Implementation
@@ -74,19 +74,12 @@ def filled_cache(
     What a step costs does not depend on what the cache holds, and reading a long prompt takes
     minutes on a CPU. All slots are written, so that all memory is really there.
     """
-    empty = empty_cache(config, max_len=max_len, dtype=dtype, kv=kv)
+    empty = cache_shapes(config, batch_size=1, max_len=max_len, dtype=dtype, kv=kv)
     leaves, treedef = jax.tree.flatten(empty.layers)
     for i, key in enumerate(jax.random.split(jax.random.key(0), len(leaves))):
         leaves[i] = _random_like(leaves[i], key)
     return Cache(
         layers=jax.tree.unflatten(treedef, leaves), lengths=jnp.array([context], jnp.int32)
-    )
-
-
-def empty_cache(config: DuoConfig, *, max_len: int, dtype: DTypeLike, kv: str = "model") -> Cache:
-    """Describe the cache of one row by jax.ShapeDtypeStruct: enough to compile, no memory."""
-    return jax.eval_shape(
-        lambda: init_cache(config, batch_size=1, max_len=max_len, dtype=dtype, kv=kv)
     )
 
 
@@ -107,7 +100,7 @@ class Decoder:
         implementation: Implementation = "auto",
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Compile for caches like `cache`, which may be a description (empty_cache)."""
+        """Compile for caches like `cache`, which may be a description (cache_shapes)."""
         self._params, self._tokens = params, jnp.zeros(1, jnp.int32)
         step = functools.partial(serve.decode, config, implementation=implementation)
         self._step = _Program(step, compiler_options, params, cache, self._tokens)
@@ -138,7 +131,7 @@ class Reader:
     ) -> None:
         """Compile for this prompt, then make the cache."""
         self._params = params
-        empty = empty_cache(config, max_len=len(tokens), dtype=dtype)
+        empty = cache_shapes(config, batch_size=1, max_len=len(tokens), dtype=dtype)
         parts = [jnp.asarray(tokens[None, i : i + chunk]) for i in range(0, len(tokens), chunk)]
         self._chunks = [(part, jnp.array([part.shape[1]], jnp.int32)) for part in parts]
         read = functools.partial(serve.prefill, config, mode=mode, implementation=implementation)

@@ -141,14 +141,17 @@ def init_cache(
     )
 
 
+def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
+    """Return what `init_cache` makes of the same arguments as shapes: no memory is taken."""
+    return jax.eval_shape(functools.partial(init_cache, config, **sizes))
+
+
 def cache_bytes(
     config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTypeLike, kv: str = "model"
 ) -> int:
     """Return the bytes of the keys and values that `init_cache` allocates."""
-    init = functools.partial(
-        init_cache, config, batch_size=batch_size, max_len=max_len, dtype=dtype, kv=kv
-    )
-    leaves = jax.tree.leaves(jax.eval_shape(init).layers)
+    shapes = cache_shapes(config, batch_size=batch_size, max_len=max_len, dtype=dtype, kv=kv)
+    leaves = jax.tree.leaves(shapes.layers)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from duo_jax import llama, serve, split
-from duo_jax.cache import KVFormat, init_cache
+from duo_jax.cache import KVFormat, cache_shapes
 from duo_jax.config import ModelConfig
 from duo_jax.quantised_weights import WeightFormat, quantised_shapes
 from duo_jax.split import DuoConfig
@@ -26,6 +26,14 @@ def param_shapes(model: ModelConfig, dtype: DTypeLike, *, weights: WeightFormat 
     params = jax.eval_shape(init, jax.random.key(0))
     params = jax.eval_shape(functools.partial(split.split_params, model, heads=heads), params)
     return quantised_shapes(params, weights)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of arrays or their shapes on a GPU, where jax packs two int4 to a byte."""
+    return sum(
+        leaf.size // 2 if leaf.dtype == jnp.int4 else leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def decode_step(
@@ -44,7 +52,8 @@ def decode_step(
         return serve.decode(config, params, cache, tokens, implementation="triton")
 
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    cache = _cache_shapes(config, batch_size, max_len, dtype, kv)
+    sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
+    cache = cache_shapes(config, **sizes)
     params = param_shapes(config.model, dtype, weights=weights)
     return aot.compile_for(target, step, params, cache, tokens, donate_argnums=(1,))
 
@@ -70,13 +79,7 @@ def prefill_chunk(
 
     tokens = jax.ShapeDtypeStruct((batch_size, chunk), jnp.int32)
     num_tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    cache = _cache_shapes(config, batch_size, max_len, dtype, kv)
+    sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
+    cache = cache_shapes(config, **sizes)
     params = param_shapes(config.model, dtype, weights=weights)
     return aot.compile_for(target, read, params, cache, tokens, num_tokens, donate_argnums=(1,))
-
-
-def _cache_shapes(config, batch_size: int, max_len: int, dtype: DTypeLike, kv: KVFormat) -> Any:
-    init = functools.partial(
-        init_cache, config, batch_size=batch_size, max_len=max_len, dtype=dtype, kv=kv
-    )
-    return jax.eval_shape(init)

@@ -17,7 +17,7 @@ from benchmarks.gpu.models import Published
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table
 from benchmarks.serving import Variant
-from duo_jax.cache import cache_bytes
+from duo_jax.cache import cache_bytes, cache_shapes
 from kernels.aot import COMPILER_OPTIONS
 
 
@@ -78,7 +78,7 @@ def _variant(
     if not fitting:
         return
     max_len = max(fitting) + settings.slots
-    empty = serving.empty_cache(config, max_len=max_len, dtype=settings.dtype)
+    empty = cache_shapes(config, batch_size=1, max_len=max_len, dtype=settings.dtype)
     decoder = serving.Decoder(
         config,
         params,

@@ -4,11 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from duo_jax import compiled
-from duo_jax.cache import init_cache
+from duo_jax.cache import cache_shapes
 from duo_jax.config import ModelConfig
 from duo_jax.plan.settings import Setting
 from duo_jax.plan.workspace import workspace_bytes
@@ -134,14 +131,6 @@ def estimate(workload: Workload, setting: Setting) -> Estimate:
     )
 
 
-def tree_bytes(tree: object) -> int:
-    """Return the bytes of arrays or their shapes on a GPU, where jax packs two int4 to a byte."""
-    return sum(
-        leaf.size // 2 if leaf.dtype == jnp.int4 else leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
-
-
 def _served(config: DuoConfig, setting: Setting) -> DuoConfig:
     return config if setting.duo else config.all_retrieval()
 
@@ -150,12 +139,12 @@ def _served(config: DuoConfig, setting: Setting) -> DuoConfig:
 def _weight_bytes(model: ModelConfig, dtype: str, weights: WeightFormat) -> tuple[int, int]:
     """Return the bytes of all weights, and of the embedding among them."""
     shapes = compiled.param_shapes(model, dtype, weights=weights)
-    return tree_bytes(shapes), tree_bytes(shapes["embed_tokens"])
+    return compiled.tree_bytes(shapes), compiled.tree_bytes(shapes["embed_tokens"])
 
 
 @functools.cache
 def _cache_bytes(served: DuoConfig, **sizes: Any) -> tuple[int, int]:
     """Return the bytes of all full and all streaming caches; `sizes` as of `init_cache`."""
-    layers = jax.eval_shape(functools.partial(init_cache, served, **sizes)).layers
+    layers = cache_shapes(served, **sizes).layers
     full = [layer.full for layer in layers]
-    return tree_bytes(full), tree_bytes([layer.streaming for layer in layers])
+    return compiled.tree_bytes(full), compiled.tree_bytes([layer.streaming for layer in layers])
