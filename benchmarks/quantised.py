@@ -26,9 +26,9 @@ from duo_jax.cache import KVFormat
 from duo_jax.errors import InputError
 from duo_jax.model import DEFAULT_SPARSITY, NO_PATTERN, DuoModel
 from duo_jax.quantised_weights import WeightFormat
+from duo_jax.text import load_documents, split_held_out
 from train.demo_model.config import TEMPLATES
 from train.evaluate import RetrievalTest
-from train.text import load_documents, split_held_out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,11 @@ from benchmarks import serving
 from duo_jax import serve
 from duo_jax.cache import Cache
 from duo_jax.llama import Params
+from duo_jax.passkeys import Sample
 from duo_jax.runtime import Runtime
 from duo_jax.session import Session
 from duo_jax.split import DuoConfig
 from kernels import Implementation
-from train.passkeys import Sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

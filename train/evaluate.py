@@ -15,10 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 from duo_jax import llama
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
+from duo_jax.passkeys import PasskeyConfig, PasskeySampler
 from kernels import Implementation
 from train import gates as gated
 from train.distillation import Batch, tail_of, tail_positions
-from train.passkeys import PasskeyConfig, PasskeySampler
 
 _TOKENS_PER_BATCH = 4096
 

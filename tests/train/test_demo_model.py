@@ -11,12 +11,12 @@ import pytest
 
 from duo_jax import llama, pretrained
 from duo_jax.errors import InputError
+from duo_jax.passkeys import ORDINALS, PasskeyConfig
+from duo_jax.text import load_documents, split_held_out
 from train.demo_model import run
 from train.demo_model.config import MODEL, PRESET, TEMPLATES, DemoConfig, Stage
 from train.demo_model.documents import DocumentSource
 from train.evaluate import RetrievalTest
-from train.passkeys import ORDINALS, PasskeyConfig
-from train.text import load_documents, split_held_out
 
 
 @pytest.fixture(scope="module")

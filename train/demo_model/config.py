@@ -7,7 +7,7 @@ import tyro
 
 from duo_jax.config import ModelConfig, RopeConfig
 from duo_jax.errors import InputError
-from train.passkeys import PasskeyConfig
+from duo_jax.passkeys import PasskeyConfig
 
 VOCAB_SIZE = 1024
 

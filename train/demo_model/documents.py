@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from duo_jax.passkeys import PasskeyConfig, PasskeySampler, Sample
 from train.demo_model.config import Stage
-from train.passkeys import PasskeyConfig, PasskeySampler, Sample
 
 _SHORTEST_BLOCK = 6
 _CHECK_DOCUMENTS = 24

@@ -15,13 +15,13 @@ from tqdm import tqdm
 from duo_jax import files
 from duo_jax.errors import InputError
 from duo_jax.pretrained import load_tokenizer
+from duo_jax.text import load_documents, split_held_out
 from train import workdir as work
 from train.demo_model import export, retrieval
 from train.demo_model.config import TEMPLATES, DemoConfig, Stage
 from train.demo_model.documents import DocumentSource
 from train.demo_model.tokenizer import write_tokenizer
 from train.demo_model.training import TrainState, answers_right, init_state, train_step
-from train.text import load_documents, split_held_out
 
 # May differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "output", "checkpoint_every", "test_samples", "test_lengths")

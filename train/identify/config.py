@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from duo_jax.errors import InputError
+from duo_jax.passkeys import PasskeyConfig
 from duo_jax.runtime import check_implementation
 from kernels import Implementation
 from train.distillation import Mixing
-from train.passkeys import PasskeyConfig
 
 PRESET_FILE = "identify.json"
 

@@ -14,15 +14,15 @@ from tqdm import tqdm
 from duo_jax import pretrained
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
+from duo_jax.passkeys import PasskeySampler, Sample
 from duo_jax.pattern import Pattern, save_pattern
+from duo_jax.text import load_documents, split_held_out
 from train import plots, report
 from train import workdir as work
 from train.distillation import Batch
 from train.evaluate import RetrievalTest
 from train.identify.config import IdentifyConfig
 from train.optimisation import GateState, StepConfig, init_state, train_step
-from train.passkeys import PasskeySampler, Sample
-from train.text import load_documents, split_held_out
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")

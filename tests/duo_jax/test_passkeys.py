@@ -10,9 +10,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax.errors import InputError
+from duo_jax.passkeys import NATO, ORDINALS, PasskeyConfig, PasskeySampler
+from duo_jax.text import load_documents
 from tests import models
-from train.passkeys import NATO, ORDINALS, PasskeyConfig, PasskeySampler
-from train.text import load_documents
 
 SMALL = PasskeyConfig(num_passkeys=3, passkey_words=4, min_length=60, max_length=400, num_lengths=5)
 INDICES = range(40)

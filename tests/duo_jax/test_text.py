@@ -8,9 +8,9 @@ import types
 import pytest
 import zstandard
 
+from duo_jax import text
 from duo_jax.errors import InputError
-from train import text
-from train.text import load_documents, split_held_out
+from duo_jax.text import load_documents, split_held_out
 
 RECORDS = [
     {"text": "first"},
