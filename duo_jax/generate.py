@@ -7,19 +7,16 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
 
-from duo_jax import cli, model, pretrained
-from duo_jax.cache import KVFormat
+from duo_jax import cli, pretrained
 from duo_jax.conversation import Conversation
 from duo_jax.errors import InputError
-from duo_jax.quantised_weights import WeightFormat
+from duo_jax.model_flags import ModelFlags
 from duo_jax.sampling import SamplingConfig, check_seed
-from duo_jax.serve import PrefillMode
-from kernels import Implementation
 
 _DESCRIPTION = """\
 Write on from a prompt with a model whose attention heads are split: retrieval heads keep the whole
@@ -32,22 +29,8 @@ _SHOWN = 20  # characters of it that are shown, and the rest of their line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(ModelFlags):
     """Flags of the command."""
-
-    model: str = pretrained.DEMO
-    """A Hugging Face folder, a hub name, a converted checkpoint, or "demo" (ships with duo_jax)."""
-    pattern: str | None = None
-    """A pattern folder (python -m train.identify makes one), or "none" for the model as published,
-    every head with a full cache. Default: the pattern that the model's folder brings."""
-    sparsity: float | None = None
-    """Fraction of streaming heads, 0 to 1. Default: 0.5."""
-    threshold: float | None = None
-    """Instead of --sparsity: the gate above which a head is a retrieval head."""
-    sink: int | None = None
-    """First tokens a streaming head keeps. Default: the pattern's."""
-    recent: int | None = None
-    """Latest tokens a streaming head keeps. Default: the pattern's."""
 
     prompt: str | None = None
     """The text to continue, or with --chat the message to answer."""
@@ -73,26 +56,8 @@ class GenerateConfig:
         default_factory=SamplingConfig
     )
 
-    prefill_chunk: int = 8192
-    """Tokens of the prompt that are read at a time: more is faster and takes more memory."""
-    prefill_mode: PrefillMode = "exact"
-    """What streaming heads see while the prompt is read. exact: sinks and recent tokens, so that
-    the result does not depend on the chunk. chunk: also all of the token's own chunk, as in the
-    reference implementation."""
     max_len: int | None = None
     """Tokens that the cache can hold. Default: as many as are needed."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of weights, activations and caches. Default: as stored; float32 on a CPU."""
-    weights: WeightFormat = "model"
-    """Format of the layers' projections. model: --dtype. int8: one scale per output channel. w8a8:
-    these, and activations in int8 too, one scale per token. int4: one scale per output channel and
-    128 inputs. Quantised while loading, unless python -m convert has done so."""
-    kv: KVFormat = "model"
-    """Format of the caches. model: --dtype. int8, int4: one scale per token and head. int2: keys by
-    channel in blocks of 64 tokens, the latest 64 tokens exactly."""
-    implementation: Implementation = "auto"
-    """Of attention. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the kernels run
-    by Pallas' interpreter, to test them without a GPU; very slow."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_new_tokens < 2**31:
@@ -115,20 +80,7 @@ def generate(config: GenerateConfig) -> None:
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?"
         sys.stdout.reconfigure(errors="replace")
     prompt, shown = _prompt(config)
-    loaded = model.load(
-        config.model,
-        pattern=config.pattern,
-        sparsity=config.sparsity,
-        threshold=config.threshold,
-        sink=config.sink,
-        recent=config.recent,
-        dtype=config.dtype,
-        weights=config.weights,
-        kv=config.kv,
-        prefill_chunk=config.prefill_chunk,
-        prefill_mode=config.prefill_mode,
-        implementation=config.implementation,
-    )
+    loaded = config.load()
     if config.load_cache is not None:
         conversation = loaded.load_conversation(config.load_cache, max_len=config.max_len)
     else:

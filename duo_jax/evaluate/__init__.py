@@ -1,0 +1,1 @@
+"""Does a model survive its pattern? Needles, lm-evaluation-harness tasks, and other methods."""

@@ -1,0 +1,46 @@
+"""Command line of the evaluations: one word chooses which, the rest are its flags."""
+
+import importlib
+import sys
+
+from duo_jax import cli
+from duo_jax.errors import InputError
+
+# What each module's `main(args)` measures; modules are imported when they are asked for, as some
+# need the extra "eval".
+COMMANDS = {
+    "needle": (
+        "needle_command",
+        "a fact at every depth of texts of every length: the heat map",
+    ),
+    "passkeys": ("passkey_command", "several passkeys in one text, as in identification"),
+    "lm-eval": ("lm_eval_command", "tasks of lm-evaluation-harness: RULER, LongBench, MMLU, ..."),
+    "compare": ("compare_command", "DuoAttention beside other methods, at equal bytes of cache"),
+}
+_PROG = "python -m duo_jax.evaluate"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command on a list of words; default: the process's own."""
+    args = sys.argv[1:] if args is None else args
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return
+    if args[0] not in COMMANDS:
+        cli.fail(
+            InputError(f"{args[0]!r} is not one of {', '.join(COMMANDS)} (see {_PROG} --help)")
+        )
+    module, _ = COMMANDS[args[0]]
+    importlib.import_module(f"duo_jax.evaluate.{module}").main(args[1:])
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = (f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return "\n".join(
+        [f"usage: {_PROG} COMMAND [flags]", "", *lines, "", f"Flags: {_PROG} COMMAND --help"]
+    )
+
+
+if __name__ == "__main__":
+    main()
