@@ -17,9 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import machine
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
-from duo_jax import cli, compiled, files, llama
+from duo_jax import cli, compiled, files, llama, machine
 from duo_jax.cache import KVFormat, cache_bytes
 from duo_jax.errors import InputError
 from duo_jax.quantised_weights import WeightFormat

@@ -22,8 +22,8 @@ from typing import Any, get_args
 import jax
 from tqdm import tqdm
 
-from benchmarks import compiled_report, machine, roofline
-from duo_jax import cli, files
+from benchmarks import compiled_report, roofline
+from duo_jax import cli, files, machine
 from duo_jax.errors import InputError
 from kernels import aot, compat
 from kernels.all_cases import CASES

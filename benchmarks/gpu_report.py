@@ -27,7 +27,6 @@ from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 
-from benchmarks import machine  # noqa: E402
 from benchmarks.gpu import (  # noqa: E402
     block_sweep,
     ceilings,
@@ -43,7 +42,7 @@ from benchmarks.gpu import (  # noqa: E402
 )
 from benchmarks.gpu.settings import Settings, has_gpu, real, smoke  # noqa: E402
 from benchmarks.gpu.tables import Stage, Table  # noqa: E402
-from duo_jax import files  # noqa: E402
+from duo_jax import files, machine  # noqa: E402
 
 STAGES = ("ceilings", "checks", "kernels", "decode", "prefill", "sweep")
 _GRACE = 15.0  # seconds after the last deadline, for a measurement under way

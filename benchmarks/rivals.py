@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import jax
 
-from benchmarks import machine
+from duo_jax import machine
 
 Library = Literal["transformers", "kvpress"]
 

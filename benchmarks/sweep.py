@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-from benchmarks import machine, random_model
+from benchmarks import random_model
 from benchmarks.rivals import Rival, running
 from benchmarks.settings import ServingSettings
-from duo_jax import files
+from duo_jax import files, machine
 from duo_jax.config import ModelConfig
 
 Rows = Callable[[str, ModelConfig, pathlib.Path, list[Rival]], Iterator[dict[str, Any]]]
