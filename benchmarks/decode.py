@@ -25,7 +25,6 @@ from benchmarks import (
     decode_kv_report,
     decode_report,
     floors,
-    machine,
     serving,
     shapes,
     sweep,
@@ -35,8 +34,8 @@ from benchmarks.decode_parts import StepAndAttention
 from benchmarks.rivals import Rival, RivalError
 from benchmarks.serving import Variant
 from benchmarks.settings import ServingSettings
-from duo_jax import cli
-from duo_jax.cache import KVFormat
+from duo_jax import cli, machine
+from duo_jax.cache import KVFormat, live_bytes
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 
@@ -179,7 +178,7 @@ def _ours(
                 "retrieval_heads": heads,
                 "ms": timing.summary(seconds[f"{variant.name} step"], scale=1e3),
                 "attention_ms": timing.summary(seconds[f"{variant.name} attention"], scale=1e3),
-                "cache_bytes": serving.live_bytes(one.cache),
+                "cache_bytes": live_bytes(one.cache),
                 "cache_bytes_formula": floors.kv_bytes(
                     variant.config.model,
                     heads,

@@ -5,10 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from benchmarks import floors, serving, timing
+from benchmarks import floors, timing
 from benchmarks.decode_parts import StepAndAttention
 from benchmarks.serving import Variant
-from duo_jax.cache import KVFormat, cache_bytes
+from duo_jax.cache import KVFormat, cache_bytes, live_bytes
 
 
 def rows(
@@ -67,7 +67,7 @@ def rows(
             "retrieval_heads": config.retrieval_heads,
             "ms": timing.summary(seconds[f"{name} step"], scale=1e3),
             "attention_ms": timing.summary(seconds[f"{name} attention"], scale=1e3),
-            "cache_bytes": serving.live_bytes(measured[name].cache),
+            "cache_bytes": live_bytes(measured[name].cache),
             "floor_bytes": {"step": weights + kept, "attention": kept},
             "in_place": measured[name].in_place,
             "temp_bytes": measured[name].temp_bytes,

@@ -22,6 +22,7 @@ from benchmarks.rivals import Rival, RivalError
 from benchmarks.serving import Reader, Variant
 from benchmarks.settings import ServingSettings
 from duo_jax import cli
+from duo_jax.cache import live_bytes
 from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
 from duo_jax.runtime import Runtime
@@ -114,7 +115,7 @@ def _ours(
             "retrieval": variant.retrieval,
             "retrieval_heads": variant.config.retrieval_heads,
             "seconds": timing.summary(seconds[variant.name]),
-            "cache_bytes": serving.live_bytes(readers[variant.name].cache),
+            "cache_bytes": live_bytes(readers[variant.name].cache),
             "temp_bytes": readers[variant.name].temp_bytes,
             "floor_flops": floors.prefill_flops(
                 variant.config.model,

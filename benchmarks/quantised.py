@@ -3,10 +3,10 @@
     python -m benchmarks.quantised
 
 Every setting answers the same questions on held-out text, through the caches that serve it (see
-benchmarks.served_retrieval). Half of the heads stream, as the demo's pattern says; the first row is
-the model with full caches. Differences are paired, text by text, against the split model in its own
-dtype. Of the logits, as in benchmarks.logits_error: |logits - that model's| / |that model's|, after
-every token of all questions and answers.
+duo_jax.evaluate.served_retrieval). Half of the heads stream, as the demo's pattern says; the first
+row is the model with full caches. Differences are paired, text by text, against the split model in
+its own dtype. Of the logits, as in benchmarks.logits_error: |logits - that model's| / |that
+model's|, after every token of all questions and answers.
 """
 
 import dataclasses
@@ -19,11 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 import duo_jax
-from benchmarks import logits_error, machine, served_retrieval
-from benchmarks.served_retrieval import Retrieved
-from duo_jax import cli, files, pretrained
+from benchmarks import logits_error
+from duo_jax import cli, files, machine, pretrained
 from duo_jax.cache import KVFormat
 from duo_jax.errors import InputError
+from duo_jax.evaluate import served_retrieval
+from duo_jax.evaluate.served_retrieval import Retrieved
 from duo_jax.model import DEFAULT_SPARSITY, NO_PATTERN, DuoModel
 from duo_jax.quantised_weights import WeightFormat
 from duo_jax.text import load_documents, split_held_out

@@ -83,11 +83,6 @@ def filled_cache(
     )
 
 
-def live_bytes(cache: Cache) -> int:
-    """Return the bytes that the buffers of keys and values take on their device."""
-    return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(cache.layers))
-
-
 class Decoder:
     """A split model that decodes one row, a token per call."""
 

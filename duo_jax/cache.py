@@ -155,6 +155,11 @@ def cache_bytes(
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
+def live_bytes(cache: Cache) -> int:
+    """Return the bytes that the buffers of keys and values take on their device."""
+    return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(cache.layers))
+
+
 def grow(cache: Cache, *, max_len: int) -> Cache:
     """Return the cache with room for `max_len` tokens; copies the full caches one by one."""
 

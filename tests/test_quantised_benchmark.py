@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 import duo_jax
-from benchmarks import quantised, served_retrieval
+from benchmarks import quantised
 from benchmarks.quantised import QuantisedConfig
-from benchmarks.served_retrieval import Retrieved
 from duo_jax import pretrained
 from duo_jax.errors import InputError
+from duo_jax.evaluate import served_retrieval
+from duo_jax.evaluate.served_retrieval import Retrieved
 from duo_jax.pattern import load_pattern, retrieval_heads
 
 TINY = QuantisedConfig(

@@ -2,8 +2,8 @@
 
 The text of a sample is read by a Session, in the formats of weights and caches that the runtime
 has. Questions and answers follow one token at a time, each decoded from the cache; whatever the
-model would have written, the next token is the true one. So a passkey counts as in train.evaluate:
-when greedy decoding would write all of it.
+model would have written, the next token is the true one. So a passkey counts as in
+train/evaluate.py: when greedy decoding would write all of it.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from benchmarks import serving
 from duo_jax import serve
-from duo_jax.cache import Cache
+from duo_jax.cache import Cache, live_bytes
 from duo_jax.llama import Params
 from duo_jax.passkeys import Sample
 from duo_jax.runtime import Runtime
@@ -54,7 +53,7 @@ def _batch(runtime: Runtime, samples: Sequence[Sample]) -> Retrieved:
     texts = [sample.tokens[: sample.tail_start].tolist() for sample in samples]
     session.append(texts, room=longest)
     cache = session.take()
-    num_bytes = serving.live_bytes(cache) // len(samples)
+    num_bytes = live_bytes(cache) // len(samples)
     padded = np.stack([np.pad(tail, (0, longest - tail.size)) for tail in tails])
     active = np.arange(longest) < np.array([[tail.size] for tail in tails])
     logits, _ = _decode(
