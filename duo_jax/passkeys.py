@@ -122,7 +122,7 @@ class PasskeySampler:
         self._entropy = (seed, stream)
         self._encode = _encoder(tokenizer)
         self._bos = _bos(tokenizer)
-        self._words = _word_list(config, tokenizer)
+        self._words = word_list(config.words, tokenizer)
         if config.words == "vocabulary":
             needed = config.num_passkeys * config.passkey_words
             if len(self._words) < needed:
@@ -245,8 +245,9 @@ def _bos(tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if starts_with_bos else []
 
 
-def _word_list(config: PasskeyConfig, tokenizer) -> list[str]:
-    if config.words == "nato":
+def word_list(kind: Literal["nato", "vocabulary"], tokenizer) -> list[str]:
+    """Return the words that answers are made of, see `PasskeyConfig.words`."""
+    if kind == "nato":
         return NATO
     words = (tokenizer.decode([i]) for i in range(len(tokenizer)))
     candidates = sorted({w[1:] for w in words if re.fullmatch(r" [a-z]{3,}", w)})

@@ -34,6 +34,21 @@ class Tokenization:
         # verbose: a text too long for the model is refused later, in one line.
         return self.tokenizer(text, add_special_tokens=not continues, verbose=False)["input_ids"]
 
+    def render_chat(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """Write out a chat with the model's template, special tokens included.
+
+        Raises:
+          InputError: the model has no chat template, or it cannot render these messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise InputError("this model has no chat template; leave out --chat")
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=answer, tokenize=False
+            )
+        except Exception as error:  # whatever a template written in Jinja may raise
+            raise InputError(f"the model's chat template refuses this: {error}") from None
+
     def encode_chat(
         self, messages: Sequence[Message], *, answer: bool = True, before: Sequence[int] = ()
     ) -> list[int]:
@@ -48,14 +63,7 @@ class Tokenization:
         Raises:
           InputError: the model has no chat template, or it cannot render these messages.
         """
-        if not self.tokenizer.chat_template:
-            raise InputError("this model has no chat template; leave out --chat")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=answer, tokenize=False
-            )
-        except Exception as error:  # whatever a template written in Jinja may raise
-            raise InputError(f"the model's chat template refuses this: {error}") from None
+        text = self.render_chat(messages, answer=answer)
         said = self.tokenizer.decode(list(before), clean_up_tokenization_spaces=False)
         if not text.startswith(said):
             said, before = "", ()

@@ -1,0 +1,131 @@
+"""Length by depth: what needles and passkeys share.
+
+Both ask for something that stands at a depth of a text of some length, of the model as published
+("full") and of the split one ("duo"). Here are the flags that say so, and the two models.
+"""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from duo_jax import cli, presets, pretrained
+from duo_jax.errors import InputError
+from duo_jax.model import NO_PATTERN, DuoModel
+from duo_jax.model_flags import ModelFlags
+
+PRESET_FILE = "evaluate.json"
+FULL, DUO = "full", "duo"
+
+Flags = TypeVar("Flags", bound="GridFlags")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridFlags(ModelFlags):
+    """Flags of evaluations over lengths and depths."""
+
+    text: tuple[str, ...] = ()
+    """Files, folders, .jsonl or .jsonl.zst, or a Hugging Face data set to hide things in.
+    Default: the language reference that comes with Python (about 465 KB)."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of the texts. Default: --num-lengths of them, evenly spaced."""
+    num_lengths: int = 13
+    """How many lengths, where --lengths does not name them."""
+    min_length: int | None = None
+    """The shortest of them. Default: a thirteenth of the longest, or what has room for the task."""
+    max_length: int | None = None
+    """The longest of them. Default: the model's range, with room for the answer."""
+    samples: int = 1
+    """Texts per length (and depth)."""
+    batch: int = 1
+    """Texts that are read at once: more is faster and takes more memory."""
+    full: bool = True
+    """Also measure the model as published, every head with a full cache."""
+    seed: int = 0
+    """Of texts and what is hidden in them; two runs of a seed agree exactly."""
+    workdir: str | None = None
+    """Where rows and results go; started again, the command goes on from there.
+    Default: runs/, the task's name, the model's name."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_lengths", "samples", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        given = (*self.lengths, self.min_length or 1, self.max_length or 1)
+        if min(given) < 1:
+            raise InputError(f"length {min(given)} is not at least 1")
+        if len(set(self.lengths)) != len(self.lengths):
+            raise InputError("a length stands twice in --lengths")
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed} must not be negative")
+
+    def folder(self, task: str) -> pathlib.Path:
+        """Return the work folder."""
+        name = pathlib.PurePath(self.model.rstrip("/")).name
+        return pathlib.Path(self.workdir or f"runs/{task}-{name}")
+
+    def chosen_lengths(self, *, shortest: int, longest: int) -> list[int]:
+        """Return the lengths of texts, in ascending order.
+
+        Args:
+          shortest: tokens that the task needs at least.
+          longest: tokens that the model has room for.
+
+        Raises:
+          InputError: a length is out of this range.
+        """
+        if self.lengths:
+            lengths = sorted(self.lengths)
+        else:
+            last = self.max_length or longest
+            first = self.min_length or min(last, max(shortest, last // self.num_lengths))
+            lengths = np.unique(np.linspace(first, last, self.num_lengths).astype(int)).tolist()
+        if lengths[0] < shortest or lengths[-1] > longest:
+            raise InputError(
+                f"lengths {lengths[0]:,} to {lengths[-1]:,}: this task needs at least "
+                f"{shortest:,} tokens, and the model has room for {longest:,}"
+            )
+        return lengths
+
+
+def models(flags: GridFlags, split: DuoModel) -> dict[str, DuoModel]:
+    """Return what is to be measured, by name; `split` is what the flags load."""
+    config = split.config
+    if config == config.all_retrieval():
+        return {FULL: split}
+    if not flags.full:
+        return {DUO: split}
+    split_flags = dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
+    return {FULL: flags.load(pattern=NO_PATTERN, **split_flags), DUO: split}
+
+
+def identity(flags: GridFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
+    """Return all that rows depend on: the flags, and what files hold."""
+    text = hashlib.sha256("\0".join(documents).encode("utf-8", "replace"))
+    return dataclasses.asdict(flags) | {
+        "weights_digest": model.runtime.weights_digest,
+        "text_digest": text.hexdigest(),
+    }
+
+
+def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> Flags | None:
+    """Return the defaults of the model that a command line names, or end the process.
+
+    They are the fields under the task's name in the model's evaluate.json, where it has one.
+    """
+    config = config_type()
+    model = presets.named_model(args, config.model)
+    if model is None:
+        return None
+    try:
+        folder = pretrained.resolve(model)
+        values = presets.read(folder, PRESET_FILE).get(task, {})
+        try:
+            return presets.apply(values | {"model": model}, config)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{folder / PRESET_FILE} is not a valid preset: {error}") from None
+    except InputError as error:
+        cli.fail(error)
