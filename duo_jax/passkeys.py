@@ -34,8 +34,8 @@ _LENGTH_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PasskeyConfig:
-    """What the calibration samples look like; the defaults are the paper's."""
+class PasskeyTemplates:
+    """What is hidden, and how it is asked for; the defaults are the paper's."""
 
     num_passkeys: int = 10
     """Passkeys hidden in each sample, and questions at its end."""
@@ -45,12 +45,6 @@ class PasskeyConfig:
     """What passkeys are made of.
     nato: words of the NATO alphabet, with replacement.
     vocabulary: distinct lower-case words of one token each, for very small models."""
-    min_length: int = 1000
-    """Shortest haystack, in tokens."""
-    max_length: int = 32_000
-    """Longest sample, in tokens, needles and questions included."""
-    num_lengths: int = 50
-    """Haystack lengths, evenly spaced from min_length to max_length; a sample draws one."""
     intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
     """What stands before the haystack."""
     needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
@@ -67,13 +61,6 @@ class PasskeyConfig:
             raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
         if self.passkey_words < 1:
             raise InputError(f"passkey_words {self.passkey_words} must be at least 1")
-        if not 1 <= self.min_length <= self.max_length:
-            raise InputError(
-                f"lengths {self.min_length} to {self.max_length}: min_length must be at least 1 "
-                "and at most max_length"
-            )
-        if self.num_lengths < 1:
-            raise InputError(f"num_lengths {self.num_lengths} must be at least 1")
         if self.needle.count("{passkey}") != 1:
             raise InputError("the needle must hold {passkey} once")
         for template in (self.needle, self.question):
@@ -83,6 +70,28 @@ class PasskeyConfig:
                 raise InputError(
                     f"needle and question may hold {{name}} and no other braces: {template!r}"
                 ) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PasskeyConfig(PasskeyTemplates):
+    """What the calibration samples look like; the defaults are the paper's."""
+
+    min_length: int = 1000
+    """Shortest haystack, in tokens."""
+    max_length: int = 32_000
+    """Longest sample, in tokens, needles and questions included."""
+    num_lengths: int = 50
+    """Haystack lengths, evenly spaced from min_length to max_length; a sample draws one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.min_length <= self.max_length:
+            raise InputError(
+                f"lengths {self.min_length} to {self.max_length}: min_length must be at least 1 "
+                "and at most max_length"
+            )
+        if self.num_lengths < 1:
+            raise InputError(f"num_lengths {self.num_lengths} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -175,6 +184,17 @@ class PasskeySampler:
             depths=tuple(float(depths[i]) for i in order),
         )
 
+    def plain_text(self, index: int) -> Sample:
+        """Make a stretch of the text as long as sample `index`, without passkeys: all of it tail.
+
+        Where all of the text is shorter than that, the whole text.
+        """
+        size = self.sample(index).tokens.size - len(self._bos)
+        rng = np.random.default_rng([*self._entropy, index, 1])
+        start = rng.integers(max(self._text.size - size, 0) + 1)
+        tokens = [*self._bos, *self._text[start : start + size]]
+        return Sample(tokens=np.array(tokens, np.int32), tail_start=0, answers=(), depths=())
+
     @property
     def largest_token(self) -> int:
         """Largest token id in the text."""
@@ -246,7 +266,7 @@ def _bos(tokenizer) -> list[int]:
 
 
 def word_list(kind: Literal["nato", "vocabulary"], tokenizer) -> list[str]:
-    """Return the words that answers are made of, see `PasskeyConfig.words`."""
+    """Return the words that answers are made of, see `PasskeyTemplates.words`."""
     if kind == "nato":
         return NATO
     words = (tokenizer.decode([i]) for i in range(len(tokenizer)))

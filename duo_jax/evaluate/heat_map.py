@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from duo_jax import files
 from duo_jax.evaluate import grid, settings
 
-SCORES = {"exact": "exact match", "recall": "word recall"}
+_SCORES = {"exact": "exact match", "recall": "word recall"}
 _NAMES = {grid.FULL: "full caches", grid.DUO: "DuoAttention"}
 _MOST_NUMBERED = 15  # lengths up to which every cell has its number
 
@@ -25,8 +25,9 @@ def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
     Args:
       folder: where.
       name: of the files.
-      result: `settings.describe`, "task", "lengths", "depths" (the upper ends of depth bins, or
-        single depths) and "rows", each with caches, length, depth, the scores and cache_bytes.
+      result: `settings.describe`, "task", "lengths", "depths" and "rows", each with caches, length,
+        depth, the scores "exact" and "recall", and cache_bytes; also what the scores are called
+        ("scores") and the depths ("depth_label"), where that differs from needles.
     """
     table = to_markdown(result)
     files.write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -38,8 +39,9 @@ def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Write the means over all cells, and the worst cell, of each kind of cache."""
+    exact, recall = _score_names(result).values()
     lines = [
-        "| caches | cells | exact match | word recall | worst cell | cache MB per text |",
+        f"| caches | cells | {exact} | {recall} | worst cell | cache MB per text |",
         "|---|---|---|---|---|---|",
     ]
     for caches in _measured(result):
@@ -74,15 +76,15 @@ def png(result: dict[str, Any]) -> bytes:
     lengths, depths = result["lengths"], result["depths"]
     width, height = 1.2 + 0.55 * max(len(lengths), 8), 0.9 + 0.3 * max(len(depths), 5)
     figure = Figure(
-        figsize=(0.8 + width * len(measured), 1.0 + height * len(SCORES)), layout="constrained"
+        figsize=(0.8 + width * len(measured), 1.0 + height * len(_SCORES)), layout="constrained"
     )
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"{result['model']}, {result['task']}\n{settings.in_words(result)}", fontsize=10
     )
-    axes = figure.subplots(len(SCORES), len(measured), squeeze=False)
+    axes = figure.subplots(len(_SCORES), len(measured), squeeze=False)
     image = None
-    for panels, (score, words) in zip(axes, SCORES.items(), strict=True):
+    for panels, (score, words) in zip(axes, _score_names(result).items(), strict=True):
         for panel, caches in zip(panels, measured, strict=True):
             values = table(result, caches, score)
             image = panel.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -111,6 +113,10 @@ def _number(panel: Any, values: np.ndarray) -> None:
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value):
             panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
+
+
+def _score_names(result: Mapping[str, Any]) -> dict[str, str]:
+    return _SCORES | result.get("scores", {})
 
 
 def _measured(result: Mapping[str, Any]) -> list[str]:
