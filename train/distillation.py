@@ -68,9 +68,47 @@ def distillation_loss(
       tail_size: positions to compare; at least the longest supervised part.
       implementation: of attention, see kernels.dispatch.
     """
+
+    def final(x):
+        tail = tail_of(x, batch, tail_size)
+        wide = tail.astype(accumulator(tail.dtype))
+        return llama.final_norm(config, params, wide)
+
+    teacher, student = teacher_and_student(
+        gates,
+        config,
+        params,
+        batch,
+        sink_size=sink_size,
+        recent_size=recent_size,
+        mixing=mixing,
+        implementation=implementation,
+    )
+    error = jnp.mean(jnp.square(final(student) - final(teacher)), axis=-1)
+    supervised = tail_positions(batch, tail_size) >= batch.tail_start[:, None]
+    supervised &= tail_positions(batch, tail_size) < batch.total_length[:, None]
+    supervised = supervised.astype(error.dtype)
+    return jnp.sum(error * supervised) / jnp.sum(supervised)
+
+
+def teacher_and_student(
+    gates: Float[Array, "layers kv_heads"],
+    config: ModelConfig,
+    params: llama.Params,
+    batch: Batch,
+    *,
+    sink_size: int,
+    recent_size: int,
+    mixing: Mixing,
+    implementation: Implementation,
+) -> tuple[Float[Array, "batch length embed"], Float[Array, "batch length embed"]]:
+    """Return both residual streams after the last layer; arguments as of `distillation_loss`.
+
+    The teacher's has no gradient. Whoever does not use it does not pay for it with mixing="self"
+    (a compiler drops it); with mixing="teacher" the student needs the teacher's attention.
+    """
     options = {"implementation": implementation}
     sizes = {"sink_size": sink_size, "recent_size": recent_size} | options
-    total_length = jnp.max(batch.total_length)
 
     def run(attend, layer_inputs, *, remat):
         return llama.hidden_states(
@@ -79,35 +117,21 @@ def distillation_loss(
             batch.tokens,
             attend=attend,
             layer_inputs=layer_inputs,
-            total_length=total_length,
+            total_length=jnp.max(batch.total_length),
             remat=remat,
         )
 
-    def final(x):
-        tail = tail_of(x, batch, tail_size)
-        wide = tail.astype(accumulator(tail.dtype))
-        return llama.final_norm(config, params, wide)
-
+    plain = gated.teacher if mixing == "teacher" else llama.plain
     with jax.named_scope("teacher"):
-        if mixing == "teacher":
-            x, full = jax.lax.stop_gradient(
-                run(functools.partial(gated.teacher, **options), None, remat=False)
-            )
-        else:
-            x, _ = jax.lax.stop_gradient(
-                run(functools.partial(llama.plain, **options), None, remat=False)
-            )
-        target = final(x)
+        teacher, full = jax.lax.stop_gradient(
+            run(functools.partial(plain, **options), None, remat=False)
+        )
     with jax.named_scope("student"):
         if mixing == "teacher":
-            x, _ = run(gated.teacher_mixed(**sizes), (gates, full), remat=True)
+            student, _ = run(gated.teacher_mixed(**sizes), (gates, full), remat=True)
         else:
-            x, _ = run(gated.self_mixed(**sizes), gates, remat=True)
-        error = jnp.mean(jnp.square(final(x) - target), axis=-1)
-    supervised = tail_positions(batch, tail_size) >= batch.tail_start[:, None]
-    supervised &= tail_positions(batch, tail_size) < batch.total_length[:, None]
-    supervised = supervised.astype(error.dtype)
-    return jnp.sum(error * supervised) / jnp.sum(supervised)
+            student, _ = run(gated.self_mixed(**sizes), gates, remat=True)
+    return teacher, student
 
 
 def tail_positions(batch: Batch, tail_size: int) -> Int[Array, "batch tail"]:

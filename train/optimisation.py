@@ -2,8 +2,9 @@
 
     loss = distillation + reg_weight * mean |gate|
 
-AdamW (betas 0.9 and 0.999, eps 1e-8, no weight decay, no clipping), gates in float32, kept in
-[0, 1], starting at 1. With `target_sparsity` the fixed weight becomes a controller that steers the
+(or the language-modelling loss in place of distillation, as in the paper's ablation). AdamW (betas
+0.9 and 0.999, eps 1e-8, no weight decay, no clipping), gates in float32, kept in [0, 1], starting
+at 1. With `target_sparsity` the fixed weight becomes a controller that steers the
 mean gate to 1 - target_sparsity, because on models with grouped queries the fixed weight leaves
 most gates at 1. It is the method of multipliers: with the excess c = mean gate - goal,
 
@@ -14,6 +15,7 @@ that the excess is small all the time and the multiplier does not run away at th
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ from duo_jax import llama
 from duo_jax.config import ModelConfig
 from kernels import Implementation
 from train.distillation import Batch, Mixing, distillation_loss
+from train.language_modelling import language_modelling_loss
+
+Objective = Literal["distillation", "cross_entropy"]
 
 _STIFFNESS = 10.0  # of the quadratic term: 5 = 10 / 2 above
 _MULTIPLIER_RATE = 0.1
@@ -40,7 +45,8 @@ class StepConfig:
     sink_size: int
     recent_size: int
     mixing: Mixing
-    tail_size: int
+    tail_size: int  # of distillation
+    objective: Objective = "distillation"
     implementation: Implementation = "auto"
 
 
@@ -80,28 +86,16 @@ def train_step(
     """Update the gates on one batch.
 
     Returns:
-      The new state, and metrics: loss, distillation, penalty, mean_gate and gates_above_half
-      (a fraction; both after the step), learning_rate.
+      The new state, and metrics: loss, the objective by its name, penalty, mean_gate and
+      gates_above_half (a fraction; both after the step), learning_rate.
     """
 
     def loss_of(gates):
-        distillation = distillation_loss(
-            gates,
-            model,
-            params,
-            batch,
-            sink_size=config.sink_size,
-            recent_size=config.recent_size,
-            mixing=config.mixing,
-            tail_size=config.tail_size,
-            implementation=config.implementation,
-        )
+        objective = _objective(gates, params, batch, model, config)
         penalty = _penalty(gates, state, config)
-        return distillation + penalty, (distillation, penalty)
+        return objective + penalty, (objective, penalty)
 
-    (loss, (distillation, penalty)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-        state.gates
-    )
+    (loss, (objective, penalty)), gradient = jax.value_and_grad(loss_of, has_aux=True)(state.gates)
     # optax mixes its integer step count with floats; our own code promotes nothing silently.
     with jax.numpy_dtype_promotion("standard"):
         updates, optimiser = _optimiser(config).update(gradient, state.optimiser, state.gates)
@@ -111,7 +105,7 @@ def train_step(
         multiplier = multiplier + _MULTIPLIER_RATE * _excess(state.gates, state.step, config)
     metrics = {
         "loss": loss,
-        "distillation": distillation,
+        config.objective: objective,
         "penalty": penalty,
         "mean_gate": jnp.mean(gates),
         "gates_above_half": jnp.mean((gates > 0.5).astype(jnp.float32)),
@@ -125,6 +119,18 @@ def _optimiser(config: StepConfig) -> optax.GradientTransformation:
     return optax.adamw(
         lambda step: learning_rate(config, step), b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0
     )
+
+
+def _objective(gates, params, batch: Batch, model: ModelConfig, config: StepConfig):
+    options = {
+        "sink_size": config.sink_size,
+        "recent_size": config.recent_size,
+        "mixing": config.mixing,
+        "implementation": config.implementation,
+    }
+    if config.objective == "cross_entropy":
+        return language_modelling_loss(gates, model, params, batch, **options)
+    return distillation_loss(gates, model, params, batch, tail_size=config.tail_size, **options)
 
 
 def _penalty(gates, state: GateState, config: StepConfig) -> Float[Array, ""]:

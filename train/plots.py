@@ -14,16 +14,31 @@ from matplotlib.ticker import MaxNLocator
 
 from duo_jax.pattern import Pattern
 
+# What the curve of an objective is called, by its name in the metrics.
+_OBJECTIVES = {
+    "distillation": "distillation loss\n(mean squared error)",
+    "cross_entropy": "language-modelling loss\n(nats per token)",
+}
 
-def save_gates(pattern: Pattern, path: pathlib.Path, *, title: str) -> None:
-    """Draw the gates as a heat map, layers from left to right, KV heads from top to bottom."""
+
+def save_gates(
+    pattern: Pattern, path: pathlib.Path, *, title: str, value: str = "gate (1: retrieval head)"
+) -> None:
+    """Draw the gates as a heat map, layers from left to right, KV heads from top to bottom.
+
+    Args:
+      pattern: the gates, or scores in their place.
+      path: the picture to write.
+      title: stands above it, with the mean gate and the streaming sizes.
+      value: what a colour stands for.
+    """
     gates = pattern.clipped()
     layers, heads = gates.shape
     width = min(14.0, max(5.0, 2.2 + 0.36 * layers))
     height = min(9.0, max(2.6, 1.5 + 0.36 * heads))
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=axes, label="gate (1: retrieval head)")
+    figure.colorbar(image, ax=axes, label=value)
     axes.set_xlabel("layer")
     axes.set_ylabel("KV head")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -41,14 +56,16 @@ def save_gates(pattern: Pattern, path: pathlib.Path, *, title: str) -> None:
 
 
 def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
-    """Draw the distillation loss and the gates against the step."""
+    """Draw the loss without its penalty, and the gates, against the step."""
     steps = [m["step"] for m in metrics]
+    objective = next(name for name in _OBJECTIVES if name in metrics[0])
     figure, (above, below) = plt.subplots(
         2, 1, sharex=True, figsize=(7.0, 4.8), layout="constrained"
     )
-    above.plot(steps, [m["distillation"] for m in metrics], color="tab:blue", linewidth=1.0)
-    above.set_ylim(bottom=0)
-    above.set_ylabel("distillation loss\n(mean squared error)")
+    above.plot(steps, [m[objective] for m in metrics], color="tab:blue", linewidth=1.0)
+    if objective == "distillation":
+        above.set_ylim(bottom=0)
+    above.set_ylabel(_OBJECTIVES[objective])
     above.set_title(f"{title}: gate training", fontsize=10)
     below.plot(steps, [m["mean_gate"] for m in metrics], color="tab:orange", label="mean gate")
     above_half = [m["gates_above_half"] for m in metrics]

@@ -1,4 +1,4 @@
-"""What a learned pattern is worth: retrieval with it and without, beside random patterns."""
+"""What a pattern is worth: retrieval with it and without, beside random patterns."""
 
 import importlib.metadata
 import json
@@ -35,7 +35,7 @@ def make(
       config: the run's settings, repeated in the report.
       model: the model.
       params: its parameters.
-      pattern: the learned gates and the streaming sizes they were learned with.
+      pattern: the gates (or scores) and the streaming sizes they were found with.
       test: held-out samples; None leaves the retrieval table empty.
       sparsities: fractions of streaming heads to test.
       random_seeds: random head choices per sparsity.
@@ -68,7 +68,10 @@ def make(
             "length": test.length,
             "haystack": test.haystack,
         }
-        report["retrieval"] = _retrieval(model, params, pattern, test, sparsities, random_seeds)
+        name = "profiled" if config["method"] == "profile" else "learned"
+        report["retrieval"] = _retrieval(
+            name, model, params, pattern, test, sparsities, random_seeds
+        )
     return report
 
 
@@ -81,13 +84,14 @@ def save(report: dict[str, Any], folder: pathlib.Path) -> None:
 def to_markdown(report: dict[str, Any]) -> str:
     """Write the report as Markdown that also reads well in a terminal."""
     model, gates, config = report["model"], report["gates"], report["config"]
+    what = "Scores" if config["method"] == "profile" else "Gates"
     lines = [
         f"# Retrieval heads of {model['name']}",
         "",
         f"{model['layers']} layers x {model['kv_heads']} KV heads ({model['q_heads']} query heads "
-        f"of {model['head_dim']}); {config['num_steps']} steps, mixing {config['mixing']}, "
+        f"of {model['head_dim']}); {_how(config)}, "
         f"sink {config['sink']}, recent {config['recent']}, seed {config['seed']}.",
-        f"Gates: mean {gates['mean']:.3f}, {gates['above_half']:.1%} above 0.5, "
+        f"{what}: mean {gates['mean']:.3f}, {gates['above_half']:.1%} above 0.5, "
         f"{gates['at_zero']} at 0, {gates['at_one']} at 1; above 0.5 per layer: "
         f"{' '.join(map(str, gates['above_half_per_layer']))}.",
         "",
@@ -122,24 +126,33 @@ def to_markdown(report: dict[str, Any]) -> str:
         ]
     environment = ", ".join(f"{k} {v}" for k, v in report["environment"].items())
     seconds = report.get("seconds", {})
-    if seconds.get("per_training_step"):
-        lines.append(f"A training step took {seconds['per_training_step']:.3f} s (median). ")
+    for key, what in (("per_training_step", "training step"), ("per_sample", "sample")):
+        if seconds.get(key):
+            lines.append(f"A {what} took {seconds[key]:.3f} s (median). ")
     if seconds:
         lines.append(f"The whole command took {seconds['whole_command']:.0f} s. ")
     lines.append(f"Where it ran: {environment}.")
     return "\n".join(lines) + "\n"
 
 
-def _retrieval(model, params, pattern: Pattern, test, sparsities, random_seeds):
+def _how(config: dict[str, Any]) -> str:
+    """Say in a few words how the heads were told apart."""
+    if config["method"] == "profile":
+        return f"attention profile of {config['profile_samples']} samples"
+    objective = "language-modelling loss, " if config["method"] == "lm" else ""
+    return f"{objective}{config['num_steps']} steps, mixing {config['mixing']}"
+
+
+def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_seeds):
     shape = pattern.gates.shape
     trials: list[tuple[str, float, list[Bool[np.ndarray, "layers kv_heads"]]]] = [
         ("all retrieval (the model itself)", 0.0, [np.ones(shape, bool)])
     ]
     for sparsity in sparsities:
-        learned = retrieval_heads(pattern.gates, sparsity=sparsity)
-        trials.append(("learned", sparsity, [learned]))
+        found = retrieval_heads(pattern.gates, sparsity=sparsity)
+        trials.append((name, sparsity, [found]))
         shuffled = [
-            np.random.default_rng([seed, learned.sum()]).permutation(learned.ravel()).reshape(shape)
+            np.random.default_rng([seed, found.sum()]).permutation(found.ravel()).reshape(shape)
             for seed in range(random_seeds)
         ]
         if shuffled:
@@ -150,7 +163,7 @@ def _retrieval(model, params, pattern: Pattern, test, sparsities, random_seeds):
     rows = []
     total = sum(len(masks) for _, _, masks in trials)
     with tqdm(total=total, desc="report", unit="pattern", disable=None) as bar:
-        for name, sparsity, masks in trials:
+        for heads_of, sparsity, masks in trials:
             scores = []
             for heads in masks:
                 scores.append(float(test.accuracy(model, params, heads, **sizes).mean()))
@@ -159,7 +172,7 @@ def _retrieval(model, params, pattern: Pattern, test, sparsities, random_seeds):
             streaming_share = min(1.0, (pattern.sink_size + pattern.recent_size) / test.length)
             rows.append(
                 {
-                    "heads": name,
+                    "heads": heads_of,
                     "sparsity": sparsity,
                     "retrieval_heads": kept,
                     "all_heads": masks[0].size,

@@ -387,3 +387,31 @@ def test_too_few_words_in_the_vocabulary(make):
     config = dataclasses.replace(SMALL, words="vocabulary", passkey_words=30)
     with pytest.raises(InputError, match=r"3 passkeys of 30 distinct words need 90 words; .* \d+"):
         make(config)
+
+
+def test_plain_text_is_a_stretch_of_the_text_as_long_as_the_sample(make, tokenizer_with_bos):
+    text = load_documents(())[:12]
+    sampler = make(tokenizer=tokenizer_with_bos)
+    everything = tokenizer_with_bos("\n\n".join(text), add_special_tokens=False).input_ids
+    starts = set()
+    for i in INDICES:
+        plain = sampler.plain_text(i)
+        assert (plain.tail_start, plain.answers, plain.depths) == (0, (), ())
+        assert plain.tokens.size == sampler.sample(i).tokens.size
+        assert same(plain, make(tokenizer=tokenizer_with_bos).plain_text(i))
+        assert plain.tokens[0] == tokenizer_with_bos.bos_token_id
+        stretch = tokenizer_with_bos.decode(plain.tokens[1:])
+        assert stretch in tokenizer_with_bos.decode(everything) + "\n\n"
+        starts.add(stretch[:20])
+    assert len(starts) > len(INDICES) / 2
+    other_seed = make(tokenizer=tokenizer_with_bos, seed=1).plain_text(0)
+    assert not np.array_equal(other_seed.tokens, sampler.plain_text(0).tokens)
+
+
+def test_plain_text_shorter_than_a_sample_is_all_of_it(make, tokenizer):
+    config = dataclasses.replace(SMALL, min_length=400)
+    words = "night vault sea " * 40
+    sampler = make(config, text=[words])
+    size = len(tokenizer(words + "\n\n").input_ids)
+    assert size < sampler.sample(0).tokens.size
+    assert sampler.plain_text(0).tokens.tolist() == tokenizer(words + "\n\n").input_ids

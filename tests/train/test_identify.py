@@ -132,6 +132,7 @@ def test_defaults_are_the_papers(tmp_path):
 
 SHORT = ("--num-steps", "4", "--eval-samples", "0")
 SETTINGS = [
+    ("--method", "lm"),
     ("--learning-rate", "0.05"),
     ("--reg-weight", "2.0"),
     ("--target-sparsity", "0.9"),

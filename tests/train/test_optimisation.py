@@ -192,4 +192,6 @@ def test_every_other_field_is_a_setting_that_changes_the_gates_of_a_whole_run():
     settings = {flags[0].removeprefix("--").replace("-", "_") for flags in SETTINGS}
     fields = {field.name.removesuffix("_size") for field in dataclasses.fields(StepConfig)}
     # Implementations agree; tests/duo_jax/test_implementations.py sees that the choice is obeyed.
-    assert fields - settings == {"tail", "implementation"}
+    # --method is what decides the objective.
+    assert fields - settings == {"tail", "objective", "implementation"}
+    assert "method" in settings

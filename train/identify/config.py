@@ -16,6 +16,15 @@ from train.distillation import Mixing
 
 PRESET_FILE = "identify.json"
 
+Method = Literal["optimise", "profile", "lm"]
+
+_OF_STEPS = ("num_steps", "learning_rate", "reg_weight", "target_sparsity", "mixing", "tensorboard")
+_UNREAD: dict[Method, tuple[str, ...]] = {
+    "optimise": ("profile_samples",),
+    "lm": ("profile_samples",),
+    "profile": _OF_STEPS,
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IdentifyConfig:
@@ -29,6 +38,15 @@ class IdentifyConfig:
     workdir: str | None = None
     """Where everything is written; started again, the command resumes from here.
     Default: runs/identify-MODEL."""
+
+    method: Method = "optimise"
+    """How retrieval heads are told from streaming heads.
+    optimise: gates, learned by distillation on passkeys; the paper's.
+    profile: how far back each head looks while passkeys are answered; no training, seconds.
+    lm: gates, learned on the next-token loss of the text without passkeys; an ablation."""
+    profile_samples: int = 16
+    """Samples to profile; for --method profile, which has no use for steps, learning rate, penalty
+    and mixing, and refuses them."""
 
     num_steps: int = 2000
     """Optimisation steps, one sample each."""
@@ -75,7 +93,7 @@ class IdentifyConfig:
 
     def __post_init__(self) -> None:
         check_implementation(self.implementation)
-        positive = ("num_steps", "recent", "length_buckets", "checkpoint_every")
+        positive = ("num_steps", "profile_samples", "recent", "length_buckets", "checkpoint_every")
         for name in positive:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} must be at least 1")
@@ -94,6 +112,17 @@ class IdentifyConfig:
         for sparsity in (*self.eval_sparsities, self.target_sparsity or 0.0):
             if not 0.0 <= sparsity <= 1.0:
                 raise InputError(f"sparsity {sparsity} is not in [0, 1]")
+
+    def check_method(self, defaults: "IdentifyConfig") -> None:
+        """Refuse fields that the method does not read, unless they are as `defaults` has them.
+
+        Raises:
+          InputError: names one of them.
+        """
+        for name in _UNREAD[self.method]:
+            if getattr(self, name) not in (getattr(defaults, name), getattr(IdentifyConfig, name)):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"--method {self.method} does not read {flag}; leave it out")
 
     def folder(self) -> pathlib.Path:
         """Return the work folder."""

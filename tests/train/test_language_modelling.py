@@ -1,0 +1,94 @@
+"""The language-modelling loss: the plain model's where all gates are 1, and its gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import llama
+from duo_jax.config import parse_config
+from tests import models
+from tests.params import random_params
+from train.distillation import Batch
+from train.language_modelling import language_modelling_loss
+
+SIZES = {"sink_size": 3, "recent_size": 9}
+
+
+@functools.cache
+def model():
+    config = parse_config(models.CASES["llama-3, grouped queries"])
+    return config, random_params(config)
+
+
+def batch(*totals: int, length: int = 64) -> Batch:
+    tokens = np.random.default_rng(1).integers(0, 96, (len(totals), length), np.int32)
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        tail_start=jnp.zeros(len(totals), jnp.int32),
+        total_length=jnp.array(totals),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="mixing")
+def _loss(gates, params, data, mixing):
+    return language_modelling_loss(gates, model()[0], params, data, mixing=mixing, **SIZES)
+
+
+def loss(gates, data, *, mixing="teacher", params=None):
+    return _loss(gates, params or model()[1], data, mixing)
+
+
+def by_hand(data: Batch) -> float:
+    """Look every token's probability up, one by one, with full attention."""
+    config, params = model()
+    x, _ = llama.hidden_states(config, params, data.tokens)
+    logits = np.asarray(llama.logits(config, params, x), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    losses = [
+        -log_p[row, position - 1, data.tokens[row, position]]
+        for row, total in enumerate(data.total_length)
+        for position in range(1, int(total))
+    ]
+    return float(np.mean(losses))
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+@pytest.mark.parametrize(
+    "data", [batch(64), batch(41, 60), batch(600, length=640)], ids=["whole", "padded", "blocks"]
+)
+def test_all_gates_one_is_the_cross_entropy_of_the_model(mixing, data):
+    np.testing.assert_allclose(loss(jnp.ones((2, 2)), data, mixing=mixing), by_hand(data), 1e-5)
+
+
+def test_padding_and_the_start_of_the_tail_do_not_count():
+    gates, data = jnp.full((2, 2), 0.4), batch(60)
+    expected = loss(gates, data)
+    padded = Batch(
+        tokens=data.tokens.at[:, 60:].set(5),
+        tail_start=jnp.array([17]),
+        total_length=data.total_length,
+    )
+    np.testing.assert_array_equal(loss(gates, padded), expected)
+    last = Batch(
+        tokens=data.tokens.at[:, 59].set((data.tokens[0, 59] + 1) % 96),
+        tail_start=data.tail_start,
+        total_length=data.total_length,
+    )
+    assert loss(gates, last) != expected
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+def test_gradient_equals_central_differences_in_float64(mixing):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), model()[1])
+        gates = jnp.array([[0.3, 0.8], [0.6, 0.5]], jnp.float64)
+        value = jax.jit(functools.partial(loss, data=batch(60), mixing=mixing, params=params))
+        gradient = jax.jit(jax.grad(value))(gates)
+        for index in np.ndindex(2, 2):
+            nudge = jnp.zeros((2, 2), jnp.float64).at[index].set(1e-5)
+            difference = (value(gates + nudge) - value(gates - nudge)) / 2e-5
+            np.testing.assert_allclose(gradient[index], difference, rtol=1e-5)
+    assert np.abs(gradient).min() > 0

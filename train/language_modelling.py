@@ -1,0 +1,73 @@
+"""The language-modelling loss of the gates: what DuoAttention's distillation is compared with.
+
+The student, with gate-mixed attention, predicts the next token of ordinary text:
+
+    cross_entropy = mean over tokens 1, 2, ... of -log p_student(token | tokens before it)
+
+There are no passkeys in it, and few tokens of a text need to be looked up far back, so it says
+little about which heads can (DuoAttention, section 3.5). Mixing and penalty are those of
+distillation (`train.distillation`, `train.optimisation`).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from duo_jax import llama
+from duo_jax.config import ModelConfig
+from kernels import Implementation
+from kernels.precision import accumulator
+from train.distillation import Batch, Mixing, teacher_and_student
+
+# Positions whose logits exist at the same time: 0.26 GB for a vocabulary of 128,000.
+_BLOCK = 512
+
+
+def language_modelling_loss(
+    gates: Float[Array, "layers kv_heads"],
+    config: ModelConfig,
+    params: llama.Params,
+    batch: Batch,
+    *,
+    sink_size: int,
+    recent_size: int,
+    mixing: Mixing,
+    implementation: Implementation = "auto",
+) -> Float[Array, ""]:
+    """Return the student's mean cross entropy over the real tokens, in nats.
+
+    Differentiable in `gates`; arguments as of train.distillation.distillation_loss. Of the batch,
+    `tail_start` is not read: all tokens but the first are predicted.
+    """
+    _, x = teacher_and_student(
+        gates,
+        config,
+        params,
+        batch,
+        sink_size=sink_size,
+        recent_size=recent_size,
+        mixing=mixing,
+        implementation=implementation,
+    )
+    predicted = jnp.arange(1, batch.tokens.shape[1])[None] < batch.total_length[:, None]
+
+    @jax.checkpoint
+    def block_loss(x, targets, weights):
+        logits = llama.logits(config, params, x)
+        log_p = jax.nn.log_softmax(logits.astype(accumulator(logits.dtype)), axis=-1)
+        log_p = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(log_p * weights.astype(log_p.dtype))
+
+    blocks = (_blocks(a) for a in (x[:, :-1], batch.tokens[:, 1:], predicted))
+    sums = jax.lax.map(lambda block: block_loss(*block), tuple(blocks))
+    total = jnp.sum(sums)
+    return total / jnp.sum(predicted).astype(total.dtype)
+
+
+def _blocks(a: Array) -> Array:
+    """Cut [batch, length, ...] to [blocks, batch, _BLOCK, ...], padded with zeros."""
+    size = min(_BLOCK, a.shape[1])
+    padding = [(0, 0), (0, -a.shape[1] % size), *[(0, 0)] * (a.ndim - 2)]
+    padded = jnp.pad(a, padding)
+    cut = padded.reshape(a.shape[0], -1, size, *a.shape[2:])
+    return jnp.moveaxis(cut, 1, 0)
