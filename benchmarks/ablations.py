@@ -1,0 +1,268 @@
+"""What DuoAttention's choices are worth on the demo model: the paper's ablations (section 3.5).
+
+    python -m benchmarks.ablations
+
+Exact retrieval of passkeys on held-out text (train.evaluate), over the fraction of streaming heads:
+
+(a) how heads are chosen: by distillation on passkeys (the method itself), by attention profile
+    (duo_jax.profiling), by the language-modelling loss, and at random;
+(b) what streaming heads see: sinks and recent tokens, sinks only, recent tokens only, each with the
+    same number of slots. A query always sees its own token, so "sinks only" is recent 1. Measured
+    twice: heads identified with the window they are deployed with, and heads identified with
+    sinks and recent tokens that are only deployed so;
+(c) deployed sizes: heads identified with the preset's sinks and recent tokens, deployed with
+    others.
+
+Samples, steps and sizes are those of the model's preset (identify.json). Only the weight of the
+penalty is another for the language-modelling loss: the preset's was chosen for distillation, whose
+loss has another scale, and would close nearly all gates.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+import time
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float
+from tqdm import tqdm
+
+from benchmarks import ablations_report
+from duo_jax import cli, files, machine, pretrained
+from duo_jax.errors import InputError
+from duo_jax.passkeys import PasskeySampler
+from duo_jax.pattern import retrieval_heads
+from duo_jax.text import load_documents, split_held_out
+from train.evaluate import RetrievalTest
+from train.identify import IdentifyConfig, default_config, profile, training
+from train.identify.config import Method
+from train.workdir import WorkDir
+
+Gates = Float[np.ndarray, "layers kv_heads"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblationsConfig:
+    """Flags of the benchmark."""
+
+    model: str = pretrained.DEMO
+    """A model that brings an identify.json."""
+    sparsities: tuple[float, ...] = (0.25, 0.5, 0.75, 0.875)
+    """Fractions of streaming heads of (a) and (b)."""
+    sinks: tuple[int, ...] = (0, 4, 16, 32)
+    """Deployed sinks of (c)."""
+    recents: tuple[int, ...] = (8, 32, 64, 128)
+    """Deployed recent tokens of (c)."""
+    grid_sparsities: tuple[float, ...] = (0.5, 0.75)
+    """Fractions of streaming heads of (c)."""
+    seeds: int = 3
+    """Seeds of identification in (a): 0, 1, ...; (b) and (c) take the first."""
+    random_seeds: int = 8
+    """Random choices of heads per sparsity in (a)."""
+    lm_reg_weight: float = 0.05
+    """Weight of the penalty with the language-modelling loss; the paper's."""
+    samples: int = 32
+    """Held-out texts of the preset's longest length."""
+    out: pathlib.Path = pathlib.Path("benchmarks/results/ablations.json")
+    """Where to write the result; .md and .png stand beside it."""
+
+    def __post_init__(self) -> None:
+        if min(self.samples, self.seeds, self.random_seeds) < 1:
+            raise InputError("samples, seeds and random_seeds must be at least 1")
+        for name in ("sparsities", "grid_sparsities", "sinks", "recents"):
+            if not getattr(self, name):
+                raise InputError(f"{name} is empty")
+        for sparsity in (*self.sparsities, *self.grid_sparsities):
+            if not 0.0 <= sparsity <= 1.0:
+                raise InputError(f"sparsity {sparsity} is not in [0, 1]")
+        if min(self.sinks) < 0 or min(self.recents) < 1:
+            raise InputError("sinks must be at least 0 and recents at least 1")
+
+
+def main(config: AblationsConfig) -> None:
+    """Measure, write the results, draw them and print the tables."""
+    result = measure(config)
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(config.out, json.dumps(result, indent=2) + "\n")
+    table = ablations_report.to_markdown(result)
+    files.write_text(config.out.with_suffix(".md"), table)
+    ablations_report.plot(result, config.out.with_suffix(".png"))
+    print(table)
+
+
+def measure(config: AblationsConfig) -> dict[str, Any]:
+    """Measure all three panels."""
+    began, environment = time.monotonic(), machine.environment()
+    lab = _Lab(config)
+    with lab.bar:
+        methods, gates = _methods(lab, config)
+        windows = _windows(lab, config, gates["optimise"][0])
+        sizes = _sizes(lab, config, gates["optimise"][0])
+        full, streaming = (
+            lab.exact(np.full(lab.shape, keep), sink=lab.preset.sink, recent=lab.preset.recent)
+            for keep in (True, False)
+        )
+    preset = dataclasses.asdict(lab.preset)
+    return {
+        "command": machine.command("benchmarks.ablations"),
+        "settings": machine.plain(config),
+        **environment,
+        "model": config.model,
+        "layers": lab.model.num_layers,
+        "kv_heads": lab.model.num_kv_heads,
+        "identification": {
+            k: preset[k]
+            for k in ("num_steps", "profile_samples", "reg_weight", "mixing", "sink", "recent",
+                      "dtype", "data")
+        },
+        "length": lab.test.length,
+        "passkeys": sum(len(sample.answers) for sample in lab.test.samples),
+        "haystack": lab.test.haystack,
+        "largest_standard_error": lab.largest_error,
+        "run_minutes": round((time.monotonic() - began) / 60, 1),
+        "full": full,
+        "all_streaming": streaming,
+        "methods": methods,
+        "windows": windows,
+        "sizes": sizes,
+        "gates": {method: [g.tolist() for g in of_seeds] for method, of_seeds in gates.items()},
+    }  # fmt: skip
+
+
+def _methods(lab: "_Lab", config: AblationsConfig):
+    """Panel (a): rows, and the gates of every method and seed."""
+    gates: dict[Method, list[Gates]] = {
+        method: [lab.identify(method, seed=seed) for seed in range(config.seeds)]
+        for method in ("optimise", "profile", "lm")
+    }
+    sizes = {"sink": lab.preset.sink, "recent": lab.preset.recent}
+    rows = []
+    for sparsity in config.sparsities:
+        chosen = {
+            method: [retrieval_heads(g, sparsity=sparsity) for g in of_seeds]
+            for method, of_seeds in gates.items()
+        }
+        heads = chosen["optimise"][0]
+        chosen["random"] = [
+            np.random.default_rng([seed, heads.sum()]).permutation(heads.ravel()).reshape(lab.shape)
+            for seed in range(config.random_seeds)
+        ]
+        for method, masks in chosen.items():
+            rows.append(
+                {
+                    "method": method,
+                    "sparsity": sparsity,
+                    "retrieval_heads": int(heads.sum()),
+                    "exact": [lab.exact(mask, **sizes) for mask in masks],
+                }
+            )
+    return rows, gates
+
+
+def _windows(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[str, Any]]:
+    """Panel (b): rows for every kind of window, identified with it or with both."""
+    sink, recent = lab.preset.sink, lab.preset.recent
+    slots = sink + recent
+    windows = {"both": (sink, recent), "sinks": (slots - 1, 1), "recents": (0, slots)}
+    identified = {
+        name: learned if name == "both" else lab.identify("optimise", sink=size[0], recent=size[1])
+        for name, size in windows.items()
+    }
+    pairs = [(name, name) for name in windows] + [("both", "sinks"), ("both", "recents")]
+    return [
+        {
+            "identified": identified_with,
+            "deployed": deployed,
+            "sink": windows[deployed][0],
+            "recent": windows[deployed][1],
+            "sparsity": sparsity,
+            "exact": lab.exact(
+                retrieval_heads(identified[identified_with], sparsity=sparsity),
+                sink=windows[deployed][0],
+                recent=windows[deployed][1],
+            ),
+        }
+        for identified_with, deployed in pairs
+        for sparsity in config.sparsities
+    ]
+
+
+def _sizes(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[str, Any]]:
+    """Panel (c): rows of the grid of deployed sizes."""
+    return [
+        {
+            "sparsity": sparsity,
+            "sink": sink,
+            "recent": recent,
+            "exact": lab.exact(
+                retrieval_heads(learned, sparsity=sparsity), sink=sink, recent=recent
+            ),
+        }
+        for sink in config.sinks
+        for recent in config.recents
+        for sparsity in config.grid_sparsities
+    ]
+
+
+class _Lab:
+    """A loaded model, with which heads are identified and tested."""
+
+    def __init__(self, config: AblationsConfig) -> None:
+        folder = pretrained.resolve(config.model)
+        self.preset = default_config(config.model, folder)
+        self.model = pretrained.load_config(folder)
+        self.shape = (self.model.num_layers, self.model.num_kv_heads)
+        self.largest_error = 0.0  # standard error over texts of any number measured
+        self.bar = tqdm(desc="identified or tested", unit="", disable=None)
+        self._lm_reg_weight = config.lm_reg_weight
+        self._params = pretrained.load_params(folder, dtype=jnp.dtype(self.preset.dtype))
+        self._tokenizer = pretrained.load_tokenizer(folder)
+        self._training_text, held_out_text = split_held_out(load_documents(()))
+        self.test = RetrievalTest(
+            self.preset.data,
+            self._tokenizer,
+            self._training_text,
+            held_out_text,
+            num_samples=config.samples,
+            seed=0,
+        )
+
+    def identify(self, method: Method, *, seed: int = 0, **changes: int) -> Gates:
+        """Return the gates (or scores) that `python -m train.identify` would write."""
+        config: IdentifyConfig = dataclasses.replace(
+            self.preset, method=method, seed=seed, **changes
+        )
+        if method == "lm":
+            config = dataclasses.replace(config, reg_weight=self._lm_reg_weight)
+        sampler = PasskeySampler(config.data, self._tokenizer, self._training_text, seed=seed)
+        find = profile.profile if method == "profile" else training.train
+        with tempfile.TemporaryDirectory() as folder:
+            workdir = WorkDir(pathlib.Path(folder), config, operational=())
+            gates, _ = find(config, self.model, self._params, sampler, workdir)
+            workdir.close()
+        self.bar.update()
+        return np.asarray(gates, np.float64)
+
+    def exact(self, heads: Bool[np.ndarray, "layers kv_heads"], *, sink: int, recent: int) -> float:
+        """Return the fraction of passkeys that are retrieved exactly with these heads."""
+        found = self.test.accuracy(
+            self.model, self._params, heads, sink_size=sink, recent_size=recent
+        )
+        texts = found.mean(axis=1)  # passkeys of one text hang together
+        if texts.size > 1:
+            error = float(texts.std(ddof=1) / np.sqrt(texts.size))
+            self.largest_error = max(self.largest_error, error)
+        self.bar.update()
+        return float(found.mean())
+
+
+if __name__ == "__main__":
+    cli.run(
+        main,
+        AblationsConfig,
+        prog="python -m benchmarks.ablations",
+        description=__doc__.split("\n\n")[0],
+    )
