@@ -1,0 +1,110 @@
+"""Answer questions from an evicting cache: read, evict, then the true tokens one by one."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from duo_jax.evaluate.eviction.cache import Pool, Prompt, compress
+from duo_jax.evaluate.eviction.decode import decode
+from duo_jax.evaluate.eviction.policy import Budget, Policy
+from duo_jax.evaluate.eviction.prompt import read
+from duo_jax.llama import Params
+from duo_jax.runtime import Runtime
+from duo_jax.split import DuoConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Predicted:
+    """What a model would have written, and the bytes of what it remembered."""
+
+    tokens: Int[np.ndarray, "batch tail"]  # the likeliest token at each place of the given ones
+    cache_bytes: int  # of one row's live buffers
+    text_bytes: float  # of these, what the tokens of the text take that are kept; mean over rows
+
+
+def predict(
+    runtime: Runtime,
+    policy: Policy,
+    texts: Sequence[Sequence[int]],
+    tails: Sequence[Sequence[int]],
+    *,
+    slots: int,
+    length: int,
+    room: int,
+) -> Predicted:
+    """Read texts, evict, and predict each token of the tails from the true ones before it.
+
+    Args:
+      runtime: a model whose heads are all retrieval heads.
+      policy: what evicts.
+      texts: what is compressed, a row each.
+      tails: what comes after it.
+      slots: that a row's buffers may have, over all heads.
+      length: to pad texts to; another length is another compilation.
+      room: to pad tails to.
+    """
+    padded, lengths = pad(texts, length)
+    given, counts = pad(tails, room)
+    prompt = read(
+        runtime.config,
+        runtime.params,
+        padded,
+        lengths,
+        window=policy.window,
+        implementation=runtime.implementation,
+    )
+    first = jnp.argmax(prompt.logits, axis=-1)
+    # The last token of a tail is predicted, not given.
+    pool, state = _evict(policy, prompt, budget=Budget(slots=slots, room=room))
+    del prompt
+    cache_bytes, text_bytes = pool.live_bytes(), float(pool.held_bytes().mean())
+    active = jnp.arange(room)[None, :] < counts[:, None] - 1
+    rest = _decode(runtime.config, runtime.params, policy, pool, state, given, active)
+    return Predicted(
+        tokens=np.concatenate([np.asarray(first)[:, None], np.asarray(rest)[:, :-1]], axis=1),
+        cache_bytes=cache_bytes // len(texts),
+        text_bytes=text_bytes,
+    )
+
+
+def pad(
+    rows: Sequence[Sequence[int]], length: int
+) -> tuple[Int[Array, "batch length"], Int[Array, " batch"]]:
+    """Return rows of one length, and how much of each counts."""
+    padded = [np.pad(np.asarray(row, np.int32), (0, length - len(row))) for row in rows]
+    return jnp.asarray(np.stack(padded)), jnp.array([len(row) for row in rows], jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("policy", "budget"))
+def _evict(policy: Policy, prompt: Prompt, *, budget: Budget) -> tuple[Pool, Any]:
+    chosen = policy.select(prompt, budget)
+    longest = policy.longest(prompt, budget)
+    slots = min(budget.slots, longest * chosen.sizes[0].size)
+    pool = compress(prompt, chosen.kept, chosen.sizes, slots=slots, longest=longest)
+    return pool, chosen.state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "policy"))
+def _decode(
+    config: DuoConfig,
+    params: Params,
+    policy: Policy,
+    pool: Pool,
+    state: Any,
+    tokens: Int[Array, "batch length"],
+    active: Bool[Array, "batch length"],
+) -> Int[Array, "batch length"]:
+    """Give the tokens one by one; return the likeliest one after each."""
+
+    def step(pool: Pool, inputs):
+        logits, pool = decode(config, params, policy, pool, state, *inputs)
+        return pool, jnp.argmax(logits, axis=-1)
+
+    _, likeliest = jax.lax.scan(step, pool, (tokens.T, active.T))
+    return likeliest.T
