@@ -112,7 +112,9 @@ def png(result: dict[str, Any]) -> bytes:
 def _number(panel: Any, values: np.ndarray) -> None:
     for (y, x), value in np.ndenumerate(values):
         if np.isfinite(value):
-            panel.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=6)
+            colour = "black" if 0.15 < value < 0.85 else "white"
+            text = f"{100 * value:.0f}"
+            panel.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
 
 
 def _score_names(result: Mapping[str, Any]) -> dict[str, str]:

@@ -6,6 +6,8 @@ from duo_jax import machine
 from duo_jax.model import DuoModel
 from duo_jax.model_flags import ModelFlags
 
+_FORMATS = {"weights": "weights", "kv": "caches"}
+
 
 def describe(flags: ModelFlags, model: DuoModel) -> dict[str, Any]:
     """Return model, split, formats, prefill, hardware and versions, for a JSON result.
@@ -41,8 +43,12 @@ def sparsity(model: DuoModel) -> float:
 
 def in_words(result: dict[str, Any]) -> str:
     """Return the settings of a result in one line, for titles and captions."""
-    return (
-        f"sink {result['sink']}, recent {result['recent']}, {result['dtype']}, "
-        f"KV {result['kv']}, weights {result['weights']}, chunk {result['prefill_chunk']:,}, "
-        f"mode {result['prefill_mode']}"
-    )
+    smaller = [
+        f"{result[name]} {words}" for name, words in _FORMATS.items() if result[name] != "model"
+    ]
+    parts = [
+        f"sink {result['sink']}, recent {result['recent']}",
+        ", ".join([result["dtype"], *smaller]),
+        f"chunks of {result['prefill_chunk']:,}, mode {result['prefill_mode']}",
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,244 @@
+"""Needles: the documents, their scores, the command that draws the heat map."""
+
+import json
+
+import numpy as np
+import pytest
+
+import duo_jax
+from duo_jax.errors import InputError
+from duo_jax.evaluate import __main__ as command
+from duo_jax.evaluate import needle_command, scores
+from duo_jax.evaluate.needle import Haystack, NeedleTemplates
+from duo_jax.pattern import Pattern, save_pattern
+from duo_jax.text import load_documents
+from tests import models
+
+TEMPLATES = NeedleTemplates(
+    intro="Read this.\n",
+    needle="\nThe colour is {answer}.\n",
+    answer="{words} and grey",
+    answer_words=3,
+    question="\nWhat colour? The colour is",
+)
+
+
+@pytest.fixture(scope="module")
+def tokenization():
+    return duo_jax.load("demo").tokenization
+
+
+@pytest.fixture(scope="module")
+def haystack(tokenization):
+    return Haystack(TEMPLATES, tokenization, load_documents(()), seed=3)
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("length", [64, 200, 1000])
+def test_a_document_has_its_length_and_its_needle_at_the_depth(
+    haystack, tokenization, length, depth
+):
+    document = haystack.document(length=length, depth=depth)
+    assert len(document.tokens) == length
+    text = tokenization.tokenizer.decode(document.tokens, skip_special_tokens=True)
+    assert text.startswith("Read this.\n")
+    assert text.endswith(TEMPLATES.question)
+    before, after = text.split(f"\nThe colour is {document.answer}.\n")
+    size = len(tokenization.tokenizer(after[: -len(TEMPLATES.question)]).input_ids)
+    assert size / length == pytest.approx(1 - document.depth, abs=60 / length)
+    assert document.depth <= depth
+    if depth in (0.0, 1.0):
+        assert document.depth == depth
+    elif length == 1000:  # a sentence has ended nearby
+        assert document.depth == pytest.approx(depth, abs=0.1)
+        assert before.rstrip(" ").endswith((".", "\n", "!", "?"))
+
+
+def test_documents_depend_on_all_that_names_them(haystack, tokenization):
+    same = haystack.document(length=200, depth=0.5, sample=1)
+    assert haystack.document(length=200, depth=0.5, sample=1) == same
+    other_seed = Haystack(TEMPLATES, tokenization, load_documents(()), seed=4)
+    others = [
+        haystack.document(length=200, depth=0.5, sample=2),
+        haystack.document(length=200, depth=0.6, sample=1),
+        haystack.document(length=201, depth=0.5, sample=1),
+        other_seed.document(length=200, depth=0.5, sample=1),
+    ]
+    assert len({tuple(other.tokens) for other in [same, *others]}) == 5
+
+
+def test_a_short_text_begins_again(tokenization):
+    haystack = Haystack(TEMPLATES, tokenization, ["Only one sentence. Or two."], seed=0)
+    document = haystack.document(length=500, depth=0.5)
+    assert len(document.tokens) == 500
+    assert tokenization.tokenizer.decode(document.tokens).count("Only one sentence") > 10
+
+
+def test_a_length_without_room_is_refused(haystack):
+    with pytest.raises(InputError, match="20 tokens have no room for the needle and its question"):
+        haystack.document(length=20, depth=0.5)
+    assert haystack.document(length=haystack.shortest() + 1, depth=0.5)
+
+
+@pytest.mark.parametrize(
+    ("written", "exact", "recall"),
+    [
+        (" Blue, red, and GREY.", 1, 1),
+        ("blue red", 0, 0.5),
+        ("It is grey and blue red", 0, 1),
+        ("a blue red and greyish", 0, 0.75),
+        ("", 0, 0),
+    ],
+)
+def test_scores(written, exact, recall):
+    assert scores.exact_match(written, "blue red and grey") == exact
+    assert scores.word_recall(written, "blue red and grey") == recall
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    folder = models.write_hf(tmp_path_factory.mktemp("needle") / "tiny", raw)
+    models.write_tokenizer(folder)
+    pattern = folder / "pattern"
+    save_pattern(
+        Pattern(gates=np.array([[0.9, 0.1], [0.2, 0.8]]), sink_size=4, recent_size=12),
+        pattern,
+    )
+    return folder
+
+
+# A tokenizer of 600 words spells the default needle in hundreds of tokens.
+SHORT = {"intro": "Read.", "needle": " It is {answer}.", "answer": "red", "question": " It is"}
+FLAGS = "--lengths 60 100 --depths 0 0.5 1 --max-new-tokens 6 --batch 2 --prefill-chunk 32".split()
+FLAGS += [word for name, text in SHORT.items() for word in (f"--{name}", text)]
+
+
+def run(folder, workdir, *more: str) -> dict:
+    command.main(["needle", "--model", str(folder), "--workdir", str(workdir), *FLAGS, *more])
+    return json.loads((workdir / "needle.json").read_text())
+
+
+def test_rows_say_what_was_measured(folder, tmp_path, capsys):
+    result = run(folder, tmp_path / "a")
+    assert len(result["rows"]) == 2 * 2 * 3  # caches, lengths, depths
+    duo, full = ([r for r in result["rows"] if r["caches"] == c] for c in ("duo", "full"))
+    # 2 of 4 heads in 16 slots instead of 106; a key and a value of 8 float32 channels each.
+    assert {r["cache_bytes"] for r in full} == {4 * 106 * 8 * 2 * 4}
+    assert {r["cache_bytes"] for r in duo} == {(2 * 106 + 2 * 16) * 8 * 2 * 4}
+    assert result["sparsity"] == 0.5
+    assert (result["sink"], result["recent"], result["prefill_chunk"]) == (4, 12, 32)
+    assert (result["kv"], result["weights"], result["prefill_mode"]) == ("model", "model", "exact")
+    assert [r["written"] for r in duo] != [r["written"] for r in full]
+    assert (tmp_path / "a" / "needle.png").read_bytes().startswith(b"\x89PNG")
+    assert "| DuoAttention, 50% streaming | 6 |" in capsys.readouterr().out
+
+
+def test_what_is_written_is_what_generate_writes(folder, tmp_path):
+    result = run(folder, tmp_path / "a", "--no-full")
+    model = duo_jax.load(folder, prefill_chunk=32)
+    haystack = Haystack(NeedleTemplates(**SHORT), model.tokenization, load_documents(()), seed=0)
+    for row in result["rows"]:
+        document = haystack.document(length=row["length"], depth=row["depth"])
+        text = model.tokenizer.decode(document.tokens, skip_special_tokens=True)
+        assert row["written"] == model.generate([text], max_new_tokens=6)[0]
+        assert row["answer"] == document.answer
+
+
+def test_a_killed_run_goes_on_and_repeats_no_cell(folder, tmp_path, monkeypatch):
+    expected = run(folder, tmp_path / "whole")
+    answer, calls = needle_command._answer, []
+
+    def killed(*args, **settings):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return answer(*args, **settings)
+
+    monkeypatch.setattr(needle_command, "_answer", killed)
+    with pytest.raises(SystemExit):
+        run(folder, tmp_path / "killed")
+    kept = (tmp_path / "killed" / "rows.jsonl").read_text()
+    assert 3 <= kept.count("\n") < 12
+    counted = []
+    monkeypatch.setattr(
+        needle_command,
+        "_answer",
+        lambda *args, **settings: counted.extend(args[2]) or answer(*args, **settings),
+    )
+    resumed = run(folder, tmp_path / "killed")
+    assert len(counted) == 12 - kept.count("\n")
+    assert (tmp_path / "killed" / "rows.jsonl").read_text().startswith(kept)
+    assert resumed["rows"] == expected["rows"]
+    counted.clear()
+    assert run(folder, tmp_path / "killed")["rows"] == expected["rows"]
+    assert counted == []
+
+
+def test_a_model_brings_its_own_needle(folder, tmp_path):
+    needle = SHORT | {"question": "\nWhat?"}
+    preset = {"needle": {"max_new_tokens": 3, "needle": needle}}
+    (folder / "evaluate.json").write_text(json.dumps(preset))
+    try:
+        flags = ["--lengths", "60", "--depths", "0.5", "--workdir", str(tmp_path / "a")]
+        command.main(["needle", "--model", str(folder), *flags])
+        result = json.loads((tmp_path / "a" / "needle.json").read_text())
+        assert result["max_new_tokens"] == 3
+        config = json.loads((tmp_path / "a" / "config.json").read_text())
+        assert config["needle"]["question"] == "\nWhat?"
+        (folder / "evaluate.json").write_text('{"needle": {"no_such": 1}}')
+        with pytest.raises(SystemExit):
+            command.main(["needle", "--model", str(folder), *flags])
+    finally:
+        (folder / "evaluate.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--lengths 600", "room for 506"),
+        ("--lengths 9", "needs at least"),
+        ("--depths 1.5", "depth 1.5 is not in [0, 1]"),
+        ("--lengths 100 100", "a length stands twice"),
+        ("--max-new-tokens 0", "max_new_tokens 0 must be at least 1"),
+        ("--batch 0", "batch 0 must be at least 1"),
+        ("--needle no-answer", "the needle must hold {answer} once"),
+        ("--text nowhere.txt", "no such text: nowhere.txt"),
+        ("--chat", "no chat template"),
+    ],
+)
+def test_errors_are_one_line(folder, tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        run(folder, tmp_path / "a", *flags.split())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1
+    assert words in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["nedle"])
+    assert ended.value.code == 2
+    assert "'nedle' is not one of needle, passkeys" in capsys.readouterr().err
+    command.main([])
+    assert "usage: python -m duo_jax.evaluate COMMAND" in capsys.readouterr().out
+
+
+def test_a_chat_wraps_text_and_question(folder):
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    try:
+        model = duo_jax.load(folder)
+        haystack = Haystack(TEMPLATES, model.tokenization, load_documents(()), seed=0, chat=True)
+        document = haystack.document(length=200, depth=0.5)
+        text = model.tokenizer.decode(document.tokens)
+        assert len(document.tokens) == 200
+        assert text.startswith("<user>Read this.\n")
+        assert text.endswith("The colour is</user><assistant>")
+        assert f"The colour is {document.answer}." in text
+    finally:
+        (folder / "chat_template.jinja").unlink()

@@ -1,0 +1,94 @@
+"""Passkeys by length and depth: the command."""
+
+import json
+
+import numpy as np
+import pytest
+
+import duo_jax
+from duo_jax.evaluate import __main__ as command
+from duo_jax.evaluate import served_retrieval
+from duo_jax.passkeys import PasskeyConfig, PasskeySampler
+from duo_jax.pattern import Pattern, save_pattern
+from duo_jax.text import load_documents, split_held_out
+from tests import models
+
+TASK = ["--num-passkeys", "3", "--passkey-words", "4"]
+FLAGS = ["--lengths", "256", "400", "--samples", "3", "--batch", "2", *TASK]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    folder = models.write_hf(tmp_path_factory.mktemp("passkeys") / "tiny", raw)
+    models.write_tokenizer(folder)
+    save_pattern(
+        Pattern(gates=np.array([[0.9, 0.1], [0.2, 0.8]]), sink_size=4, recent_size=12),
+        folder / "pattern",
+    )
+    return folder
+
+
+def run(folder, workdir, *more: str) -> dict:
+    command.main(["passkeys", "--model", str(folder), "--workdir", str(workdir), *FLAGS, *more])
+    return json.loads((workdir / "passkeys.json").read_text())
+
+
+def test_rows_are_those_of_served_retrieval(folder, tmp_path, capsys):
+    result = run(folder, tmp_path / "a", "--kv", "int8")
+    assert len(result["rows"]) == 2 * 2 * 3 * 3  # caches, lengths, texts, passkeys
+    assert result["kv"] == "int8"
+    assert (tmp_path / "a" / "passkeys.png").read_bytes().startswith(b"\x89PNG")
+    assert "| full caches |" in capsys.readouterr().out
+    model = duo_jax.load(folder, kv="int8")
+    data = PasskeyConfig(num_passkeys=3, passkey_words=4, min_length=1, max_length=256)
+    _, held_out = split_held_out(load_documents(()))
+    sampler = PasskeySampler(data, model.tokenizer, held_out, seed=0, stream=2)
+    sample = sampler.sample(1, length=256)
+    found = served_retrieval.retrieve(model.runtime, [sample], rows=1)
+    rows = [
+        row
+        for row in result["rows"]
+        if (row["caches"], row["length"], row["sample"]) == ("duo", 256, 1)
+    ]
+    assert [row["exact"] for row in rows] == found.exact[0].tolist()
+    assert [row["recall"] for row in rows] == found.tokens[0].tolist()
+    for row, depth in zip(rows, sample.depths, strict=True):
+        assert row["depth"] == pytest.approx(depth, abs=0.05)
+
+
+def test_the_demo_finds_its_passkeys_and_not_while_streaming(tmp_path):
+    flags = ["--lengths", "512", "--samples", "4", "--batch", "4", "--no-full"]
+
+    def exact(*more: str) -> float:
+        workdir = tmp_path / "-".join(more)
+        command.main(["passkeys", "--workdir", str(workdir), *flags, *more])
+        rows = json.loads((workdir / "passkeys.json").read_text())["rows"]
+        return float(np.mean([row["exact"] for row in rows]))
+
+    assert exact("--sparsity", "0.5") > 0.85
+    assert exact("--sparsity", "1") < 0.2
+
+
+def test_a_second_start_measures_nothing(folder, tmp_path, monkeypatch):
+    expected = run(folder, tmp_path / "a")
+    monkeypatch.setattr(served_retrieval, "retrieve", None)
+    assert run(folder, tmp_path / "a")["rows"] == expected["rows"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lengths", "600"], "room for 512"),
+        (["--lengths", "20"], "no room for 3 passkeys"),
+        (["--samples", "0"], "samples 0 must be at least 1"),
+        (["--num-passkeys", "99"], "num_passkeys 99 is not in 1 to 20"),
+    ],
+)
+def test_errors_are_one_line(folder, tmp_path, capsys, flags, words):
+    with pytest.raises(SystemExit) as ended:
+        run(folder, tmp_path / "a", *flags)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1
+    assert words in error
