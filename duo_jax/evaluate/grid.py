@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from duo_jax import cli, presets, pretrained
+from duo_jax import presets
 from duo_jax.errors import InputError
 from duo_jax.model import NO_PATTERN, DuoModel
 from duo_jax.model_flags import ModelFlags
@@ -112,20 +112,14 @@ def identity(flags: GridFlags, model: DuoModel, documents: Sequence[str]) -> dic
 
 
 def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> Flags | None:
-    """Return the defaults of the model that a command line names, or end the process.
+    """Return the defaults of the model that a command line names.
 
     They are the fields under the task's name in the model's evaluate.json, where it has one.
     """
-    config = config_type()
-    model = presets.named_model(args, config.model)
-    if model is None:
-        return None
-    try:
-        folder = pretrained.resolve(model)
-        values = presets.read(folder, PRESET_FILE).get(task, {})
-        try:
-            return presets.apply(values | {"model": model}, config)
-        except (TypeError, ValueError) as error:
-            raise InputError(f"{folder / PRESET_FILE} is not a valid preset: {error}") from None
-    except InputError as error:
-        cli.fail(error)
+    return presets.defaults(
+        args,
+        config_type.model,
+        lambda model, folder: presets.load(
+            config_type(model=model), folder / PRESET_FILE, part=task
+        ),
+    )

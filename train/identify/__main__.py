@@ -1,10 +1,6 @@
 """Command line of identification."""
 
-import argparse
-import sys
-
-from duo_jax import cli, pretrained
-from duo_jax.errors import InputError
+from duo_jax import cli, presets
 from train.identify.config import IdentifyConfig, default_config
 from train.identify.run import identify
 
@@ -19,28 +15,14 @@ model named by --model: its own preset (identify.json) where it has one, else th
 
 def main(args: list[str] | None = None) -> None:
     """Run the command on a list of words; default: the process's own."""
-    args = sys.argv[1:] if args is None else args
     cli.run(
         identify,
         IdentifyConfig,
         prog="python -m train.identify",
         description=_DESCRIPTION,
-        default=_defaults(args),
+        default=presets.defaults(args, IdentifyConfig.model, default_config),
         args=args,
     )
-
-
-def _defaults(args: list[str]) -> IdentifyConfig | None:
-    """Look ahead for --model, whose preset decides the defaults of the other flags."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--model", default=IdentifyConfig.model)
-    try:
-        model = peek.parse_known_args(args)[0].model
-        return default_config(model, pretrained.resolve(model))
-    except argparse.ArgumentError:
-        return None  # the real parser will complain
-    except InputError as error:
-        cli.fail(error)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """The settings of `python -m train.identify`, and the presets that models may bring along."""
 
 import dataclasses
-import json
 import math
 import pathlib
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
+from duo_jax import presets
 from duo_jax.errors import InputError
 from duo_jax.passkeys import PasskeyConfig
 from duo_jax.runtime import check_implementation
@@ -137,19 +137,4 @@ def default_config(model: str, folder: pathlib.Path) -> IdentifyConfig:
       model: what the user called it.
       folder: where it is; may hold an `identify.json` with any fields of IdentifyConfig.
     """
-    config = IdentifyConfig(model=model)
-    file = folder / PRESET_FILE
-    if not file.is_file():
-        return config
-    try:
-        return from_dict(json.loads(file.read_text(encoding="utf-8")), config)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file} is not a valid preset: {error}") from None
-
-
-def from_dict(values: dict[str, Any], config: IdentifyConfig) -> IdentifyConfig:
-    """Return `config` with some fields replaced; the inverse of dataclasses.asdict."""
-    values = dict(values)
-    data = dataclasses.replace(config.data, **values.pop("data", {}))
-    lists = {k: tuple(v) for k, v in values.items() if isinstance(v, list)}
-    return dataclasses.replace(config, **(values | lists), data=data)
+    return presets.load(IdentifyConfig(model=model), folder / PRESET_FILE)

@@ -1,0 +1,188 @@
+"""docs/results.md: every table of the committed results, and published numbers beside them.
+
+    python -m benchmarks.results_page
+
+Everything comes from the files in benchmarks/results; each section says where it ran, and with
+what. Nothing is measured.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import ablations_report, published, quantised
+from duo_jax import cli, files
+from duo_jax.errors import InputError
+from duo_jax.evaluate import compare_report, heat_map, settings
+
+_HEAD = """\
+# Results
+
+Written by `python -m benchmarks.results_page` from the files in `benchmarks/results`; do not edit
+it. All of it was measured on the demo model, a Llama of 722 thousand parameters that finds passkeys
+in up to 1,024 tokens, unless a line says otherwise. **Nothing here was measured on a model of
+billions of parameters, or on a GPU.** Numbers of others are marked as published.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PageConfig:
+    """Flags of the command."""
+
+    results: pathlib.Path = pathlib.Path("benchmarks/results")
+    """Where the result files are."""
+    out: pathlib.Path = pathlib.Path("docs/results.md")
+    """The page to write."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Section:
+    """One result file and how it is shown."""
+
+    title: str
+    name: str  # of the JSON file and, where there is one, of the picture
+    text: str
+    table: Callable[[dict[str, Any]], str]
+    picture: bool = True
+
+
+SECTIONS = (
+    Section(
+        title="One needle at every depth",
+        name="needle",
+        text="A passkey of eight words, hidden once; greedy continuation of the question.",
+        table=heat_map.to_markdown,
+    ),
+    Section(
+        title="Several passkeys, by length and depth",
+        name="passkeys",
+        text=(
+            "Each text is read once, then asked for all of its passkeys in turn: the question is "
+            "not known when the text is read. A passkey counts if greedy decoding would write all "
+            "of it."
+        ),
+        table=heat_map.to_markdown,
+    ),
+    Section(
+        title="Beside other methods, at equal bytes of cache",
+        name="compare",
+        text=(
+            "Bytes are those of the live buffers. *needle*: the question is part of the prompt, as "
+            "token-eviction papers measure. *passkeys*: the text is compressed before any question "
+            "is asked, as in a conversation about a long text."
+        ),
+        table=compare_report.to_markdown,
+    ),
+    Section(
+        title="Ablations",
+        name="ablations",
+        text="How heads are chosen, what streaming heads see, and how many tokens of it.",
+        table=lambda result: _without_title(ablations_report.to_markdown(result)),
+    ),
+    Section(
+        title="Smaller caches and weights",
+        name="quantised",
+        text=(
+            "± is two standard errors over texts; *change* is against `duo 50%` in the model's own "
+            "dtype, text by text."
+        ),
+        table=quantised.to_markdown,
+        picture=False,
+    ),
+)
+
+
+def write_page(config: PageConfig) -> None:
+    """Write the page.
+
+    Raises:
+      InputError: a result file is missing or damaged.
+    """
+    parts = [_HEAD]
+    for section in SECTIONS:
+        result = _read(config.results / f"{section.name}.json")
+        parts += [f"## {section.title}\n", f"{section.text}\n", f"{where(result)}\n"]
+        parts.append(section.table(result) + "\n")
+        if section.picture:
+            parts.append(f"![{section.title}](../{config.results}/{section.name}.png)\n")
+    parts.append(_published())
+    files.write_text(config.out, "\n".join(parts))
+    print(f"written: {config.out}")
+
+
+def where(result: dict[str, Any]) -> str:
+    """Say what a result was measured on and with."""
+    words = [result["hardware"], f"jax {result['jax']}", f"Python {result['python']}"]
+    if "prefill_mode" in result and "prefill_chunk" in result:
+        words.append(settings.in_words(result))
+    elif "dtype" in result:
+        words.append(result["dtype"])
+    seed = result.get("seed", result.get("settings", {}).get("seed"))
+    if seed is not None:
+        words.append(f"seed {seed}")
+    return f"`{result['command']}`; {'; '.join(words)}."
+
+
+def _read(file: pathlib.Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read: {error}") from None
+
+
+def _without_title(markdown: str) -> str:
+    lines = markdown.splitlines()
+    return "\n".join(lines[1:] if lines[0].startswith("# ") else lines).strip()
+
+
+def _published() -> str:
+    """Write the tables of others."""
+    lines = [
+        "## Published by others",
+        "",
+        f"From {published.DUO}, measured by its authors on one A100-80G, BF16, batch 1. Ours on a "
+        "GPU: not measured yet; see the README.",
+        "",
+        "| full caches / DuoAttention | published |",
+        "|---|---|",
+        *(f"| {what} | {ratio:.2f}x |" for what, ratio in published.EFFICIENCY),
+        "",
+        "LongBench, average of 21 tasks, published in the same paper. Ours: not measured yet "
+        "(`python -m duo_jax.evaluate lm-eval --tasks longbench` measures it).",
+        "",
+        f"| model | {' | '.join(published.LONGBENCH_METHODS)} |",
+        "|---|" + "---|" * len(published.LONGBENCH_METHODS),
+        *(
+            f"| {model} | {' | '.join(f'{score:.2f}' for score in scores)} |"
+            for model, scores in published.LONGBENCH
+        ),
+        "",
+        "RULER at 4K, Llama-3.1-8B-Instruct, published on kvpress' leaderboard (dense prefill, "
+        f"question unseen when the cache is cut; full caches {published.RULER_FULL}). Ours: not "
+        "measured yet.",
+        "",
+        f"| heads by | {' | '.join(f'{s:g}% streaming' for s in published.RULER_STREAMING)} |",
+        "|---|" + "---|" * len(published.RULER_STREAMING),
+        *(
+            f"| {heads} | {' | '.join(f'{score:.2f}' for score in scores)} |"
+            for heads, scores in published.RULER
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command on a list of words; default: the process's own."""
+    cli.run(
+        write_page,
+        PageConfig,
+        prog="python -m benchmarks.results_page",
+        description="Write docs/results.md from the committed result files.",
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()
