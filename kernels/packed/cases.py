@@ -79,7 +79,9 @@ class PackedPrefillCase(_Packed, PrefillCase):
     """A chunk over packed keys and values."""
 
     def block_sizes(self, *, gpu: Gpu) -> BlockSizes:  # noqa: ARG002
-        return config.prefill_heuristic(head_dim=self.head_dim)
+        return config.prefill_heuristic(
+            head_dim=self.head_dim, dtype=self.dtype, layout=self.layouts[0]
+        )
 
 
 _LLAMA_3_8B = {"q_heads": 16, "kv_heads": 4, "compile_only": True}  # 4 retrieval heads of a layer

@@ -27,18 +27,21 @@ def decode_heuristic(
         num_splits=num_splits(
             batch=batch, kv_heads=kv_heads, slots=slots, block_kv=block_kv, gpu=gpu
         ),
-        num_warps=4,
+        num_warps=4 if layout.bits == 2 else 8,  # with 4, 64 codes of 8 bits spill here and there
         num_stages=3,
     )
 
 
-def prefill_heuristic(*, head_dim: int) -> BlockSizes:
+def prefill_heuristic(*, head_dim: int, dtype: DTypeLike, layout: Layout) -> BlockSizes:
     """Choose tile sizes of prefill: what fits registers without spilling.
 
-    Short chunks get no smaller tiles: of 16 queries, 2-bit keys of 64 and 128 channels spill.
+    What the compiler makes of a tile is erratic: smaller ones spill where larger ones do not, and
+    another ptxas spills elsewhere. These were compiled with all head_dims, on A100 and H200.
     """
-    block_q = 32 if head_dim <= 128 else MIN_ROWS
-    return BlockSizes(block_q=block_q, block_kv=32, num_warps=8, num_stages=2)
+    wide = jnp.dtype(dtype).itemsize > 2
+    block_q = MIN_ROWS if head_dim > 128 or (wide and layout.bits == 2) else 32
+    block_kv = 16 if layout.bits == 2 or (wide and layout.bits == 4) else 32
+    return BlockSizes(block_q=block_q, block_kv=block_kv, num_warps=8, num_stages=2)
 
 
 def _block_kv(head_dim: int, dtype: DTypeLike, layout: Layout) -> int:

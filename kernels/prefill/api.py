@@ -56,7 +56,9 @@ def prefill(
     def run_triton(interpret: bool):
         length, head_dim = q.shape[1], q.shape[3]
         if isinstance(k, Packed):
-            chosen = block_sizes or packed_config.prefill_heuristic(head_dim=head_dim)
+            chosen = block_sizes or packed_config.prefill_heuristic(
+                head_dim=head_dim, dtype=q.dtype, layout=k.layout
+            )
             kernel = packed_prefill.prefill
         else:
             chosen = block_sizes or heuristic(
