@@ -149,7 +149,7 @@ class DuoLM(TemplateLM):
             return rendered(chat_history)
         except jinja2.TemplateError as error:
             others = [message for message in chat_history if message["role"] != "system"]
-            if others == chat_history:
+            if len(others) in (0, len(chat_history)):
                 raise InputError(f"the model's chat template refuses this: {error}") from None
             return rendered(others)
 

@@ -1,0 +1,32 @@
+"""What the tests of lm-evaluation-harness share; they are skipped where it is not installed."""
+
+import importlib.util
+import pathlib
+import socket
+
+import pytest
+
+from tests import models
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> pathlib.Path:
+    """Write a model that some of the fixture's texts are too long for."""
+    raw = models.llama(vocab_size=400, max_position_embeddings=64)
+    folder = models.write_hf(tmp_path_factory.mktemp("model"), raw)
+    return models.write_tokenizer(folder, vocab_size=400)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path) -> None:
+    """Fail where a connection is opened; keep data sets in the test's own folder."""
+    if importlib.util.find_spec("lm_eval") is None:
+        pytest.skip('lm-evaluation-harness is not installed: pip install "duo_jax[eval]"')
+    import datasets
+
+    def refuse(_, address):
+        raise AssertionError(f"a connection to {address} was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", tmp_path / "modules")
