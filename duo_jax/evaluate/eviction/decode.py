@@ -1,4 +1,4 @@
-"""Decode from a pool: attend to what each head holds and the new token, then let the policy evict."""
+"""Decode from a pool: attend to what each head holds and the new token; then the policy evicts."""
 
 import dataclasses
 from typing import Any

@@ -25,7 +25,8 @@ class Predicted:
 
     tokens: Int[np.ndarray, "batch tail"]  # the likeliest token at each place of the given ones
     cache_bytes: int  # of one row's live buffers
-    text_bytes: float  # of these, what the tokens of the text take that are kept; mean over rows
+    # Of these, what the tokens of the text take that are kept, mean over rows; of evicting caches.
+    text_bytes: float | None = None
 
 
 def predict(

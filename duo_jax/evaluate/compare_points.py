@@ -1,0 +1,69 @@
+"""Rows of a comparison as points: a method at a budget, random draws together."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Point:
+    """A method at a budget; exact is None where nothing fitted."""
+
+    method: str
+    budget: float
+    share: float | None = None  # of the bytes of full caches, measured
+    exact: float | None = None
+    error: float = 0.0  # standard error over texts
+    lowest: float | None = None  # of several draws
+    highest: float | None = None
+    texts: Float[np.ndarray, " texts"] | None = None  # mean over draws
+
+
+def points(result: dict[str, Any], task: str) -> list[Point]:
+    """Return the points of a task, in the order in which they were measured."""
+    by_place: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        if row["task"] == task:
+            by_place.setdefault((row["method"], row["budget"]), []).append(row)
+    return [_point(*place, rows) for place, rows in by_place.items()]
+
+
+def differences(
+    found: Sequence[Point], method: str, other: str
+) -> Iterator[tuple[float, float, float]]:
+    """Yield budget, mean difference over texts and its standard error; full is at every budget."""
+    by_place = {(point.method, point.budget): point for point in found}
+    for (name, budget), point in by_place.items():
+        rival = by_place.get((other, 1.0 if other == "full" else budget))
+        if name != method or name == other or rival is None:
+            continue
+        if point.texts is None or rival.texts is None:
+            continue
+        change = point.texts - rival.texts
+        yield budget, float(change.mean()), standard_error(change)
+
+
+def standard_error(texts: Float[np.ndarray, " texts"]) -> float:
+    """Return that of the mean over texts."""
+    return float(texts.std(ddof=1) / np.sqrt(texts.size)) if texts.size > 1 else 0.0
+
+
+def _point(method: str, budget: float, rows: Sequence[dict[str, Any]]) -> Point:
+    if "reason" in rows[0]:
+        return Point(method=method, budget=budget)
+    draws = np.array([row["exact"] for row in rows])  # [draws, texts]
+    means, texts = draws.mean(axis=1), draws.mean(axis=0)
+    several = len(rows) > 1
+    return Point(
+        method=method,
+        budget=budget,
+        share=max(row["cache_bytes"] / row["full_bytes"] for row in rows),
+        exact=float(means.mean()),
+        error=standard_error(texts),
+        lowest=float(means.min()) if several else None,
+        highest=float(means.max()) if several else None,
+        texts=texts,
+    )
