@@ -83,8 +83,8 @@ def evaluate(config: LmEvalConfig) -> None:
         raise InputError('lm-evaluation-harness is not installed: pip install "duo_jax[eval]"')
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # see _BOOTSTRAPS
     config.out.parent.mkdir(parents=True, exist_ok=True)
-    tasks = _load_tasks(config)
-    results = _run(config, tasks)
+    manager, names = _find_tasks(config)
+    results = _run(config, manager, _load_tasks(config, manager, names))
     files.write_text(config.out, _to_json(results))
     print(_tables(results))
     info = results["config"]
@@ -95,11 +95,11 @@ def evaluate(config: LmEvalConfig) -> None:
         )
 
 
-def _load_tasks(config: LmEvalConfig) -> list[Any]:
-    """Return the harness's Task and Group objects, their data loaded or generated.
+def _find_tasks(config: LmEvalConfig) -> tuple[Any, list[str]]:
+    """Return the harness's TaskManager, and the names of the tasks, groups and tags to run.
 
     Raises:
-      InputError: there is no such task, or its data cannot be had.
+      InputError: there is no such task.
     """
     from lm_eval.tasks import TaskManager
 
@@ -108,36 +108,46 @@ def _load_tasks(config: LmEvalConfig) -> list[Any]:
     if config.lengths:
         metadata["max_seq_lengths"] = list(config.lengths)
     options = {"include_path": config.include_path and str(config.include_path)}
-    names = [name.strip() for name in (config.tasks or "").split(",") if name.strip()]
     manager = TaskManager(**options, include_defaults=False, metadata=metadata)
     if config.tasks is None:
-        names = manager.all_subtasks
-        if not names:
+        if not manager.all_tasks:
             raise InputError(f"{config.include_path} holds no task (*.yaml)")
+        names = manager.all_subtasks or manager.all_groups
+    else:
+        names = [name.strip() for name in config.tasks.split(",") if name.strip()]
     found = {name: manager.match_tasks([name]) for name in names}
-    # Thousands of the harness's own tasks take seconds to list. Groups may name some of them.
-    if not all(found.values()) or set(manager.all_groups) & {
-        x for xs in found.values() for x in xs
-    }:
+    # The thousands that come with the harness take seconds to list; a group may name some of them.
+    if not all(found.values()) or manager.all_groups:
         manager = TaskManager(**options, metadata=metadata)
         found = {name: manager.match_tasks([name]) for name in names}
     unknown = [name for name, matches in found.items() if not matches]
     if unknown:
         raise InputError(f"no such task: {', '.join(unknown)} (`lm-eval ls tasks` lists them)")
+    return manager, list(dict.fromkeys(name for matches in found.values() for name in matches))
+
+
+def _load_tasks(config: LmEvalConfig, manager: Any, names: list[str]) -> list[Any]:
+    """Return the harness's Task and Group objects, their data loaded or generated.
+
+    Raises:
+      InputError: the data of one cannot be had, or it runs code and may not.
+    """
     loaded: list[Any] = []
-    for name in dict.fromkeys(match for matches in found.values() for match in matches):
+    for name in names:
         try:
             part = manager.load([name])
             group = part["groups"].get(name)
             # A tag is the list of its tasks.
             loaded += [group] if group is not None else part["tasks"].values()
-            manager.load(loaded)  # refuses a task that stands here twice
+            everything = manager.load(loaded)  # refuses a task that stands here twice
         except Exception as error:  # whatever its code, its data set or the network may raise
             said = str(error).strip().splitlines() or [""]
             raise InputError(
                 f"task {name} cannot be loaded ({type(error).__name__}: {said[0]})"
             ) from error
-    unsafe = [task.task_name for task in manager.load(loaded)["tasks"].values() if _unsafe(task)]
+    unsafe = [
+        name for name, task in everything["tasks"].items() if getattr(task, "UNSAFE_CODE", False)
+    ]
     if unsafe and not config.run_unsafe_code:
         raise InputError(
             f"{', '.join(unsafe)}: runs code that the model writes; allow it by --run-unsafe-code"
@@ -145,7 +155,7 @@ def _load_tasks(config: LmEvalConfig) -> list[Any]:
     return loaded
 
 
-def _run(config: LmEvalConfig, tasks: list[Any]) -> dict[str, Any]:
+def _run(config: LmEvalConfig, manager: Any, tasks: list[Any]) -> dict[str, Any]:
     """Return lm-eval's results, with what they were measured with in "duo_jax"."""
     from lm_eval.evaluator import simple_evaluate
 
@@ -158,6 +168,7 @@ def _run(config: LmEvalConfig, tasks: list[Any]) -> dict[str, Any]:
     results = simple_evaluate(
         model=lm,
         tasks=tasks,
+        task_manager=manager,
         num_fewshot=config.num_fewshot,
         batch_size=config.batch_size,
         use_cache=None if config.answers is None else str(config.answers / _digest(config, model)),
@@ -185,10 +196,6 @@ def _digest(config: LmEvalConfig, model: DuoModel) -> str:
         del flags[name]
     parts = [flags, model.config, model.runtime.weights_digest, str(model.runtime.dtype)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
-
-
-def _unsafe(task: Any) -> bool:
-    return getattr(task, "UNSAFE_CODE", False)
 
 
 def _to_json(results: dict[str, Any]) -> str:
