@@ -12,14 +12,14 @@ from duo_jax.evaluate.compare_points import Point, points
 
 # Split heads are drawn through, evicted tokens dashed; the colours differ to colour-blind eyes too.
 _STYLES = {
-    "duo": {"color": "#0072B2", "marker": "o", "linewidth": 2.6, "zorder": 5},
-    "profile heads": {"color": "#56B4E9", "marker": "s"},
+    "duo": {"color": "#0072B2", "marker": "o", "linewidth": 4, "zorder": 1.9},
+    "profile heads": {"color": "#F0A000", "marker": "s"},
     "random heads": {"color": "#999999", "marker": "D"},
     "all-streaming": {"color": "#000000", "marker": "v"},
     "H2O": {"color": "#D55E00", "marker": "^", "linestyle": "--"},
     "TOVA": {"color": "#CC79A7", "marker": "<", "linestyle": "--"},
     "SnapKV": {"color": "#009E73", "marker": ">", "linestyle": "--"},
-    "FastGen": {"color": "#B8A000", "marker": "P", "linestyle": "--"},
+    "FastGen": {"color": "#8B5A2B", "marker": "P", "linestyle": "--"},
     "HeadKV": {"color": "#7A4FBF", "marker": "X", "linestyle": "--"},
 }
 _NAMES = {
@@ -74,5 +74,5 @@ def _draw(axes, method: str, found: list[Point]) -> None:
             [point.highest - point.exact for point in fitting],
         ]
         label += " (mean, range)"
-    style = {"markersize": 5, "linewidth": 1.5, "capsize": 2, "elinewidth": 0.8}
+    style = {"markersize": 4.5, "linewidth": 1.5, "capsize": 2, "elinewidth": 0.8}
     axes.errorbar(shares, exact, yerr=errors, label=label, **style | _STYLES[method])

@@ -1,6 +1,7 @@
 """Answer a task's questions from the caches that serve a split model."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,12 @@ from kernels import Implementation
 
 
 def predict(
-    runtime: Runtime, texts: list, tails: list, *, length: int, room: int
+    runtime: Runtime,
+    texts: Sequence[Int[np.ndarray, "_"]],
+    tails: Sequence[Int[np.ndarray, "_"]],
+    *,
+    length: int,
+    room: int,
 ) -> tuple[Int[np.ndarray, "batch tail"], int]:
     """Read texts, and predict each token of the tails from the true ones before it.
 

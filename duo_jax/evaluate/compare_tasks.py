@@ -91,7 +91,7 @@ def make(
     drawn = [sampler.sample(index, length=length) for index in range(samples)]
     starts = [_compressed(name, sample) for sample in drawn]
     words = f"{data.num_passkeys} passkeys" if name == "passkeys" else "1 passkey"
-    seen = "before the questions" if name == "passkeys" else "question included"
+    seen = "before the questions" if name == "passkeys" else "with the question"
     pairs = list(zip(drawn, starts, strict=True))
     return Task(
         name=name,

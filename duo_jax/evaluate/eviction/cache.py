@@ -105,7 +105,7 @@ def compress(
     held = Held(
         positions=jnp.where(exists, order, FREE),
         tokens=jnp.take_along_axis(prompt.tokens[:, None, None], order, axis=-1),
-        received=jnp.take_along_axis(prompt.received, order, axis=-1),
+        received=jnp.where(exists, jnp.take_along_axis(prompt.received, order, axis=-1), 0),
     )
 
     def place(

@@ -52,8 +52,9 @@ class FastGen:
         held = self._held_by(tokens, positions, scores, lengths)  # [batch, layers, heads, 5, slots]
         held = held & prompt.exists[:, :, :, None]
         recovered = jnp.sum(jnp.where(held, prompt.received[..., None, :], 0), axis=-1)
-        recovered = recovered / lengths[..., None].astype(jnp.float32)
-        recovered = recovered.at[..., FULL].set(1.0)  # but for rounding
+        # Rounding must not carry a head beyond what the full cache recovers, nor that below 1.
+        recovered = jnp.minimum(recovered / lengths[..., None].astype(jnp.float32), 1.0)
+        recovered = recovered.at[..., FULL].set(1.0)
         cost = held.sum(axis=-1, dtype=jnp.int32) + budget.room
         kind = jax.vmap(_kinds, in_axes=(0, 0, None))(recovered, cost, budget.slots)
         kept = jnp.take_along_axis(held, kind[..., None, None], axis=-2)[..., 0, :]

@@ -62,7 +62,7 @@ class HeadKV(SnapKV):
 
 def _share_out(wanted, *, total: int, most: int):
     """Round down to whole slots, none above `most`; what is cut off goes to the others, evenly."""
-    shares = np.minimum(np.floor(wanted), most).astype(np.int64)
+    shares = np.minimum(np.floor(wanted + 1e-6), most).astype(np.int64)
     while (left := total - shares.sum()) > 0 and (shares < most).any():
         room = (shares < most).nonzero()
         count = min(left, room[0].size)

@@ -32,8 +32,8 @@ class Predicted:
 def predict(
     runtime: Runtime,
     policy: Policy,
-    texts: Sequence[Sequence[int]],
-    tails: Sequence[Sequence[int]],
+    texts: Sequence[Int[np.ndarray, "_"]],
+    tails: Sequence[Int[np.ndarray, "_"]],
     *,
     slots: int,
     length: int,
@@ -75,11 +75,11 @@ def predict(
 
 
 def pad(
-    rows: Sequence[Sequence[int]], length: int
+    rows: Sequence[Int[np.ndarray, "_"]], length: int
 ) -> tuple[Int[Array, "batch length"], Int[Array, " batch"]]:
     """Return rows of one length, and how much of each counts."""
-    padded = [np.pad(np.asarray(row, np.int32), (0, length - len(row))) for row in rows]
-    return jnp.asarray(np.stack(padded)), jnp.array([len(row) for row in rows], jnp.int32)
+    padded = [np.pad(row, (0, length - row.size)) for row in rows]
+    return jnp.asarray(np.stack(padded)), jnp.array([row.size for row in rows], jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "budget"))

@@ -1,0 +1,377 @@
+"""Token eviction: the pool against masked attention, and every method's defining property."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import llama, pretrained
+from duo_jax.config import parse_config
+from duo_jax.evaluate import eviction
+from duo_jax.evaluate.eviction.cache import Held, Prompt, compress
+from duo_jax.evaluate.eviction.decode import decode
+from duo_jax.evaluate.eviction.fastgen import FREQUENT, FULL, LOCAL, PUNCTUATION, SPECIAL
+from duo_jax.evaluate.eviction.policy import Budget, Selection, Step, highest
+from duo_jax.evaluate.eviction.prompt import read, received
+from duo_jax.evaluate.eviction.runner import pad
+from duo_jax.runtime import Runtime
+from duo_jax.split import duo_config, split_params
+from tests import models
+
+TEXTS, TAILS = (37, 23, 30), (9, 12, 4)
+LENGTH, ROOM = max(TEXTS), max(TAILS)
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory):
+    """Return a random model of grouped queries: config and stacked parameters."""
+    raw = models.llama(num_hidden_layers=2)
+    folder = models.write_hf(tmp_path_factory.mktemp("model"), raw)
+    return parse_config(raw), pretrained.load_params(folder)
+
+
+@pytest.fixture(scope="module")
+def runtime(stacked):
+    config, params = stacked
+    heads = np.ones((config.num_layers, config.num_kv_heads), bool)
+    return Runtime(
+        config=duo_config(config, heads, sink_size=4, recent_size=8),
+        params=split_params(config, params, heads),
+    )
+
+
+@pytest.fixture(scope="module")
+def rows():
+    tokens = models.tokens(models.llama(), batch=3, length=LENGTH + ROOM)
+    texts = [row[:size] for row, size in zip(tokens, TEXTS, strict=True)]
+    return texts, [row[-size:] for row, size in zip(tokens, TAILS, strict=True)]
+
+
+def policies():
+    return [
+        eviction.H2O(),
+        eviction.TOVA(),
+        eviction.SnapKV(window=4),
+        eviction.HeadKV(window=4, importance=((0.9, 0.1), (0.0, 0.4))),
+        eviction.FastGen(special=(0,), punctuation=(3, 4)),
+    ]
+
+
+def predict(runtime, policy, rows, slots):
+    return eviction.predict(runtime, policy, *rows, slots=slots, length=LENGTH, room=ROOM)
+
+
+def expected(stacked, rows, kept=None):
+    """Predict by one forward, in which the tail does not see what is not kept of the text."""
+    config, params = stacked
+    likeliest = []
+    for index, (text, tail) in enumerate(zip(*rows, strict=True)):
+        tokens = np.concatenate([text, tail])
+        place = np.arange(tokens.size)
+        seen = np.broadcast_to(
+            place[None] <= place[:, None],
+            (config.num_layers, config.num_kv_heads, tokens.size, tokens.size),
+        ).copy()
+        if kept is not None:
+            seen[:, :, text.size :, : text.size] &= kept[index][:, :, None, : text.size]
+
+        def attend(q, k, v, seen):
+            grouped = q.reshape(q.shape[0], q.shape[1], k.shape[2], -1, k.shape[3])
+            scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k) * k.shape[3] ** -0.5
+            weights = jax.nn.softmax(jnp.where(seen[None, :, None], scores, -jnp.inf), axis=-1)
+            return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), None
+
+        x, _ = llama.hidden_states(
+            config, params, jnp.asarray(tokens[None]), attend=attend, layer_inputs=jnp.asarray(seen)
+        )
+        logits = llama.logits(config, params, x)[0]
+        likeliest.append(np.asarray(jnp.argmax(logits, axis=-1))[text.size - 1 : -1])
+    return likeliest
+
+
+def assert_same(predicted, likeliest):
+    for row, known in zip(predicted, likeliest, strict=True):
+        np.testing.assert_array_equal(row[: known.size], known)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """Keeps a random part of the text, another for every row and head, and all that comes."""
+
+    name: ClassVar[str] = "chosen"
+    window: int | None = 1
+
+    @staticmethod
+    def mask(shape) -> np.ndarray:
+        share = np.random.default_rng(0).random((*shape[:3], 1))
+        return np.random.default_rng(1).random(shape) < share
+
+    def select(self, prompt: Prompt, budget: Budget) -> Selection:
+        kept = jnp.asarray(self.mask(prompt.received.shape)) & prompt.exists
+        sizes = jnp.sum(kept, axis=-1, dtype=jnp.int32) + budget.room
+        return Selection(kept=kept, sizes=sizes)
+
+    def longest(self, prompt: Prompt, budget: Budget) -> int:
+        return prompt.tokens.shape[1] + budget.room
+
+    def keep(self, step: Step, state: Any):
+        del state
+        return step.held.exists
+
+
+def test_decoding_from_a_pool_equals_attention_without_what_was_evicted(stacked, runtime, rows):
+    shape = (3, 2, 2, LENGTH)
+    slots = 4 * (LENGTH + ROOM)
+    found = predict(runtime, Chosen(), rows, slots)
+    with_mask = expected(stacked, rows, Chosen.mask(shape))
+    assert_same(found.tokens, with_mask)
+    everything = expected(stacked, rows)
+    assert any((a != b).any() for a, b in zip(with_mask, everything, strict=True))
+
+
+@pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
+def test_with_room_for_everything_nothing_changes(stacked, runtime, rows, policy):
+    slots = 4 * (LENGTH + ROOM)
+    found = predict(runtime, policy, rows, slots)
+    assert_same(found.tokens, expected(stacked, rows))
+    head_dim = runtime.config.model.head_dim
+    assert found.cache_bytes == slots * head_dim * 2 * 4
+    assert found.text_bytes == pytest.approx(4 * np.mean(TEXTS) * head_dim * 2 * 4)
+
+
+@pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
+def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, policy):
+    slots = 4 * (ROOM + 12)
+    found = predict(runtime, policy, rows, slots)
+    assert found.cache_bytes <= slots * runtime.config.model.head_dim * 2 * 4
+    assert found.text_bytes <= found.cache_bytes
+    alone = predict(runtime, policy, ([rows[0][1]], [rows[1][1]]), slots)
+    np.testing.assert_array_equal(alone.tokens[0], found.tokens[1])
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 70])
+def test_received_attention_is_that_of_whole_matrices(window):
+    rng = np.random.default_rng(0)
+    lengths, longest = (70, 3, 41), 70
+    q = rng.standard_normal((3, longest, 4, 8)).astype(np.float32)
+    k = rng.standard_normal((3, longest, 2, 8)).astype(np.float32)
+    found = received(jnp.asarray(q), jnp.asarray(k), jnp.array(lengths), window=window)
+    for row, length in enumerate(lengths):
+        first = 0 if window is None else max(0, length - window)
+        queries = np.arange(first, length)
+        for head in range(2):
+            total = np.zeros(longest)
+            for query_head in (2 * head, 2 * head + 1):
+                scores = q[row, queries, query_head] @ k[row, :, head].T / np.sqrt(8)
+                scores[np.arange(longest)[None] > queries[:, None]] = -np.inf
+                weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+                total += (weights / weights.sum(axis=1, keepdims=True)).sum(axis=0) / 2
+            np.testing.assert_allclose(found[row, head], total, atol=2e-5)
+
+
+def test_highest_takes_exactly_as_many_even_of_equal_scores():
+    scores = jnp.array([[1.0, 2.0, 2.0, 2.0, -jnp.inf], [0.0, 0.0, 0.0, 0.0, 0.0]])
+    found = highest(scores, jnp.array([2, 0]))
+    np.testing.assert_array_equal(found, [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(highest(scores, 9)[0], [1, 1, 1, 1, 0])
+
+
+def prompt_of(scores, *, tokens=None, length=None) -> Prompt:
+    """Return a prompt whose heads have received this attention [layers, kv_heads, length]."""
+    scores = jnp.asarray(scores, jnp.float32)[None]
+    size = scores.shape[-1]
+    return Prompt(
+        keys=jnp.zeros((*scores.shape, 2)),
+        values=jnp.zeros((*scores.shape, 2)),
+        received=scores,
+        tokens=jnp.asarray(np.arange(size)[None] if tokens is None else tokens, jnp.int32),
+        lengths=jnp.array([length or size], jnp.int32),
+        logits=jnp.zeros((1, 3)),
+    )
+
+
+def step_of(positions, received_, attention, *, size, tokens=None) -> Step:
+    """Return a step of one row and these heads; the last slot is the new token."""
+    positions = jnp.asarray(positions, jnp.int32)[None]
+    return Step(
+        held=Held(
+            positions=positions,
+            tokens=positions if tokens is None else jnp.asarray(tokens, jnp.int32)[None],
+            received=jnp.asarray(received_, jnp.float32)[None],
+        ),
+        attention=jnp.asarray(attention, jnp.float32)[None],
+        now=positions[:, 0, -1],
+        sizes=jnp.full(positions.shape[:2], size, jnp.int32),
+    )
+
+
+def positions_of(mask) -> list[int]:
+    return np.flatnonzero(np.asarray(mask)).tolist()
+
+
+def test_h2o_keeps_half_recent_and_half_heavy_per_head():
+    scores = [[[9, 1, 8, 2, 3, 0, 0, 0], [0, 9, 0, 8, 0, 0, 0, 0]]]
+    chosen = eviction.H2O().select(prompt_of(scores), Budget(slots=8, room=3))
+    assert positions_of(chosen.kept[0, 0, 0]) == [0, 2, 6, 7]
+    assert positions_of(chosen.kept[0, 0, 1]) == [1, 3, 6, 7]
+
+
+def test_h2o_drops_the_lightest_that_is_not_recent_at_every_step():
+    # Recent are the latest two, the new one included: position 7 is old by now.
+    step = step_of([[0, 2, 6, 7, 8]], [[5, 4, 0.5, 0.1, 0.0]], np.zeros((1, 5)), size=4)
+    found = eviction.H2O().keep(step, None)
+    assert positions_of(found[0, 0]) == [0, 1, 3, 4]
+    step = step_of([[0, 2, 6, 7, -1]], [[5, 4, 0.5, 0.1, 0.0]], np.zeros((1, 5)), size=4)
+    assert positions_of(eviction.H2O().keep(step, None)[0, 0]) == [0, 1, 2, 3]
+
+
+def test_every_step_adds_its_attention_to_what_tokens_have_received(runtime, rows):
+    tokens, lengths = pad(rows[0], LENGTH)
+    prompt = read(runtime.config, runtime.params, tokens, lengths, window=None)
+    budget = Budget(slots=4 * (LENGTH + 3), room=3)
+    policy = eviction.H2O()
+    chosen = policy.select(prompt, budget)
+    pool = compress(
+        prompt,
+        chosen.kept,
+        chosen.sizes,
+        slots=budget.slots,
+        longest=policy.longest(prompt, budget),
+    )
+    # A query gives each head's group 1 in all: of the text, and of every row that is active.
+    np.testing.assert_allclose(pool.held.received.sum(axis=-1)[:, 0, 0], TEXTS, rtol=1e-4)
+    active = jnp.array([True, False, True])
+    for count in (1, 2, 3):
+        given = jnp.array([5, 6, 7])
+        _, pool = decode(runtime.config, runtime.params, policy, pool, None, given, active)
+        total = np.array(TEXTS)[:, None, None] + count * np.array([1, 0, 1])[:, None, None]
+        found = pool.held.received.sum(axis=-1)
+        np.testing.assert_allclose(found, np.broadcast_to(total, found.shape), rtol=1e-4)
+    np.testing.assert_array_equal(pool.lengths, [TEXTS[0] + 3, TEXTS[1], TEXTS[2] + 3])
+
+
+def test_tova_drops_what_the_latest_query_sees_least_whichever_it_is():
+    step = step_of(
+        [[0, 2, 6, 7, 8]] * 2,
+        np.full((2, 5), 7.0),  # accumulated attention plays no part
+        [[0.5, 0.3, 0.1, 0.1, 0.0], [0.1, 0.2, 0.3, 0.2, 0.2]],
+        size=4,
+    )
+    found = eviction.TOVA().keep(step, None)
+    assert [positions_of(head) for head in found[0]] == [[0, 1, 2, 3]] * 2  # the new one goes
+
+
+def test_tova_heads_of_a_layer_keep_the_same():
+    scores = [[[0.6, 0.1, 0.3, 0.0], [0.0, 0.5, 0.1, 0.4]], [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]]]
+    chosen = eviction.TOVA().select(prompt_of(scores), Budget(slots=8, room=3))
+    assert [positions_of(head) for head in chosen.kept[0, 0]] == [[0, 1]] * 2
+    assert [positions_of(head) for head in chosen.kept[0, 1]] == [[2, 3]] * 2
+
+
+def test_snapkv_keeps_the_window_and_neighbourhoods_of_what_it_sees():
+    scores = np.zeros((1, 1, 20))
+    scores[0, 0, 7], scores[0, 0, 12], scores[0, 0, 18] = 1.0, 0.4, 9.0  # 18 is in the window
+    policy = eviction.SnapKV(window=4, kernel=3)
+    chosen = policy.select(prompt_of(scores), Budget(slots=9 + 2, room=2))
+    assert positions_of(chosen.kept[0, 0, 0]) == [6, 7, 8, 11, 12, 16, 17, 18, 19]
+    step = step_of([[0, 2, 3]], [[0, 0, 0]], [[0, 0, 1]], size=9)
+    assert np.asarray(policy.keep(step, None)).all()  # decoding only appends
+
+
+def test_snapkv_votes_are_of_the_text_before_padding():
+    scores = np.zeros((1, 1, 12))
+    scores[0, 0, 2] = 1.0
+    policy = eviction.SnapKV(window=2, kernel=1)
+    chosen = policy.select(prompt_of(scores, length=8), Budget(slots=3, room=0))
+    assert positions_of(chosen.kept[0, 0, 0]) == [2, 6, 7]
+
+
+@pytest.mark.parametrize("slots", [40, 61, 100, 160])
+def test_headkv_shares_out_the_budget_by_importance(slots):
+    policy = eviction.HeadKV(window=4, importance=((3.0, 1.0), (0.0, 1.0)), beta=2.0)
+    budgets = policy.budgets(prompt_of(np.zeros((2, 2, 40))), Budget(slots=slots, room=0))
+    assert budgets.sum() == slots
+    assert budgets.max() <= 40
+    assert budgets[0, 0] == budgets.max()
+    if slots == 61:  # 45 beyond the windows: half to all alike, half in proportion
+        assert budgets[1, 0] == pytest.approx(4 + 45 / 8, abs=1)
+        assert budgets[0, 0] == pytest.approx(4 + 45 / 8 + 45 / 2 * 3 / 5, abs=1)
+
+
+def test_headkv_with_an_empty_pool_is_snapkv(runtime, rows):
+    equal = eviction.HeadKV(window=4, importance=((1.0, 0.0), (0.0, 0.0)), beta=1e9)
+    slots = 4 * (ROOM + 12)
+    found = predict(runtime, equal, rows, slots)
+    np.testing.assert_array_equal(
+        found.tokens, predict(runtime, eviction.SnapKV(window=4), rows, slots).tokens
+    )
+
+
+def test_headkv_selects_in_a_head_as_snapkv():
+    scores = np.random.default_rng(0).random((1, 2, 30))
+    policy = eviction.HeadKV(window=4, importance=((3.0, 1.0),), beta=1.01)
+    chosen = policy.select(prompt_of(scores), Budget(slots=30, room=0))
+    for head, size in enumerate(policy.budgets(prompt_of(scores), Budget(slots=30, room=0))[0]):
+        alone = eviction.SnapKV(window=4).select(
+            prompt_of(scores[:, head : head + 1]), Budget(slots=int(size), room=0)
+        )
+        np.testing.assert_array_equal(chosen.kept[0, 0, head], alone.kept[0, 0, 0])
+
+
+# A text of 20 tokens: special at 0, punctuation at 5 and 10. Attention of five heads, each of which
+# one policy recovers: all on 0; on 0 and 5; on 0, 3 and 4 too; the latest too; everywhere.
+_TOKENS = np.full((1, 20), 50)
+_TOKENS[0, 0], _TOKENS[0, 5], _TOKENS[0, 10] = 1, 7, 8
+_HEADS = np.zeros((1, 5, 20))
+_HEADS[0, 0, 0] = 20
+_HEADS[0, 1, [0, 5]] = 10
+_HEADS[0, 2, [0, 3, 4]] = 5, 7, 8
+_HEADS[0, 3, 0] = 0.4
+_HEADS[0, 3, 1:6] = 2.0
+_HEADS[0, 3, 14:] = 1.6
+_HEADS[0, 4] = 1.0
+_FASTGEN = eviction.FastGen(special=(1,), punctuation=(7, 8))
+
+
+def test_fastgen_gives_each_head_the_cheapest_policy_that_recovers_its_attention():
+    prompt = prompt_of(_HEADS, tokens=_TOKENS)
+    chosen = _FASTGEN.select(prompt, Budget(slots=1 + 3 + 7 + 13 + 20, room=0))
+    assert chosen.state[0, 0].tolist() == [SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL]
+    kept = [positions_of(head) for head in chosen.kept[0, 0]]
+    assert kept[0] == [0]
+    assert kept[1] == [0, 5, 10]
+    assert kept[2] == [0, 1, 2, 3, 4, 5, 10]  # 30% are 6 tokens: 0, 3, 4 and the first of no weight
+    assert kept[3] == [0, 1, 2, 3, 4, 5, 10, *range(14, 20)]
+    assert kept[4] == list(range(20))
+    assert chosen.sizes[0, 0].tolist() == [len(head) for head in kept]
+
+
+@pytest.mark.parametrize("slots", [0, 5, 20, 40, 60, 100])
+def test_fastgen_takes_the_highest_threshold_that_fits(slots):
+    prompt = prompt_of(_HEADS, tokens=_TOKENS)
+    chosen = _FASTGEN.select(prompt, Budget(slots=slots, room=0))
+    taken = int(chosen.sizes.sum())
+    assert taken <= max(slots, 5)  # five heads of one special token are the least
+    more = _FASTGEN.select(prompt, Budget(slots=slots + 40, room=0))
+    assert (more.state >= chosen.state).all()
+    if slots == 100:
+        assert taken > 5
+
+
+def test_fastgen_goes_on_with_the_policy_of_each_head():
+    positions = np.array([[0, 1, 5, 8, 20]] * 5)
+    tokens = np.array([[1, 50, 7, 50, 50]] * 5)
+    received_ = np.array([[0, 9, 0, 1, 0.5]] * 5)
+    policy = dataclasses.replace(_FASTGEN, frequent_ratio=0.05, local_ratio=0.1)
+    step = step_of(positions, received_, np.zeros((5, 5)), size=9, tokens=tokens)
+    found = policy.keep(step, jnp.arange(5, dtype=jnp.int32)[None])
+    assert [positions_of(head) for head in found[0]] == [
+        [0],
+        [0, 2],
+        [0, 1, 2],  # 5% of 21 tokens: the one with the most attention
+        [0, 1, 2, 4],  # 10%: the latest two positions
+        [0, 1, 2, 3, 4],
+    ]
