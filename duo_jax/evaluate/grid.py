@@ -20,7 +20,7 @@ from duo_jax.model_flags import ModelFlags
 PRESET_FILE = "evaluate.json"
 FULL, DUO = "full", "duo"
 
-Flags = TypeVar("Flags", bound="GridFlags")
+Flags = TypeVar("Flags", bound=ModelFlags)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +102,7 @@ def models(flags: GridFlags, split: DuoModel) -> dict[str, DuoModel]:
     return {FULL: flags.load(pattern=NO_PATTERN, **split_flags), DUO: split}
 
 
-def identity(flags: GridFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
+def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
     """Return all that rows depend on: the flags, and what files hold."""
     text = hashlib.sha256("\0".join(documents).encode("utf-8", "replace"))
     return dataclasses.asdict(flags) | {

@@ -1,0 +1,215 @@
+"""The comparison command: equal bytes, resumed row by row, the same numbers twice."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from duo_jax.evaluate import compare_command, compare_methods
+from duo_jax.evaluate.compare_points import differences, points
+from duo_jax.evaluate.compare_report import to_markdown
+from duo_jax.evaluate.compare_tasks import make
+from duo_jax.passkeys import PasskeyTemplates
+from duo_jax.pattern import Pattern, save_pattern
+from duo_jax.pretrained import load_tokenizer
+from duo_jax.text import load_documents
+from tests import models
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+DATA = PasskeyTemplates(num_passkeys=2, passkey_words=2)
+FLAGS = (
+    "--num-passkeys 2 --passkey-words 2 --samples 3 --batch 2 --length 320 --random-seeds 2 "
+    "--profile-samples 1 --sink 2 --recent 6"
+).split()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Return a tiny random model with a tokenizer and a pattern of its own."""
+    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    folder = models.write_hf(tmp_path_factory.mktemp("models") / "tiny", raw)
+    gates = np.array([[0.9, 0.1], [0.3, 0.7]])
+    save_pattern(Pattern(gates=gates, sink_size=4, recent_size=12), folder / "pattern")
+    return models.write_tokenizer(folder)
+
+
+def run(model: pathlib.Path, workdir: pathlib.Path, *more: str) -> dict:
+    compare_command.main(["--model", str(model), "--workdir", str(workdir), *FLAGS, *more])
+    return json.loads((workdir / "compare.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """Return the work folder and the result of a whole comparison."""
+    workdir = tmp_path_factory.mktemp("runs") / "compare"
+    return workdir, run(model, workdir, "--budgets", "0.4,1.0", "--tasks", "passkeys")
+
+
+def rows_of(result, **wanted):
+    return [row for row in result["rows"] if all(row[k] == v for k, v in wanted.items())]
+
+
+def test_all_methods_stay_within_the_budget_and_use_it(finished):
+    _, result = finished
+    methods = {row["method"] for row in result["rows"]}
+    assert len(methods) == 10
+    (full,) = rows_of(result, method="full")
+    assert full["cache_bytes"] == full["full_bytes"]
+    for row in rows_of(result, budget=0.4):
+        share = row["cache_bytes"] / row["full_bytes"]
+        # A retrieval head is a quarter of the bytes here; a token of every head is under 1%.
+        least = 0.15 if "heads" in row["method"] or row["method"] == "duo" else 0.39
+        assert least < share <= 0.4, row["method"]
+        assert row["full_bytes"] == full["full_bytes"]
+
+
+def test_with_the_whole_budget_every_method_is_the_full_cache(finished):
+    _, result = finished
+    (full,) = rows_of(result, method="full")
+    for row in rows_of(result, budget=1.0):
+        assert row["cache_bytes"] == full["cache_bytes"], row["method"]
+        assert row["exact"] == full["exact"], row["method"]
+        assert row["tokens"] == pytest.approx(full["tokens"]), row["method"]
+
+
+def test_the_result_says_what_was_measured_and_with_what(finished):
+    workdir, result = finished
+    assert {"hardware", "jax", "dtype", "prefill_mode", "prefill_chunk", "seed"} <= result.keys()
+    assert (result["sink"], result["recent"]) == (2, 6)
+    (duo,) = rows_of(result, method="duo", budget=0.4)
+    assert duo["setting"] == {"retrieval_heads": [1, 0], "sink": 2, "recent": 6}
+    (streaming,) = rows_of(result, method="all-streaming", budget=0.4)
+    assert streaming["setting"]["sink"] == 4
+    assert streaming["setting"]["retrieval_heads"] == [0, 0]
+    (h2o,) = rows_of(result, method="H2O", budget=0.4)
+    assert h2o["setting"]["recent_share"] == 0.5
+    assert len(rows_of(result, method="random heads", budget=0.4)) == 2
+    table = (workdir / "compare.md").read_text()
+    assert "| duo |" in table
+    assert "duo minus profile heads" in table
+    assert (workdir / "compare.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_killed_and_resumed_equals_uninterrupted_and_repeats_no_row(
+    finished, model, tmp_path, monkeypatch
+):
+    _, whole = finished
+    measured, count = [], 0
+    original = compare_methods.measure
+
+    def measure(known, task, method, budget, **options):
+        measured.append((task.name, method, budget, options["seed"]))
+        if len(measured) == count:
+            raise KeyboardInterrupt
+        return original(known, task, method, budget, **options)
+
+    monkeypatch.setattr(compare_methods, "measure", measure)
+    flags = ["--budgets", "0.4", "--tasks", "passkeys", "--methods", "duo,random heads,H2O,FastGen"]
+    count = 4
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "run", *flags)
+    stopped_at = measured.pop()
+    count = 0
+    result = run(model, tmp_path / "run", *flags)
+    assert stopped_at in measured
+    assert len(set(measured)) == len(measured) == len(result["rows"]) == 6
+    for row in result["rows"]:
+        place = {name: row[name] for name in ("method", "budget", "draw")}
+        (same,) = rows_of(whole, **place)
+        assert row == same
+
+
+def test_another_configuration_is_refused_by_name(finished, model, capsys):
+    workdir, _ = finished
+    with pytest.raises(SystemExit) as exit_:
+        run(model, workdir, "--budgets", "0.4", "--tasks", "passkeys", "--seed", "1")
+    assert exit_.value.code == 2
+    assert "seed was 0, is 1" in capsys.readouterr().err
+
+
+def test_budgets_and_methods_may_be_added_to_a_finished_run(finished, model):
+    workdir, whole = finished
+    result = run(model, workdir, "--tasks", "passkeys", "--methods", "duo", "--budgets", "0.1")
+    assert [row["method"] for row in result["rows"]] == ["full", "duo"]
+    assert result["rows"][0] == rows_of(whole, method="full")[0]
+    assert result["rows"][1]["setting"]["retrieval_heads"] == [0, 0]
+
+
+@pytest.mark.parametrize("method", ["duo", "SnapKV"])
+def test_what_does_not_fit_is_said(finished, model, method):
+    workdir, _ = finished
+    flags = ["--tasks", "passkeys", "--methods", method, "--budgets", "0.01"]
+    result = run(model, workdir, *flags)
+    assert "take" in result["rows"][1]["reason"]
+    assert "does not fit" in to_markdown(result)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--budgets", "0.5,1.5"], "budget 1.5 is not in (0, 1]"),
+        (["--budgets=0.5,0.5"], "--budgets must name one or more, each once"),
+        (["--sparsity", "0.5"], "--budgets say how many heads stream"),
+        (["--pattern", "none"], "nothing to compare without a pattern"),
+        (["--length", "5000"], "length 5,000 is beyond the model's range of 512"),
+        (["--kv", "int8"], "--kv model"),
+        (["--methods", "duo,magic"], "magic"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else None,
+)
+def test_unusable_input_is_one_line_and_exit_code_2(model, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit_:
+        run(model, tmp_path / "run", *flags)
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_needle_compresses_the_question_and_passkeys_come_after(model):
+    tokenizer = load_tokenizer(model)
+    documents = load_documents(())
+    sizes = {"samples": 2, "length": 300, "seed": 0}
+    needle = make("needle", DATA, tokenizer, documents, **sizes)
+    passkeys = make("passkeys", DATA, tokenizer, documents, **sizes)
+    ask = DATA.question.format(name="first")
+    for text, tail in zip(needle.texts, needle.tails, strict=True):
+        assert tokenizer.decode(text).endswith(ask)
+        assert tokenizer.decode(text).count("passkey to the vault:") == 1
+        assert tail.size == needle.answers[0][0][1]
+    for text, tail, answers in zip(passkeys.texts, passkeys.tails, passkeys.answers, strict=True):
+        assert "What is the" not in tokenizer.decode(text)[-len(ask) :]
+        assert tokenizer.decode(tail).count("What is the") == 2
+        assert answers[-1][1] == tail.size
+
+
+def test_a_passkey_counts_when_every_token_is_right(model):
+    documents = load_documents(())
+    sizes = {"samples": 1, "length": 300, "seed": 0}
+    task = make("passkeys", DATA, load_tokenizer(model), documents, **sizes)
+    right = task.score(task.tails)
+    assert right.exact.tolist() == right.tokens.tolist() == [1.0]
+    wrong = task.tails[0].copy()
+    wrong[task.answers[0][0][0]] += 1
+    assert task.score([wrong]).exact.tolist() == [0.5]
+    assert 0.5 < task.score([wrong]).tokens[0] < 1
+
+
+def test_differences_are_paired_by_text():
+    def row(method, exact, budget=0.5, draw=0):
+        shared = {"task": "needle", "cache_bytes": 1, "full_bytes": 2}
+        return {"method": method, "budget": budget, "draw": draw, "exact": exact} | shared
+
+    rows = [row("full", [1.0, 1.0], 1.0), row("duo", [1.0, 0.5])]
+    rows += [row("random heads", [0.5, 0.0]), row("random heads", [0.0, 0.5], draw=1)]
+    found = points({"rows": rows}, "needle")
+    assert list(differences(found, "duo", "full")) == [(0.5, -0.25, 0.25)]
+    ((budget, change, error),) = differences(found, "duo", "random heads")
+    assert (budget, change) == (0.5, 0.5)
+    assert error == pytest.approx(0.25)
+    drawn = found[-1]
+    assert (drawn.exact, drawn.lowest, drawn.highest) == (0.25, 0.25, 0.25)
+    assert drawn.share == 0.5
