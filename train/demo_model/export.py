@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from duo_jax import files, llama, tensor_names
 from duo_jax.config import ModelConfig
-from train.demo_model.config import PRESET, TEMPLATES
+from train.demo_model.config import EVALUATION, PRESET, TEMPLATES
 from train.demo_model.tokenizer import write_tokenizer
 
 
@@ -53,6 +53,7 @@ def write_model(
     tokens = {"bos_token_id": 0, "eos_token_id": 1}
     _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
     _write_json(folder / "identify.json", PRESET)
+    _write_json(folder / "evaluate.json", EVALUATION)
     write_tokenizer(
         folder, documents, TEMPLATES, vocab_size=model.vocab_size, max_length=model.max_length
     )

@@ -103,7 +103,9 @@ def _train(config: DemoConfig, tokenizer, text: list[str], workdir: work.WorkDir
                 began, step = time.monotonic(), int(state.step)
                 rate = _learning_rate(config, stage, step, step - int(state.stage_start))
                 batch = sources(_drawn_stage(config, number, step)).training_batch(step)
-                state, metrics = update(state, batch, jnp.float32(rate))
+                state, metrics = update(
+                    state, batch, jnp.float32(rate), rounded_kv=stage.rounded_kv
+                )
                 done = step + 1 - int(state.stage_start)
                 checked = None
                 if done % config.check_every == 0 or done == stage.max_steps:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax import llama
 from duo_jax.config import ModelConfig
+from kernels.packed import INT4, pack, unpack
 from train.demo_model.documents import Documents
 
 _LOGIT_ROWS = 1024  # positions whose logits exist at one time
@@ -60,13 +61,20 @@ def init_state(model: ModelConfig, *, seed: int, weight_decay: float) -> TrainSt
 
 
 def loss(
-    params: PyTree, documents: Documents, *, model: ModelConfig, filler_weight: float
+    params: PyTree,
+    documents: Documents,
+    *,
+    model: ModelConfig,
+    filler_weight: float,
+    rounded_kv: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Return the training loss, and the fraction of answer tokens that are predicted.
 
     L = mean cross entropy of answers + filler_weight * mean cross entropy of ordinary text.
+    With `rounded_kv`, keys and values are what a 4-bit cache returns.
     """
-    x, _ = llama.hidden_states(model, params, documents.tokens)
+    attend = _attend_rounded if rounded_kv else llama.plain
+    x, _ = llama.hidden_states(model, params, documents.tokens, attend=attend)
     x = x[:, :-1].reshape(-1, x.shape[-1])
     targets = documents.tokens[:, 1:].reshape(-1)
     answer, filler = (w[:, 1:].reshape(-1) for w in (documents.answer, documents.filler))
@@ -94,7 +102,19 @@ def loss(
     return value, right_sum / answers
 
 
-@functools.partial(jax.jit, static_argnames=("model", "filler_weight", "weight_decay"))
+def _attend_rounded(q, k, v, layer_input):
+    """Attend to keys and values in 4 bits; gradients pass as if they were not rounded."""
+
+    def rounded(x):
+        packed = pack(jnp.swapaxes(jax.lax.stop_gradient(x), 1, 2), INT4)
+        return x + jax.lax.stop_gradient(jnp.swapaxes(unpack(packed, x.dtype), 1, 2) - x)
+
+    return llama.plain(q, rounded(k), rounded(v), layer_input)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "filler_weight", "weight_decay", "rounded_kv")
+)
 def train_step(
     state: TrainState,
     documents: Documents,
@@ -103,11 +123,16 @@ def train_step(
     model: ModelConfig,
     filler_weight: float,
     weight_decay: float,
+    rounded_kv: bool = False,
 ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Update the weights on one batch."""
     grad = jax.value_and_grad(loss, has_aux=True)
     (value, accuracy), gradient = grad(
-        state.params, documents, model=model, filler_weight=filler_weight
+        state.params,
+        documents,
+        model=model,
+        filler_weight=filler_weight,
+        rounded_kv=rounded_kv,
     )
     # optax mixes its integer step count with floats; our own code promotes nothing silently.
     with jax.numpy_dtype_promotion("standard"):
