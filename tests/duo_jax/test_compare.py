@@ -9,7 +9,7 @@ import pytest
 from duo_jax.evaluate import compare_command, compare_methods
 from duo_jax.evaluate.compare_points import differences, points
 from duo_jax.evaluate.compare_report import to_markdown
-from duo_jax.evaluate.compare_tasks import make
+from duo_jax.evaluate.compare_tasks import Task, make
 from duo_jax.passkeys import PasskeyTemplates
 from duo_jax.pattern import Pattern, save_pattern
 from duo_jax.pretrained import load_tokenizer
@@ -28,9 +28,9 @@ FLAGS = (
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Return a tiny random model with a tokenizer and a pattern of its own."""
-    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    raw = models.llama(vocab_size=600, max_position_embeddings=512, num_hidden_layers=1)
     folder = models.write_hf(tmp_path_factory.mktemp("models") / "tiny", raw)
-    gates = np.array([[0.9, 0.1], [0.3, 0.7]])
+    gates = np.array([[0.1, 0.9]])
     save_pattern(Pattern(gates=gates, sink_size=4, recent_size=12), folder / "pattern")
     return models.write_tokenizer(folder)
 
@@ -42,9 +42,20 @@ def run(model: pathlib.Path, workdir: pathlib.Path, *more: str) -> dict:
 
 @pytest.fixture(scope="module")
 def finished(model, tmp_path_factory):
-    """Return the work folder and the result of a whole comparison."""
-    workdir = tmp_path_factory.mktemp("runs") / "compare"
-    return workdir, run(model, workdir, "--budgets", "0.4,1.0", "--tasks", "passkeys")
+    """Return work folder and result of a whole comparison, what was predicted beside each row."""
+    workdir, predicted = tmp_path_factory.mktemp("runs") / "compare", []
+    original = Task.score
+
+    def score(task, rows):
+        predicted.append([row[: tail.size] for row, tail in zip(rows, task.tails, strict=True)])
+        return original(task, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "score", score)
+        result = run(model, workdir, "--budgets", "0.6,1.0", "--tasks", "passkeys")
+    for row, rows in zip(result["rows"], predicted, strict=True):
+        row["predicted"] = np.concatenate(rows)
+    return workdir, result
 
 
 def rows_of(result, **wanted):
@@ -57,11 +68,11 @@ def test_all_methods_stay_within_the_budget_and_use_it(finished):
     assert len(methods) == 10
     (full,) = rows_of(result, method="full")
     assert full["cache_bytes"] == full["full_bytes"]
-    for row in rows_of(result, budget=0.4):
+    for row in rows_of(result, budget=0.6):
         share = row["cache_bytes"] / row["full_bytes"]
-        # A retrieval head is a quarter of the bytes here; a token of every head is under 1%.
-        least = 0.15 if "heads" in row["method"] or row["method"] == "duo" else 0.39
-        assert least < share <= 0.4, row["method"]
+        # A retrieval head is half of the bytes here; a token of every head is under 1%.
+        least = 0.5 if "heads" in row["method"] or row["method"] == "duo" else 0.59
+        assert least < share <= 0.6, row["method"]
         assert row["full_bytes"] == full["full_bytes"]
 
 
@@ -70,22 +81,23 @@ def test_with_the_whole_budget_every_method_is_the_full_cache(finished):
     (full,) = rows_of(result, method="full")
     for row in rows_of(result, budget=1.0):
         assert row["cache_bytes"] == full["cache_bytes"], row["method"]
-        assert row["exact"] == full["exact"], row["method"]
-        assert row["tokens"] == pytest.approx(full["tokens"]), row["method"]
+        np.testing.assert_array_equal(row["predicted"], full["predicted"], row["method"])
+    for row in rows_of(result, budget=0.6):
+        assert (row["predicted"] != full["predicted"]).any(), row["method"]
 
 
 def test_the_result_says_what_was_measured_and_with_what(finished):
     workdir, result = finished
     assert {"hardware", "jax", "dtype", "prefill_mode", "prefill_chunk", "seed"} <= result.keys()
     assert (result["sink"], result["recent"]) == (2, 6)
-    (duo,) = rows_of(result, method="duo", budget=0.4)
-    assert duo["setting"] == {"retrieval_heads": [1, 0], "sink": 2, "recent": 6}
-    (streaming,) = rows_of(result, method="all-streaming", budget=0.4)
+    (duo,) = rows_of(result, method="duo", budget=0.6)
+    assert duo["setting"] == {"retrieval_heads": [1], "sink": 2, "recent": 6}
+    (streaming,) = rows_of(result, method="all-streaming", budget=0.6)
     assert streaming["setting"]["sink"] == 4
-    assert streaming["setting"]["retrieval_heads"] == [0, 0]
-    (h2o,) = rows_of(result, method="H2O", budget=0.4)
+    assert streaming["setting"]["retrieval_heads"] == [0]
+    (h2o,) = rows_of(result, method="H2O", budget=0.6)
     assert h2o["setting"]["recent_share"] == 0.5
-    assert len(rows_of(result, method="random heads", budget=0.4)) == 2
+    assert len(rows_of(result, method="random heads", budget=0.6)) == 2
     table = (workdir / "compare.md").read_text()
     assert "| duo |" in table
     assert "duo minus profile heads" in table
@@ -106,7 +118,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_repeats_no_row(
         return original(known, task, method, budget, **options)
 
     monkeypatch.setattr(compare_methods, "measure", measure)
-    flags = ["--budgets", "0.4", "--tasks", "passkeys", "--methods", "duo,random heads,H2O,FastGen"]
+    flags = ["--budgets", "0.6", "--tasks", "passkeys", "--methods", "duo,random heads,H2O,FastGen"]
     count = 4
     with pytest.raises(SystemExit):
         run(model, tmp_path / "run", *flags)
@@ -118,13 +130,13 @@ def test_killed_and_resumed_equals_uninterrupted_and_repeats_no_row(
     for row in result["rows"]:
         place = {name: row[name] for name in ("method", "budget", "draw")}
         (same,) = rows_of(whole, **place)
-        assert row == same
+        assert row | {"predicted": None} == same | {"predicted": None}
 
 
 def test_another_configuration_is_refused_by_name(finished, model, capsys):
     workdir, _ = finished
     with pytest.raises(SystemExit) as exit_:
-        run(model, workdir, "--budgets", "0.4", "--tasks", "passkeys", "--seed", "1")
+        run(model, workdir, "--budgets", "0.6", "--tasks", "passkeys", "--seed", "1")
     assert exit_.value.code == 2
     assert "seed was 0, is 1" in capsys.readouterr().err
 
@@ -133,8 +145,9 @@ def test_budgets_and_methods_may_be_added_to_a_finished_run(finished, model):
     workdir, whole = finished
     result = run(model, workdir, "--tasks", "passkeys", "--methods", "duo", "--budgets", "0.1")
     assert [row["method"] for row in result["rows"]] == ["full", "duo"]
-    assert result["rows"][0] == rows_of(whole, method="full")[0]
-    assert result["rows"][1]["setting"]["retrieval_heads"] == [0, 0]
+    (full,) = rows_of(whole, method="full")
+    assert result["rows"][0].items() <= full.items()
+    assert result["rows"][1]["setting"]["retrieval_heads"] == [0]
 
 
 @pytest.mark.parametrize("method", ["duo", "SnapKV"])

@@ -64,8 +64,15 @@ def predict(runtime, policy, rows, slots):
     return eviction.predict(runtime, policy, *rows, slots=slots, length=LENGTH, room=ROOM)
 
 
-def expected(stacked, rows, kept=None):
-    """Predict by one forward, in which the tail does not see what is not kept of the text."""
+def expected(stacked, rows, kept=None, recent=None):
+    """Predict by one forward.
+
+    Args:
+      stacked: the model.
+      rows: texts and tails.
+      kept: what the tail sees of the text; default: all.
+      recent: how many tokens before it a query of the tail sees, per head; default: all.
+    """
     config, params = stacked
     likeliest = []
     for index, (text, tail) in enumerate(zip(*rows, strict=True)):
@@ -77,6 +84,9 @@ def expected(stacked, rows, kept=None):
         ).copy()
         if kept is not None:
             seen[:, :, text.size :, : text.size] &= kept[index][:, :, None, : text.size]
+        if recent is not None:
+            first = place[:, None] - np.array(recent)[:, None, None]
+            seen[:, :, text.size :] &= (place[None] >= first)[:, text.size :]
 
         def attend(q, k, v, seen):
             grouped = q.reshape(q.shape[0], q.shape[1], k.shape[2], -1, k.shape[3])
@@ -130,6 +140,39 @@ def test_decoding_from_a_pool_equals_attention_without_what_was_evicted(stacked,
     assert_same(found.tokens, with_mask)
     everything = expected(stacked, rows)
     assert any((a != b).any() for a, b in zip(with_mask, everything, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recent:
+    """Keeps the latest tokens, in each head as many as it may."""
+
+    name: ClassVar[str] = "recent"
+    window: int | None = 1
+    sizes: tuple[int, int] = (6, 9)
+
+    def select(self, prompt: Prompt, budget: Budget) -> Selection:
+        del budget
+        sizes = jnp.broadcast_to(jnp.array(self.sizes), prompt.keys.shape[:3])
+        positions = jnp.arange(prompt.tokens.shape[1], dtype=jnp.int32)[None, None, None]
+        kept = positions >= prompt.lengths[:, None, None, None] - sizes[..., None]
+        return Selection(kept=kept & prompt.exists, sizes=sizes)
+
+    def longest(self, prompt: Prompt, budget: Budget) -> int:
+        del prompt, budget
+        return max(self.sizes)
+
+    def keep(self, step: Step, state: Any):
+        del state
+        return step.held.positions > step.now[:, None, None] - step.sizes[..., None]
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (6, 9), (9, 3)])
+def test_evicting_at_every_step_equals_attention_to_what_was_still_there(
+    stacked, runtime, rows, sizes
+):
+    found = predict(runtime, Recent(sizes=sizes), rows, 2 * sum(sizes))
+    assert_same(found.tokens, expected(stacked, rows, recent=sizes))
+    assert found.cache_bytes == 2 * sum(sizes) * runtime.config.model.head_dim * 2 * 4
 
 
 @pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
