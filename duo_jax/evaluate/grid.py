@@ -1,7 +1,8 @@
 """Length by depth: what needles and passkeys share.
 
-Both ask for something that stands at a depth of a text of some length, of the model as published
-("full") and of the split one ("duo"). Here are the flags that say so, and the two models.
+Both ask for something that stands at a depth of a text of some length: the model as published
+("full"), the split one ("duo"), and if wanted one with every head streaming ("streaming"). Here are
+the flags that say so, and the models.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ from duo_jax.model import NO_PATTERN, DuoModel
 from duo_jax.model_flags import ModelFlags
 
 PRESET_FILE = "evaluate.json"
-FULL, DUO = "full", "duo"
+FULL, DUO, STREAMING = "full", "duo", "streaming"
 
 Flags = TypeVar("Flags", bound=ModelFlags)
 
@@ -44,6 +45,8 @@ class GridFlags(ModelFlags):
     """Texts that are read at once: more is faster and takes more memory."""
     full: bool = True
     """Also measure the model as published, every head with a full cache."""
+    all_streaming: bool = False
+    """Also measure the model with every head streaming: what its retrieval heads are there for."""
     seed: int = 0
     """Of texts and what is hidden in them; two runs of a seed agree exactly."""
     workdir: str | None = None
@@ -96,10 +99,13 @@ def models(flags: GridFlags, split: DuoModel) -> dict[str, DuoModel]:
     config = split.config
     if config == config.all_retrieval():
         return {FULL: split}
-    if not flags.full:
-        return {DUO: split}
-    split_flags = dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
-    return {FULL: flags.load(pattern=NO_PATTERN, **split_flags), DUO: split}
+    found = {DUO: split}
+    if flags.full:
+        split_flags = dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
+        found = {FULL: flags.load(pattern=NO_PATTERN, **split_flags), **found}
+    if flags.all_streaming:
+        found[STREAMING] = flags.load(sparsity=1.0, threshold=None)
+    return found
 
 
 def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:

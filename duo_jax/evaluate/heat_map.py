@@ -15,7 +15,11 @@ from duo_jax import files
 from duo_jax.evaluate import grid, settings
 
 _SCORES = {"exact": "exact match", "recall": "word recall"}
-_NAMES = {grid.FULL: "full caches", grid.DUO: "DuoAttention"}
+_NAMES = {
+    grid.FULL: "full caches",
+    grid.DUO: "DuoAttention",
+    grid.STREAMING: "all heads streaming",
+}
 _MOST_NUMBERED = 15  # lengths up to which every cell has its number
 
 
@@ -74,7 +78,7 @@ def png(result: dict[str, Any]) -> bytes:
     """Draw a column for each kind of cache and a row for each score."""
     measured = _measured(result)
     lengths, depths = result["lengths"], result["depths"]
-    width, height = 1.2 + 0.55 * max(len(lengths), 8), 0.9 + 0.3 * max(len(depths), 5)
+    width, height = 1.0 + 0.4 * max(len(lengths), 8), 0.9 + 0.3 * max(len(depths), 5)
     figure = Figure(
         figsize=(0.8 + width * len(measured), 1.0 + height * len(_SCORES)), layout="constrained"
     )
@@ -135,7 +139,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], score: str) -> float:
 
 
 def _label(result: Mapping[str, Any], caches: str) -> str:
-    if caches == grid.FULL:
+    if caches != grid.DUO:
         return _NAMES[caches]
     return f"{_NAMES[caches]}, {result['sparsity']:.0%} streaming"
 

@@ -29,7 +29,7 @@ Without flags this measures the demo model that ships with duo_jax. Defaults sho
 model named by --model: its own preset (evaluate.json) where it has one, else the paper's grid.
 """
 # Fields that do not change a row.
-_OPERATIONAL = ("workdir", "full")
+_OPERATIONAL = ("workdir", "full", "all_streaming")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class NeedleConfig(GridFlags):
 class Cell:
     """One text to be measured."""
 
-    caches: str  # grid.FULL or grid.DUO
+    caches: str  # grid.FULL, grid.DUO or grid.STREAMING
     length: int
     depth: float
     sample: int

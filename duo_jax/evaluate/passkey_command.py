@@ -26,7 +26,7 @@ Without flags this measures the demo model that ships with duo_jax. Defaults sho
 model named by --model: its own preset (evaluate.json) where it has one.
 """
 # Fields that do not change a row.
-_OPERATIONAL = ("workdir", "full", "batch")
+_OPERATIONAL = ("workdir", "full", "all_streaming", "batch")
 _BINS = 10
 _STREAM = 2  # of samples: identification trains on stream 0 and tests on stream 1
 

@@ -134,6 +134,12 @@ def test_rows_say_what_was_measured(folder, tmp_path, capsys):
     assert "| DuoAttention, 50% streaming | 6 |" in capsys.readouterr().out
 
 
+def test_all_heads_may_stream_too(folder, tmp_path):
+    rows = run(folder, tmp_path / "a", "--no-full", "--all-streaming", "--depths", "1")["rows"]
+    assert [row["caches"] for row in rows] == ["duo", "duo", "streaming", "streaming"]
+    assert {row["cache_bytes"] for row in rows[2:]} == {4 * 16 * 8 * 2 * 4}
+
+
 def test_what_is_written_is_what_generate_writes(folder, tmp_path):
     result = run(folder, tmp_path / "a", "--no-full")
     model = duo_jax.load(folder, prefill_chunk=32)
