@@ -72,11 +72,15 @@ class DuoLM(TemplateLM):
     ) -> "DuoLM":
         """Load a model from the flags of `LmEvalFlags`.
 
+        Of `additional_config` only the batch size says something here: the device is jax's choice,
+        and lm-eval names "cuda:0" whether there is one or not.
+
         Raises:
           InputError: one of them does not exist or cannot be used.
         """
-        more = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        values = dict(arg_dict) | more
+        values = dict(arg_dict)
+        if (batch_size := (additional_config or {}).get("batch_size")) is not None:
+            values["batch_size"] = batch_size
         names = [field.name for field in dataclasses.fields(LmEvalFlags)]
         unknown = sorted(values.keys() - set(names))
         if unknown:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from duo_jax import pretrained
 from duo_jax.errors import InputError
@@ -187,7 +188,13 @@ def test_chat_template_and_special_tokens(tiny_model):
         "{% if add_generation_prompt %}>{% endif %}"
     )
     assert lm.apply_chat_template(messages) == "<s>[Hello]>"
-    assert lm.tok_encode("<s>[Hello]>").count(model.tokenizer.bos_token_id) == 1
+    bos = model.tokenizer.bos_token_id
+    model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    for text in ("Hello", "<s>[Hello]>"):
+        assert lm.tok_encode(text).count(bos) == 1
+    assert bos not in lm.tok_encode("Hello", add_special_tokens=False)
     with pytest.raises(InputError, match="refuses this: no system role"):
         lm.apply_chat_template(messages[:1])
 
@@ -201,7 +208,7 @@ def test_model_arguments_as_lm_eval_parses_them(tiny_model):
     # The folder has no pattern of its own: without one, loading fails.
     lm = duo.create_from_arg_string(
         f"model={tiny_model},pattern=none,decode_last=3,sparsity=0",
-        {"batch_size": "2", "device": None, "max_batch_size": None},
+        {"batch_size": "2", "device": "cuda:0", "max_batch_size": None},
     )
     info = lm.get_model_info()
     assert (info["pattern"], info["sparsity"]) == ("none", 0.0)
