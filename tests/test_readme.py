@@ -6,9 +6,19 @@ import re
 import shlex
 from typing import get_args
 
+import numpy as np
 import pytest
 
-from benchmarks import budgets, decode_report, identify, prefill_report, quantised, sweep
+from benchmarks import (
+    budgets,
+    decode_report,
+    identify,
+    prefill_report,
+    published,
+    quantised,
+    results_page,
+    sweep,
+)
 from duo_jax import generate
 from duo_jax.cache import KVFormat
 from duo_jax.pattern import load_pattern
@@ -98,4 +108,30 @@ def test_serve_examples_print_what_the_readme_says(command, printed, capsys):
 @pytest.mark.parametrize("target", [word.split(")")[0] for word in README.split("](")[1:]])
 def test_links_lead_somewhere(target):
     if not target.startswith(("http", "#")):
-        assert (ROOT / target).exists()
+        assert (ROOT / target.split("#")[0]).exists()
+
+
+def test_results_page_is_that_of_the_committed_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = tmp_path / "results.md"
+    results_page.write_page(results_page.PageConfig(out=page))
+    assert page.read_text() == (ROOT / "docs/results.md").read_text()
+    for name in published.LONGBENCH_METHODS:
+        assert name in page.read_text().split("## Published by others")[1]
+
+
+def test_comparison_meets_its_bars():
+    result = json.loads((ROOT / "benchmarks/results/compare.json").read_text())
+    rows = {(r["task"], r["method"], r["budget"]): r for r in result["rows"] if not r["draw"]}
+    for task in ("needle", "passkeys"):
+        full = np.mean(rows[task, "full", 1.0]["exact"])
+        duo = np.mean(rows[task, "duo", 0.5]["exact"])
+        assert duo >= full - 0.02
+        for method in ("all-streaming", "random heads"):
+            assert np.mean(rows[task, method, 0.5]["exact"]) < duo - 0.3
+
+
+def test_four_bit_caches_and_eight_bit_weights_lose_one_point_at_most():
+    result = json.loads((ROOT / "benchmarks/results/quantised.json").read_text())
+    change = {(r["weights"], r["kv"]): r["change"] for r in result["rows"][1:]}
+    assert min(change["model", "int4"], change["int8", "model"]) >= -0.01
