@@ -196,7 +196,7 @@ def _result(
     for of_one_split in ("retrieval_heads", "sparsity"):
         del described[of_one_split]
     return {
-        "command": machine.command("duo_jax.evaluate compare"),
+        "command": machine.command("duo_jax.evaluate"),
         **described,
         "seed": config.seed,
         "samples": config.samples,

@@ -124,7 +124,7 @@ def evaluate(config: NeedleConfig) -> None:
                         bar.update()
     found = [rows[cell.key] for cell in todo]
     result = {
-        "command": machine.command("duo_jax.evaluate needle"),
+        "command": machine.command("duo_jax.evaluate"),
         **settings.describe(config, split),
         "task": "one needle",
         "repeated": haystack.text_tokens < lengths[-1],

@@ -69,7 +69,7 @@ def evaluate(config: PasskeysConfig) -> None:
                         rows.add(_key(caches, length, index), row)
                         bar.update()
     result = {
-        "command": machine.command("duo_jax.evaluate passkeys"),
+        "command": machine.command("duo_jax.evaluate"),
         **settings.describe(config, split),
         "task": f"{config.data.num_passkeys} passkeys of {config.data.passkey_words} words",
         "seed": config.seed,
