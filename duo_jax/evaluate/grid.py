@@ -86,10 +86,11 @@ class GridFlags(ModelFlags):
             last = self.max_length or longest
             first = self.min_length or min(last, max(shortest, last // self.num_lengths))
             lengths = np.unique(np.linspace(first, last, self.num_lengths).astype(int)).tolist()
-        if lengths[0] < shortest or lengths[-1] > longest:
+        if lengths[0] < shortest:
+            raise InputError(f"length {lengths[0]:,}: this task needs at least {shortest:,} tokens")
+        if lengths[-1] > longest:
             raise InputError(
-                f"lengths {lengths[0]:,} to {lengths[-1]:,}: this task needs at least "
-                f"{shortest:,} tokens, and the model has room for {longest:,}"
+                f"length {lengths[-1]:,}: with the answer the model has room for {longest:,} tokens"
             )
         return lengths
 

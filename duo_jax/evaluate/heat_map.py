@@ -29,9 +29,10 @@ def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
     Args:
       folder: where.
       name: of the files.
-      result: `settings.describe`, "task", "lengths", "depths" and "rows", each with caches, length,
-        depth, the scores "exact" and "recall", and cache_bytes; also what the scores are called
-        ("scores") and the depths ("depth_label"), where that differs from needles.
+      result: `settings.describe`, "task", "seed", "samples" per "sampled" (a word), "lengths",
+        "depths" and "rows", each with caches, length, depth, the scores "exact" and "recall", and
+        cache_bytes; also what the scores are called ("scores") and the depths ("depth_label"),
+        where that differs from needles.
     """
     table = to_markdown(result)
     files.write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
@@ -45,7 +46,7 @@ def to_markdown(result: dict[str, Any]) -> str:
     """Write the means over all cells, and the worst cell, of each kind of cache."""
     exact, recall = _score_names(result).values()
     lines = [
-        f"| caches | cells | {exact} | {recall} | worst cell | cache MB per text |",
+        f"| caches | cells | {exact} | {recall} | worst cell | cache MB, longest text |",
         "|---|---|---|---|---|---|",
     ]
     for caches in _measured(result):
@@ -84,7 +85,9 @@ def png(result: dict[str, Any]) -> bytes:
     )
     FigureCanvasAgg(figure)
     figure.suptitle(
-        f"{result['model']}, {result['task']}\n{settings.in_words(result)}", fontsize=10
+        f"{result['model']}, {result['task']}, texts per {result['sampled']}: {result['samples']}, "
+        f"seed {result['seed']}\n{settings.in_words(result)}",
+        fontsize=10,
     )
     axes = figure.subplots(len(_SCORES), len(measured), squeeze=False)
     image = None
@@ -118,7 +121,7 @@ def _number(panel: Any, values: np.ndarray) -> None:
         if np.isfinite(value):
             colour = "black" if 0.15 < value < 0.85 else "white"
             text = f"{100 * value:.0f}"
-            panel.text(x, y, text, ha="center", va="center", fontsize=6, color=colour)
+            panel.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
 
 
 def _score_names(result: Mapping[str, Any]) -> dict[str, str]:

@@ -2,9 +2,9 @@
 
     [bos] intro | haystack up to the depth | needle | the rest of it | closing question
 
-The haystack is cut after a sentence, the last one before the depth. Where the text is shorter than
-a haystack it begins again. A document is a pure function of (templates, tokenizer, text, seed,
-length, depth, sample).
+The haystack is cut after a sentence, the nearest one to the depth; where none ends within 5% of the
+haystack, in the middle of one. Where the text is shorter than a haystack it begins again. A
+document is a pure function of (templates, tokenizer, text, seed, length, depth, sample).
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from duo_jax.tokenization import Tokenization
 
 _WORDS = "{words}"
 _ANSWER = "{answer}"
+_NEAR = 0.05  # how far from its depth a needle may stand, of the haystack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,10 +132,11 @@ class Haystack:
     def _cut(self, ends: np.ndarray, depth: float) -> int:
         """Return how many tokens of the haystack stand before the needle."""
         wanted = round(depth * ends.size)
-        if wanted in (0, ends.size):
+        sentences = np.flatnonzero(ends) + 1
+        if wanted in (0, ends.size) or not sentences.size:
             return wanted
-        sentences = np.flatnonzero(ends[:wanted])
-        return int(sentences[-1]) + 1 if sentences.size else 0
+        nearest = sentences[np.argmin(np.abs(sentences - wanted))]
+        return int(nearest) if abs(nearest - wanted) <= _NEAR * ends.size else wanted
 
     def _answer(self, rng: np.random.Generator) -> str:
         templates = self._templates

@@ -132,6 +132,7 @@ def evaluate(config: NeedleConfig) -> None:
         "seed": config.seed,
         "max_new_tokens": config.max_new_tokens,
         "samples": config.samples,
+        "sampled": "cell",
         "lengths": lengths,
         "depths": config.chosen_depths(),
         "rows": found,

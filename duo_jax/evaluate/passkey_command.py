@@ -74,6 +74,7 @@ def evaluate(config: PasskeysConfig) -> None:
         "task": f"{config.data.num_passkeys} passkeys of {config.data.passkey_words} words",
         "seed": config.seed,
         "samples": config.samples,
+        "sampled": "length",
         "lengths": lengths,
         "depths": [(i + 0.5) / _BINS for i in range(_BINS)],
         "depth_label": "depth of the passkey (tenths)",
