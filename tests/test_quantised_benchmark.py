@@ -45,7 +45,7 @@ def test_smallest_run_compares_every_setting_with_the_model_itself(tmp_path, cap
     quantised.main(config)
     result = json.loads(config.out.read_text())
     assert quantised.to_markdown(result) in capsys.readouterr().out
-    assert (result["dtype"], result["sink"], result["recent"]) == ("float32", 16, 64)
+    assert (result["dtype"], result["sink"], result["recent"]) == ("float32", 16, 96)
     full, own, int4, int8 = result["rows"]
     assert [(row["weights"], row["kv"]) for row in result["rows"]] == [
         ("model", "model"), ("model", "model"), ("model", "int4"), ("int8", "model"),

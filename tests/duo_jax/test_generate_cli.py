@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import duo_jax
-from duo_jax import generate, pretrained
+from duo_jax import generate, model_flags, pretrained
 from duo_jax import session as session_module
 from duo_jax.pattern import Pattern, save_pattern
 from tests import models
@@ -238,7 +238,7 @@ def test_errors_are_one_line(error, folder, tmp_path):
 
 
 def test_an_unwritable_place_is_refused_before_any_work(error, tmp_path, monkeypatch):
-    monkeypatch.setattr(generate.model, "load", None)
+    monkeypatch.setattr(model_flags, "load", None)
     (tmp_path / "file").touch()
     assert "is not a folder" in error("--prompt", "a", "--save-cache", tmp_path / "file/cache")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main as convert
-from duo_jax import compiled, generate, model, pretrained, serve, split
+from duo_jax import compiled, generate, model, model_flags, pretrained, serve, split
 from duo_jax.cache import init_cache
 from duo_jax.config import parse_config
 from duo_jax.errors import InputError
@@ -341,11 +341,12 @@ def test_a_saved_cache_belongs_to_its_format(tmp_path):
 def test_the_flag_reaches_the_model(monkeypatch):
     asked = []
 
-    def load(name, **settings):
-        asked.append((name, settings["weights"]))
+    def load(*, model, weights, **settings):
+        del settings
+        asked.append((model, weights))
         raise InputError("enough")
 
-    monkeypatch.setattr(model, "load", load)
+    monkeypatch.setattr(model_flags, "load", load)
     for weights in ("int8", "w8a8"):
         with pytest.raises(InputError, match="enough"):
             generate.generate(generate.GenerateConfig(prompt="x", weights=weights))
