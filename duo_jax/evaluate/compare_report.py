@@ -1,6 +1,5 @@
 """A comparison as JSON, tables and a picture."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,12 +9,13 @@ import numpy as np
 from duo_jax import files
 from duo_jax.evaluate import compare_plot, settings
 from duo_jax.evaluate.compare_points import Point, differences, points
+from duo_jax.evaluate.result_json import to_json
 
 
 def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
     """Write NAME.json, NAME.md and NAME.png into a folder, and print the tables."""
     text = to_markdown(result)
-    files.write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    files.write_text(folder / f"{name}.json", to_json(result))
     files.write_text(folder / f"{name}.md", text + "\n")
     files.write_bytes(folder / f"{name}.png", compare_plot.png(result))
     print(text)

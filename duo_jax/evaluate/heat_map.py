@@ -1,7 +1,6 @@
 """What is found at which length and depth: JSON, a table, and the well-known picture."""
 
 import io
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from matplotlib.figure import Figure
 
 from duo_jax import files
 from duo_jax.evaluate import grid, settings
+from duo_jax.evaluate.result_json import to_json
 
 _SCORES = {"exact": "exact match", "recall": "word recall"}
 _NAMES = {
@@ -35,7 +35,7 @@ def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
         where that differs from needles.
     """
     table = to_markdown(result)
-    files.write_text(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+    files.write_text(folder / f"{name}.json", to_json(result))
     files.write_text(folder / f"{name}.md", table + "\n")
     files.write_bytes(folder / f"{name}.png", png(result))
     print(table)
