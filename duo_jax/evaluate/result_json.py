@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_json(result: Mapping[str, Any]) -> str:
-    """Write a result; every entry of its "rows" takes one line, so that a diff shows which changed."""
+    """Write a result; every entry of its "rows" takes one line: a diff shows what changed."""
     head = json.dumps({**result, "rows": []}, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
     before, after = head.rsplit('"rows": []', 1)
