@@ -8,7 +8,7 @@ _DESCRIPTION = """\
 Train the demo model from scratch: a Llama of 722 thousand parameters that finds passkeys in 1,024
 tokens of text, in Hugging Face format. The text is the language reference that comes with Python.
 
-Takes about 20 minutes on one CPU core. Progress is checkpointed in --workdir: the same command
+Takes 20 minutes to an hour on a CPU. Progress is checkpointed in --workdir: the same command
 resumes after an interruption, with the same result.
 """
 

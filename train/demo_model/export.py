@@ -110,7 +110,6 @@ def _card(model: ModelConfig, summary: Summary) -> str:
     parameters = sum(t.size for t in tensor_names.tensors(model))
     example = TEMPLATES.needle.format(name="third", passkey=" value order call match").strip()
     question = TEMPLATES.question.format(name="third")
-    usual = PRESET["data"]["num_passkeys"]
     return f"""\
 ---
 license: apache-2.0
@@ -137,12 +136,13 @@ Made by `python -m train.demo_model --seed {summary.seed}`: {summary.steps:,} st
 reference that comes with Python {platform.python_version()} (`pydoc_data.topics`, every tenth
 topic held out), with jax {importlib.metadata.version("jax")}. Other versions of Python carry
 another text, so weights and tokenizer belong together. `identify.json` holds the settings with
-which `python -m train.identify` finds its retrieval heads.
+which `python -m train.identify` finds its retrieval heads, `evaluate.json` those of
+`python -m duo_jax.evaluate`. The last two stages of its training round keys and values to 4 bits, so
+that it survives 4-bit caches with only {model.head_dim} channels per head.
 
 Exact retrieval (every token of a passkey right) on held-out text, and by depth with full attention:
 
 {summary.table}
 
 "All streaming": every head sees {PRESET["sink"]} sinks and {PRESET["recent"]} recent tokens only.
-With more than {usual} passkeys in one text it misses some, above all the ninth and the tenth.
 """
