@@ -137,8 +137,8 @@ reference that comes with Python {platform.python_version()} (`pydoc_data.topics
 topic held out), with jax {importlib.metadata.version("jax")}. Other versions of Python carry
 another text, so weights and tokenizer belong together. `identify.json` holds the settings with
 which `python -m train.identify` finds its retrieval heads, `evaluate.json` those of
-`python -m duo_jax.evaluate`. The last two stages of its training round keys and values to 4 bits, so
-that it survives 4-bit caches with only {model.head_dim} channels per head.
+`python -m duo_jax.evaluate`. The last two stages of its training round keys and values to 4 bits,
+so that it survives 4-bit caches with only {model.head_dim} channels per head.
 
 Exact retrieval (every token of a passkey right) on held-out text, and by depth with full attention:
 
