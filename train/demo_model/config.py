@@ -118,6 +118,18 @@ class Stage:
                 raise InputError(f"{name} {getattr(self, name)} is not in [0, 1)")
 
 
+# With 12 passkeys only, the model learns in which part of the text each ordinal stands.
+_MIXED = Stage(
+    length=1024,
+    batch_size=4,
+    num_passkeys=(6, 8, 10, 12),
+    passkey_words=(4, 8),
+    rehearse=0.3,
+    learning_rate=1e-3,
+    final_learning_rate=1e-4,
+    max_steps=120,
+)
+
 CURRICULUM = (
     Stage(
         length=64,
@@ -184,39 +196,9 @@ CURRICULUM = (
         final_learning_rate=1e-4,
         max_steps=200,
     ),
-    # With 12 passkeys only, the model learns in which part of the text each ordinal stands.
-    Stage(
-        length=1024,
-        batch_size=4,
-        num_passkeys=(6, 8, 10, 12),
-        passkey_words=(4, 8),
-        rehearse=0.3,
-        learning_rate=1e-3,
-        final_learning_rate=1e-4,
-        max_steps=120,
-    ),
-    Stage(
-        length=1024,
-        batch_size=4,
-        num_passkeys=(6, 8, 10, 12),
-        passkey_words=(4, 8),
-        rehearse=0.3,
-        rounded_kv=True,
-        learning_rate=1e-3,
-        final_learning_rate=1e-4,
-        max_steps=160,
-    ),
-    Stage(
-        length=1024,
-        batch_size=4,
-        num_passkeys=(6, 8, 10, 12),
-        passkey_words=(4, 8),
-        rehearse=0.3,
-        rounded_kv=True,
-        learning_rate=1e-3,
-        final_learning_rate=5e-5,
-        max_steps=240,
-    ),
+    _MIXED,
+    dataclasses.replace(_MIXED, rounded_kv=True, max_steps=160),
+    dataclasses.replace(_MIXED, rounded_kv=True, max_steps=240, final_learning_rate=5e-5),
 )
 
 
