@@ -13,7 +13,7 @@ A sample is a pure function of (config, tokenizer, text, seed, index).
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -263,6 +263,30 @@ def _bos(tokenizer) -> list[int]:
     marked = tokenizer("a").input_ids
     starts_with_bos = tokenizer.bos_token_id is not None and marked[0] == tokenizer.bos_token_id
     return [tokenizer.bos_token_id] if starts_with_bos else []
+
+
+def sampler_of_first(
+    texts: Mapping[str, Sequence[str]], config: PasskeyConfig, tokenizer, *, seed: int, stream: int
+) -> tuple[PasskeySampler, str]:
+    """Return samples of the first text that is long enough, and the name of that text.
+
+    Args:
+      texts: documents by name, the preferred ones first.
+      config: as of `PasskeySampler`, like the other arguments.
+      tokenizer: the model's.
+      seed: decides every sample, together with the index.
+      stream: another number gives other samples.
+
+    Raises:
+      InputError: even the last text is too short, or max_length has no room for the passkeys.
+    """
+    *preferred, last = texts
+    for name in preferred:
+        try:
+            return PasskeySampler(config, tokenizer, texts[name], seed=seed, stream=stream), name
+        except InputError:
+            continue
+    return PasskeySampler(config, tokenizer, texts[last], seed=seed, stream=stream), last
 
 
 def word_list(kind: Literal["nato", "vocabulary"], tokenizer) -> list[str]:

@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax import llama
 from duo_jax.config import ModelConfig
-from duo_jax.errors import InputError
-from duo_jax.passkeys import PasskeyConfig, PasskeySampler
+from duo_jax.passkeys import PasskeyConfig, sampler_of_first
 from kernels import Implementation
 from train import gates as gated
 from train.distillation import Batch, tail_of, tail_positions
@@ -42,13 +41,11 @@ class RetrievalTest:
         implementation: Implementation = "auto",
     ) -> None:
         self._implementation = implementation
-        make = functools.partial(PasskeySampler, config, tokenizer, seed=seed, stream=1)
-        try:
-            sampler = make(held_out_text)
-            self.haystack = "held-out text"
-        except InputError:
-            sampler = make(training_text)
-            self.haystack = "training text (the held-out part is shorter than the length)"
+        texts = {
+            "held-out text": held_out_text,
+            "training text (the held-out part is shorter than the length)": training_text,
+        }
+        sampler, self.haystack = sampler_of_first(texts, config, tokenizer, seed=seed, stream=1)
         self.samples = [sampler.sample(i, length=config.max_length) for i in range(num_samples)]
         self.length = max(s.tokens.size for s in self.samples)
         self._tail_size = max(s.tokens.size - s.tail_start for s in self.samples)

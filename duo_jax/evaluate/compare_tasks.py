@@ -13,8 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float, Int
 
-from duo_jax.errors import InputError
-from duo_jax.passkeys import PasskeyConfig, PasskeySampler, PasskeyTemplates, Sample
+from duo_jax.passkeys import PasskeyConfig, PasskeyTemplates, Sample, sampler_of_first
 from duo_jax.text import split_held_out
 
 TaskName = Literal["needle", "passkeys"]
@@ -81,13 +80,11 @@ def make(
     if name == "needle":
         data = dataclasses.replace(data, num_passkeys=1)
     config = PasskeyConfig(**dataclasses.asdict(data), min_length=1, max_length=length)
-    make_sampler = {"seed": seed, "stream": _STREAM}
-    try:
-        sampler = PasskeySampler(config, tokenizer, split_held_out(documents)[1], **make_sampler)
-        haystack = "held-out text"
-    except InputError:
-        sampler = PasskeySampler(config, tokenizer, documents, **make_sampler)
-        haystack = "all text (the held-out part is shorter than the length)"
+    texts = {
+        "held-out text": split_held_out(documents)[1],
+        "all text (the held-out part is shorter than the length)": documents,
+    }
+    sampler, haystack = sampler_of_first(texts, config, tokenizer, seed=seed, stream=_STREAM)
     drawn = [sampler.sample(index, length=length) for index in range(samples)]
     starts = [_compressed(name, sample) for sample in drawn]
     words = f"{data.num_passkeys} passkeys" if name == "passkeys" else "1 passkey"

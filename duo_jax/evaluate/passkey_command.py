@@ -8,12 +8,17 @@ import tyro
 from tqdm import tqdm
 
 from duo_jax import cli, machine
-from duo_jax.errors import InputError
 from duo_jax.evaluate import grid, heat_map, served_retrieval, settings
 from duo_jax.evaluate.grid import GridFlags
 from duo_jax.evaluate.rows import Rows
 from duo_jax.model import DuoModel
-from duo_jax.passkeys import PasskeyConfig, PasskeySampler, PasskeyTemplates, Sample
+from duo_jax.passkeys import (
+    PasskeyConfig,
+    PasskeySampler,
+    PasskeyTemplates,
+    Sample,
+    sampler_of_first,
+)
 from duo_jax.text import load_documents, split_held_out
 
 TASK = "passkeys"
@@ -99,11 +104,9 @@ def _sampler(
     templates = dataclasses.asdict(config.data)
     data = PasskeyConfig(**templates, min_length=1, max_length=length)
     _, held_out = split_held_out(documents)
-    make = {"seed": config.seed, "stream": _STREAM}
-    try:
-        return PasskeySampler(data, model.tokenizer, held_out, **make)
-    except InputError:
-        return PasskeySampler(data, model.tokenizer, documents, **make)
+    texts = {"held-out text": held_out, "all text": documents}
+    sampler, _ = sampler_of_first(texts, data, model.tokenizer, seed=config.seed, stream=_STREAM)
+    return sampler
 
 
 def _measure(
