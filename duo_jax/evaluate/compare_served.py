@@ -1,21 +1,16 @@
 """Answer a task's questions from the caches that serve a split model."""
 
-import functools
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Float, Int
 
-from duo_jax import serve
-from duo_jax.cache import Cache, live_bytes
+from duo_jax.cache import live_bytes
 from duo_jax.evaluate.eviction.runner import pad
-from duo_jax.llama import Params
+from duo_jax.evaluate.served_retrieval import decode_tokens
 from duo_jax.runtime import Runtime
 from duo_jax.session import Session
-from duo_jax.split import DuoConfig
-from kernels import Implementation
 
 
 def predict(
@@ -40,39 +35,24 @@ def predict(
     """
     session = Session(runtime, batch_size=len(texts), max_len=length + room)
     session.append([text.tolist() for text in texts])
-    first = jnp.argmax(session.ready(room=0), axis=-1)
+    first = _likeliest(session.ready(room=0))
     cache = session.take()
     num_bytes = live_bytes(cache) // len(texts)
     given, counts = pad(tails, room)
     # The last token of a tail is predicted, not given.
     active = jnp.arange(room)[None, :] < counts[:, None] - 1
-    rest = _decode(
+    rest = decode_tokens(
         runtime.config,
         runtime.params,
         cache,
         given,
         active,
+        keep=_likeliest,
         implementation=runtime.implementation,
     )
     tokens = np.concatenate([np.asarray(first)[:, None], np.asarray(rest)[:, :-1]], axis=1)
     return tokens, num_bytes
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"))
-def _decode(
-    config: DuoConfig,
-    params: Params,
-    cache: Cache,
-    tokens: Int[Array, "batch length"],
-    active: Bool[Array, "batch length"],
-    *,
-    implementation: Implementation,
-) -> Int[Array, "batch length"]:
-    """Give the tokens one by one; return the likeliest one after each."""
-
-    def step(cache: Cache, inputs):
-        logits, cache = serve.decode(config, params, cache, *inputs, implementation=implementation)
-        return cache, jnp.argmax(logits, axis=-1)
-
-    _, likeliest = jax.lax.scan(step, cache, (tokens.T, active.T))
-    return likeliest.T
+def _likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+    return jnp.argmax(logits, axis=-1)
