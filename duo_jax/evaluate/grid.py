@@ -6,15 +6,19 @@ the flags that say so, and the models.
 """
 
 import dataclasses
+import functools
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+from tqdm import tqdm
 
 from duo_jax import presets
 from duo_jax.errors import InputError
+from duo_jax.evaluate.rows import Rows
 from duo_jax.model import NO_PATTERN, DuoModel
 from duo_jax.model_flags import ModelFlags
 
@@ -22,6 +26,29 @@ PRESET_FILE = "evaluate.json"
 FULL, DUO, STREAMING = "full", "duo", "streaming"
 
 Flags = TypeVar("Flags", bound=ModelFlags)
+
+
+@runtime_checkable
+class Cell(Protocol):
+    """A text to be measured with one kind of caches."""
+
+    @property
+    def caches(self) -> str:
+        """FULL, DUO or STREAMING."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """The name of its row."""
+        ...
+
+
+SomeCell = TypeVar("SomeCell", bound=Cell)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,18 +122,56 @@ class GridFlags(ModelFlags):
         return lengths
 
 
-def models(flags: GridFlags, split: DuoModel) -> dict[str, DuoModel]:
-    """Return what is to be measured, by name; `split` is what the flags load."""
+def models(flags: GridFlags, split: DuoModel) -> dict[str, Callable[[], DuoModel]]:
+    """Return how to load what is to be measured, by name; `split` is what the flags load."""
     config = split.config
     if config == config.all_retrieval():
-        return {FULL: split}
-    found = {DUO: split}
+        return {FULL: lambda: split}
+    found = {DUO: lambda: split}
     if flags.full:
-        split_flags = dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
-        found = {FULL: flags.load(pattern=NO_PATTERN, **split_flags), **found}
+        plain = {"pattern": NO_PATTERN}
+        plain |= dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
+        found = {FULL: functools.partial(flags.load, **plain), **found}
     if flags.all_streaming:
-        found[STREAMING] = flags.load(sparsity=1.0, threshold=None)
+        found[STREAMING] = functools.partial(flags.load, sparsity=1.0, threshold=None)
     return found
+
+
+def fill(
+    rows: Rows,
+    cells: Sequence[SomeCell],
+    measure: Callable[[DuoModel, list[SomeCell]], Sequence[Mapping[str, Any]]],
+    loaders: Mapping[str, Callable[[], DuoModel]],
+    *,
+    batch: int,
+    desc: str,
+) -> None:
+    """Measure the cells that have no row, up to `batch` of one length at a time.
+
+    Models are loaded one after the other, in the order of the cells, and none for nothing: copies
+    of the weights take memory, beside the split model's.
+
+    Args:
+      rows: where rows are looked up and added.
+      cells: of each kind of caches, those of one length in a row.
+      measure: returns a row for each of some cells.
+      loaders: by kind of caches.
+      batch: cells that are measured together at most.
+      desc: name of the progress bar.
+    """
+    missing = [cell for cell in cells if cell.key not in rows]
+    done = len(cells) - len(missing)
+    with tqdm(total=len(cells), initial=done, desc=desc, unit="text", disable=None) as bar:
+        for caches, of_model in itertools.groupby(missing, key=lambda cell: cell.caches):
+            model = loaders[caches]()
+            for _, of_length in itertools.groupby(of_model, key=lambda cell: cell.length):
+                left = list(of_length)
+                for first in range(0, len(left), batch):
+                    part = left[first : first + batch]
+                    for cell, row in zip(part, measure(model, part), strict=True):
+                        rows.add(cell.key, row)
+                        bar.update()
+            del model  # before the next one is loaded
 
 
 def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from duo_jax import cli, machine
+from duo_jax.cache import live_bytes
 from duo_jax.errors import InputError
 from duo_jax.evaluate import grid, heat_map, scores, settings
 from duo_jax.evaluate.grid import GridFlags
@@ -94,35 +94,25 @@ def evaluate(config: NeedleConfig) -> None:
         shortest=haystack.shortest() + 1,
         longest=split.config.model.max_length - config.max_new_tokens,
     )
+    rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
+    loaders = grid.models(config, split)
     cells = [
-        (length, depth, sample)
+        Cell(caches=caches, length=length, depth=depth, sample=sample)
+        for caches in loaders
         for length in lengths
         for depth in config.chosen_depths()
         for sample in range(config.samples)
     ]
-    rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
-    measured = grid.models(config, split)
-    todo = [Cell(caches=c, length=n, depth=d, sample=s) for c in measured for n, d, s in cells]
-    done = sum(cell.key in rows for cell in todo)
-    with tqdm(total=len(todo), initial=done, desc=TASK, unit="cell", disable=None) as bar:
-        for caches, model in measured.items():
-            for length in lengths:
-                missing = [
-                    cell
-                    for cell in todo
-                    if (cell.caches, cell.length) == (caches, length) and cell.key not in rows
-                ]
-                for first in range(0, len(missing), config.batch):
-                    batch = missing[first : first + config.batch]
-                    texts = [
-                        haystack.document(length=x.length, depth=x.depth, sample=x.sample)
-                        for x in batch
-                    ]
-                    answered = _answer(config, model, texts, longest=lengths[-1])
-                    for cell, row in zip(batch, answered, strict=True):
-                        rows.add(cell.key, dataclasses.asdict(cell) | row)
-                        bar.update()
-    found = [rows[cell.key] for cell in todo]
+
+    def measure(model: DuoModel, some: list[Cell]) -> list[dict[str, Any]]:
+        texts = [
+            haystack.document(length=cell.length, depth=cell.depth, sample=cell.sample)
+            for cell in some
+        ]
+        answered = _answer(config, model, texts, longest=lengths[-1])
+        return [dataclasses.asdict(c) | row for c, row in zip(some, answered, strict=True)]
+
+    grid.fill(rows, cells, measure, loaders, batch=config.batch, desc=TASK)
     result = {
         "command": machine.command("duo_jax.evaluate"),
         **settings.describe(config, split),
@@ -135,7 +125,7 @@ def evaluate(config: NeedleConfig) -> None:
         "sampled": "cell",
         "lengths": lengths,
         "depths": config.chosen_depths(),
-        "rows": found,
+        "rows": [rows[cell.key] for cell in cells],
     }
     heat_map.report(folder, TASK, result)
 
@@ -152,7 +142,7 @@ def _answer(
     session = Session(model.runtime, batch_size=len(full), max_len=longest + new)
     session.append([text.tokens for text in full], room=new)
     assert session.cache is not None
-    cache_bytes = session.cache.nbytes // len(full)
+    cache_bytes = live_bytes(session.cache) // len(full)
     written = [""] * len(full)
     for pieces in write_text(
         session,

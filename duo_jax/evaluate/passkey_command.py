@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from duo_jax import cli, machine
 from duo_jax.evaluate import grid, heat_map, served_retrieval, settings
@@ -47,6 +46,19 @@ class PasskeysConfig(GridFlags):
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One text to be measured."""
+
+    caches: str  # grid.FULL, grid.DUO or grid.STREAMING
+    length: int
+    sample: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.caches} length {self.length} sample {self.sample}"
+
+
 def evaluate(config: PasskeysConfig) -> None:
     """Measure what is missing; write JSON, a table and the heat map.
 
@@ -57,22 +69,21 @@ def evaluate(config: PasskeysConfig) -> None:
     documents = load_documents(config.text)
     split = config.load()
     lengths = config.chosen_lengths(shortest=1, longest=split.config.model.max_length)
-    samplers = [_sampler(config, split, documents, length) for length in lengths]
-    keys = [(length, index) for length in lengths for index in range(config.samples)]
+    samplers = {length: _sampler(config, split, documents, length) for length in lengths}
     rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
-    measured = grid.models(config, split)
-    todo = [(caches, *key) for caches in measured for key in keys]
-    done = sum(_key(*key) in rows for key in todo)
-    with tqdm(total=len(todo), initial=done, desc=TASK, unit="text", disable=None) as bar:
-        for caches, model in measured.items():
-            for length, sampler in zip(lengths, samplers, strict=True):
-                missing = [i for i in range(config.samples) if _key(caches, length, i) not in rows]
-                for first in range(0, len(missing), config.batch):
-                    batch = missing[first : first + config.batch]
-                    samples = [sampler.sample(index, length=length) for index in batch]
-                    for index, row in zip(batch, _measure(config, model, samples), strict=True):
-                        rows.add(_key(caches, length, index), row)
-                        bar.update()
+    loaders = grid.models(config, split)
+    cells = [
+        Cell(caches=caches, length=length, sample=index)
+        for caches in loaders
+        for length in lengths
+        for index in range(config.samples)
+    ]
+
+    def measure(model: DuoModel, some: list[Cell]) -> list[dict[str, Any]]:
+        drawn = [samplers[cell.length].sample(cell.sample, length=cell.length) for cell in some]
+        return _measure(config, model, drawn)
+
+    grid.fill(rows, cells, measure, loaders, batch=config.batch, desc=TASK)
     result = {
         "command": machine.command("duo_jax.evaluate"),
         **settings.describe(config, split),
@@ -85,16 +96,12 @@ def evaluate(config: PasskeysConfig) -> None:
         "depth_label": "depth of the passkey (tenths)",
         "scores": {"exact": "exact retrieval", "recall": "tokens right"},
         "rows": [
-            {"caches": caches, "length": length, "sample": index, **passkey}
-            for caches, length, index in todo
-            for passkey in _by_depth(rows[_key(caches, length, index)])
+            dataclasses.asdict(cell) | passkey
+            for cell in cells
+            for passkey in _by_depth(rows[cell.key])
         ],
     }
     heat_map.report(folder, TASK, result)
-
-
-def _key(caches: str, length: int, index: int) -> str:
-    return f"{caches} length {length} sample {index}"
 
 
 def _sampler(
