@@ -24,13 +24,13 @@ from duo_jax.errors import InputError
 from duo_jax.quantised_weights import WeightFormat
 from duo_jax.split import DuoConfig
 from kernels import aot
-from train.distillation import Batch
+from train.distillation import Batch, Mixing
 from train.optimisation import StepConfig, init_state, train_step
 
 BUDGET = 83e9  # of the 85.1e9 bytes of an A100-80G
 
 
-def identification(length: int):
+def identification(length: int, mixing: Mixing = "teacher") -> jax.stages.Compiled:
     """Compile one step of gate training on Llama-3-8B."""
     step = StepConfig(
         num_steps=2000,
@@ -39,7 +39,7 @@ def identification(length: int):
         target_sparsity=None,
         sink_size=128,
         recent_size=256,
-        mixing="teacher",
+        mixing=mixing,
         tail_size=1024,
         implementation="triton",
     )
@@ -138,6 +138,9 @@ PROGRAMS: dict[str, Callable[[], jax.stages.Compiled]] = {
     **SERVING,
     "Llama-3-8B: identification step at 32,000": lambda: identification(32_000),
     "Llama-3-8B: identification step at 96,000": lambda: identification(96_000),
+    "Llama-3-8B: identification step, self mixing, at 96,000": lambda: identification(
+        96_000, "self"
+    ),
 }
 
 

@@ -28,7 +28,8 @@ and the row shows how it came out. XLA's own small steps around a kernel are lef
 
 - kernel: its name in a profile. `duo_decode`, `duo_prefill`, `duo_streaming` (forward); for
   gradients `duo_streaming_dq`, `_dkv` (of keys in the window), `_dsink` (of the sinks' keys).
-  Full attention is done by `duo_prefill` too; `duo_merge` merges parts of attention.
+  Full attention is done by `duo_prefill` too, its gradients by `duo_full_dq` and `_dkv`;
+  `duo_merge` merges parts of attention.
   `duo_decode_packed` and `duo_prefill_packed` read keys and values in 8, 4 and 2 bits.
 - tile: queries x keys per step; `n x 64`: all query heads of a group, padded to at least 16; one
   number: rows that are merged.

@@ -102,7 +102,7 @@ def _launch(
 def block_sizes(sizes: Any, kernel: str) -> dict[str, int]:
     """Return the tile sizes of one kernel of a case, by its name."""
     if hasattr(sizes, "forward"):
-        sizes = sizes.forward if kernel == "duo_streaming" else sizes.backward
+        sizes = sizes.backward if kernel.endswith(("_dq", "_dkv", "_dsink")) else sizes.forward
     return dataclasses.asdict(sizes)
 
 

@@ -44,9 +44,14 @@ class Case(abc.ABC):
         return jnp.dtype(self.dtype).itemsize
 
     @property
+    def vector_bytes(self) -> int:
+        """Bytes of one query, or of an output."""
+        return self.head_dim * self.itemsize
+
+    @property
     def kv_bytes(self) -> float:
         """Bytes of a token's key and value in one head."""
-        return 2.0 * self.head_dim * self.itemsize
+        return 2.0 * self.vector_bytes
 
     @property
     def columns(self) -> int:

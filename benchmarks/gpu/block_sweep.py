@@ -7,6 +7,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -29,6 +30,22 @@ from kernels.tiles import BlockSizes, cdiv
 
 _FEW_BYTES = 50_000_000  # a call that moves less is shorter than its dispatch
 _MIN_GAIN = 1.02  # less is the spread of two measurements
+
+
+def _tiles(tiles: Iterable[tuple[int, int, int]], stages: Iterable[int]) -> list[BlockSizes]:
+    return [
+        BlockSizes(block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages)
+        for (block_q, block_kv, num_warps), num_stages in itertools.product(tiles, stages)
+    ]
+
+
+# For queries that walk all earlier keys, and for windows and gradients.
+_LONG_WALKS = _tiles(
+    ((128, 64, 8), (128, 64, 4), (64, 64, 4), (128, 128, 8), (128, 32, 4), (64, 128, 4)), (3, 2, 4)
+)
+_SHORT_WALKS = _tiles(
+    ((64, 64, 4), (64, 32, 4), (128, 64, 8), (64, 64, 8), (128, 32, 4), (32, 32, 4)), (2, 3, 1)
+)
 
 
 def run(settings: Settings, table: Table) -> None:
@@ -63,37 +80,14 @@ def candidates(case: Case, *, gpu: Gpu) -> list[Any]:
                 (4, 2, 8, 16), ((64, 4), (128, 4), (32, 2), (128, 8), (32, 4)), (3, 2, 4)
             )
         ]
-    elif isinstance(case, PrefillCase | FullCase):
-        found = [
-            BlockSizes(
-                block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=num_stages
-            )
-            for (block_q, block_kv, num_warps), num_stages in itertools.product(
-                (
-                    (128, 64, 8),
-                    (128, 64, 4),
-                    (64, 64, 4),
-                    (128, 128, 8),
-                    (128, 32, 4),
-                    (64, 128, 4),
-                ),
-                (3, 2, 4),
-            )
-        ]
-    elif isinstance(case, StreamingCase):
+    elif isinstance(case, PrefillCase):
+        found = _LONG_WALKS
+    elif isinstance(case, FullCase | StreamingCase):
         part = "backward" if case.gradient else "forward"
         found = [
-            dataclasses.replace(
-                chosen,
-                **{
-                    part: BlockSizes(
-                        block_q=block_q, block_kv=block_kv, num_warps=num_warps, num_stages=stages
-                    )
-                },
-            )
-            for (block_q, block_kv, num_warps), stages in itertools.product(
-                ((64, 64, 4), (64, 32, 4), (128, 64, 8), (64, 64, 8), (128, 32, 4), (32, 32, 4)),
-                (2, 3, 1),
+            dataclasses.replace(chosen, **{part: sizes})
+            for sizes in (
+                _LONG_WALKS if part == "forward" and isinstance(case, FullCase) else _SHORT_WALKS
             )
         ]
     elif isinstance(case, MergeCase):

@@ -58,12 +58,12 @@ def equivalent(case: Case, arguments: tuple[Any, ...]) -> Equivalent:
             raise UnsuitableError("rows have different lengths")
         k, v = (_tokens_first(x[:, :, : case.lengths[0]]) for x in (k, v))
         return Equivalent(calls=[Call(q=q[:, None], k=k, v=v, causal=False)])
+    d_out = rest[0] if getattr(case, "gradient", False) else None
     if isinstance(case, StreamingCase):
-        d_out = rest[0] if case.gradient else None
         call = Call(q=q, k=k, v=v, causal=True, window=case.recent, d_out=d_out)
         return Equivalent(calls=[call], note="a sliding window only: no sinks, no past")
     if isinstance(case, FullCase):
-        return Equivalent(calls=[Call(q=q, k=k, v=v, causal=True)])
+        return Equivalent(calls=[Call(q=q, k=k, v=v, causal=True, d_out=d_out)])
     if not isinstance(case, PrefillCase) or len(case.offsets) > 1:
         raise UnsuitableError("not a call of theirs")
     offset, end = case.offsets[0], case.offsets[0] + case.length

@@ -50,15 +50,15 @@ class DecodeCase(Case):
         tiled = sum(cdiv(length, sizes.block_kv) for length in self.lengths) * sizes.block_kv
         loaded = self.kv_heads * sum(self.loaded_bytes(n, sizes.block_kv) for n in self.lengths)
         vectors = len(self.lengths) * self.q_heads
-        vector_bytes = self.head_dim * self.itemsize
         rows = max(MIN_ROWS, power_of_two(self.q_heads // self.kv_heads))
         return Cost(
             flops=4.0 * tokens * self.q_heads * self.head_dim,
-            num_bytes=tokens * self.kv_heads * self.kv_bytes + vectors * (2.0 * vector_bytes + 4),
+            num_bytes=tokens * self.kv_heads * self.kv_bytes
+            + vectors * (2 * self.vector_bytes + 4),
             scheduled_flops=4.0 * tiled * self.kv_heads * rows * self.columns,
             # Every split reads the queries and leaves its output and lse in float32.
             scheduled_bytes=loaded
-            + vectors * sizes.num_splits * (vector_bytes + 4.0 * (self.head_dim + 1)),
+            + vectors * sizes.num_splits * (self.vector_bytes + 4.0 * (self.head_dim + 1)),
         )
 
 

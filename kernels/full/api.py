@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
 from kernels.full import triton, xla
-from kernels.prefill.config import heuristic
-from kernels.tiles import BlockSizes
+from kernels.full.config import heuristic
+from kernels.streaming.config import Config
 
 
 def full_attention(
@@ -16,41 +16,38 @@ def full_attention(
     *,
     softmax_scale: float,
     implementation: Implementation = "auto",
-    block_sizes: BlockSizes | None = None,
+    config: Config | None = None,
 ) -> Float[Array, "batch length q_heads head_dim"]:
     """Attend causally: token i sees tokens 0..i.
 
         out[t] = sum_s softmax_s(softmax_scale * q[t] . k[s] + mask[t, s]) v[s]
 
-    Differentiable; the kernel in reverse mode (jax refuses forward mode with a TypeError). Query
-    head i reads KV head i // group.
+    Differentiable; the kernels once, in reverse mode (jax refuses forward mode with a TypeError),
+    with memory that grows with the length only. Query head i reads KV head i // group.
 
     Args:
       q: queries, already rotated.
       k: keys, already rotated.
       v: values.
       softmax_scale: factor on the scores, usually head_dim ** -0.5.
-      implementation: see kernels.dispatch. The kernel is that of prefill; its gradient is computed
-        by the XLA version.
-      block_sizes: tile sizes of the kernel; the XLA version has its own. Default: as prefill.
+      implementation: see kernels.dispatch.
+      config: tile sizes of the kernels; the XLA version has its own. Default: chosen from the
+        shapes.
 
     Returns:
       The output in the dtype of `q`.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case; the message says why.
+      NotImplementedError: the named implementation cannot run this case, or is asked for a second
+        derivative that its kernels do not have; the message says why.
     """
     limits.check_sequences(q, k, v)
 
     def run_triton(interpret: bool):
-        static = triton.Static(
-            softmax_scale=softmax_scale,
-            block_sizes=block_sizes
-            or heuristic(
-                length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
-            ),
-            interpret=interpret,
+        chosen = config or heuristic(
+            length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
         )
+        static = triton.Static(softmax_scale=softmax_scale, config=chosen, interpret=interpret)
         return triton.full_attention(static, q, k, v)
 
     return dispatch(

@@ -1,13 +1,17 @@
-"""Named cases of full attention."""
+"""Named cases of full attention, and of its gradients."""
 
 import dataclasses
 
+import jax
+
 from kernels.case import Case, Cost
 from kernels.full.api import full_attention
+from kernels.full.config import heuristic
 from kernels.gpu import Gpu
 from kernels.prefill.cases import PrefillCase
-from kernels.prefill.config import heuristic
-from kernels.tiles import BlockSizes
+from kernels.streaming.cases import with_gradient
+from kernels.streaming.config import Config
+from kernels.streaming.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,34 +20,54 @@ class FullCase(Case):
 
     length: int
     batch: int = 1
+    gradient: bool = False  # run returns the gradients of q, k and v instead
 
     def shapes(self):
+        q = self.array(self.batch, self.length, self.q_heads, self.head_dim)
         kv = self.array(self.batch, self.length, self.kv_heads, self.head_dim)
-        return self.array(self.batch, self.length, self.q_heads, self.head_dim), kv, kv
+        return (q, kv, kv, q) if self.gradient else (q, kv, kv)
 
     def integers(self):
         return []
 
-    def run(self, *arguments, implementation, block_sizes=None):
-        out = full_attention(
-            *arguments,
-            softmax_scale=self.softmax_scale,
-            implementation=implementation,
-            block_sizes=block_sizes,
-        )
-        return (out,)
+    def run(self, q, k, v, *d_out, implementation, block_sizes=None):
+        def attend(q, k, v):
+            return full_attention(
+                q,
+                k,
+                v,
+                softmax_scale=self.softmax_scale,
+                implementation=implementation,
+                config=block_sizes,
+            )
 
-    def block_sizes(self, *, gpu: Gpu) -> BlockSizes:
+        if not self.gradient:
+            return (attend(q, k, v),)
+        _, pull_back = jax.vjp(attend, q, k, v)
+        return pull_back(*d_out)
+
+    def block_sizes(self, *, gpu: Gpu) -> Config:
         return heuristic(length=self.length, head_dim=self.head_dim, dtype=self.dtype, gpu=gpu)
 
     def cost(self, *, gpu: Gpu) -> Cost:
         cost = self.as_prefill().cost(gpu=gpu)
-        lse_bytes = 4.0 * self.batch * self.length * self.q_heads
-        # The kernel writes an lse that nobody asked for: scheduled, but not needed.
-        return dataclasses.replace(cost, num_bytes=cost.num_bytes - lse_bytes)
+        if not self.gradient:
+            lse_bytes = 4.0 * self.batch * self.length * self.q_heads
+            # The kernel writes an lse that nobody asked for: scheduled, but not needed.
+            return dataclasses.replace(cost, num_bytes=cost.num_bytes - lse_bytes)
+        schedule = Schedule(
+            length=self.length,
+            sink=0,
+            recent=self.length,
+            q_heads=self.q_heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            itemsize=self.itemsize,
+        )
+        return with_gradient(cost, schedule, self.block_sizes(gpu=gpu).backward, batch=self.batch)
 
     def as_prefill(self) -> PrefillCase:
-        """Return the same work as a prefill from position 0, whose kernel does it."""
+        """Return the same work, forward, as a prefill from position 0, whose kernel does it."""
         return PrefillCase(
             offsets=(0,) * self.batch,
             length=self.length,
@@ -71,5 +95,19 @@ CASES: dict[str, FullCase] = {
     ),
     "llama-2-7b, teacher at 32K": FullCase(
         length=32_000, q_heads=32, kv_heads=32, compile_only=True
+    ),
+    "gradient, three tokens": FullCase(length=3, q_heads=4, kv_heads=2, head_dim=64, gradient=True),
+    "gradient, odd length, group of 7": FullCase(
+        length=97, batch=2, q_heads=7, kv_heads=1, head_dim=80, gradient=True
+    ),
+    "gradient, more than one block": FullCase(length=259, q_heads=4, kv_heads=2, gradient=True),
+    "gradient, float32": FullCase(
+        length=131, q_heads=2, kv_heads=2, head_dim=64, dtype="float32", gradient=True
+    ),
+    "gradient, head_dim 256": FullCase(
+        length=70, q_heads=2, kv_heads=1, head_dim=256, gradient=True
+    ),
+    "llama-3-8b, gradient at 32K": FullCase(
+        length=32_000, q_heads=32, kv_heads=8, gradient=True, compile_only=True
     ),
 }

@@ -1,4 +1,8 @@
-"""Full attention by the prefill kernel, which then reads the sequence as its own cache."""
+"""Full attention by kernels of other ops.
+
+Forward it is a prefill that reads the sequence as its own cache; backward it is streaming attention
+whose window never ends.
+"""
 
 import dataclasses
 import functools
@@ -7,9 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.full import xla
+from kernels.no_gradient import refuse_gradient
 from kernels.prefill import triton as prefill
-from kernels.tiles import BlockSizes
+from kernels.streaming import backward as streaming
+from kernels.streaming.config import Config
+
+_NO_SECOND = "the kernels of full_attention have no second derivatives; implementation='xla' has"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +24,7 @@ class Static:
     """What a call needs beside its arrays."""
 
     softmax_scale: float
-    block_sizes: BlockSizes
+    config: Config
     interpret: bool
 
 
@@ -28,27 +35,39 @@ def full_attention(
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads head_dim"],
 ) -> Float[Array, "batch length q_heads head_dim"]:
-    """See kernels.full_attention; the gradient is that of the XLA version."""
-    out, _ = prefill.prefill(
+    """See kernels.full_attention; differentiable once, in reverse mode."""
+    return _with_lse(static, q, k, v)[0]
+
+
+def _with_lse(static: Static, q, k, v):
+    return prefill.prefill(
         q,
         k,
         v,
         jnp.zeros(q.shape[0], jnp.int32),
         softmax_scale=static.softmax_scale,
-        block_sizes=static.block_sizes,
+        block_sizes=static.config.forward,
         interpret=static.interpret,
         heads_first=False,
     )
-    return out
 
 
 def _forward(static: Static, q, k, v):
-    return full_attention(static, q, k, v), (q, k, v)
+    out, lse = refuse_gradient(functools.partial(_with_lse, static), _NO_SECOND)(q, k, v)
+    return out, (q, k, v, out, lse)
 
 
 def _backward(static: Static, residuals, gradient):
-    attend = functools.partial(xla.full_attention, softmax_scale=static.softmax_scale)
-    return jax.vjp(attend, *residuals)[1](gradient)
+    backward = functools.partial(
+        streaming.backward,
+        sink_size=0,
+        recent_size=residuals[0].shape[1],
+        softmax_scale=static.softmax_scale,
+        block_sizes=static.config.backward,
+        interpret=static.interpret,
+        name="duo_full",
+    )
+    return refuse_gradient(backward, _NO_SECOND)(*residuals, gradient)
 
 
 full_attention.defvjp(_forward, _backward)

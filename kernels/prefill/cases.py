@@ -55,7 +55,7 @@ class PrefillCase(Case):
         )
         vectors = len(self.offsets) * self.length * self.q_heads
         seen = sum(offset + self.length for offset in self.offsets)
-        outputs = vectors * (2 * self.head_dim * self.itemsize + 4)
+        outputs = vectors * (2 * self.vector_bytes + 4)
         return Cost(
             flops=4.0 * pairs * self.q_heads * self.head_dim,
             num_bytes=outputs + seen * self.kv_heads * self.kv_bytes,

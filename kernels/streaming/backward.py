@@ -1,4 +1,4 @@
-"""Gradients of streaming attention within a sequence, for the Triton lowering.
+"""Gradients of attention within a sequence, streaming or full, for the Triton lowering.
 
 With p = softmax(scale * q k^T) under the mask and delta = sum_h(d_out * out), as in
 FlashAttention-2 (2307.08691):
@@ -8,7 +8,8 @@ FlashAttention-2 (2307.08691):
 where p is computed again, tile by tile, from the lse that the forward pass left. Three kernels, so
 that every gradient is summed in the registers of one program and written once:
 
-- d_q: program (i, n, b) owns block_q queries of head n and walks the sinks and its window.
+- d_q: program (i, n, b) owns block_q queries of head n and walks the sinks and its window. The last
+  queries come first: without a window they have the most to walk.
 - d_k, d_v of keys outside the sinks: program (j, k, b) owns block_kv keys of KV head k and walks
   the queries whose windows hold them, of all heads of its group.
 - d_k, d_v of the sinks: all later queries see them, so their walk is cut into splits, whose sums
@@ -43,12 +44,17 @@ def backward(
     softmax_scale: float,
     block_sizes: BlockSizes,
     interpret: bool,
+    name: str,
 ) -> tuple[
     Float[Array, "batch length q_heads head_dim"],
     Float[Array, "batch length kv_heads head_dim"],
     Float[Array, "batch length kv_heads head_dim"],
 ]:
-    """Return the gradients of q, k and v, given that of the output."""
+    """Return the gradients of q, k and v, given that of the output.
+
+    See kernels.streaming_attention; no sinks and a window of the whole length are full attention.
+    The kernels' names begin with `name`.
+    """
     batch, length, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]
     group = num_q_heads // num_kv_heads
@@ -76,7 +82,7 @@ def backward(
     number_spec = pl.BlockSpec((None, None, length), lambda i, n, b: (b, n, 0))
     d_q = call(
         functools.partial(_q_kernel, **sizes),
-        name="duo_streaming_dq",
+        name=f"{name}_dq",
         grid=(num_q_blocks, num_q_heads, batch),
         in_specs=[q_spec, kv_of_q, kv_of_q, q_spec, number_spec, number_spec],
         out_specs=q_spec,
@@ -89,7 +95,7 @@ def backward(
     in_specs = [group_spec, kv_spec, kv_spec, group_spec, numbers_spec, numbers_spec]
     d_k, d_v = call(
         functools.partial(_window_kernel, **sizes),
-        name="duo_streaming_dkv",
+        name=f"{name}_dkv",
         grid=(tiles.cdiv(length, block_kv), num_kv_heads, batch),
         in_specs=in_specs,
         out_specs=[kv_spec, kv_spec],
@@ -106,7 +112,7 @@ def backward(
     partial_shape = (num_splits, batch, sink_size, num_kv_heads, head_dim)
     sinks = call(
         functools.partial(_sink_kernel, **sizes, num_splits=num_splits),
-        name="duo_streaming_dsink",
+        name=f"{name}_dsink",
         grid=(num_splits * sink_blocks, num_kv_heads, batch),
         in_specs=in_specs,
         out_specs=[partial_spec, partial_spec],
@@ -136,7 +142,7 @@ def _q_kernel(
 ):
     block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
     length = q_ref.shape[0]
-    first_row = pl.program_id(0) * block_q
+    first_row = (pl.num_programs(0) - 1 - pl.program_id(0)) * block_q
     rows = tiles.indices(block_q, first_row)
     q = tiles.load(q_ref, rows, end=length)
     d_out = tiles.load(d_out_ref, rows, end=length)

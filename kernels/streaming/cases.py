@@ -12,6 +12,7 @@ from kernels.streaming.api import streaming_attention
 from kernels.streaming.config import Config, heuristic
 from kernels.streaming.past import Past
 from kernels.streaming.schedule import Schedule, Work
+from kernels.tiles import BlockSizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,24 +82,32 @@ class StreamingCase(Case):
             # The chunk's own tokens, the recents of its first query, and the sinks before them.
             keys += self.length + min(past, self.recent - 1 + self.sink)
             work += schedule.forward(sizes.forward, past=past if self.lengths else None)
-            if self.gradient:
-                work += schedule.backward(sizes.backward)
-        vector_bytes = self.head_dim * self.itemsize
-        q_bytes = len(rows) * self.length * self.q_heads * vector_bytes
-        kv_bytes = keys * self.kv_heads * vector_bytes
-        flops = 4.0 * pairs * self.q_heads * self.head_dim
-        num_bytes = 2 * q_bytes + 2 * kv_bytes + 4 * len(rows) * self.length * self.q_heads
-        if self.gradient:
-            # Five products instead of two. The backward pass reads what the forward pass read and
-            # wrote, and the output's gradient, and writes those of q, k and v.
-            flops += 2.5 * flops
-            num_bytes += num_bytes + 2 * q_bytes + 2 * kv_bytes
-        return Cost(
-            flops=flops,
-            num_bytes=float(num_bytes),
+        queries = len(rows) * self.length * self.q_heads
+        cost = Cost(
+            flops=4.0 * pairs * self.q_heads * self.head_dim,
+            num_bytes=queries * (2 * self.vector_bytes + 4) + keys * self.kv_heads * self.kv_bytes,
             scheduled_flops=float(work.flops),
             scheduled_bytes=float(work.num_bytes),
         )
+        if not self.gradient:
+            return cost
+        return with_gradient(cost, schedule, sizes.backward, batch=self.batch)
+
+
+def with_gradient(forward: Cost, schedule: Schedule, sizes: BlockSizes, *, batch: int) -> Cost:
+    """Return the cost of both directions over whole sequences.
+
+    Five products instead of two. The backward pass reads what the forward pass read and wrote, and
+    the output's gradient, and writes those of q, k and v.
+    """
+    vectors = batch * schedule.length * 2 * (schedule.q_heads + schedule.kv_heads)
+    work = schedule.backward(sizes) * batch
+    return Cost(
+        flops=3.5 * forward.flops,
+        num_bytes=2 * forward.num_bytes + vectors * schedule.vector_bytes,
+        scheduled_flops=forward.scheduled_flops + work.flops,
+        scheduled_bytes=forward.scheduled_bytes + work.num_bytes,
+    )
 
 
 def _past(sinks, recents, lengths) -> Past:

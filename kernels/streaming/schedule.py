@@ -55,7 +55,7 @@ class Schedule:
                 tokens += end - begin * sizes.block_kv
         per_head = Work(
             flops=2 * self._tile(sizes) * tiles,
-            num_bytes=2 * self._vector * (tokens + self.length) + 4 * self.length,  # lse
+            num_bytes=2 * self.vector_bytes * (tokens + self.length) + 4 * self.length,  # lse
         )
         return per_head * self.q_heads
 
@@ -64,7 +64,7 @@ class Schedule:
         return self._d_q(sizes) * self.q_heads + self._d_kv(sizes) * self.kv_heads
 
     @property
-    def _vector(self) -> int:
+    def vector_bytes(self) -> int:
         """Bytes of one query or key."""
         return self.head_dim * self.itemsize
 
@@ -85,7 +85,7 @@ class Schedule:
         return Work(
             flops=3 * self._tile(sizes) * tiles,
             # Queries, gradients of the output and of the queries; lse and delta.
-            num_bytes=2 * self._vector * tokens + (3 * self._vector + 8) * self.length,
+            num_bytes=2 * self.vector_bytes * tokens + (3 * self.vector_bytes + 8) * self.length,
         )
 
     def _d_kv(self, sizes: BlockSizes) -> Work:
@@ -99,7 +99,7 @@ class Schedule:
             group = self.q_heads // self.kv_heads
             work += Work(
                 flops=4 * self._tile(sizes) * max(0, end - first) * group,
-                num_bytes=2 * self._vector * (loaded + rows * group)
+                num_bytes=2 * self.vector_bytes * (loaded + rows * group)
                 + 8 * rows * group
                 + 2 * self.head_dim * stored * (4 if is_sink else self.itemsize),
             )

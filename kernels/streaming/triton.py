@@ -70,6 +70,7 @@ def _whole_sequence_backward(static: Static, residuals, gradients):
         softmax_scale=static.softmax_scale,
         block_sizes=static.config.backward,
         interpret=static.interpret,
+        name="duo_streaming",
     )
     reason = (
         "the kernels of streaming_attention have no second derivatives; implementation='xla' has"

@@ -27,8 +27,8 @@ def streaming(q, past=None, **options):
     return streaming_attention(q, KV, KV, past=past, **{**SIZES, **options})[0]
 
 
-def full(q):
-    return full_attention(q, KV, KV, softmax_scale=0.25, implementation="interpret")
+def full(q, implementation="interpret"):
+    return full_attention(q, KV, KV, softmax_scale=0.25, implementation=implementation)
 
 
 def gradient(function):
@@ -84,10 +84,14 @@ def test_gradients_behind_a_past_are_refused(wrap):
         gradient(lambda x: streaming(Q, PAST.__class__(**{**vars(PAST), "sink_keys": x})))(CACHED)
 
 
+WITH_A_GRADIENT = pytest.mark.parametrize("function", [streaming, full], ids=["streaming", "full"])
+
+
+@WITH_A_GRADIENT
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
-def test_second_derivatives_of_the_streaming_kernels_are_refused(wrap):
+def test_second_derivatives_of_the_kernels_are_refused(function, wrap):
     with pytest.raises(NotImplementedError, match=r"no second derivatives; .*'xla' has(\n|$)"):
-        gradient(wrap(gradient(streaming)))(Q)
+        gradient(wrap(gradient(function)))(Q)
 
 
 @pytest.mark.parametrize("derive", DERIVATIVES.values(), ids=DERIVATIVES.keys())
@@ -121,10 +125,11 @@ def test_xla_has_the_derivatives_that_the_messages_promise():
     xla = functools.partial(streaming, implementation="xla")
     assert np.isfinite(gradient(functools.partial(xla, past=PAST))(Q)).all()
     assert np.isfinite(gradient(gradient(xla))(Q)).all()
+    assert np.isfinite(gradient(gradient(functools.partial(full, implementation="xla")))(Q)).all()
     assert np.isfinite(jvp(xla)(Q)[1]).all()
 
 
-@pytest.mark.parametrize("function", [streaming, full], ids=["streaming", "full"])
+@WITH_A_GRADIENT
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
 def test_forward_mode_of_kernels_with_a_gradient_is_refused_by_jax(function, wrap):
     with pytest.raises(TypeError, match="forward-mode"):
