@@ -11,7 +11,6 @@ from kernels.dispatch import Implementation, dispatch
 from kernels.no_gradient import refuse_gradient
 from kernels.packed import Packed
 from kernels.packed import config as packed_config
-from kernels.packed import decode as packed_decode
 
 _NO_GRADIENT = "decode has no gradient; full_attention and streaming_attention have"
 
@@ -62,12 +61,10 @@ def decode(
             chosen = block_sizes or packed_config.decode_heuristic(
                 **sizes, dtype=q.dtype, layout=k.layout, gpu=gpu
             )
-            kernel = packed_decode.decode
         else:
             chosen = block_sizes or heuristic(**sizes, dtype=k.dtype, gpu=gpu)
-            kernel = triton.decode
         kernel = functools.partial(
-            kernel, softmax_scale=softmax_scale, block_sizes=chosen, interpret=interpret
+            triton.decode, softmax_scale=softmax_scale, block_sizes=chosen, interpret=interpret
         )
         return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, lengths)
 

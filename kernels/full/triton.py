@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels import reader
 from kernels.no_gradient import refuse_gradient
 from kernels.prefill import triton as prefill
 from kernels.streaming import backward as streaming
@@ -40,15 +41,16 @@ def full_attention(
 
 
 def _with_lse(static: Static, q, k, v):
-    return prefill.prefill(
+    group = q.shape[2] // k.shape[2]
+    return prefill.attend(
         q,
-        k,
-        v,
+        reader.operands(
+            k, v, lambda i, n, b: (b, n // group), name="duo_prefill", heads_first=False
+        ),
         jnp.zeros(q.shape[0], jnp.int32),
         softmax_scale=static.softmax_scale,
         block_sizes=static.config.forward,
         interpret=static.interpret,
-        heads_first=False,
     )
 
 

@@ -9,7 +9,6 @@ from kernels.dispatch import Implementation, dispatch
 from kernels.no_gradient import refuse_gradient
 from kernels.packed import Packed
 from kernels.packed import config as packed_config
-from kernels.packed import prefill as packed_prefill
 from kernels.prefill import triton, xla
 from kernels.prefill.config import heuristic
 from kernels.tiles import BlockSizes
@@ -59,14 +58,12 @@ def prefill(
             chosen = block_sizes or packed_config.prefill_heuristic(
                 head_dim=head_dim, dtype=q.dtype, layout=k.layout
             )
-            kernel = packed_prefill.prefill
         else:
             chosen = block_sizes or heuristic(
                 length=length, head_dim=head_dim, dtype=q.dtype, gpu=compat.tile_gpu()
             )
-            kernel = triton.prefill
         kernel = functools.partial(
-            kernel, softmax_scale=softmax_scale, block_sizes=chosen, interpret=interpret
+            triton.prefill, softmax_scale=softmax_scale, block_sizes=chosen, interpret=interpret
         )
         return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, offsets)
 

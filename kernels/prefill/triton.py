@@ -1,10 +1,10 @@
 """Causal attention of a chunk over a long cache, for the Triton lowering.
 
 Program (i, n, b) owns block_q queries of query head n in row b, the last block first, since it has
-the most keys to walk. Keys and values of the head's KV head come in tiles; those that all queries
-of the block see are not masked. Query, running maximum, sum and output stay in registers (float32).
-The programs of one head run side by side, and so do the heads of one group: they find each other's
-tiles in the L2 cache.
+the most keys to walk. Keys and values of the head's KV head come in tiles, read and multiplied by
+their reader (kernels.reader); plain ones that all queries of the block see are not masked. Query,
+running maximum, sum and output stay in registers (float32). The programs of one head run side by
+side, and so do the heads of one group: they find each other's tiles in the L2 cache.
 
 Offsets are read at run time: one compilation serves every chunk of its length.
 
@@ -12,44 +12,62 @@ Measured: not yet.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels import compat, masks, online_softmax, tiles
+from kernels import compat, masks, reader, tiles
+from kernels.packed import Packed
+from kernels.packed import reader as packed_reader
 from kernels.tiles import BlockSizes
 
 
 def prefill(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"]
-    | Float[Array, "batch slots kv_heads head_dim"],
-    v: Float[Array, "batch kv_heads slots head_dim"]
-    | Float[Array, "batch slots kv_heads head_dim"],
+    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     offsets: Int[Array, " batch"],
     *,
     softmax_scale: float,
     block_sizes: BlockSizes,
     interpret: bool,
-    heads_first: bool = True,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """See kernels.prefill; `heads_first` tells how keys and values lie."""
+    """See kernels.prefill."""
+    group = q.shape[2] // k.shape[1]
+    describe = packed_reader.operands if isinstance(k, Packed) else reader.operands
+    cache = describe(k, v, lambda i, n, b: (b, n // group), name="duo_prefill")
+    return attend(
+        q, cache, offsets, softmax_scale=softmax_scale, block_sizes=block_sizes, interpret=interpret
+    )
+
+
+def attend(
+    q: Float[Array, "batch length q_heads head_dim"],
+    cache: reader.Operands,
+    offsets: Int[Array, " batch"],
+    *,
+    softmax_scale: float,
+    block_sizes: BlockSizes,
+    interpret: bool,
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
+    """Attend to keys and values that lie in any way; programs are (block, query head, row)."""
     batch, length, num_q_heads, head_dim = q.shape
-    num_kv_heads, slots = (k.shape[1:3]) if heads_first else (k.shape[2], k.shape[1])
-    group = num_q_heads // num_kv_heads
     num_blocks = tiles.cdiv(length, block_sizes.block_q)
     q_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
-    if heads_first:
-        kv_spec = pl.BlockSpec((None, None, slots, head_dim), lambda i, n, b: (b, n // group, 0, 0))
-    else:
-        kv_spec = pl.BlockSpec((None, slots, None, head_dim), lambda i, n, b: (b, 0, n // group, 0))
     out, lse = compat.pallas_call(
-        functools.partial(_kernel, softmax_scale=softmax_scale, block_sizes=block_sizes),
-        name="duo_prefill",
+        functools.partial(
+            _kernel,
+            read=functools.partial(
+                cache.reader, block_kv=block_sizes.block_kv, softmax_scale=softmax_scale
+            ),
+            block_sizes=block_sizes,
+        ),
+        name=cache.name,
         grid=(num_blocks, num_q_heads, batch),
-        in_specs=[q_spec, kv_spec, kv_spec, pl.BlockSpec((None,), lambda i, n, b: (b,))],
+        in_specs=[q_spec, *cache.specs, pl.BlockSpec((None,), lambda i, n, b: (b,))],
         out_specs=[q_spec, pl.BlockSpec((None, None, length), lambda i, n, b: (b, n, 0))],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -58,45 +76,39 @@ def prefill(
         num_warps=block_sizes.num_warps,
         num_stages=block_sizes.num_stages,
         interpret=interpret,
-    )(q, k, v, offsets.astype(jnp.int32))
+    )(q, *cache.arrays, offsets.astype(jnp.int32))
     return out, jnp.swapaxes(lse, 1, 2)
 
 
 def _kernel(
     q_ref,  # [length, head_dim]
-    k_ref,  # [slots, head_dim]
-    v_ref,  # [slots, head_dim]
-    offset_ref,  # []
-    out_ref,  # [length, head_dim]
-    lse_ref,  # [length]
-    *,
-    softmax_scale: float,
+    *refs,  # of the cache, for its reader; offset []; out [length, head_dim]; lse [length]
+    read: Callable[..., reader.Reader],
     block_sizes: BlockSizes,
 ):
+    *cached, offset_ref, out_ref, lse_ref = refs
+    cache = read(cached)
     block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
-    length, slots = q_ref.shape[0], k_ref.shape[0]
+    length, slots = q_ref.shape[0], cache.slots
     first_row = (pl.num_programs(0) - 1 - pl.program_id(0)) * block_q
     rows = tiles.indices(block_q, first_row)
     first_position = offset_ref[...] + first_row
     q_positions = tiles.indices(block_q, first_position)
-    q = tiles.load(q_ref, rows, end=length)
+    queries = cache.load_queries(q_ref, rows, end=length)
 
-    def add_block(index, state, *, masked: bool):
-        positions = tiles.indices(block_kv, index * block_kv)
-        k = tiles.load(k_ref, positions, end=slots)
-        v = tiles.load(v_ref, positions, end=slots)
-        mask = None
-        if masked:
-            mask = masks.causal(q_positions, positions) & (positions < slots)[None, :]
-        return online_softmax.add_block(state, q, k, v, mask, softmax_scale=softmax_scale)
+    def visible(positions):
+        return masks.causal(q_positions, positions) & (positions < slots)[None, :]
 
-    end = jnp.clip(first_position + block_q, 0, slots)
-    seen_by_all = jnp.clip(first_position, 0, slots) // block_kv
-    state = online_softmax.start(q)
-    state = jax.lax.fori_loop(0, seen_by_all, functools.partial(add_block, masked=False), state)
-    state = jax.lax.fori_loop(
-        seen_by_all, tiles.cdiv(end, block_kv), functools.partial(add_block, masked=True), state
-    )
-    out, lse = online_softmax.finish(state)
-    tiles.store(out_ref, rows, out, end=length)
-    tiles.store_vector(lse_ref, rows, lse, end=length)
+    def walk(state, first, end, mask):
+        def add_block(index, state):
+            return cache.add_block(index, state, queries, mask, end=slots)
+
+        return jax.lax.fori_loop(first, end, add_block, state)
+
+    end = tiles.cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
+    state, seen_by_all = cache.start(queries), 0
+    if not cache.masks_every_tile:
+        seen_by_all = jnp.clip(first_position, 0, slots) // block_kv
+        state = walk(state, 0, seen_by_all, None)
+    state = walk(state, seen_by_all, end, visible)
+    cache.store(state, out_ref, lse_ref, rows, end=length)

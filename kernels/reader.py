@@ -1,0 +1,136 @@
+"""How the kernels of decode and prefill read a cache, whatever numbers it stores.
+
+Both ops share out the work, and walk a head's keys block by block, in one way for all caches. What
+a block does to its queries' running softmax depends on the stored numbers; that is a Reader:
+`PlainReader` here, kernels.packed.reader.PackedReader for packed numbers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels import online_softmax, tiles
+
+Mask = Callable[[Int[Array, " positions"]], Bool[Array, "#rows positions"]]
+
+
+class Reader(Protocol):
+    """The keys and values of one head, inside a kernel."""
+
+    # Whether tiles that all queries see are masked too, instead of walked by a loop of their own.
+    masks_every_tile: ClassVar[bool]
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache."""
+        ...
+
+    def load_queries(self, ref: jax.Ref, rows: Int[Array, " rows"], *, end: Any) -> Any:
+        """Read the rows before `end` of a ref [length, head_dim]."""
+        ...
+
+    def start(self, queries: Any) -> Any:
+        """Return the state before the first block."""
+        ...
+
+    def add_block(
+        self, index: Any, state: Any, queries: Any, mask: Mask | None, *, end: Any
+    ) -> Any:
+        """Let every row see the keys of block `index` that its mask allows; None allows all.
+
+        Slots from `end` on are not read.
+        """
+        ...
+
+    def store(
+        self,
+        state: Any,
+        out_ref: jax.Ref,
+        lse_ref: jax.Ref,
+        rows: Int[Array, " rows"],
+        *,
+        end: Any,
+    ) -> None:
+        """Write output and lse of the rows before `end`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operands:
+    """What a kernel is given of a cache."""
+
+    arrays: Sequence[Array]
+    specs: Sequence[pl.BlockSpec]  # of one row and head
+    reader: Callable[..., Reader]  # takes the refs, block_kv and softmax_scale
+    name: str  # of the kernels that read it
+
+
+def operands(
+    k: Float[Array, "..."],
+    v: Float[Array, "..."],
+    index_map: Callable[..., tuple[Any, Any]],
+    *,
+    name: str,
+    heads_first: bool = True,
+) -> Operands:
+    """Describe keys and values that are stored as they are.
+
+    Args:
+      k: keys [batch, kv_heads, slots, head_dim], or [batch, slots, kv_heads, head_dim].
+      v: values.
+      index_map: returns row and KV head of a program, given its place in the grid.
+      name: of the kernel.
+      heads_first: how they lie.
+    """
+    if heads_first:
+        block = (None, None, *k.shape[2:])
+        spec = pl.BlockSpec(block, lambda *at: (*index_map(*at), 0, 0))
+    else:
+
+        def between(*at):
+            row, head = index_map(*at)
+            return row, 0, head, 0
+
+        spec = pl.BlockSpec((None, k.shape[1], None, k.shape[3]), between)
+    return Operands(arrays=(k, v), specs=(spec, spec), reader=PlainReader, name=name)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainReader:
+    """Keys and values that are stored as they are."""
+
+    refs: Sequence[jax.Ref]  # keys and values, [slots, head_dim] each
+    _: dataclasses.KW_ONLY
+    block_kv: int
+    softmax_scale: float
+    masks_every_tile: ClassVar[bool] = False
+
+    @property
+    def slots(self) -> int:
+        return self.refs[0].shape[0]
+
+    def load_queries(self, ref, rows, *, end):
+        return tiles.load(ref, rows, end=end)
+
+    def start(self, queries):
+        return online_softmax.start(queries)
+
+    def add_block(self, index, state, queries, mask: Mask | None, *, end):
+        positions = tiles.indices(self.block_kv, index * self.block_kv)
+        k, v = (tiles.load(ref, positions, end=end) for ref in self.refs)
+        visible = mask
+        if mask is not None:
+            visible = jnp.broadcast_to(mask(positions), (queries.shape[0], self.block_kv))
+        return online_softmax.add_block(
+            state, queries, k, v, visible, softmax_scale=self.softmax_scale
+        )
+
+    def store(self, state, out_ref, lse_ref, rows, *, end):
+        out, lse = online_softmax.finish(state)
+        tiles.store(out_ref, rows, out, end=end)
+        tiles.store_vector(lse_ref, rows, lse, end=end)
