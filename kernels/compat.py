@@ -13,6 +13,7 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from kernels import offsets
 from kernels.gpu import A100, NONE, Gpu
 
 load, store = triton.load, triton.store
@@ -66,7 +67,7 @@ def pallas_call(
     interpret: bool,
 ) -> Callable[..., Any]:
     """Return a Pallas kernel for the Triton lowering, or for the interpreter."""
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         name=name,
         grid=tuple(grid),
@@ -76,6 +77,7 @@ def pallas_call(
         compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
     )
+    return offsets.check_batches(call)
 
 
 def ptx_dump_flags(folder: str) -> str:

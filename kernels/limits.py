@@ -2,15 +2,12 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from kernels import offsets
 from kernels.packed import Packed
 
-# Offsets inside a Triton kernel are 32-bit element counts, even from 64-bit indices: beyond this
-# they wrap around silently.
-MAX_ELEMENTS = 2**31 - 1
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
 
@@ -83,11 +80,7 @@ def check_rows(what: str, numbers: Array, batch: int) -> None:
 
 
 def refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
-    """Return why no kernel can take these arrays, the queries first; None if one can.
-
-    Under jax.vmap it sees the shapes of one example: the batch that jax then adds to a kernel's
-    arguments is not counted, and 2^31 elements with it are not noticed.
-    """
+    """Return why no kernel can take these arrays, the queries first; None if one can."""
     if q.dtype not in _DTYPES:
         return Refusal(reason=f"kernels take bfloat16, float16 and float32, not {q.dtype}")
     plain = [x for x in operands if not isinstance(x, Packed)]
@@ -100,12 +93,6 @@ def refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
 
 
 def too_large(*arrays: Array | Packed) -> Refusal | None:
-    """Return that the largest of some arrays has more elements than a kernel can count, or None."""
-    largest = max(jax.tree.leaves(arrays), key=lambda x: x.size)
-    if largest.size <= MAX_ELEMENTS:
-        return None
-    return Refusal(
-        reason=f"an array of shape {largest.shape} has {largest.size:,} elements; offsets inside a "
-        f"kernel end at {MAX_ELEMENTS:,}",
-        auto_may_use_xla=False,
-    )
+    """Return that one of some arrays has more elements than a kernel can address, or None."""
+    reason = offsets.too_large(arrays)
+    return None if reason is None else Refusal(reason=reason, auto_may_use_xla=False)

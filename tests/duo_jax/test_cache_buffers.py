@@ -14,7 +14,7 @@ from duo_jax import serve
 from duo_jax.cache import grow, init_cache
 from duo_jax.config import parse_config
 from duo_jax.split import duo_config, split_params
-from kernels import limits
+from kernels import offsets
 from tests import models
 from tests.params import random_params
 
@@ -32,7 +32,7 @@ def heads_per_buffer(cache) -> list[int]:
 @pytest.fixture
 def small_buffers(monkeypatch):
     """As if kernels could address two heads of 200 tokens, or one of more."""
-    monkeypatch.setattr(limits, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
+    monkeypatch.setattr(offsets, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
 
 
 def logits_after(implementation: str):
@@ -50,7 +50,7 @@ def logits_after(implementation: str):
 def test_several_buffers_give_what_one_gives(monkeypatch, implementation):
     expected, cache = logits_after("xla")
     assert heads_per_buffer(cache) == [3]
-    monkeypatch.setattr(limits, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
+    monkeypatch.setattr(offsets, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
     logits, cache = logits_after(implementation)
     assert heads_per_buffer(cache) == [1, 1, 1]  # it grew beyond two heads a buffer
     np.testing.assert_allclose(logits, expected, atol=2e-5)
@@ -69,7 +69,7 @@ from benchmarks import shapes
 from duo_jax import compiled
 from duo_jax.cache import init_cache
 from duo_jax.split import DuoConfig
-from kernels import decode, limits
+from kernels import decode, offsets
 
 model = shapes.model_config("gqa", layers=1)
 config = DuoConfig(model=model, retrieval_heads=(8,), sink_size=128, recent_size=256)
@@ -77,7 +77,7 @@ cache = jax.eval_shape(
     lambda: init_cache(config, batch_size=1, max_len=4_000_000, dtype=jnp.bfloat16)
 )
 sizes = [leaf.size for leaf in jax.tree.leaves(cache.layers)]
-assert max(sizes) <= limits.MAX_ELEMENTS and sum(sizes) > 3 * limits.MAX_ELEMENTS
+assert max(sizes) <= offsets.MAX_ELEMENTS and sum(sizes) > 3 * offsets.MAX_ELEMENTS
 compiled.decode_step(config, target="h200", max_len=4_000_000)
 compiled.prefill_chunk(config, target="h200", max_len=4_000_000, chunk=512)
 """

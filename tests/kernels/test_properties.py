@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels import offsets
 from kernels.all_cases import CASES
 from kernels.decode.cases import DecodeCase
 from kernels.decode.config import BlockSizes
@@ -55,6 +57,30 @@ def test_kernels_can_be_vmapped():
     results = call(*stacked)
     for index, arguments in enumerate(drawn):
         assert_close([x[index] for x in results], oracle.expected(DECODE, arguments))
+
+
+GRADIENT = CASES["streaming"]["gradient, three tokens"]
+
+
+@pytest.mark.parametrize("case", [DECODE, PREFILL, GRADIENT], ids=["decode", "prefill", "gradient"])
+@pytest.mark.parametrize("inner", [(), (64,)], ids=["once", "twice"])
+def test_batches_that_no_kernel_can_address_are_refused(case, inner):
+    """By their shapes: nothing is allocated."""
+    call = functools.partial(case.run, implementation="interpret")
+    for _ in range(1 + len(inner)):
+        call = jax.vmap(call)
+
+    def evaluate(size: int):
+        batch = (size, *inner)
+        jax.eval_shape(call, *jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*batch, *x.shape), x.dtype), case.shapes()
+        ))  # fmt: skip
+
+    largest = max(math.prod((*inner, *x.shape)) for x in jax.tree.leaves(case.shapes()))
+    most = offsets.MAX_ELEMENTS // largest
+    evaluate(most)
+    with pytest.raises(NotImplementedError, match=r"^under jax.vmap, an array of shape .* end at"):
+        evaluate(most + 1)
 
 
 @pytest.mark.parametrize(
