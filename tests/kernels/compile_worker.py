@@ -14,6 +14,7 @@ from kernels import aot
 from kernels.all_cases import CASES
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
+from kernels.full.cases import FullCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 from kernels.streaming.config import Config
@@ -41,6 +42,7 @@ def grid() -> dict[str, Case]:
                 "prefill": PrefillCase(offsets=(1001,), length=517, slots=3001, **sizes),
                 "chunk": StreamingCase(length=517, lengths=(1001,), **sizes),
                 "gradient": StreamingCase(length=517, gradient=True, **sizes),
+                "full gradient": FullCase(length=517, gradient=True, **sizes),
             }.items()
         }
     return cases
