@@ -31,11 +31,10 @@ from benchmarks.gpu import (  # noqa: E402
     block_sweep,
     ceilings,
     check_stage,
-    decode,
     kernel_table,
     memory,
     plots,
-    prefill,
+    serving_stage,
     summary,
     tables,
     targets,
@@ -44,7 +43,7 @@ from benchmarks.gpu.settings import Settings, has_gpu, real, smoke  # noqa: E402
 from benchmarks.gpu.tables import Stage, Table  # noqa: E402
 from duo_jax import files, machine  # noqa: E402
 
-STAGES = ("ceilings", "checks", "kernels", "decode", "prefill", "sweep")
+STAGES = ("ceilings", "checks", "kernels", "serving", "sweep")
 _GRACE = 15.0  # seconds after the last deadline, for a measurement under way
 
 
@@ -85,11 +84,10 @@ def main(arguments: argparse.Namespace, *, began: float) -> int:
 def _stages(settings: Settings, found: dict[str, Table], arguments) -> list[Stage]:
     stages = [
         Stage(name="ceilings", share=0.03, run=functools.partial(ceilings.run, settings)),
-        Stage(name="checks", share=0.25, run=functools.partial(check_stage.run, settings)),
-        Stage(name="kernels", share=0.14, run=functools.partial(kernel_table.run, settings, found)),
-        Stage(name="decode", share=0.14, run=functools.partial(decode.run, settings)),
-        Stage(name="prefill", share=0.34, run=functools.partial(prefill.run, settings)),
-        Stage(name="sweep", share=0.10, run=functools.partial(block_sweep.run, settings)),
+        Stage(name="checks", share=0.22, run=functools.partial(check_stage.run, settings)),
+        Stage(name="kernels", share=0.12, run=functools.partial(kernel_table.run, settings, found)),
+        Stage(name="serving", share=0.55, run=functools.partial(serving_stage.run, settings)),
+        Stage(name="sweep", share=0.08, run=functools.partial(block_sweep.run, settings)),
     ]
     assert tuple(stage.name for stage in stages) == STAGES
 

@@ -84,7 +84,7 @@ def filled_cache(
 
 
 class Decoder:
-    """A split model that decodes one row, a token per call."""
+    """A split model that decodes one row, a token per call; `begin` comes first."""
 
     def __init__(
         self,
@@ -95,11 +95,15 @@ class Decoder:
         implementation: Implementation = "auto",
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Compile for caches like `cache`, which may be a description (cache_shapes)."""
-        self._params, self._tokens = params, jnp.zeros(1, jnp.int32)
+        """Compile for parameters and caches like these, which may be descriptions."""
+        self._tokens = jnp.zeros(1, jnp.int32)
         step = functools.partial(serve.decode, config, implementation=implementation)
         self._step = _Program(step, compiler_options, params, cache, self._tokens)
         self.temp_bytes = self._step.temp_bytes
+
+    def begin(self, params: dict[str, Any]) -> None:
+        """Take the parameters."""
+        self._params = params
 
     def step(self, cache: Cache, *, tokens: int = 1) -> Cache:
         """Decode some tokens; return when all are done. The cache is updated in place."""
@@ -110,7 +114,10 @@ class Decoder:
 
 
 class Reader:
-    """A split model that reads one row's prompt in chunks, from the beginning each time."""
+    """A split model that reads one row's prompt in chunks, from the beginning each time.
+
+    `begin` comes first.
+    """
 
     def __init__(
         self,
@@ -124,8 +131,7 @@ class Reader:
         implementation: Implementation = "auto",
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Compile for this prompt, then make the cache."""
-        self._params = params
+        """Compile for this prompt, and for parameters like these, which may be descriptions."""
         empty = cache_shapes(config, batch_size=1, max_len=len(tokens), dtype=dtype)
         parts = [jnp.asarray(tokens[None, i : i + chunk]) for i in range(0, len(tokens), chunk)]
         self._chunks = [(part, jnp.array([part.shape[1]], jnp.int32)) for part in parts]
@@ -136,7 +142,13 @@ class Reader:
             for shape, chunk in distinct.items()
         }
         self.temp_bytes = max(program.temp_bytes for program in self._read.values())
-        self.cache = init_cache(config, batch_size=1, max_len=len(tokens), dtype=dtype)
+        self._init_cache = functools.partial(
+            init_cache, config, batch_size=1, max_len=len(tokens), dtype=dtype
+        )
+
+    def begin(self, params: dict[str, Any]) -> None:
+        """Take the parameters and make the cache."""
+        self._params, self.cache = params, self._init_cache()
 
     def read(self) -> None:
         """Read the prompt; return when it is done."""

@@ -66,7 +66,14 @@ def pallas_call(
     num_stages: int,
     interpret: bool,
 ) -> Callable[..., Any]:
-    """Return a Pallas kernel for the Triton lowering, or for the interpreter."""
+    """Return a Pallas kernel for the Triton lowering, or for the interpreter.
+
+    Raises:
+      NotImplementedError: an output is too large for its offsets.
+    """
+    reason = offsets.too_large(out_shape)
+    if reason is not None:
+        raise NotImplementedError(f"{name}: {reason}")
     call = pl.pallas_call(
         kernel,
         name=name,

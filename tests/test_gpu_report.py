@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,21 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from benchmarks import floors, gpu_report
-from benchmarks.gpu import arrays, block_sweep, checks, models, references, rivals, tables, targets
+from benchmarks import floors, gpu_report, gpu_table
+from benchmarks.gpu import (
+    arrays,
+    block_sweep,
+    checks,
+    decode,
+    memory,
+    models,
+    prefill,
+    references,
+    rivals,
+    serving_stage,
+    tables,
+    targets,
+)
 from benchmarks.gpu.settings import (
     DECODE_500K,
     FULL_32K,
@@ -27,6 +41,7 @@ from benchmarks.gpu.settings import (
 )
 from benchmarks.gpu.tables import Stage, Table
 from duo_jax import llama, split
+from duo_jax.errors import InputError
 from kernels.decode.cases import DecodeCase
 from kernels.full.cases import FullCase
 from kernels.gpu import H200
@@ -43,13 +58,13 @@ def new_table(folder, *, seconds=60.0) -> Table:
 
 
 def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.gpu_report", "--smoke", "--fail", "prefill"]
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--smoke", "--fail", "sweep"]
     ran = subprocess.run(
         command,
         env={**os.environ, "OUT": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert ran.returncode == 0, ran.stderr
     found = {
@@ -59,23 +74,24 @@ def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path)
         assert table["smoke"] is True
         assert {"hardware", "jax", "jaxlib", "driver", "dtype", "prefill_mode"} <= table.keys()
         assert table["models"][0].keys() >= {"sink", "recent", "chunk", "contexts"}
-        if name != "prefill":
+        if name != "sweep":
             assert table["status"] == "complete", table
             assert table["rows"], name
             assert not any("failed" in row for row in table["rows"]), table
-    assert found["prefill"]["status"] == "failed: RuntimeError: --fail prefill"
+    assert found["sweep"]["status"] == "failed: RuntimeError: --fail sweep"
+    # A lent machine gives back 8 files; one of them may be the log.
+    assert len(list(tmp_path.iterdir())) <= 7
 
     assert all(row["passed"] for row in found["checks"]["rows"])
     assert found["checks"]["rows"][0]["outputs_in_poisoned_buffers"] > 0
     for row in found["kernels"]["rows"]:
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"]["median"])
         assert set(row["rivals"]) == set(rivals.TIMERS)
-    duo = [row for row in found["decode"]["rows"] if row["name"] == "duo"]
-    assert [row["context"] for row in duo] == [64, 32]
+    duo = [row for row in found["serving"]["rows"] if row["name"] == "duo"]
+    duo.sort(key=lambda row: row["what"])
+    assert [row.get("context", row.get("length")) for row in duo] == [64, 32, 32]
     assert all(row["speedup"] > 0 and row["floor_speedup"] > 1 for row in duo)
-    assert duo[0]["memory"]["bytes"] > duo[0]["cache_bytes"]
-    for row in found["sweep"]["rows"]:
-        assert row["best"]["seconds"] <= row["default"]["seconds"]
+    assert duo[0]["memory"]["counted_bytes"] > duo[1]["cache_bytes"]
     judged = json.loads((tmp_path / "targets.json").read_text())["targets"]
 
     printed = ran.stdout.splitlines()
@@ -85,20 +101,123 @@ def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path)
     for bits, floor in ((8, 4488 / 1584), (4, 4488 / 1056), (2, 4488 / 693)):
         line = next(x for x in printed if f"500K, int{bits} KV: " in x)
         assert float(line.split("floor ")[1].split("x")[0]) == pytest.approx(floor, abs=0.01)
-    assert "stage prefill: failed: RuntimeError: --fail prefill, 0 rows" in printed
+    assert "stage sweep: failed: RuntimeError: --fail sweep, 0 rows" in printed
     for target, line in zip(judged, printed[-len(judged) :], strict=True):
         assert target["what"][:60] in line
         assert target["status"] in line
 
 
+def test_a_sweep_writes_the_best_of_what_it_tried(tmp_path):
+    table = new_table(tmp_path)
+    block_sweep.run(smoke(), table)
+    assert len(table.rows) == 6
+    for row in table.rows:
+        assert row["best"]["seconds"] <= row["default"]["seconds"]
+
+
 def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(gpu_report, "_GRACE", 1e4)  # what comes after it ends the process
-    words = ["--smoke", "--out", str(tmp_path), "--minutes", "0.00001", "--stages", "checks,decode"]
+    words = ["--smoke", "--out", str(tmp_path), "--minutes", "0.00001"]
+    words += ["--stages", "checks,serving"]
     assert gpu_report.main(gpu_report._parse(words), began=time.monotonic()) == 0
-    found = json.loads((tmp_path / "decode.json").read_text())
-    assert (found["rows"], found["not_reached"]) == ([], ["tiny"])
+    found = json.loads((tmp_path / "serving.json").read_text())
+    assert found["rows"] == []
+    assert [line.split(":")[0] for line in found["not_reached"]] == [
+        "tiny duo, prefill of 32", "tiny full, prefill of 32",
+        "tiny duo, decode at 64", "tiny full, decode at 64",
+    ]  # fmt: skip
     assert found["status"] == "out of time"
     assert "checks: 0 passed, 0 failed, 3 not reached" in capsys.readouterr().out
+
+
+H200_BYTES = int(0.95 * 141e9)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """Let programs compile and run in no time, on an H200 whose memory they fill; list them."""
+    ran, peaks = [], [0]
+
+    def workspace(program):
+        """That of a prompt is why parameters and caches alone do not tell the order."""
+        return types.SimpleNamespace(temp_bytes=4e9 if isinstance(program, prefill.Prefill) else 0)
+
+    def measure(program, *arguments):
+        table = arguments[-1]
+        watch, temp = memory.Watch(), workspace(program).temp_bytes
+        peaks.append(max(peaks[-1], program.needed_bytes() + temp))
+        ran.append(program.name)
+        table.add(name=program.name, what="", memory=watch.report(temp_bytes=temp))
+
+    for kind in (decode.Decoding, prefill.Prefill):
+        monkeypatch.setattr(kind, "compile", workspace)
+        monkeypatch.setattr(kind, "measure", measure)
+    monkeypatch.setattr(serving_stage, "_params", lambda *_: {})
+    monkeypatch.setattr(memory, "_stats", lambda: {
+        "bytes_limit": H200_BYTES, "bytes_in_use": 0, "peak_bytes_in_use": peaks[-1]
+    })  # fmt: skip
+    return ran
+
+
+def test_every_published_program_raises_the_peak_of_memory(programs, tmp_path):
+    table = new_table(tmp_path, seconds=570)
+    serving_stage.run(real(), table)
+    assert table.not_reached == []
+    assert len(programs) == 10  # per model: prompts and contexts, full and split, one split longer
+    peaks = [row["memory"]["peak_bytes"] for row in table.rows]
+    assert None not in peaks
+    assert peaks == sorted(peaks)
+
+
+def test_programs_that_do_not_fit_the_memory_are_listed(programs, tmp_path, monkeypatch):
+    monkeypatch.setattr("tests.test_gpu_report.H200_BYTES", int(0.95 * 85e9))
+    table = new_table(tmp_path, seconds=570)
+    serving_stage.run(real(), table)
+    assert "Llama-3-8B-1048k full, decode at 400,000" in programs
+    assert len(programs) == 9
+    assert [line.partition(": needs ")[0] for line in table.not_reached] == [
+        "Llama-2-7B-32K full, decode at 134,000",
+        "Llama-3-8B-1048k full, decode at 517,000",
+        "Llama-3-8B-1048k full, decode at 500,000",
+        "Llama-3-8B-1048k duo, decode at 1,000,000",
+    ]
+
+
+def test_a_prompt_that_takes_too_long_is_left_out_for_what_is_quicker(programs, tmp_path):
+    table = new_table(tmp_path, seconds=160)
+    serving_stage.run(real(), table)
+    (missing,) = table.not_reached
+    assert missing.startswith("Llama-3-8B-1048k full, prefill of 320,000: about 125 s")
+    assert len(programs) == 9
+
+
+def test_gpu_table_is_filled_by_a_run(tmp_path):
+    file = tmp_path / "serving.json"
+    assert gpu_table.to_markdown(gpu_table.read(file)).count("not measured yet") == 4
+    header = {
+        "smoke": False, "hardware": "NVIDIA H200", "jax": "0.11.2", "dtype": "bfloat16",
+        "prefill_mode": "exact", "models": [{"name": "a", "sink": 1, "recent": 2, "chunk": 3_000}],
+    }  # fmt: skip
+    name = models.LLAMA_3_8B.name
+    rows = [
+        {"what": "decode", "model": name, "context": 500_000, "speedup": 1.4},
+        {"what": "decode", "model": name, "context": 517_000, "name": "full"},
+        {"what": "decode", "model": name, "context": 517_000, "speedup": 1.61},
+        {"name": "another", "failed": "of memory"},
+    ]
+    file.write_text(json.dumps(header | {"rows": rows}))
+    printed = gpu_table.to_markdown(gpu_table.read(file))
+    assert (
+        f"| decode speed-up, {name}, 50% retrieval heads, 517K tokens | 1.69 | 1.50 | **1.61** |"
+        in (printed)
+    )
+    assert printed.count("not measured yet") == 3
+    assert "NVIDIA H200, jax 0.11.2, bfloat16" in printed
+    for content, message in (("{", "is not a result"), (json.dumps(header), "is not a result"),
+                             (json.dumps({"smoke": True, "rows": []}), "smoke run")):  # fmt: skip
+        file.write_text(content)
+        with pytest.raises(InputError, match=message):
+            gpu_table.read(file)
 
 
 def test_a_real_run_needs_a_gpu_and_says_so(capsys):
@@ -276,7 +395,7 @@ def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
 
 def test_floors_of_the_published_models_are_those_of_the_published_points():
     # SPEC sections 5 and 6.
-    for published, heads, decode, prefill in (
+    for published, heads, of_decode, of_prefill in (
         (models.LLAMA_2_7B, 256, 2.70, 1.99),
         (models.LLAMA_3_8B, 128, 1.69, 1.75),
     ):
@@ -289,7 +408,7 @@ def test_floors_of_the_published_models_are_those_of_the_published_points():
             read(full.retrieval_heads, ring_slots=384)["step"]
             / read(duo.retrieval_heads, ring_slots=384)["step"]
         )
-        assert ratio == pytest.approx(decode, abs=0.02)
+        assert ratio == pytest.approx(of_decode, abs=0.02)
         multiply = functools.partial(
             floors.prefill_flops,
             published.model,
@@ -298,7 +417,7 @@ def test_floors_of_the_published_models_are_those_of_the_published_points():
             recent_size=256,
         )
         ratio = multiply(full.retrieval_heads)["all"] / multiply(duo.retrieval_heads)["all"]
-        assert ratio == pytest.approx(prefill, abs=0.02)
+        assert ratio == pytest.approx(of_prefill, abs=0.02)
 
 
 def test_random_parameters_are_in_serving_form():
@@ -344,7 +463,7 @@ def test_time_that_a_stage_leaves_is_there_for_the_next(tmp_path):
 
 
 def test_targets_are_judged_by_what_was_measured(tmp_path):
-    kernels, decode = new_table(tmp_path), new_table(tmp_path)
+    kernels, serving = new_table(tmp_path), new_table(tmp_path)
 
     def add(op, name, seconds, num_bytes=2e9, copy=0.9, **row):
         ceiling = {"copy": copy, "matmul": 0.5}
@@ -361,9 +480,9 @@ def test_targets_are_judged_by_what_was_measured(tmp_path):
     add("decode", DECODE_500K, 0.006, num_bytes=1e6)
     add("decode_packed", packed_name(4), 0.003, num_bytes=4e5)
     headline = {"model": models.LLAMA_2_7B.name, "name": "duo", "floor_speedup": 2.7}
-    decode.add(**headline, context=100_000, speedup=9.0)
-    decode.add(**headline, context=134_000, speedup=2.6)
-    found = {"kernels": kernels, "decode": decode}
+    serving.add(what="decode", **headline, context=100_000, speedup=9.0)
+    serving.add(what="decode", **headline, context=134_000, speedup=2.6)
+    found = {"kernels": kernels, "serving": serving}
 
     def judged(hardware):
         return [(target.status, target.value) for target in targets.judge(found, hardware=hardware)]

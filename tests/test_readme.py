@@ -13,6 +13,7 @@ from benchmarks import (
     budgets,
     decode_kv_report,
     decode_report,
+    gpu_table,
     identify,
     prefill_report,
     published,
@@ -65,6 +66,11 @@ def test_memory_table_is_that_of_the_committed_run():
     result = json.loads((ROOT / "benchmarks/results/budgets.json").read_text())
     assert budgets.to_markdown(result) in README
     assert set(result["programs"]) == set(budgets.PROGRAMS)
+
+
+def test_gpu_table_is_that_of_the_committed_run_or_says_that_there_is_none():
+    result = gpu_table.read(ROOT / gpu_table.TableConfig().result)
+    assert gpu_table.to_markdown(result) in README
 
 
 def test_table_of_formats_is_that_of_the_committed_run():

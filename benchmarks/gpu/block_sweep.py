@@ -130,7 +130,8 @@ def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str
         )
         return timers.compiled(function, *shapes, loops=loops)
 
-    with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
+    pool = concurrent.futures.ThreadPoolExecutor(settings.threads)
+    try:
         for first in range(0, len(found), settings.threads):
             if tried and table.time_left < end:
                 break
@@ -152,6 +153,7 @@ def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str
                 except Exception as error:  # does not compile, or does not fit
                     row["failed"] = reason(error)
                 tried.append(row)
+    finally:
         pool.shutdown(wait=False, cancel_futures=True)
     timed = [row for row in tried if "seconds" in row]
     best = min(timed, key=lambda row: row["seconds"], default=None)

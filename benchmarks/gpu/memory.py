@@ -1,5 +1,7 @@
 """How much of the device's memory is taken, and how much there is."""
 
+from typing import Any
+
 import jax
 
 # Of the limit, what a program may be given: the allocator needs some room to move.
@@ -47,9 +49,20 @@ class Watch:
         return {
             "in_use_bytes": lying,
             "temp_bytes": temp_bytes,
-            "bytes": lying + temp_bytes,
+            "counted_bytes": lying + temp_bytes,
             "peak_bytes": after if rose else None,
         }
+
+
+def compare(duo: dict[str, Any], full: dict[str, Any]) -> None:
+    """Put the ratios of two rows' memory into the split model's."""
+    if "memory" not in duo or "memory" not in full:
+        return
+    for ratio, key in (
+        ("memory_ratio", "peak_bytes"), ("counted_memory_ratio", "counted_bytes")
+    ):  # fmt: skip
+        if duo["memory"][key] and full["memory"][key]:
+            duo[ratio] = full["memory"][key] / duo["memory"][key]
 
 
 def _stats() -> dict[str, int]:

@@ -125,6 +125,16 @@ def random_params(model: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
     return {**nested(ends), "layers": tuple(nested(layer) for layer in layers)}
 
 
+def param_shapes(model: ModelConfig, dtype: DTypeLike) -> dict[str, Any]:
+    """Describe them."""
+    return jax.eval_shape(lambda: random_params(model, dtype))
+
+
+def param_bytes(model: ModelConfig, dtype: DTypeLike) -> int:
+    """Return the memory that they take."""
+    return jnp.dtype(dtype).itemsize * sum(x.size for x in tensor_names.tensors(model))
+
+
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _normal(key, shape, dtype, scale):
     return jax.random.normal(key, shape, dtype) * jnp.asarray(scale, dtype)

@@ -9,31 +9,37 @@ from benchmarks.gpu.tables import Table
 
 
 def draw(tables: dict[str, Table], folder: pathlib.Path, *, title: str) -> str:
-    """Write kernels.png and decode.png where there is something to show; say what was done."""
+    """Write report.png, a panel for each table there is; say what was done."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "no pictures: matplotlib is not installed"
+        return "no picture: matplotlib is not installed"
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    written = []
-    for name, panel in (("kernels", _kernels), ("decode", _decode)):
-        rows = [row for row in tables[name].rows if "failed" not in row] if name in tables else []
-        if not rows:
-            continue
-        figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
-        panel(axes, rows)
-        figure.suptitle(title, fontsize=9)
-        figure.savefig(folder / f"{name}.png", dpi=130)
-        plt.close(figure)
-        written.append(f"{name}.png")
-    return f"pictures: {', '.join(written) or 'none, nothing was measured'}"
+    kernels, decoding = (
+        [row for row in tables[name].rows if wanted in row] if name in tables else []
+        for name, wanted in (("kernels", "of_ceiling"), ("serving", "ms"))
+    )
+    panels = [(_kernels, kernels)] * bool(kernels) + [(_decode, decoding)] * bool(decoding)
+    if not panels:
+        return "no picture: nothing was measured"
+    heights = [max(3.0, 0.22 * len(rows)) if panel is _kernels else 5.0 for panel, rows in panels]
+    figure, axes = plt.subplots(
+        len(panels), figsize=(9, sum(heights)), height_ratios=heights, layout="constrained",
+        squeeze=False,
+    )  # fmt: skip
+    for (panel, rows), one in zip(panels, axes[:, 0], strict=True):
+        panel(one, rows)
+    figure.suptitle(title, fontsize=9)
+    figure.savefig(folder / "report.png", dpi=130)
+    plt.close(figure)
+    return "picture: report.png"
 
 
 def _kernels(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Draw each kernel's fraction of the ceiling that bounds it."""
-    rows = [row for row in rows if "of_ceiling" in row][::-1]
+    rows = rows[::-1]
     fractions = [row["of_ceiling"][row["bound"]] for row in rows]
     names = [f"{row['name']} ({row['bound']})" for row in rows]
     axes.barh(names, fractions)

@@ -51,6 +51,7 @@ class Settings:
     decode_rounds: int = 5
     threads: int = 8  # that compile
     flops_per_second: float = 2.5e14  # of prefill, until one was measured
+    bytes_per_second: float = 1.2e12  # of decoding
 
     @property
     def slots(self) -> int:

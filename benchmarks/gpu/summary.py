@@ -57,17 +57,18 @@ def _packed(tables: dict[str, Table]) -> list[str]:
 
 def _serving(tables: dict[str, Table]) -> list[str]:
     found = []
-    for stage, axis, unit, key in (
+    for what, axis, unit, key in (
         ("decode", "context", "ms/token", "ms"),
         ("prefill", "length", "s", "seconds"),
     ):
-        for row in tables[stage].rows if stage in tables else []:
-            if "speedup" not in row:
+        for row in tables["serving"].rows if "serving" in tables else []:
+            if row.get("what") != what or "speedup" not in row:
                 continue
-            published = row.get("published_speedup")
+            published, memory = row.get("published_speedup"), row.get("memory_ratio")
             found.append(
-                f"{stage} {row['model']} at {row[axis]:,}: duo {row[key]['median']:.4g} {unit}, "
+                f"{what} {row['model']} at {row[axis]:,}: duo {row[key]['median']:.4g} {unit}, "
                 f"{row['speedup']:.2f}x (floor {row['floor_speedup']:.2f}x"
                 + (f", published {published:.2f}x)" if published else ")")
+                + (f", memory {memory:.2f}x less" if memory else "")
             )
     return found

@@ -90,7 +90,7 @@ def judge(tables: dict[str, Table], *, hardware: str) -> list[Target]:
 def _of_model(model: Published, tables: dict[str, Table]) -> list[Target]:
     headline = {"context": model.contexts[0], "length": model.prompt}
     found = []
-    for stage, axis, goal, published in (
+    for what, axis, goal, published in (
         ("decode", "context", model.decode_goal, model.decode_speedup),
         ("prefill", "length", model.prefill_goal, model.prefill_speedup),
     ):
@@ -98,8 +98,9 @@ def _of_model(model: Published, tables: dict[str, Table]) -> list[Target]:
         row = next(
             (
                 row
-                for row in _rows(tables, stage)
-                if row.get("model") == model.name
+                for row in _rows(tables, "serving")
+                if row.get("what") == what
+                and row.get("model") == model.name
                 and row["name"] == "duo"
                 and row[axis] == tokens
                 and "speedup" in row
@@ -107,11 +108,11 @@ def _of_model(model: Published, tables: dict[str, Table]) -> list[Target]:
             {},
         )
         speedup = row.get("speedup")
-        what = f"{model.name}, {stage} at {tokens:,}: speed-up (published {published:.2f}x)"
-        found.append(Target(what=what, goal=goal, value=speedup))
+        where = f"{model.name}, {what} at {tokens:,}: speed-up"
+        found.append(Target(what=f"{where} (published {published:.2f}x)", goal=goal, value=speedup))
         found.append(
             Target(
-                what=f"{model.name}, {stage} at {tokens:,}: speed-up over that of its floor",
+                what=f"{where} over that of its floor",
                 goal=_OF_FLOOR,
                 value=None if speedup is None else speedup / row["floor_speedup"],
                 unit="",

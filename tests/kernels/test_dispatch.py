@@ -186,6 +186,21 @@ def test_one_element_less_than_2_to_the_31_is_taken():
         assert KERNELS["decode"] in lowered(of("triton"), *shapes)
 
 
+def test_a_gradient_with_too_large_sums_over_the_sinks_is_refused():
+    """They are larger than every argument: a sum for each part of the queries."""
+    q = jax.ShapeDtypeStruct((1, 65_000, 32, 128), jnp.bfloat16)
+
+    def attend(q, k, v, sink_size):
+        options = {"recent_size": 256, "softmax_scale": 0.1, "implementation": "interpret"}
+        out, _ = streaming_attention(q, k, v, sink_size=sink_size, **options)
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradient = jax.grad(attend)
+    jax.eval_shape(functools.partial(gradient, sink_size=128), q, q, q)
+    with pytest.raises(NotImplementedError, match=r"duo_streaming_dsink: an array of shape .* end"):
+        jax.eval_shape(functools.partial(gradient, sink_size=40_000), q, q, q)
+
+
 def test_prefill_and_streaming_refuse_too_large_arrays():
     q = jax.ShapeDtypeStruct((1, 16, 8, 128), jnp.bfloat16)
     kv = jax.ShapeDtypeStruct((1, 8, 2**21, 128), jnp.bfloat16)

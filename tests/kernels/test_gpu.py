@@ -1,6 +1,8 @@
 """Every case on a GPU, by the checks that benchmarks.gpu_report runs; where there is none, skipped.
 
 JAX_PLATFORMS=cuda python -m pytest -n 0 -m gpu tests/kernels/test_gpu.py
+
+Where the type checker or pytest-xdist are missing, after `pytest`: -o addopts= -m gpu
 """
 
 import time
