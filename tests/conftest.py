@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -38,6 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort by file (with --no-loadscope-reorder, xdist keeps this order)."""
     rank = {name: index for index, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: rank.get(pathlib.Path(item.path).stem, len(rank)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Free what jax keeps for programs that no other file runs: gigabytes over all tests."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
