@@ -4,8 +4,10 @@ A step's result depends only on the state before it and on the step's number, an
 holds the whole state, so a killed run that is started again ends with the same bits.
 """
 
+import itertools
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -13,6 +15,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from duo_jax import files
+from duo_jax.checkpoint import quiet_orbax
 from duo_jax.work_folder import check as check  # runs look before they load their model
 from duo_jax.work_folder import claim
 
@@ -42,18 +45,42 @@ class WorkDir:
         )
 
     def restore(self, state: State) -> State:
-        """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit."""
-        step = self._checkpoints.latest_step()
-        if step is not None:
-            leaves = self._checkpoints.restore(
-                step, args=ocp.args.StandardRestore(jax.eval_shape(_named_leaves, state))
-            )
-            names = _named_leaves(state)
-            state = jax.tree.unflatten(jax.tree.structure(state), [leaves[n] for n in names])
+        """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
+
+        Checkpoints that cannot be read are set aside with a line on stderr; an earlier one serves.
+        """
+        for step in sorted(self._checkpoints.all_steps(), reverse=True):
+            try:
+                with quiet_orbax():
+                    state = self._read(step, state)
+                break
+            except Exception as error:  # orbax and tensorstore have no common error for damage
+                self._set_aside(step, error)
         done = int(state.step)
         kept = [m for m in self.metrics() if m["step"] <= done]
         files.write_text(self.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
         return state
+
+    def _read(self, step: int, like: State) -> State:
+        leaves = self._checkpoints.restore(
+            step, args=ocp.args.StandardRestore(jax.eval_shape(_named_leaves, like))
+        )
+        return jax.tree.unflatten(
+            jax.tree.structure(like), [leaves[n] for n in _named_leaves(like)]
+        )
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        aside = self.path / f"damaged-checkpoint-{step}"
+        count = itertools.count(2)
+        while aside.exists():
+            aside = self.path / f"damaged-checkpoint-{step}-{next(count)}"
+        (self._checkpoints.directory / str(step)).rename(aside)
+        self._checkpoints.reload()
+        print(
+            f"the checkpoint of step {step} cannot be read ({type(error).__name__}); it is now in "
+            f"{aside}, and the run goes on from an earlier one",
+            file=sys.stderr,
+        )
 
     def save(self, state: State) -> None:
         """Write a checkpoint; it counts only once it is complete."""

@@ -1,0 +1,75 @@
+"""What becomes of a work folder whose checkpoints are damaged."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.workdir import WorkDir
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: jax.Array
+    gates: jax.Array
+
+
+def state(step: int) -> State:
+    return State(step=jnp.int32(step), gates=jnp.full((2, 3), step, jnp.float32))
+
+
+def workdir(path) -> WorkDir:
+    return WorkDir(path, {"some": "settings"}, operational=())
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Save two steps and the metrics of three."""
+    work = workdir(tmp_path / "work")
+    for step in (1, 2):
+        work.save(state(step))
+    work.metrics_file.write_text("".join(f'{{"step": {step}}}\n' for step in (1, 2, 3)))
+    work.close()
+    return work.path
+
+
+def damage(folder, step: int) -> None:
+    files = [x for x in (folder / "checkpoints" / str(step)).rglob("*") if x.is_file()]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1] + b"?" * 7)
+
+
+def test_the_latest_checkpoint_counts(folder):
+    work = workdir(folder)
+    restored = work.restore(state(0))
+    np.testing.assert_array_equal(restored.gates, state(2).gates)
+    assert [x["step"] for x in work.metrics()] == [1, 2]
+
+
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(folder, capfd):
+    damage(folder, 2)
+    work = workdir(folder)
+    restored = work.restore(state(0))
+    assert int(restored.step) == 1
+    np.testing.assert_array_equal(restored.gates, state(1).gates)
+    assert [x["step"] for x in work.metrics()] == [1]
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("the checkpoint of step 2 cannot be read (")
+    assert any((folder / "damaged-checkpoint-2").iterdir())
+    work.save(state(2))
+    work.close()
+    assert int(workdir(folder).restore(state(0)).step) == 2
+
+
+def test_where_all_are_damaged_the_run_begins_anew(folder, capfd):
+    damage(folder, 1)
+    damage(folder, 2)
+    work = workdir(folder)
+    assert int(work.restore(state(0)).step) == 0
+    assert work.metrics() == []
+    assert capfd.readouterr().err.count("cannot be read") == 2
+    work.save(state(1))
