@@ -41,9 +41,10 @@ class Reader(Protocol):
     def add_block(
         self, index: Any, state: Any, queries: Any, mask: Mask | None, *, end: Any
     ) -> Any:
-        """Let every row see the keys of block `index` that its mask allows; None allows all.
+        """Let every row see the keys of block `index` that its mask allows.
 
-        Slots from `end` on are not read.
+        No mask allows all; readers that mask every tile are always given one. Slots from `end` on
+        are not read.
         """
         ...
 
@@ -123,7 +124,7 @@ class PlainReader:
     def add_block(self, index, state, queries, mask: Mask | None, *, end):
         positions = tiles.indices(self.block_kv, index * self.block_kv)
         k, v = (tiles.load(ref, positions, end=end) for ref in self.refs)
-        visible = mask
+        visible = None
         if mask is not None:
             visible = jnp.broadcast_to(mask(positions), (queries.shape[0], self.block_kv))
         return online_softmax.add_block(
