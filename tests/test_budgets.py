@@ -35,15 +35,7 @@ def test_llama_3_reads_a_chunk_of_32000_at_900_thousand_tokens():
 
 
 def test_llama_3_without_duo_attention_does_not_fit():
-    """Its weights and caches alone do not; that they are in the peak is what the others show."""
-    full = budgets.SERVING["Llama-3-8B, full caches: decode at 1,000,000"]
-    assert full.held() > 1.5 * BUDGET
-
-
-@pytest.mark.slow
-def test_llama_3_without_duo_attention_needs_what_it_holds():
-    name = "Llama-3-8B, full caches: decode at 1,000,000"
-    assert compiled(name)["peak"] >= budgets.SERVING[name].held()
+    assert compiled("Llama-3-8B, full caches: decode at 1,000,000")["peak"] > 1.5 * BUDGET
 
 
 def test_llama_2_decodes_at_200_thousand_tokens():
