@@ -41,9 +41,7 @@ class StepAndAttention:
         )
         only = dataclasses.replace(config, model=shapes.attention_only(config.model))
         self._step = Decoder(config, params, self.cache)
-        self._step.begin(params)
         self._attention = Decoder(only, attention_params, self.cache)
-        self._attention.begin(attention_params)
         self._buffers = _pointers(self.cache)
 
     def step(self) -> None:

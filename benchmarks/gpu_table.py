@@ -19,6 +19,10 @@ from duo_jax import cli
 from duo_jax.errors import InputError
 
 _NOTHING = "not measured yet"
+_NEEDED = {
+    *("smoke", "rows", "does_not_fit", "models"),
+    *("hardware", "jax", "dtype", "prefill_mode"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,22 +49,24 @@ def read(file: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        smoke, _ = result["smoke"], result["rows"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} is not a result of benchmarks.gpu_report: {error!r}") from None
-    if smoke:
+        missing = _NEEDED - result.keys()
+        if missing:
+            raise ValueError(f"there is no {', no '.join(sorted(missing))}")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} is not a result of benchmarks.gpu_report: {error}") from None
+    if result["smoke"]:
         raise InputError(f"{file} holds a smoke run")
     return result
 
 
 def to_markdown(result: dict[str, Any] | None) -> str:
     """Return the table, and what it was measured on."""
-    settings, rows = real(), [] if result is None else result["rows"]
+    settings = real()
     lines = [
         "| | byte or FLOP floor | published, A100 | duo_jax |",
         "|---|---|---|---|",
         *(
-            _row(what, settings, published, rows)
+            _row(what, settings, published, result or {"rows": [], "does_not_fit": []})
             for what in (decode.WHAT, prefill.WHAT)
             for published in settings.models
         ),
@@ -78,29 +84,32 @@ def to_markdown(result: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _row(what: str, settings: Settings, published: Published, rows: list[dict[str, Any]]) -> str:
+def _row(what: str, settings: Settings, published: Published, result: dict[str, Any]) -> str:
     duo, full = published.variants
     if what == decode.WHAT:
         tokens, speedup = published.contexts[0], published.decode_speedup
         of_full, of_duo = (
             decode.Decoding(
                 settings=settings, published=published, variant=variant, contexts=(tokens,)
-            ).floor_bytes(tokens)
+            )
             for variant in (full, duo)
         )
+        floor = of_full.floor_bytes(tokens) / of_duo.floor_bytes(tokens)
     else:
         tokens, speedup = published.prompt, published.prefill_speedup
         of_full, of_duo = (
-            prefill.Prefill(settings=settings, published=published, variant=variant).floor_flops()
+            prefill.Prefill(settings=settings, published=published, variant=variant)
             for variant in (full, duo)
         )
-    measured = next(_speedups(rows, what, published.name, tokens), None)
+        floor = of_full.floor_flops() / of_duo.floor_flops()
+    measured = next(_speedups(result["rows"], what, published.name, tokens), None)
+    too_large = any(line.startswith(f"{of_full.name}:") for line in result["does_not_fit"])
     cells = [
         f"{what} speed-up, {published.name}, {duo.retrieval:.0%} retrieval heads, "
         f"{tokens // 1000}K tokens",
-        f"{of_full / of_duo:.2f}",
+        f"{floor:.2f}",
         f"{speedup:.2f}",
-        _NOTHING if measured is None else f"**{measured:.2f}**",
+        f"**{measured:.2f}**" if measured else "full does not fit" if too_large else _NOTHING,
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -104,8 +104,6 @@ def _ours(
         )
         for variant in variants
     }
-    for reader in readers.values():
-        reader.begin(params)
     # Programs are compiled before; a run to warm up would cost as much as a round. The median of
     # three does not mind a slow first one.
     calls = {name: reader.read for name, reader in readers.items()}

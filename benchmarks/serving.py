@@ -84,7 +84,10 @@ def filled_cache(
 
 
 class Decoder:
-    """A split model that decodes one row, a token per call; `begin` comes first."""
+    """A split model that decodes one row, a token per call.
+
+    `params` are those it was compiled for; where they were descriptions, arrays must come first.
+    """
 
     def __init__(
         self,
@@ -96,19 +99,15 @@ class Decoder:
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Compile for parameters and caches like these, which may be descriptions."""
-        self._tokens = jnp.zeros(1, jnp.int32)
+        self.params, self._tokens = params, jnp.zeros(1, jnp.int32)
         step = functools.partial(serve.decode, config, implementation=implementation)
         self._step = _Program(step, compiler_options, params, cache, self._tokens)
         self.temp_bytes = self._step.temp_bytes
 
-    def begin(self, params: dict[str, Any]) -> None:
-        """Take the parameters."""
-        self._params = params
-
     def step(self, cache: Cache, *, tokens: int = 1) -> Cache:
         """Decode some tokens; return when all are done. The cache is updated in place."""
         for _ in range(tokens):
-            logits, cache = self._step(self._params, cache, self._tokens)
+            logits, cache = self._step(self.params, cache, self._tokens)
         jax.block_until_ready((logits, cache))
         return cache
 
@@ -116,7 +115,7 @@ class Decoder:
 class Reader:
     """A split model that reads one row's prompt in chunks, from the beginning each time.
 
-    `begin` comes first.
+    `params` are as a Decoder's; the cache is made by the first reading.
     """
 
     def __init__(
@@ -132,6 +131,7 @@ class Reader:
         compiler_options: Mapping[str, Any] | None = None,
     ) -> None:
         """Compile for this prompt, and for parameters like these, which may be descriptions."""
+        self.params, self.cache = params, None
         empty = cache_shapes(config, batch_size=1, max_len=len(tokens), dtype=dtype)
         parts = [jnp.asarray(tokens[None, i : i + chunk]) for i in range(0, len(tokens), chunk)]
         self._chunks = [(part, jnp.array([part.shape[1]], jnp.int32)) for part in parts]
@@ -146,16 +146,13 @@ class Reader:
             init_cache, config, batch_size=1, max_len=len(tokens), dtype=dtype
         )
 
-    def begin(self, params: dict[str, Any]) -> None:
-        """Take the parameters and make the cache."""
-        self._params, self.cache = params, self._init_cache()
-
     def read(self) -> None:
         """Read the prompt; return when it is done."""
-        self.cache = dataclasses.replace(self.cache, lengths=jnp.zeros(1, jnp.int32))
+        cache = self._init_cache() if self.cache is None else self.cache
+        self.cache = dataclasses.replace(cache, lengths=jnp.zeros(1, jnp.int32))
         for part, num_tokens in self._chunks:
             program = self._read[part.shape]
-            logits, self.cache = program(self._params, self.cache, part, num_tokens)
+            logits, self.cache = program(self.params, self.cache, part, num_tokens)
         jax.block_until_ready((logits, self.cache))
 
 

@@ -55,9 +55,10 @@ def test_llama_3_is_identified_on_one_gpu(length, budget):
 
 
 def test_a_gradient_through_full_attention_needs_no_scores():
-    """In blocks of XLA's it takes 94 GB."""
+    """In blocks of XLA's it takes 94 GB; and no output of the teacher is kept."""
     name = "Llama-3-8B: identification step, self mixing, at 96,000"
-    assert compiled(name)["peak"] <= BUDGET
+    assert compiled(name)["peak"] <= 56e9
+    assert compiled(name)["peak"] < compiled("Llama-3-8B: identification step at 96,000")["peak"]
 
 
 # ---- quantised: int8 weights, int4 or int2 caches

@@ -136,7 +136,6 @@ def test_every_reading_starts_at_the_beginning(tmp_path):
     _, duo = serving.variants(model, (0.5,), sink_size=4, recent_size=4)
     tokens = np.arange(20, dtype=np.int32)
     reader = serving.Reader(duo.config, params, tokens, chunk=8, mode="exact", dtype="float32")
-    reader.begin(params)
     reader.read()
     once = [np.array(leaf) for leaf in jax.tree.leaves(reader.cache)]
     reader.read()

@@ -4,6 +4,7 @@ A step's result depends only on the state before it and on the step's number, an
 holds the whole state, so a killed run that is started again ends with the same bits.
 """
 
+import gc
 import itertools
 import json
 import pathlib
@@ -16,6 +17,7 @@ import orbax.checkpoint as ocp
 
 from duo_jax import files
 from duo_jax.checkpoint import quiet_orbax
+from duo_jax.errors import InputError
 from duo_jax.work_folder import check as check  # runs look before they load their model
 from duo_jax.work_folder import claim
 
@@ -47,15 +49,29 @@ class WorkDir:
     def restore(self, state: State) -> State:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
 
-        Checkpoints that cannot be read are set aside with a line on stderr; an earlier one serves.
+        Where the latest cannot be read and the one before it can, that one serves, and the latest
+        is set aside with a line on stderr.
+
+        Raises:
+          InputError: no checkpoint can be read; all is left as it was.
         """
+        damaged: dict[int, str] = {}
         for step in sorted(self._checkpoints.all_steps(), reverse=True):
             try:
                 with quiet_orbax():
                     state = self._read(step, state)
                 break
             except Exception as error:  # orbax and tensorstore have no common error for damage
-                self._set_aside(step, error)
+                damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            gc.collect()  # while orbax' late complaints are still silenced
+        else:
+            if damaged:
+                raise InputError(
+                    f"no checkpoint in {self._checkpoints.directory} can be read "
+                    f"({next(iter(damaged.values()))}); with another --workdir the run begins anew"
+                )
+        for step, reason in damaged.items():
+            self._set_aside(step, reason)
         done = int(state.step)
         kept = [m for m in self.metrics() if m["step"] <= done]
         files.write_text(self.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
@@ -69,7 +85,7 @@ class WorkDir:
             jax.tree.structure(like), [leaves[n] for n in _named_leaves(like)]
         )
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _set_aside(self, step: int, reason: str) -> None:
         aside = self.path / f"damaged-checkpoint-{step}"
         count = itertools.count(2)
         while aside.exists():
@@ -77,8 +93,8 @@ class WorkDir:
         (self._checkpoints.directory / str(step)).rename(aside)
         self._checkpoints.reload()
         print(
-            f"the checkpoint of step {step} cannot be read ({type(error).__name__}); it is now in "
-            f"{aside}, and the run goes on from an earlier one",
+            f"the checkpoint of step {step} cannot be read ({reason}); it is now in {aside}, and "
+            "the run goes on from an earlier one",
             file=sys.stderr,
         )
 

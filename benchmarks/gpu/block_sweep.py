@@ -1,6 +1,6 @@
 """The stage that tries other tile sizes, and writes the best ones as JSON.
 
-Its file is for a person to read: a configuration that wins here goes into kernels/*/config.py.
+Its file is for a person to read: a configuration that wins here goes into the kernel's config.py.
 """
 
 import concurrent.futures
@@ -50,7 +50,9 @@ _SHORT_WALKS = _tiles(
 
 def run(settings: Settings, table: Table) -> None:
     """Time the candidates of every real-size case; each has an equal part of the time."""
-    table.notes = {"copy_to": "kernels/<op>/config.py, where `gain` is worth it"}
+    table.notes = {
+        "copy_to": "the config.py that holds the kernel's sizes, where `gain` is worth it"
+    }
     cases = settings.timed_cases()
     for left, (name, (op, case)) in zip(
         range(len(cases), 0, -1), table.in_time(cases), strict=False
@@ -130,8 +132,7 @@ def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str
         )
         return timers.compiled(function, *shapes, loops=loops)
 
-    pool = concurrent.futures.ThreadPoolExecutor(settings.threads)
-    try:
+    with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
         for first in range(0, len(found), settings.threads):
             if tried and table.time_left < end:
                 break
@@ -153,8 +154,7 @@ def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str
                 except Exception as error:  # does not compile, or does not fit
                     row["failed"] = reason(error)
                 tried.append(row)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)  # nothing compiles beside what is timed later
     timed = [row for row in tried if "seconds" in row]
     best = min(timed, key=lambda row: row["seconds"], default=None)
     default = tried[0]

@@ -35,12 +35,9 @@ class Decoding:
     def name(self) -> str:
         return f"{self.published.name} {self.variant.name}, decode at {max(self.contexts):,}"
 
-    @property
-    def _max_len(self) -> int:
-        return max(self.contexts) + self.settings.slots
-
     def needed_bytes(self) -> int:
-        return models.param_bytes(self.published.model, self.settings.dtype) + self._cache_bytes()
+        params = models.param_bytes(self.published.model, self.settings.dtype)
+        return params + self._cache_bytes(self._max_len)
 
     def expected_seconds(self, table: Table) -> float:
         del table
@@ -64,7 +61,7 @@ class Decoding:
         """Add a row per context."""
         settings, config = self.settings, self.variant.config
         watch = memory.Watch()
-        compiled.begin(params)
+        compiled.params = params
         cache = serving.filled_cache(
             config, context=max(self.contexts), max_len=self._max_len, dtype=settings.dtype
         )
@@ -87,24 +84,15 @@ class Decoding:
                 "retrieval": self.variant.retrieval,
                 "sink": config.sink_size,
                 "recent": config.recent_size,
-                "cache_bytes": cache_bytes(
-                    config,
-                    batch_size=1,
-                    max_len=context + settings.slots,
-                    dtype=settings.dtype,
-                ),
+                "cache_bytes": self._cache_bytes(context + settings.slots),
             }
             row["bytes_per_second"] = 1e3 * row["floor_bytes"] / row["ms"]["median"]
             if context == max(self.contexts):
                 row["memory"] = watch.report(temp_bytes=compiled.temp_bytes)
             table.add(**row)
 
-    def _cache_bytes(self) -> int:
-        return cache_bytes(
-            self.variant.config, batch_size=1, max_len=self._max_len, dtype=self.settings.dtype
-        )
-
     def floor_bytes(self, context: int) -> int:
+        """Return the bytes that a step at `context` tokens must move."""
         config = self.variant.config
         return floors.decode_bytes(
             config.model,
@@ -113,6 +101,15 @@ class Decoding:
             ring_slots=config.ring_slots,
             itemsize=jnp.dtype(self.settings.dtype).itemsize,
         )["step"]
+
+    @property
+    def _max_len(self) -> int:
+        return max(self.contexts) + self.settings.slots
+
+    def _cache_bytes(self, max_len: int) -> int:
+        return cache_bytes(
+            self.variant.config, batch_size=1, max_len=max_len, dtype=self.settings.dtype
+        )
 
 
 def compare(published: Published, rows: Sequence[dict[str, Any]]) -> None:

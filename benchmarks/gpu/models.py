@@ -39,7 +39,7 @@ class Published:
 
     @property
     def variants(self) -> tuple[Variant, Variant]:
-        """Return the split model and the full one; the smaller first, for peaks of memory."""
+        """Return the split model and the full one."""
         layers, heads = self.model.num_layers, self.model.num_kv_heads
         duo = DuoConfig(
             model=self.model,

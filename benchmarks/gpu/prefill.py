@@ -65,7 +65,7 @@ class Prefill:
     def measure(self, compiled: serving.Reader, params: dict[str, Any], table: Table) -> None:
         """Add the row; a prompt that takes little of the time is read up to three times."""
         watch = memory.Watch()
-        compiled.begin(params)
+        compiled.params = params
         seconds = timing.interleaved({"read": compiled.read}, rounds=1)["read"]
         while sum(seconds) < min(8.0, table.time_left / 4) and len(seconds) < 3:
             seconds += timing.interleaved({"read": compiled.read}, rounds=1)["read"]
@@ -87,6 +87,7 @@ class Prefill:
         )
 
     def floor_flops(self) -> float:
+        """Return the operations that the prompt must take, 2 per multiply-add."""
         config = self.variant.config
         return floors.prefill_flops(
             config.model,

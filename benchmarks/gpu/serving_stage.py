@@ -67,28 +67,25 @@ def run(settings: Settings, table: Table) -> None:
         known = _is_done(future) and future.exception() is None
         return program.needed_bytes() + (future.result().temp_bytes if known else 0)
 
-    programs.sort(key=peak_bytes)
-    of_model: Published | None = None
-    params: dict[str, Any] | None = None
-    for index, program in enumerate(programs):
-        expected = program.expected_seconds(table)
-        later = [other.expected_seconds(table) for other in programs[index + 1 :]]
-        # What comes later and is quicker is not given up for it.
-        spare = table.time_left - sum(seconds for seconds in later if seconds < expected)
-        if expected > spare:
-            left = max(0.0, spare)
-            table.not_reached.append(f"{program.name}: about {expected:.0f} s, {left:.0f} s left")
+    weights = _Weights(settings)
+    queue = sorted((x for x in programs if _fits(x, peak_bytes(x), table)), key=peak_bytes)
+    while queue:
+        program = queue.pop(0)
+        expected, left = _expected_seconds(program, queue, table), max(0.0, table.time_left)
+        if expected > left:
+            table.not_reached.append(
+                f"{program.name}: about {expected:.0f} s with what it is compared with and what is "
+                f"quicker, {left:.0f} s left"
+            )
+            pair = [other for other in queue if _is_pair(program, other)]
+            table.not_reached += [f"{other.name}: as {program.name}" for other in pair]
+            queue = [other for other in queue if other not in pair]
             continue
         future = compiled.pop(program.name)
         if not _is_done(future):
             table.not_reached.append(f"{program.name}: still compiling")
             continue
-        if program.published is not of_model:
-            params = None  # before the next model's are made
-            gc.collect()
-            of_model, params = program.published, _params(settings, program.published)
-
-        table.attempt(program.name, functools.partial(_measure, program, future, params, table))
+        table.attempt(program.name, functools.partial(_measure, program, future, weights, table))
         del future
         gc.collect()
         for published in settings.models:
@@ -96,6 +93,45 @@ def run(settings: Settings, table: Table) -> None:
             decode.compare(published, [row for row in rows if row["what"] == decode.WHAT])
             prefill.compare(published, [row for row in rows if row["what"] == prefill.WHAT])
         table.write()
+
+
+class _Weights:
+    """The parameters of one model at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._published: Published | None = None
+        self._params: dict[str, Any] = {}
+
+    def of(self, published: Published) -> dict[str, Any]:
+        if published is not self._published:
+            self._published, self._params = None, {}  # before the next model's are made
+            gc.collect()
+            self._params = jax.block_until_ready(
+                models.random_params(published.model, self._settings.dtype)
+            )
+            self._published = published
+        return self._params
+
+
+def _is_pair(program: Program, other: Program) -> bool:
+    """Whether they read the same prompt: one time without the other gives no speed-up."""
+    return (
+        isinstance(program, prefill.Prefill)
+        and isinstance(other, prefill.Prefill)
+        and program.published is other.published
+    )
+
+
+def _expected_seconds(program: Program, later: list[Program], table: Table) -> float:
+    """Guess the time of a program, of its pair, and of what comes later and is quicker than both.
+
+    Those are not given up for it.
+    """
+    pair = [other for other in later if _is_pair(program, other)]
+    own = sum(other.expected_seconds(table) for other in (program, *pair))
+    others = [other.expected_seconds(table) for other in later if other not in pair]
+    return own + sum(seconds for seconds in others if seconds < own)
 
 
 def _fitting(settings: Settings, table: Table) -> list[Program]:
@@ -114,7 +150,7 @@ def _fitting(settings: Settings, table: Table) -> list[Program]:
                 )
                 for context in contexts
             ]
-            fitting = [x.contexts[0] for x in candidates if _fits(x, table)]
+            fitting = [x.contexts[0] for x in candidates if _fits(x, x.needed_bytes(), table)]
             if fitting:
                 found.append(
                     decode.Decoding(
@@ -126,39 +162,39 @@ def _fitting(settings: Settings, table: Table) -> list[Program]:
                 )
         for variant in (duo, full):
             program = prefill.Prefill(settings=settings, published=published, variant=variant)
-            if _fits(program, table):
+            if _fits(program, program.needed_bytes(), table):
                 found.append(program)
     return found
 
 
-def _fits(program: Program, table: Table) -> bool:
-    needed, limit = program.needed_bytes(), memory.limit() or 0
-    if memory.fits(needed):
+def _fits(program: Program, num_bytes: int, table: Table) -> bool:
+    if memory.fits(num_bytes):
         return True
-    table.not_reached.append(f"{program.name}: needs {needed / 1e9:.1f} GB of {limit / 1e9:.1f} GB")
+    limit = memory.limit() or 0
+    table.does_not_fit.append(
+        f"{program.name}: needs {num_bytes / 1e9:.1f} GB of {limit / 1e9:.1f} GB"
+    )
     return False
 
 
 def _compile(
     settings: Settings, programs: list[Program], table: Table
-) -> dict[str, concurrent.futures.Future]:
-    """Start compiling all programs, and wait while there is time for it."""
+) -> dict[str, concurrent.futures.Future[Any]]:
+    """Compile all programs; those that the time does not reach are not begun."""
     if table.time_left <= 0:
         return {program.name: concurrent.futures.Future() for program in programs}
-    pool = concurrent.futures.ThreadPoolExecutor(settings.threads)
-    futures = {program.name: pool.submit(program.compile) for program in programs}
-    concurrent.futures.wait(futures.values(), timeout=_MOST_FOR_COMPILING * table.time_left)
-    pool.shutdown(wait=False, cancel_futures=True)
+    with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
+        futures = {program.name: pool.submit(program.compile) for program in programs}
+        concurrent.futures.wait(futures.values(), timeout=_MOST_FOR_COMPILING * table.time_left)
+        pool.shutdown(cancel_futures=True)  # nothing compiles beside what is timed
     return futures
 
 
-def _is_done(future: concurrent.futures.Future) -> bool:
+def _is_done(future: concurrent.futures.Future[Any]) -> bool:
     return future.done() and not future.cancelled()
 
 
-def _params(settings: Settings, published: Published) -> dict[str, Any]:
-    return jax.block_until_ready(models.random_params(published.model, settings.dtype))
-
-
-def _measure(program: Program, future, params, table: Table) -> None:
-    program.measure(future.result(), params, table)
+def _measure(
+    program: Program, future: concurrent.futures.Future[Any], weights: _Weights, table: Table
+) -> None:
+    program.measure(future.result(), weights.of(program.published), table)

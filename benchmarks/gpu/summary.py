@@ -24,6 +24,7 @@ def _stages(tables: dict[str, Table]) -> list[str]:
         parts = [table.status, f"{len(table.rows)} rows"]
         parts += [f"{failed} failed"] if failed else []
         parts += [f"not reached: {len(table.not_reached)}"] if table.not_reached else []
+        parts += [f"does not fit: {len(table.does_not_fit)}"] if table.does_not_fit else []
         found.append(f"stage {table.name}: {', '.join(parts)}")
     return found
 

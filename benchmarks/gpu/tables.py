@@ -31,7 +31,8 @@ class Table:
           header: what was measured on what.
           deadline: when the stage's share of the time ends, as time.monotonic() counts.
         """
-        self.name, self.rows, self.not_reached = name, [], []
+        self.name, self.rows = name, []
+        self.not_reached, self.does_not_fit = [], []
         self.status = "running"
         self.notes: dict[str, Any] = {}
         self._path, self._header, self._deadline = folder / f"{name}.json", header, deadline
@@ -74,6 +75,7 @@ class Table:
             "seconds": round(time.monotonic() - self._began, 1),
             **self.notes,
             "not_reached": self.not_reached,
+            "does_not_fit": self.does_not_fit,
             "rows": self.rows,
         }
         files.write_text(self._path, json.dumps(content, indent=2) + "\n")

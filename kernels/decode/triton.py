@@ -22,7 +22,7 @@ from kernels import compat, reader, tiles
 from kernels.decode.config import BlockSizes
 from kernels.merge import merge_lse
 from kernels.packed import Packed
-from kernels.packed import reader as packed_reader
+from kernels.packed.reader import operands
 
 
 def decode(
@@ -40,8 +40,7 @@ def decode(
     num_kv_heads = k.shape[1]
     group = num_q_heads // num_kv_heads
     num_splits = block_sizes.num_splits
-    describe = packed_reader.operands if isinstance(k, Packed) else reader.operands
-    cache = describe(k, v, lambda s, k, b: (b, k), name="duo_decode")
+    cache = operands(k, v, lambda s, k, b: (b, k), name="duo_decode")
     out, lse = compat.pallas_call(
         functools.partial(
             _kernel,

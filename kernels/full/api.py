@@ -39,7 +39,9 @@ def full_attention(
 
     Raises:
       NotImplementedError: the named implementation cannot run this case, or is asked for a second
-        derivative that its kernels do not have; the message says why.
+        derivative that its kernels do not have; or an array is larger than kernels can address
+        ("auto" too, see kernels.dispatch). The message says why.
+      ValueError: the arrays do not fit one another.
     """
     limits.check_sequences(q, k, v)
 

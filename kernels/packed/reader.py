@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kernels import compat, tiles
+from kernels import compat, reader, tiles
 from kernels.packed.layout import BLOCK, Layout, Packed
 from kernels.reader import Mask, Operands
 
@@ -55,9 +55,15 @@ Queries = tuple[Float[Array, "rows words"], ...]  # per field
 
 
 def operands(
-    k: Packed, v: Packed, index_map: Callable[..., tuple[Any, Any]], *, name: str
+    k: Packed | Float[Array, "batch kv_heads slots head_dim"],
+    v: Packed | Float[Array, "batch kv_heads slots head_dim"],
+    index_map: Callable[..., tuple[Any, Any]],
+    *,
+    name: str,
 ) -> Operands:
-    """Describe packed keys and values; see kernels.reader.operands."""
+    """Describe keys and values, packed or not; arguments as of kernels.reader.operands."""
+    if not isinstance(k, Packed):
+        return reader.operands(k, v, index_map, name=name)
     leaves = (*k.leaves, *v.leaves)
     return Operands(
         arrays=leaves,

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import compat, masks, reader, tiles
 from kernels.packed import Packed
-from kernels.packed import reader as packed_reader
+from kernels.packed.reader import operands
 from kernels.tiles import BlockSizes
 
 
@@ -37,8 +37,7 @@ def prefill(
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """See kernels.prefill."""
     group = q.shape[2] // k.shape[1]
-    describe = packed_reader.operands if isinstance(k, Packed) else reader.operands
-    cache = describe(k, v, lambda i, n, b: (b, n // group), name="duo_prefill")
+    cache = operands(k, v, lambda i, n, b: (b, n // group), name="duo_prefill")
     return attend(
         q, cache, offsets, softmax_scale=softmax_scale, block_sizes=block_sizes, interpret=interpret
     )

@@ -46,7 +46,9 @@ def streaming_attention(
 
     Raises:
       NotImplementedError: the named implementation cannot run this case, or is asked for a gradient
-        that its kernels do not have; the message says why.
+        that its kernels do not have; or an array is larger than kernels can address ("auto" too,
+        see kernels.dispatch), be it the gradient's sums over many sinks. The message says why.
+      ValueError: the arrays or the past do not fit one another, or a size is impossible.
     """
     if sink_size < 0 or recent_size < 1:
         raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
