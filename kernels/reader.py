@@ -6,6 +6,7 @@ a block does to its queries' running softmax depends on the stored numbers; that
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -69,6 +70,12 @@ class Operands:
     specs: Sequence[pl.BlockSpec]  # of one row and head
     reader: Callable[..., Reader]  # takes the refs, block_kv and softmax_scale
     name: str  # of the kernels that read it
+
+    def read_with(self, block_sizes: Any, softmax_scale: float) -> Callable[..., Reader]:
+        """Return what makes a reader of the refs, given the kernel's tile sizes."""
+        return functools.partial(
+            self.reader, block_kv=block_sizes.block_kv, softmax_scale=softmax_scale
+        )
 
 
 def operands(

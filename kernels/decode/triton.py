@@ -43,11 +43,7 @@ def decode(
     cache = operands(k, v, lambda s, k, b: (b, k), name="duo_decode")
     out, lse = compat.pallas_call(
         functools.partial(
-            _kernel,
-            read=functools.partial(
-                cache.reader, block_kv=block_sizes.block_kv, softmax_scale=softmax_scale
-            ),
-            block_sizes=block_sizes,
+            _kernel, read=cache.read_with(block_sizes, softmax_scale), block_sizes=block_sizes
         ),
         name=cache.name,
         grid=(num_splits, num_kv_heads, batch),

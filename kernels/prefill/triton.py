@@ -58,11 +58,7 @@ def attend(
     q_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
     out, lse = compat.pallas_call(
         functools.partial(
-            _kernel,
-            read=functools.partial(
-                cache.reader, block_kv=block_sizes.block_kv, softmax_scale=softmax_scale
-            ),
-            block_sizes=block_sizes,
+            _kernel, read=cache.read_with(block_sizes, softmax_scale), block_sizes=block_sizes
         ),
         name=cache.name,
         grid=(num_blocks, num_q_heads, batch),
