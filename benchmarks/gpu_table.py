@@ -9,12 +9,14 @@ bytes of a decode step, operations of a prompt.
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.gpu import decode, prefill
-from benchmarks.gpu.models import Published
+from benchmarks.gpu.decode import Decoding
+from benchmarks.gpu.models import DECODE, Headline, Published
+from benchmarks.gpu.prefill import Prefill
+from benchmarks.gpu.program import Program
 from benchmarks.gpu.settings import Settings, real
+from benchmarks.serving import Variant
 from duo_jax import cli
 from duo_jax.errors import InputError
 
@@ -61,14 +63,14 @@ def read(file: pathlib.Path) -> dict[str, Any] | None:
 
 def to_markdown(result: dict[str, Any] | None) -> str:
     """Return the table, and what it was measured on."""
-    settings = real()
+    settings, known = real(), result or {"rows": [], "does_not_fit": []}
     lines = [
         "| | byte or FLOP floor | published, A100 | duo_jax |",
         "|---|---|---|---|",
         *(
-            _row(what, settings, published, result or {"rows": [], "does_not_fit": []})
-            for what in (decode.WHAT, prefill.WHAT)
-            for published in settings.models
+            _row(settings, published, headline, known)
+            for headlines in zip(*(model.headlines for model in settings.models), strict=True)
+            for published, headline in zip(settings.models, headlines, strict=True)
         ),
     ]
     if result is not None:
@@ -84,41 +86,30 @@ def to_markdown(result: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _row(what: str, settings: Settings, published: Published, result: dict[str, Any]) -> str:
+def _row(
+    settings: Settings, published: Published, headline: Headline, result: dict[str, Any]
+) -> str:
     duo, full = published.variants
-    if what == decode.WHAT:
-        tokens, speedup = published.contexts[0], published.decode_speedup
-        of_full, of_duo = (
-            decode.Decoding(
-                settings=settings, published=published, variant=variant, contexts=(tokens,)
-            )
-            for variant in (full, duo)
-        )
-        floor = of_full.floor_bytes(tokens) / of_duo.floor_bytes(tokens)
-    else:
-        tokens, speedup = published.prompt, published.prefill_speedup
-        of_full, of_duo = (
-            prefill.Prefill(settings=settings, published=published, variant=variant)
-            for variant in (full, duo)
-        )
-        floor = of_full.floor_flops() / of_duo.floor_flops()
-    measured = next(_speedups(result["rows"], what, published.name, tokens), None)
+    of_duo, of_full = (_program(settings, published, variant, headline) for variant in (duo, full))
+    row = headline.row(result["rows"])
     too_large = any(line.startswith(f"{of_full.name}:") for line in result["does_not_fit"])
     cells = [
-        f"{what} speed-up, {published.name}, {duo.retrieval:.0%} retrieval heads, "
-        f"{tokens // 1000}K tokens",
-        f"{floor:.2f}",
-        f"{speedup:.2f}",
-        f"**{measured:.2f}**" if measured else "full does not fit" if too_large else _NOTHING,
+        f"{headline.what} speed-up, {published.name}, {duo.retrieval:.0%} retrieval heads, "
+        f"{headline.tokens // 1000}K tokens",
+        f"{of_full.floor() / of_duo.floor():.2f}",
+        f"{headline.published:.2f}",
+        f"**{row['speedup']:.2f}**" if row else "full does not fit" if too_large else _NOTHING,
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def _speedups(rows: list[dict[str, Any]], what: str, model: str, tokens: int) -> Iterator[float]:
-    for row in rows:
-        is_wanted = (row.get("what"), row.get("model")) == (what, model) and "speedup" in row
-        if is_wanted and tokens in (row.get("context"), row.get("length")):
-            yield row["speedup"]
+def _program(
+    settings: Settings, published: Published, variant: Variant, headline: Headline
+) -> Program:
+    of = {"settings": settings, "published": published, "variant": variant}
+    if headline.what == DECODE:
+        return Decoding(**of, contexts=(headline.tokens,))
+    return Prefill(**of)
 
 
 if __name__ == "__main__":

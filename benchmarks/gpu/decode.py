@@ -13,41 +13,38 @@ import jax.numpy as jnp
 from benchmarks import floors, serving, timing
 from benchmarks.gpu import memory, models
 from benchmarks.gpu.models import Published
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.program import Program
 from benchmarks.gpu.tables import Table
-from benchmarks.serving import Variant
-from duo_jax.cache import cache_bytes, cache_shapes
+from duo_jax.cache import cache_shapes
 from kernels.aot import COMPILER_OPTIONS
-
-WHAT = "decode"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """One way to split a model, and the contexts to decode at."""
+class Decoding(Program):
+    """Decoding at some contexts."""
 
-    settings: Settings
-    published: Published
-    variant: Variant
     contexts: tuple[int, ...]
 
     @property
     def name(self) -> str:
         return f"{self.published.name} {self.variant.name}, decode at {max(self.contexts):,}"
 
-    def needed_bytes(self) -> int:
-        params = models.param_bytes(self.published.model, self.settings.dtype)
-        return params + self._cache_bytes(self._max_len)
+    @property
+    def max_len(self) -> int:
+        return max(self.contexts) + self.settings.slots
+
+    def floor(self) -> float:
+        return self._floor_bytes(max(self.contexts))
 
     def expected_seconds(self, table: Table) -> float:
         del table
         steps = 2 + self.settings.decode_steps * self.settings.decode_rounds
-        read = sum(self.floor_bytes(context) for context in self.contexts)
+        read = sum(self._floor_bytes(context) for context in self.contexts)
         return steps * read / self.settings.bytes_per_second
 
     def compile(self) -> serving.Decoder:
         empty = cache_shapes(
-            self.variant.config, batch_size=1, max_len=self._max_len, dtype=self.settings.dtype
+            self.variant.config, batch_size=1, max_len=self.max_len, dtype=self.settings.dtype
         )
         return serving.Decoder(
             self.variant.config,
@@ -63,7 +60,7 @@ class Decoding:
         watch = memory.Watch()
         compiled.params = params
         cache = serving.filled_cache(
-            config, context=max(self.contexts), max_len=self._max_len, dtype=settings.dtype
+            config, context=max(self.contexts), max_len=self.max_len, dtype=settings.dtype
         )
 
         def steps() -> None:
@@ -75,23 +72,23 @@ class Decoding:
             cache = compiled.step(cache, tokens=2)
             seconds = timing.interleaved({"steps": steps}, rounds=settings.decode_rounds)["steps"]
             row = {
-                "what": WHAT,
+                "what": models.DECODE,
                 "model": self.published.name,
                 "name": self.variant.name,
                 "context": context,
                 "ms": timing.summary(seconds, scale=1e3 / settings.decode_steps),
-                "floor_bytes": self.floor_bytes(context),
+                "floor_bytes": self._floor_bytes(context),
                 "retrieval": self.variant.retrieval,
                 "sink": config.sink_size,
                 "recent": config.recent_size,
-                "cache_bytes": self._cache_bytes(context + settings.slots),
+                "cache_bytes": self.cache_bytes(context + settings.slots),
             }
             row["bytes_per_second"] = 1e3 * row["floor_bytes"] / row["ms"]["median"]
             if context == max(self.contexts):
                 row["memory"] = watch.report(temp_bytes=compiled.temp_bytes)
             table.add(**row)
 
-    def floor_bytes(self, context: int) -> int:
+    def _floor_bytes(self, context: int) -> int:
         """Return the bytes that a step at `context` tokens must move."""
         config = self.variant.config
         return floors.decode_bytes(
@@ -101,15 +98,6 @@ class Decoding:
             ring_slots=config.ring_slots,
             itemsize=jnp.dtype(self.settings.dtype).itemsize,
         )["step"]
-
-    @property
-    def _max_len(self) -> int:
-        return max(self.contexts) + self.settings.slots
-
-    def _cache_bytes(self, max_len: int) -> int:
-        return cache_bytes(
-            self.variant.config, batch_size=1, max_len=max_len, dtype=self.settings.dtype
-        )
 
 
 def compare(published: Published, rows: Sequence[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +16,31 @@ from duo_jax import tensor_names
 from duo_jax.checkpoint import nested
 from duo_jax.config import ModelConfig
 from duo_jax.split import DuoConfig
+
+DECODE, PREFILL = "decode", "prefill"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Headline:
+    """A speed-up of a model that was published, and ours to reach."""
+
+    what: str  # DECODE or PREFILL
+    model: str
+    tokens: int  # in the cache, or in the prompt
+    published: float | None
+    goal: float | None
+
+    def row(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+        """Return the row of the serving stage that measured it, or None."""
+        for row in rows:
+            is_of = (row.get("what"), row.get("model")) == (self.what, self.model)
+            if (
+                is_of
+                and self.tokens in (row.get("context"), row.get("length"))
+                and "speedup" in row
+            ):
+                return row
+        return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +62,26 @@ class Published:
     prefill_speedup: float | None = None
     decode_goal: float | None = None
     prefill_goal: float | None = None
+
+    @property
+    def headlines(self) -> tuple[Headline, Headline]:
+        """Return those of decoding and of prefill."""
+        return (
+            Headline(
+                what=DECODE,
+                model=self.name,
+                tokens=self.contexts[0],
+                published=self.decode_speedup,
+                goal=self.decode_goal,
+            ),
+            Headline(
+                what=PREFILL,
+                model=self.name,
+                tokens=self.prompt,
+                published=self.prefill_speedup,
+                goal=self.prefill_goal,
+            ),
+        )
 
     @property
     def variants(self) -> tuple[Variant, Variant]:

@@ -12,39 +12,38 @@ import numpy as np
 from benchmarks import floors, serving, timing
 from benchmarks.gpu import memory, models
 from benchmarks.gpu.models import Published
-from benchmarks.gpu.settings import Settings
+from benchmarks.gpu.program import Program
 from benchmarks.gpu.tables import Table
-from benchmarks.serving import Variant
-from duo_jax.cache import cache_bytes
 from kernels.aot import COMPILER_OPTIONS
-
-WHAT = "prefill"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Prefill:
-    """One way to split a model, whose prompt is read."""
-
-    settings: Settings
-    published: Published
-    variant: Variant
+class Prefill(Program):
+    """The reading of the model's prompt."""
 
     @property
     def name(self) -> str:
         return f"{self.published.name} {self.variant.name}, prefill of {self.published.prompt:,}"
 
-    def needed_bytes(self) -> int:
-        return models.param_bytes(self.published.model, self.settings.dtype) + cache_bytes(
-            self.variant.config,
-            batch_size=1,
-            max_len=self.published.prompt,
-            dtype=self.settings.dtype,
-        )
+    @property
+    def max_len(self) -> int:
+        return self.published.prompt
+
+    def floor(self) -> float:
+        """Return the operations that the prompt takes at least, 2 per multiply-add."""
+        config = self.variant.config
+        return floors.prefill_flops(
+            config.model,
+            config.retrieval_heads,
+            length=self.published.prompt,
+            sink_size=config.sink_size,
+            recent_size=config.recent_size,
+        )["all"]
 
     def expected_seconds(self, table: Table) -> float:
         """Return the time at the rate of the slowest prompt so far."""
         rates = [row["flops_per_second"] for row in table.rows if "flops_per_second" in row]
-        return self.floor_flops() / min(rates or [self.settings.flops_per_second])
+        return self.floor() / min(rates or [self.settings.flops_per_second])
 
     def compile(self) -> serving.Reader:
         model = self.published.model
@@ -69,9 +68,9 @@ class Prefill:
         seconds = timing.interleaved({"read": compiled.read}, rounds=1)["read"]
         while sum(seconds) < min(8.0, table.time_left / 4) and len(seconds) < 3:
             seconds += timing.interleaved({"read": compiled.read}, rounds=1)["read"]
-        time, flops = timing.summary(seconds), self.floor_flops()
+        time, flops = timing.summary(seconds), self.floor()
         table.add(
-            what=WHAT,
+            what=models.PREFILL,
             model=self.published.name,
             name=self.variant.name,
             length=self.published.prompt,
@@ -85,17 +84,6 @@ class Prefill:
             flops_per_second=flops / time["median"],
             memory=watch.report(temp_bytes=compiled.temp_bytes),
         )
-
-    def floor_flops(self) -> float:
-        """Return the operations that the prompt must take, 2 per multiply-add."""
-        config = self.variant.config
-        return floors.prefill_flops(
-            config.model,
-            config.retrieval_heads,
-            length=self.published.prompt,
-            sink_size=config.sink_size,
-            recent_size=config.recent_size,
-        )["all"]
 
 
 def compare(published: Published, rows: Sequence[dict[str, Any]]) -> None:

@@ -8,43 +8,17 @@ peak for the whole process, which tells of a program only if it rises.
 import concurrent.futures
 import functools
 import gc
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from benchmarks.gpu import decode, memory, models, prefill
 from benchmarks.gpu.models import Published
+from benchmarks.gpu.program import Program
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table
 
 _MOST_FOR_COMPILING = 0.5  # of the stage's time
-
-
-class Program(Protocol):
-    """Decoding or prefill with one way to split a model."""
-
-    published: Published
-
-    @property
-    def name(self) -> str:
-        """Name in lists of what was not reached, and of failures."""
-        ...
-
-    def needed_bytes(self) -> int:
-        """Return the bytes of its parameters and caches."""
-        ...
-
-    def expected_seconds(self, table: Table) -> float:
-        """Guess how long it will be measured, from the rows there are."""
-        ...
-
-    def compile(self) -> Any:
-        """Compile it, without arrays; the result tells its `temp_bytes`."""
-        ...
-
-    def measure(self, compiled: Any, params: dict[str, Any], table: Table) -> None:
-        """Add its rows."""
-        ...
 
 
 def run(settings: Settings, table: Table) -> None:
@@ -67,8 +41,9 @@ def run(settings: Settings, table: Table) -> None:
         known = _is_done(future) and future.exception() is None
         return program.needed_bytes() + (future.result().temp_bytes if known else 0)
 
-    weights = _Weights(settings)
-    queue = sorted((x for x in programs if _fits(x, peak_bytes(x), table)), key=peak_bytes)
+    weights, peaks = _Weights(settings), {x.name: peak_bytes(x) for x in programs}
+    programs.sort(key=lambda program: peaks[program.name])
+    queue = [program for program in programs if _fits(program, peaks[program.name], table)]
     while queue:
         program = queue.pop(0)
         expected, left = _expected_seconds(program, queue, table), max(0.0, table.time_left)
@@ -90,8 +65,8 @@ def run(settings: Settings, table: Table) -> None:
         gc.collect()
         for published in settings.models:
             rows = [row for row in table.rows if row.get("model") == published.name]
-            decode.compare(published, [row for row in rows if row["what"] == decode.WHAT])
-            prefill.compare(published, [row for row in rows if row["what"] == prefill.WHAT])
+            decode.compare(published, [row for row in rows if row["what"] == models.DECODE])
+            prefill.compare(published, [row for row in rows if row["what"] == models.PREFILL])
         table.write()
 
 

@@ -1,6 +1,7 @@
 """The last lines of a run: what passed, what was measured, which targets were met."""
 
 from benchmarks.gpu import ceilings, packed
+from benchmarks.gpu.models import DECODE, PREFILL
 from benchmarks.gpu.tables import Table
 from benchmarks.gpu.targets import Target
 
@@ -59,8 +60,8 @@ def _packed(tables: dict[str, Table]) -> list[str]:
 def _serving(tables: dict[str, Table]) -> list[str]:
     found = []
     for what, axis, unit, key in (
-        ("decode", "context", "ms/token", "ms"),
-        ("prefill", "length", "s", "seconds"),
+        (DECODE, "context", "ms/token", "ms"),
+        (PREFILL, "length", "s", "seconds"),
     ):
         for row in tables["serving"].rows if "serving" in tables else []:
             if row.get("what") != what or "speedup" not in row:

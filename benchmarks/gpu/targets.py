@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from benchmarks.gpu import packed
-from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Published
+from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Headline
 from benchmarks.gpu.settings import FULL_32K, STREAMING_32K
 from benchmarks.gpu.tables import Table
 
@@ -83,42 +83,27 @@ def judge(tables: dict[str, Table], *, hardware: str) -> list[Target]:
         ),
     ]
     for model in (LLAMA_2_7B, LLAMA_3_8B):
-        found += _of_model(model, tables)
+        for headline in model.headlines:
+            found += _of_headline(headline, _rows(tables, "serving"))
     return found
 
 
-def _of_model(model: Published, tables: dict[str, Table]) -> list[Target]:
-    headline = {"context": model.contexts[0], "length": model.prompt}
-    found = []
-    for what, axis, goal, published in (
-        ("decode", "context", model.decode_goal, model.decode_speedup),
-        ("prefill", "length", model.prefill_goal, model.prefill_speedup),
-    ):
-        tokens = headline[axis]
-        row = next(
-            (
-                row
-                for row in _rows(tables, "serving")
-                if row.get("what") == what
-                and row.get("model") == model.name
-                and row["name"] == "duo"
-                and row[axis] == tokens
-                and "speedup" in row
-            ),
-            {},
-        )
-        speedup = row.get("speedup")
-        where = f"{model.name}, {what} at {tokens:,}: speed-up"
-        found.append(Target(what=f"{where} (published {published:.2f}x)", goal=goal, value=speedup))
-        found.append(
-            Target(
-                what=f"{where} over that of its floor",
-                goal=_OF_FLOOR,
-                value=None if speedup is None else speedup / row["floor_speedup"],
-                unit="",
-            )
-        )
-    return found
+def _of_headline(headline: Headline, rows: list[dict[str, Any]]) -> list[Target]:
+    row = headline.row(rows)
+    where = f"{headline.model}, {headline.what} at {headline.tokens:,}: speed-up"
+    return [
+        Target(
+            what=f"{where} (published {headline.published:.2f}x)",
+            goal=headline.goal,
+            value=row and row["speedup"],
+        ),
+        Target(
+            what=f"{where} over that of its floor",
+            goal=_OF_FLOOR,
+            value=row and row["speedup"] / row["floor_speedup"],
+            unit="",
+        ),
+    ]
 
 
 def _rows(tables: dict[str, Table], stage: str) -> list[dict[str, Any]]:

@@ -9,9 +9,8 @@ from kernels.full.api import full_attention
 from kernels.full.config import heuristic
 from kernels.gpu import Gpu
 from kernels.prefill.cases import PrefillCase
-from kernels.streaming.cases import with_gradient
+from kernels.streaming.cases import schedule_of, with_gradient
 from kernels.streaming.config import Config
-from kernels.streaming.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,15 +54,7 @@ class FullCase(Case):
             lse_bytes = 4.0 * self.batch * self.length * self.q_heads
             # The kernel writes an lse that nobody asked for: scheduled, but not needed.
             return dataclasses.replace(cost, num_bytes=cost.num_bytes - lse_bytes)
-        schedule = Schedule(
-            length=self.length,
-            sink=0,
-            recent=self.length,
-            q_heads=self.q_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            itemsize=self.itemsize,
-        )
+        schedule = schedule_of(self, length=self.length, sink=0, recent=self.length)
         return with_gradient(cost, schedule, self.block_sizes(gpu=gpu).backward, batch=self.batch)
 
     def as_prefill(self) -> PrefillCase:

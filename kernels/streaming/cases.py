@@ -66,15 +66,7 @@ class StreamingCase(Case):
     def cost(self, *, gpu: Gpu) -> Cost:
         sizes = self.block_sizes(gpu=gpu)
         rows = self.lengths or (0,) * self.batch
-        schedule = Schedule(
-            length=self.length,
-            sink=self.sink,
-            recent=self.recent,
-            q_heads=self.q_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            itemsize=self.itemsize,
-        )
+        schedule = schedule_of(self, length=self.length, sink=self.sink, recent=self.recent)
         pairs, keys, work = 0, 0, Work()
         for past in rows:
             positions = past + np.arange(self.length)
@@ -92,6 +84,19 @@ class StreamingCase(Case):
         if not self.gradient:
             return cost
         return with_gradient(cost, schedule, sizes.backward, batch=self.batch)
+
+
+def schedule_of(case: Case, *, length: int, sink: int, recent: int) -> Schedule:
+    """Return what the streaming kernels do with the heads and dtype of a case."""
+    return Schedule(
+        length=length,
+        sink=sink,
+        recent=recent,
+        q_heads=case.q_heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        itemsize=case.itemsize,
+    )
 
 
 def with_gradient(forward: Cost, schedule: Schedule, sizes: BlockSizes, *, batch: int) -> Cost:
