@@ -239,6 +239,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Run the command line."""
+    aot.on_cpu()
     cli.run(
         measure,
         BudgetConfig,

@@ -56,6 +56,7 @@ class CompiledConfig:
 
 def main(config: CompiledConfig) -> None:
     """Compile, count, and write both files."""
+    aot.on_cpu()
     reason = aot.unavailable()
     if reason is not None:
         raise InputError(reason)

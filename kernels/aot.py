@@ -26,6 +26,14 @@ Target = Literal["a100", "h200"]
 COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 
 
+def on_cpu() -> None:
+    """Let this process run on its CPU, as all must that compile; before jax makes an array.
+
+    Else jax looks for a GPU, and a process that has one cannot describe another one.
+    """
+    jax.config.update("jax_platforms", "cpu")
+
+
 def unavailable() -> str | None:
     """Return why nothing can be compiled for a GPU here, in one line; None if it can."""
     # Of another version than jax, the plugin would end the process.

