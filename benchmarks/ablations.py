@@ -2,10 +2,11 @@
 
     python -m benchmarks.ablations
 
-Exact retrieval of passkeys on held-out text (train.evaluate), over the fraction of streaming heads:
+Exact retrieval of passkeys on held-out text (train.retrieval_test), over the fraction of streaming
+heads:
 
 (a) how heads are chosen: by distillation on passkeys (the method itself), by attention profile
-    (duo_jax.profiling), by the language-modelling loss, and at random;
+    (duo_jax.heads.attention_profile), by the language-modelling loss, and at random;
 (b) what streaming heads see: sinks and recent tokens, sinks only, recent tokens only, each with the
     same number of slots. A query always sees its own token, so "sinks only" is recent 1. Measured
     twice: heads identified with the window they are deployed with, and heads identified with
@@ -30,15 +31,17 @@ import numpy as np
 from jaxtyping import Bool, Float
 from tqdm import tqdm
 
-from benchmarks import ablations_report
-from duo_jax import cli, files, machine, pretrained
+from benchmarks.quality import ablations_report
+from duo_jax import cli, files
+from duo_jax.checkpoints import pretrained
+from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
-from duo_jax.passkeys import PasskeySampler
-from duo_jax.pattern import retrieval_heads
-from duo_jax.text import load_documents, split_held_out
-from train.evaluate import RetrievalTest
+from duo_jax.heads.pattern import retrieval_heads
+from duo_jax.reports import machine
 from train.identify import IdentifyConfig, default_config, profile, training
 from train.identify.config import Method
+from train.retrieval_test import RetrievalTest
 from train.workdir import WorkDir
 
 Gates = Float[np.ndarray, "layers kv_heads"]

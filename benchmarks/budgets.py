@@ -18,11 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
-from duo_jax import cli, compiled, files, llama, machine
+from duo_jax import cli, files
 from duo_jax.cache import KVFormat, cache_bytes
 from duo_jax.errors import InputError
-from duo_jax.quantised_weights import WeightFormat
-from duo_jax.split import DuoConfig
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model import llama
+from duo_jax.model.quantised_weights import WeightFormat
+from duo_jax.reports import machine
+from duo_jax.serve import ahead_of_time as compiled
 from kernels import aot
 from train.distillation import Batch, Mixing
 from train.optimisation import StepConfig, init_state, train_step

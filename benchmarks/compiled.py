@@ -22,9 +22,11 @@ from typing import Any, get_args
 import jax
 from tqdm import tqdm
 
-from benchmarks import compiled_report, roofline
-from duo_jax import cli, files, machine
+from benchmarks.compile import report as compiled_report
+from benchmarks.compile import roofline
+from duo_jax import cli, files
 from duo_jax.errors import InputError
+from duo_jax.reports import machine
 from kernels import aot, compat
 from kernels.all_cases import CASES
 
@@ -124,7 +126,7 @@ def _worker(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, Any]]
 
 
 def _command(target: aot.Target, dump: pathlib.Path) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.compiled_worker", target, str(dump)]
+    return [sys.executable, "-m", "benchmarks.compile.worker", target, str(dump)]
 
 
 def _ptxas_version() -> str:

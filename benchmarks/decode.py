@@ -6,9 +6,10 @@ A Llama of random weights with the attention of a published model decodes token 
 context of random keys and values. All splits of the model are timed in turn, in one process; beside
 each stands the time of its attention part (a model of the same attention and width 2), the bytes of
 its live cache, and the ratio of the bytes that a step has to read at least. transformers and
-kvpress follow at every context, on the same saved weights (see benchmarks.rivals).
+kvpress follow at every context, on the same saved weights (see benchmarks.serving.rivals).
 
-A table of its own has one of the splits with the cache in every format (benchmarks.decode_kv).
+A table of its own has one of the splits with the cache in every format
+(benchmarks.serving.decode_kv).
 """
 
 import dataclasses
@@ -20,24 +21,27 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks import (
+from benchmarks.serving import (
     decode_kv,
     decode_kv_report,
     decode_report,
     floors,
-    serving,
     shapes,
     sweep,
     timing,
 )
-from benchmarks.decode_parts import StepAndAttention
-from benchmarks.rivals import Rival, RivalError
-from benchmarks.serving import Variant
-from benchmarks.settings import ServingSettings
-from duo_jax import cli, machine
+from benchmarks.serving import (
+    variants as serving,
+)
+from benchmarks.serving.decode_parts import StepAndAttention
+from benchmarks.serving.rivals import Rival, RivalError
+from benchmarks.serving.settings import ServingSettings
+from benchmarks.serving.variants import Variant
+from duo_jax import cli
 from duo_jax.cache import KVFormat, live_bytes
-from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
+from duo_jax.model.config import ModelConfig
+from duo_jax.reports import machine
 
 _WARMUP = 2
 

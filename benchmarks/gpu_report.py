@@ -41,7 +41,8 @@ from benchmarks.gpu import (  # noqa: E402
 )
 from benchmarks.gpu.settings import Settings, has_gpu, real, smoke  # noqa: E402
 from benchmarks.gpu.tables import Stage, Table  # noqa: E402
-from duo_jax import files, machine  # noqa: E402
+from duo_jax import files  # noqa: E402
+from duo_jax.reports import machine  # noqa: E402
 
 STAGES = ("ceilings", "checks", "serving", "kernels", "sweep")
 _GRACE = 15.0  # seconds after the last deadline, for a measurement under way

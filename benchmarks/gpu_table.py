@@ -16,7 +16,7 @@ from benchmarks.gpu.models import DECODE, Headline, Published
 from benchmarks.gpu.prefill import Prefill
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.settings import Settings, real
-from benchmarks.serving import Variant
+from benchmarks.serving.variants import Variant
 from duo_jax import cli
 from duo_jax.errors import InputError
 

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from duo_jax import cli, files, llama
-from duo_jax.config import ModelConfig, RopeConfig
+from duo_jax import cli, files
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig, RopeConfig
 from train.distillation import Batch
 from train.optimisation import StepConfig, init_state, train_step
 

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import duo_jax
-from duo_jax import cli, pretrained, serve
+from duo_jax import cli, serve
+from duo_jax.api import DuoModel
 from duo_jax.cache import init_cache
-from duo_jax.model import DuoModel
-from duo_jax.quantised_weights import WeightFormat
+from duo_jax.checkpoints import pretrained
+from duo_jax.model.quantised_weights import WeightFormat
 
 _TOKENS = 512  # of the text, at most
 

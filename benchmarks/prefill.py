@@ -5,7 +5,7 @@
 A Llama of random weights with the attention of a published model, and a narrow rest, reads prompts
 of random tokens in chunks. All splits are timed in turn, in one process; beside each stands the
 ratio of the operations that are needed at least. transformers and kvpress follow at every length,
-on the same saved weights (see benchmarks.rivals).
+on the same saved weights (see benchmarks.serving.rivals).
 """
 
 import dataclasses
@@ -17,16 +17,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import floors, prefill_report, serving, sweep, timing
-from benchmarks.rivals import Rival, RivalError
-from benchmarks.serving import Reader, Variant
-from benchmarks.settings import ServingSettings
+from benchmarks.serving import floors, prefill_report, sweep, timing
+from benchmarks.serving import variants as serving
+from benchmarks.serving.rivals import Rival, RivalError
+from benchmarks.serving.settings import ServingSettings
+from benchmarks.serving.variants import Reader, Variant
 from duo_jax import cli
 from duo_jax.cache import live_bytes
-from duo_jax.config import ModelConfig
 from duo_jax.errors import InputError
-from duo_jax.runtime import Runtime
+from duo_jax.model.config import ModelConfig
 from duo_jax.serve import PrefillMode
+from duo_jax.session.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

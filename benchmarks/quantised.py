@@ -3,10 +3,10 @@
     python -m benchmarks.quantised
 
 Every setting answers the same questions on held-out text, through the caches that serve it (see
-duo_jax.evaluate.served_retrieval). Half of the heads stream, as the demo's pattern says; the first
-row is the model with full caches. Differences are paired, text by text, against the split model in
-its own dtype. Of the logits, as in benchmarks.logits_error: |logits - that model's| / |that
-model's|, after every token of all questions and answers.
+duo_jax.evaluate.passkeys.retrieval). Half of the heads stream, as the demo's pattern says; the
+first row is the model with full caches. Differences are paired, text by text, against the split
+model in its own dtype. Of the logits, as in benchmarks.logits_error: |logits - that model's| /
+|that model's|, after every token of all questions and answers.
 """
 
 import dataclasses
@@ -20,16 +20,18 @@ from tqdm import tqdm
 
 import duo_jax
 from benchmarks import logits_error
-from duo_jax import cli, files, machine, pretrained
+from duo_jax import cli, files
+from duo_jax.api import DEFAULT_SPARSITY, NO_PATTERN, DuoModel
 from duo_jax.cache import KVFormat
+from duo_jax.checkpoints import pretrained
+from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.errors import InputError
-from duo_jax.evaluate import served_retrieval
-from duo_jax.evaluate.served_retrieval import Retrieved
-from duo_jax.model import DEFAULT_SPARSITY, NO_PATTERN, DuoModel
-from duo_jax.quantised_weights import WeightFormat
-from duo_jax.text import load_documents, split_held_out
+from duo_jax.evaluate.passkeys import retrieval as served_retrieval
+from duo_jax.evaluate.passkeys.retrieval import Retrieved
+from duo_jax.model.quantised_weights import WeightFormat
+from duo_jax.reports import machine
 from train.demo_model.config import TEMPLATES
-from train.evaluate import RetrievalTest
+from train.retrieval_test import RetrievalTest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

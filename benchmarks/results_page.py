@@ -12,10 +12,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import ablations_report, published, quantised
+from benchmarks import quantised
+from benchmarks.quality import ablations_report, published
 from duo_jax import cli, files
 from duo_jax.errors import InputError
-from duo_jax.evaluate import compare_report, heat_map, settings
+from duo_jax.evaluate.compare import report as compare_report
+from duo_jax.evaluate.results import describe as settings
+from duo_jax.evaluate.results import heat_map
 
 _HEAD = """\
 # Results

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from duo_jax.checkpoint import nested, quiet_orbax, stored_shapes
-from duo_jax.quantised_weights import StoredFormat, quantise
-from duo_jax.tensor_info import cast
-from duo_jax.tensor_names import Path, Tensor
-from duo_jax.weights import Weights
+from duo_jax.checkpoints.orbax_checkpoint import nested, quiet_orbax, stored_shapes
+from duo_jax.checkpoints.tensor_info import cast
+from duo_jax.checkpoints.tensor_names import Path, Tensor
+from duo_jax.checkpoints.weights import Weights
+from duo_jax.model.quantised_weights import StoredFormat, quantise
 
 _MIN_GROUP = 1 << 24
 _CHUNK = 1 << 23

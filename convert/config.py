@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from duo_jax.errors import InputError
-from duo_jax.quantised_weights import StoredFormat
+from duo_jax.model.quantised_weights import StoredFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

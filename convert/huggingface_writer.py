@@ -12,10 +12,10 @@ from collections.abc import Callable
 import huggingface_hub
 import numpy as np
 
-from duo_jax.safetensors_files import INDEX_FILE
-from duo_jax.tensor_info import DTYPES, cast
-from duo_jax.tensor_names import Tensor
-from duo_jax.weights import Weights
+from duo_jax.checkpoints.safetensors_files import INDEX_FILE
+from duo_jax.checkpoints.tensor_info import DTYPES, cast
+from duo_jax.checkpoints.tensor_names import Tensor
+from duo_jax.checkpoints.weights import Weights
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

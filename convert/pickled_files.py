@@ -10,9 +10,9 @@ import pathlib
 import ml_dtypes
 import numpy as np
 
+from duo_jax.checkpoints.safetensors_files import read_index
+from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.errors import InputError
-from duo_jax.safetensors_files import read_index
-from duo_jax.tensor_info import DTYPES, TensorInfo
 
 SINGLE_FILE = "pytorch_model.bin"
 INDEX_FILE = "pytorch_model.bin.index.json"

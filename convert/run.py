@@ -10,12 +10,17 @@ from tqdm import tqdm
 from convert import checkpoint_writer, huggingface_writer
 from convert.config import ConvertConfig
 from convert.pickled_files import PickledFiles
-from duo_jax import pretrained
-from duo_jax.checkpoint import MARKER_FILE, PARAMS_FOLDER, is_checkpoint, marker_of
+from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.orbax_checkpoint import (
+    MARKER_FILE,
+    PARAMS_FOLDER,
+    is_checkpoint,
+    marker_of,
+)
+from duo_jax.checkpoints.safetensors_files import has_safetensors
+from duo_jax.checkpoints.weights import HuggingFaceWeights, Weights, open_weights
 from duo_jax.errors import InputError
 from duo_jax.files import new_folder
-from duo_jax.safetensors_files import has_safetensors
-from duo_jax.weights import HuggingFaceWeights, Weights, open_weights
 
 COPIED_FILES = (
     "config.json",

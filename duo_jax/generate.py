@@ -12,11 +12,12 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from duo_jax import cli, pretrained
-from duo_jax.conversation import Conversation
+from duo_jax import cli
+from duo_jax.checkpoints import pretrained
+from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
-from duo_jax.model_flags import ModelFlags
-from duo_jax.sampling import SamplingConfig, check_seed
+from duo_jax.serve.sampling import SamplingConfig, check_seed
+from duo_jax.session.conversation import Conversation
 
 _DESCRIPTION = """\
 Write on from a prompt with a model whose attention heads are split: retrieval heads keep the whole

@@ -30,7 +30,7 @@ _LONGEST = (
     "test_compiled test_cost test_cases test_budgets test_serve test_identify test_generate_cli "
     "test_identify_sources test_implementations test_decode_benchmark test_gpu_report test_session "
     "test_gpu_serving test_eviction test_lm_eval test_compare test_identify_methods "
-    "test_optimisation test_model test_ablations test_needle test_generate_parity test_parity "
+    "test_optimisation test_api test_ablations test_needle test_generate_parity test_parity "
     "test_distillation test_demo_model test_attention test_cache_files test_cache "
     "test_cache_buffers test_benchmarks"
 ).split()

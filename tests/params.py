@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from duo_jax import llama
-from duo_jax.config import ModelConfig
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 
 
 def random_params(config: ModelConfig, *, seed: int = 0, dtype=jnp.float32) -> dict[str, Any]:

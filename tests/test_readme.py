@@ -9,22 +9,13 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from benchmarks import (
-    budgets,
-    decode_kv_report,
-    decode_report,
-    gpu_table,
-    identify,
-    prefill_report,
-    published,
-    quantised,
-    results_page,
-    sweep,
-)
+from benchmarks import budgets, gpu_table, identify, quantised, results_page
+from benchmarks.quality import published
+from benchmarks.serving import decode_kv_report, decode_report, prefill_report, sweep
 from duo_jax import generate
 from duo_jax.cache import KVFormat
-from duo_jax.pattern import load_pattern
-from train import report
+from duo_jax.heads.pattern import load_pattern
+from train.identify import report
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from duo_jax import llama
-from duo_jax.config import ModelConfig
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 from kernels import Implementation
 from kernels.precision import accumulator
 from train import gates as gated

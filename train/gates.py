@@ -9,7 +9,7 @@ identification the full term may come from another stream, the teacher; see `tra
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from duo_jax import llama
+from duo_jax.model import llama
 from kernels import Implementation, full_attention, streaming_attention
 from kernels.precision import accumulator
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from duo_jax import llama
-from duo_jax.config import ModelConfig
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 from kernels import Implementation
 from kernels.precision import accumulator
 from train.distillation import Batch, Mixing, teacher_and_student

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from duo_jax import llama
-from duo_jax.config import ModelConfig
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 from kernels import Implementation
 from train.distillation import Batch, Mixing, distillation_loss
 from train.language_modelling import language_modelling_loss

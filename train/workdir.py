@@ -16,10 +16,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from duo_jax import files
-from duo_jax.checkpoint import quiet_orbax
+from duo_jax.checkpoints.orbax_checkpoint import quiet_orbax
+from duo_jax.cli.work_folder import (
+    claim,
+)
 from duo_jax.errors import InputError
-from duo_jax.work_folder import check as check  # runs look before they load their model
-from duo_jax.work_folder import claim
 
 
 @runtime_checkable
@@ -34,7 +35,7 @@ class WorkDir:
     """A work folder that belongs to exactly one configuration; made if it does not exist.
 
     Raises:
-      InputError: as `duo_jax.work_folder.claim` does.
+      InputError: as `duo_jax.cli.work_folder.claim` does.
     """
 
     def __init__(self, path: pathlib.Path, config: Any, *, operational: Sequence[str]) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from benchmarks import floors, serving, timing
 from benchmarks.gpu import memory, models
 from benchmarks.gpu.models import Published
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.tables import Table
+from benchmarks.serving import floors, timing
+from benchmarks.serving import variants as serving
 from duo_jax.cache import cache_shapes
 from kernels.aot import COMPILER_OPTIONS
 

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from benchmarks import shapes
-from benchmarks.serving import Variant
-from duo_jax import tensor_names
-from duo_jax.checkpoint import nested
-from duo_jax.config import ModelConfig
-from duo_jax.split import DuoConfig
+from benchmarks.serving import shapes
+from benchmarks.serving.variants import Variant
+from duo_jax.checkpoints import tensor_names
+from duo_jax.checkpoints.orbax_checkpoint import nested
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model.config import ModelConfig
 
 DECODE, PREFILL = "decode", "prefill"
 

@@ -4,8 +4,8 @@ import importlib.util
 import pathlib
 from typing import Any
 
-from benchmarks import charts
 from benchmarks.gpu.tables import Table
+from benchmarks.serving import charts
 
 
 def draw(tables: dict[str, Table], folder: pathlib.Path, *, title: str) -> str:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import floors, serving, timing
 from benchmarks.gpu import memory, models
 from benchmarks.gpu.models import Published
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.tables import Table
+from benchmarks.serving import floors, timing
+from benchmarks.serving import variants as serving
 from kernels.aot import COMPILER_OPTIONS
 
 

@@ -8,7 +8,7 @@ from benchmarks.gpu import models
 from benchmarks.gpu.models import Published
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table
-from benchmarks.serving import Variant
+from benchmarks.serving.variants import Variant
 from duo_jax.cache import cache_bytes
 
 

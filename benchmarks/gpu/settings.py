@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import jax
 
-from benchmarks import shapes
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Published
+from benchmarks.serving import shapes
 from duo_jax.serve import PrefillMode
 from kernels.all_cases import CASES
 from kernels.case import Case

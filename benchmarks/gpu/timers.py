@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import timing
+from benchmarks.serving import timing
 
 _SHORT = 300e-6  # seconds; below, calls are not dispatched as fast as they run
 LOOPS = 64  # calls in one program, where one is short

@@ -10,12 +10,12 @@ from duo_jax.errors import InputError
 # need the extra "eval".
 COMMANDS = {
     "needle": (
-        "needle_command",
+        "needle",
         "a fact at every depth of texts of every length: the heat map",
     ),
-    "passkeys": ("passkey_command", "several passkeys in one text, as in identification"),
-    "lm-eval": ("lm_eval_command", "tasks of lm-evaluation-harness: RULER, LongBench, MMLU, ..."),
-    "compare": ("compare_command", "DuoAttention beside other methods, at equal bytes of cache"),
+    "passkeys": ("passkeys", "several passkeys in one text, as in identification"),
+    "lm-eval": ("harness", "tasks of lm-evaluation-harness: RULER, LongBench, MMLU, ..."),
+    "compare": ("compare", "DuoAttention beside other methods, at equal bytes of cache"),
 }
 _PROG = "python -m duo_jax.evaluate"
 
@@ -31,7 +31,7 @@ def main(args: list[str] | None = None) -> None:
             InputError(f"{args[0]!r} is not one of {', '.join(COMMANDS)} (see {_PROG} --help)")
         )
     module, _ = COMMANDS[args[0]]
-    importlib.import_module(f"duo_jax.evaluate.{module}").main(args[1:])
+    importlib.import_module(f"duo_jax.evaluate.{module}.command").main(args[1:])
 
 
 def _usage() -> str:

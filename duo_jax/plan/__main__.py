@@ -7,17 +7,18 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from duo_jax import cli, files, pretrained
+from duo_jax import cli, files
+from duo_jax.api import split_heads
 from duo_jax.cache import KVFormat
-from duo_jax.config import read_config
+from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
-from duo_jax.model import split_heads
+from duo_jax.model.config import read_config
+from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
 from duo_jax.plan.estimate import Workload
 from duo_jax.plan.gpus import PlannedGpu
 from duo_jax.plan.rows import Row, cheapest, plan
 from duo_jax.plan.settings import chosen_settings
-from duo_jax.quantised_weights import WeightFormat
 
 _DESCRIPTION = """\
 Tell the longest context that fits a GPU, for every setting of caches and weights.

@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from typing import Any
 
-from duo_jax import compiled
 from duo_jax.cache import cache_shapes
-from duo_jax.config import ModelConfig
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan.settings import Setting
 from duo_jax.plan.workspace import workspace_bytes
-from duo_jax.quantised_weights import WeightFormat
-from duo_jax.split import DuoConfig
+from duo_jax.serve import ahead_of_time as compiled
 from kernels.packed import BLOCK
 
 _LONGEST = 1 << 31  # tokens of a row; positions are 32-bit numbers

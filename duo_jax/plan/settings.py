@@ -3,7 +3,7 @@
 import dataclasses
 
 from duo_jax.cache import KVFormat
-from duo_jax.quantised_weights import WeightFormat
+from duo_jax.model.quantised_weights import WeightFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from typing import Any
 
-from duo_jax import compiled
-from duo_jax.config import ModelConfig, RopeConfig
 from duo_jax.errors import InputError
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model.config import ModelConfig, RopeConfig
 from duo_jax.plan.estimate import Estimate
-from duo_jax.split import DuoConfig
+from duo_jax.serve import ahead_of_time as compiled
 from kernels import aot
 from kernels.aot import Target
 

@@ -16,12 +16,12 @@ A decode step of one row has a matrix in another layout (model dtype), or q, k a
 next to nothing. All have logits.
 """
 
-from duo_jax.config import ModelConfig
-from duo_jax.quantised_weights import WeightFormat
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.quantised_weights import WeightFormat
 
 _WIDE = 4  # bytes of float32 and int32
 _INT4_GROUP = 128  # inputs whose partial sums have a place of their own
-_FEW_ROWS = 4  # up to which int4 is not dequantised (duo_jax.quantised_products)
+_FEW_ROWS = 4  # up to which int4 is not dequantised (duo_jax.model.quantised_linear)
 
 
 def workspace_bytes(

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from duo_jax import pretrained
-from duo_jax.checkpoint import flattened
+from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.orbax_checkpoint import flattened
+from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError
-from duo_jax.weights import open_weights
 from tests import models
 
 needs_torch = pytest.mark.skipif(

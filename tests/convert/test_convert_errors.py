@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
-from duo_jax import pretrained
+from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from tests import models
 from tests.processes import without_plugin_log

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from duo_jax import tensor_names
-from duo_jax.config import parse_config
-from duo_jax.weights import open_weights
+from duo_jax.checkpoints import tensor_names
+from duo_jax.checkpoints.weights import open_weights
+from duo_jax.model.config import parse_config
 from tests import models
 
 both_ways = pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])

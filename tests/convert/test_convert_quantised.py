@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from convert.__main__ import main
-from duo_jax import checkpoint, pretrained
+from duo_jax.checkpoints import orbax_checkpoint as checkpoint
+from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError
-from duo_jax.quantised_weights import QuantisedKernel, dequantise
-from duo_jax.weights import open_weights
+from duo_jax.model.quantised_weights import QuantisedKernel, dequantise
 from tests import models
 
 HEADS = np.ones((2, 2), bool)

@@ -13,11 +13,13 @@ import sys
 import pytest
 
 import duo_jax
-from duo_jax import generate, model_flags, pretrained
-from duo_jax import session as session_module
-from duo_jax.pattern import Pattern, save_pattern
+from duo_jax import generate
+from duo_jax.checkpoints import pretrained
+from duo_jax.cli import model_flags
+from duo_jax.heads.pattern import Pattern, save_pattern
+from duo_jax.session import session as session_module
 from tests import models
-from tests.duo_jax.test_model import GATES, PATTERN, TEMPLATE, TEXT, VOCAB
+from tests.duo_jax.test_api import GATES, PATTERN, TEMPLATE, TEXT, VOCAB
 from tests.processes import without_plugin_log
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import duo_jax
-from duo_jax import pretrained
-from duo_jax.pattern import Pattern
-from duo_jax.runtime import Runtime
-from duo_jax.sampling import SamplingConfig
-from duo_jax.session import Session
-from duo_jax.split import duo_config
-from duo_jax.writing import write_tokens
+from duo_jax.checkpoints import pretrained
+from duo_jax.heads.pattern import Pattern
+from duo_jax.heads.split import duo_config
+from duo_jax.serve.sampling import SamplingConfig
+from duo_jax.session.runtime import Runtime
+from duo_jax.session.session import Session
+from duo_jax.session.writing import write_tokens
 from tests import models
 from tests.golden import generate
 

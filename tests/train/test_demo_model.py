@@ -9,14 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import llama, pretrained
+from duo_jax.checkpoints import pretrained
+from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
 from duo_jax.errors import InputError
-from duo_jax.passkeys import ORDINALS, PasskeyConfig
-from duo_jax.text import load_documents, split_held_out
+from duo_jax.model import llama
 from train.demo_model import run
 from train.demo_model.config import MODEL, PRESET, TEMPLATES, DemoConfig, Stage
 from train.demo_model.documents import DocumentSource
-from train.evaluate import RetrievalTest
+from train.retrieval_test import RetrievalTest
 
 
 @pytest.fixture(scope="module")

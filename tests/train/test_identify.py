@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from duo_jax.pattern import load_pattern
+from duo_jax.heads.pattern import load_pattern
 from tests import models
 from tests.train.conftest import TINY_FLAGS
 from train.identify import IdentifyConfig, default_config

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 import duo_jax
-from duo_jax import pretrained, profiling
-from duo_jax.passkeys import PasskeyConfig, PasskeySampler
-from duo_jax.pattern import load_pattern
-from duo_jax.text import load_documents, split_held_out
+from duo_jax.checkpoints import pretrained
+from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
+from duo_jax.heads import attention_profile as profiling
+from duo_jax.heads.pattern import load_pattern
 from tests.train.conftest import TINY_FLAGS
 from train.identify import profile as profile_module
 from train.identify.__main__ import main

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import llama
-from duo_jax.config import parse_config
+from duo_jax.model import llama
+from duo_jax.model.config import parse_config
 from tests import models
 from tests.train.test_identify import SETTINGS
 from train import optimisation
@@ -191,7 +191,7 @@ def test_a_tail_that_cuts_supervised_positions_off_changes_the_gates():
 def test_every_other_field_is_a_setting_that_changes_the_gates_of_a_whole_run():
     settings = {flags[0].removeprefix("--").replace("-", "_") for flags in SETTINGS}
     fields = {field.name.removesuffix("_size") for field in dataclasses.fields(StepConfig)}
-    # Implementations agree; tests/duo_jax/test_implementations.py sees that the choice is obeyed.
+    # tests/duo_jax/serve/test_implementations.py sees that the choice of implementation is obeyed.
     # --method is what decides the objective.
     assert fields - settings == {"tail", "objective", "implementation"}
     assert "method" in settings

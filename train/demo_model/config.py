@@ -5,9 +5,9 @@ import pathlib
 
 import tyro
 
-from duo_jax.config import ModelConfig, RopeConfig
+from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
 from duo_jax.errors import InputError
-from duo_jax.passkeys import ORDINALS, PasskeyConfig
+from duo_jax.model.config import ModelConfig, RopeConfig
 
 VOCAB_SIZE = 1024
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from duo_jax.passkeys import PasskeyConfig, PasskeySampler, Sample
+from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler, Sample
 from train.demo_model.config import Stage
 
 _SHORTEST_BLOCK = 6

@@ -12,8 +12,10 @@ import numpy as np
 from jaxtyping import PyTree
 from safetensors.numpy import save_file
 
-from duo_jax import files, llama, tensor_names
-from duo_jax.config import ModelConfig
+from duo_jax import files
+from duo_jax.checkpoints import tensor_names
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 from train.demo_model.config import EVALUATION, PRESET, TEMPLATES
 from train.demo_model.tokenizer import write_tokenizer
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from duo_jax import llama
-from duo_jax.config import ModelConfig
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 from train.demo_model.config import PRESET, TEMPLATES
-from train.evaluate import RetrievalTest
+from train.retrieval_test import RetrievalTest
 
 _PASSKEY_WORDS = 8
 _TOKENS_PER_PASSKEY = 64  # of text, at least

@@ -13,9 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax import files
+from duo_jax.checkpoints.pretrained import load_tokenizer
+from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.errors import InputError
-from duo_jax.pretrained import load_tokenizer
-from duo_jax.text import load_documents, split_held_out
 from train import workdir as work
 from train.demo_model import export, retrieval
 from train.demo_model.config import TEMPLATES, DemoConfig, Stage

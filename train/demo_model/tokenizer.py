@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from duo_jax.passkeys import ORDINALS, PasskeyConfig
+from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
 
 BOS, EOS = "<|begin|>", "<|end|>"
 # Often enough that every word of the templates becomes one token.

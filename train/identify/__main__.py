@@ -1,6 +1,7 @@
 """Command line of identification."""
 
-from duo_jax import cli, presets
+from duo_jax import cli
+from duo_jax.cli import presets
 from train.identify.config import IdentifyConfig, default_config
 from train.identify.run import identify
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from duo_jax.passkeys import Sample
+from duo_jax.data.passkeys import Sample
 from train.distillation import Batch
 from train.identify.config import IdentifyConfig
 

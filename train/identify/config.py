@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from duo_jax import presets
+from duo_jax.cli import presets
+from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
-from duo_jax.passkeys import PasskeyConfig
-from duo_jax.runtime import check_implementation
+from duo_jax.session.runtime import check_implementation
 from kernels import Implementation
 from train.distillation import Mixing
 

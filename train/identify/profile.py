@@ -1,4 +1,4 @@
-"""Scores by attention profile (duo_jax.profiling), sample after sample, resumed like training."""
+"""Scores by attention profile, sample after sample, resumed like training."""
 
 import dataclasses
 import json
@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from duo_jax.config import ModelConfig
+from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
-from duo_jax.llama import Params
-from duo_jax.passkeys import PasskeySampler
-from duo_jax.profiling import kv_scores, sample_profile
+from duo_jax.heads.attention_profile import kv_scores, sample_profile
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.llama import Params
 from train.identify.batches import padded_length
 from train.identify.config import IdentifyConfig
 from train.workdir import WorkDir

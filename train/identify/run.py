@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from duo_jax import pretrained
+from duo_jax.checkpoints import pretrained
+from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
-from duo_jax.passkeys import PasskeySampler
-from duo_jax.pattern import Pattern, save_pattern
-from duo_jax.text import load_documents, split_held_out
-from train import plots, report
+from duo_jax.heads.pattern import Pattern, save_pattern
 from train import workdir as work
-from train.evaluate import RetrievalTest
-from train.identify import profile, training
+from train.identify import plots, profile, report, training
 from train.identify.config import IdentifyConfig, default_config
+from train.retrieval_test import RetrievalTest
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")

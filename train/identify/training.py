@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from duo_jax.config import ModelConfig
+from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
-from duo_jax.llama import Params
-from duo_jax.passkeys import PasskeySampler
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.llama import Params
 from train.identify.batches import batch_of_one, padded_length
 from train.identify.config import IdentifyConfig
 from train.optimisation import StepConfig, init_state, train_step

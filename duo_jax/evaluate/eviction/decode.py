@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from duo_jax import llama, rope, serve
+from duo_jax import serve
 from duo_jax.evaluate.eviction.cache import FREE, Held, Pool
 from duo_jax.evaluate.eviction.policy import Policy, Step
-from duo_jax.llama import Params
-from duo_jax.split import DuoConfig
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model import llama, rope
+from duo_jax.model.llama import Params
 from kernels.precision import accumulator
 
 

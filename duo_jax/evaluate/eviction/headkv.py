@@ -8,9 +8,9 @@ max-pooling over 7 are the public code's; the paper tries beta from 1.005 to 10 
 for each model; here it is 1.01, nearly all in the pool.
 
 Importance: the paper estimates it from needle tests, as the attention that a head pays to the
-answer. Here it is the attention profile (duo_jax.profiling), the same scores by which the method
-"profile heads" chooses, so that both use equal knowledge of the model. A share beyond the prompt's
-length goes to the other heads.
+answer. Here it is the attention profile (duo_jax.heads.attention_profile), the same scores by which
+the method "profile heads" chooses, so that both use equal knowledge of the model. A share beyond
+the prompt's length goes to the other heads.
 
 GQA: as SnapKV; importance is of KV heads.
 """

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from duo_jax import llama, rope, serve
+from duo_jax import serve
 from duo_jax.evaluate.eviction.cache import Prompt
-from duo_jax.llama import Params
-from duo_jax.split import DuoConfig
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model import llama, rope
+from duo_jax.model.llama import Params
 from kernels import Implementation, full_attention
 from kernels.precision import accumulator
 

@@ -14,9 +14,9 @@ from duo_jax.evaluate.eviction.cache import Pool, Prompt, compress
 from duo_jax.evaluate.eviction.decode import decode
 from duo_jax.evaluate.eviction.policy import Budget, Policy
 from duo_jax.evaluate.eviction.prompt import read
-from duo_jax.llama import Params
-from duo_jax.runtime import Runtime
-from duo_jax.split import DuoConfig
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model.llama import Params
+from duo_jax.session.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

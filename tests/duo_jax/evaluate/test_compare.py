@@ -6,14 +6,15 @@ import pathlib
 import numpy as np
 import pytest
 
-from duo_jax.evaluate import compare_command, compare_methods
-from duo_jax.evaluate.compare_points import differences, points
-from duo_jax.evaluate.compare_report import to_markdown
-from duo_jax.evaluate.compare_tasks import Task, make
-from duo_jax.passkeys import PasskeyTemplates
-from duo_jax.pattern import Pattern, save_pattern
-from duo_jax.pretrained import load_tokenizer
-from duo_jax.text import load_documents
+from duo_jax.checkpoints.pretrained import load_tokenizer
+from duo_jax.data.documents import load_documents
+from duo_jax.data.passkeys import PasskeyTemplates
+from duo_jax.evaluate.compare import command as compare_command
+from duo_jax.evaluate.compare import methods as compare_methods
+from duo_jax.evaluate.compare.points import differences, points
+from duo_jax.evaluate.compare.report import to_markdown
+from duo_jax.evaluate.compare.tasks import Task, make
+from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax import llama, pretrained
-from duo_jax.config import parse_config
+from duo_jax.checkpoints import pretrained
 from duo_jax.evaluate import eviction
 from duo_jax.evaluate.eviction.cache import Held, Prompt, compress
 from duo_jax.evaluate.eviction.decode import decode
@@ -17,8 +16,10 @@ from duo_jax.evaluate.eviction.fastgen import FREQUENT, FULL, LOCAL, PUNCTUATION
 from duo_jax.evaluate.eviction.policy import Budget, Selection, Step, highest
 from duo_jax.evaluate.eviction.prompt import read, received
 from duo_jax.evaluate.eviction.runner import pad
-from duo_jax.runtime import Runtime
-from duo_jax.split import duo_config, split_params
+from duo_jax.heads.split import duo_config, split_params
+from duo_jax.model import llama
+from duo_jax.model.config import parse_config
+from duo_jax.session.runtime import Runtime
 from tests import models
 
 TEXTS, TAILS = (37, 23, 30), (9, 12, 4)

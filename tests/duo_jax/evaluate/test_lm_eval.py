@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from duo_jax import pretrained
+from duo_jax.api import DuoModel, load
+from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
-from duo_jax.evaluate.lm_eval_flags import LmEvalFlags
-from duo_jax.llama import hidden_states, logits
-from duo_jax.model import DuoModel, load
-from duo_jax.pattern import Pattern
+from duo_jax.evaluate.harness.flags import LmEvalFlags
+from duo_jax.heads.pattern import Pattern
+from duo_jax.model.llama import hidden_states, logits
 from train.gates import self_mixed
 
 pytestmark = pytest.mark.usefixtures("offline", "quick_compile")
@@ -41,7 +41,7 @@ def split(folder: pathlib.Path, *, sparsity: float = 1.0, **settings) -> DuoMode
 
 
 def duo_lm(model: DuoModel, **flags):
-    from duo_jax.evaluate.lm_eval_model import DuoLM
+    from duo_jax.evaluate.harness.model import DuoLM
 
     return DuoLM(model, LmEvalFlags(**flags))
 

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from duo_jax.evaluate import lm_eval_command
+from duo_jax.evaluate.harness import command as lm_eval_command
 
 pytestmark = pytest.mark.usefixtures("offline", "quick_compile")
 TASKS = "tests/duo_jax/evaluate/lm_eval_tasks"
@@ -38,7 +38,7 @@ def test_results_say_what_they_were_measured_with(tiny_model, tmp_path, capsys, 
     assert (said["cache_bytes_per_row"], said["cache_tokens_per_row"]) == (16384, 64)
 
     # A second start asks the model nothing; another model, or another flag, does.
-    from duo_jax.evaluate.lm_eval_model import DuoLM
+    from duo_jax.evaluate.harness.model import DuoLM
 
     def refuse(*_, **__):
         raise AssertionError("the model was asked")

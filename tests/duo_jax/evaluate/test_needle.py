@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import duo_jax
+from duo_jax.data.documents import load_documents
 from duo_jax.errors import InputError
 from duo_jax.evaluate import __main__ as command
-from duo_jax.evaluate import needle_command, scores
-from duo_jax.evaluate.needle import Haystack, NeedleTemplates
-from duo_jax.pattern import Pattern, save_pattern
-from duo_jax.text import load_documents
+from duo_jax.evaluate.needle import command as needle_command
+from duo_jax.evaluate.needle.documents import Haystack, NeedleTemplates
+from duo_jax.evaluate.results import scores
+from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
 TEMPLATES = NeedleTemplates(

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import duo_jax
+from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.evaluate import __main__ as command
-from duo_jax.evaluate import served_retrieval
-from duo_jax.passkeys import PasskeyConfig, PasskeySampler
-from duo_jax.pattern import Pattern, save_pattern
-from duo_jax.text import load_documents, split_held_out
+from duo_jax.evaluate.passkeys import retrieval as served_retrieval
+from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
 TASK = ["--num-passkeys", "3", "--passkey-words", "4"]

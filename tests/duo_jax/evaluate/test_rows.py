@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from duo_jax.errors import InputError
-from duo_jax.evaluate.rows import Rows
+from duo_jax.evaluate.results.rows import Rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Kernels and programs compiled for GPUs that are not there."""

@@ -1,0 +1,221 @@
+"""docs/kernels.md: what benchmarks.compiled found, as tables."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from benchmarks.compile import occupancy, roofline
+from kernels import aot
+
+_GPUS: dict[aot.Target, str] = {"a100": "A100 (sm_80)", "h200": "H200 (sm_90a)"}
+_INTRODUCTION = """\
+# Kernels: what the compilers say
+
+This file is written by `{command}`, on any machine, with or without a GPU;
+it took {minutes} minutes with jax {jax}, its CUDA plugin and ptxas {ptxas}. Do not edit it.
+**Nothing here was executed: no number is a speed, and the kernels are not measured on a GPU yet.**
+
+{summary}
+
+There are two parts: how every kernel came out of the compilers, and how fast the cases of real size
+could be at best. The cases are those of `kernels/*/cases.py`; the tests run the small ones.
+"""
+_KERNELS = """\
+## How the kernels came out
+
+Each case is compiled for both GPUs with spilled registers made an error. A case whose row is in
+bold did not compile so; where spilling was the reason, it was compiled again with spilling allowed,
+and the row shows how it came out. XLA's own small steps around a kernel are left out.
+
+- kernel: its name in a profile. `duo_decode`, `duo_prefill`, `duo_streaming` (forward); for
+  gradients `duo_streaming_dq`, `_dkv` (of keys in the window), `_dsink` (of the sinks' keys).
+  Full attention is done by `duo_prefill` too, its gradients by `duo_full_dq` and `_dkv`;
+  `duo_merge` merges parts of attention.
+  `duo_decode_packed` and `duo_prefill_packed` read keys and values in 8, 4 and 2 bits.
+- tile: queries x keys per step; `n x 64`: all query heads of a group, padded to at least 16; one
+  number: rows that are merged.
+- warps: of 32 threads, in one program. stages: tiles on their way from memory at once.
+- programs: in the whole grid.
+- regs: registers per thread, of at most 255. spills: bytes per thread that did not fit into them,
+  stores + loads.
+- shared KiB: shared memory of one program, static (ptxas says) and dynamic (XLA's launch says).
+- per core: programs that one core can hold at once. occupancy: their warps, of the core's 64.
+- matrix instructions: their number in the PTX (a loop's body counts once), shape, and type of their
+  inputs; tf32 is float32 with 10 bits of mantissa.
+- global loads: bytes per thread x their number in the PTX. 16 bytes is the widest there is; the
+  narrow ones are for lengths, lse and the like.
+
+Programs per core = min(warps with registers / a program's warps, shared memory of a core / (a
+program's + 1 KiB, rounded up to 128 bytes), threads of a core / a program's, 32), where warps with
+registers = 4 x (a quarter of a core's registers / (32 x registers per thread, rounded up to 256)),
+all divisions rounded down. A core has, by `kernels/gpu_targets`: {limits}.
+Low occupancy is no fault in kernels like these: few warps with large tiles in registers, whose
+loads overlap by stages, not by many warps.
+"""
+_ROOFLINE = """\
+## How fast they could be at best
+
+Counted, not measured. "Must" is the least that any kernel moves and multiplies: inputs and outputs
+once, visible (query, key) pairs only; for gradients, the forward pass and then the backward pass,
+which reads all of it again. "Does" is what our kernels' programs load, store and multiply, as a
+multiple of "must": masked parts of tiles are multiplied too, and programs load what others have
+loaded. Many of those repeated loads are served by the L2 cache, so more bytes need not mean more
+time. Decode's splits depend on the number of cores: here that of an A100. A test runs the small
+cases with a counter in every load and product, and finds these counts.
+
+The floor is the longer of must-bytes at full bandwidth and must-operations at full rate, from data
+sheets (dense bfloat16, memory), which no kernel reaches:
+
+{sheets}
+"""
+_KERNEL_HEADER = (
+    "case", "kernel", "tile", "warps", "stages", "programs", "regs", "spills", "shared KiB",
+    "per core", "occupancy", "matrix instructions", "global loads",
+)  # fmt: skip
+_LEFT = {"case", "kernel", "matrix instructions", "global loads"}
+
+
+def summary(result: dict[str, Any]) -> str:
+    """Say how many cases compiled, and which did not."""
+    rows = result["rows"]
+    kernels = [kernel for row in rows for kernel in row["kernels"]]
+    failed = [row for row in rows if row["error"] is not None]
+    spilling = [k for k in kernels if k["spill_stores"] or k["spill_loads"]]
+    compiled = len(rows) - len(failed)
+    lines = [
+        f"{compiled} of {len(rows)} compilations (cases x GPUs) passed; they hold {len(kernels)} "
+        f"kernels, of which {len(spilling)} spill registers."
+    ]
+    lines += [
+        f"- Not compiled: {row['op']}, {row['case']}, {_GPUS[row['target']]}: {row['error']}"
+        for row in failed
+    ]
+    return "\n".join(lines)
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Write the whole document."""
+    sheets = "\n".join(
+        f"- {gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s"
+        for gpu in roofline.GPUS
+    )
+    parts = [
+        _INTRODUCTION.format(
+            command=result["command"],
+            minutes=result["run_minutes"],
+            jax=result["jax"],
+            ptxas=result["ptxas"],
+            summary=summary(result),
+        ),
+        _KERNELS.format(limits=_limits()),
+    ]
+    for op in dict.fromkeys(row["op"] for row in result["rows"]):
+        parts.append(f"### {op}\n")
+        for target, title in _GPUS.items():
+            rows = [r for r in result["rows"] if (r["op"], r["target"]) == (op, target)]
+            if rows:
+                parts += [
+                    f"{title}, real sizes\n",
+                    _kernel_table(r for r in rows if r["real_size"]),
+                ]
+                small = _kernel_table(r for r in rows if not r["real_size"])
+                parts.append(
+                    f"<details><summary>{title}, small cases of the tests</summary>\n\n{small}\n"
+                    "</details>\n"
+                )
+    parts += [_ROOFLINE.format(sheets=sheets), _roofline_table(result["roofline"])]
+    return "\n".join(parts)
+
+
+def _limits() -> str:
+    def of(target: aot.Target) -> str:
+        limit = occupancy.limits(target)
+        return (
+            f"{limit.registers:,} registers, {limit.threads:,} threads and "
+            f"{limit.shared_memory / 1024:.0f} KiB of shared memory ({_GPUS[target]})"
+        )
+
+    return "; ".join(of(target) for target in _GPUS)
+
+
+def _kernel_table(rows: Iterator[dict[str, Any]]) -> str:
+    return _table(_KERNEL_HEADER, [line for row in rows for line in _kernel_lines(row)])
+
+
+def _kernel_lines(row: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield a line per kernel; the case's name stands in the first only."""
+    case = f"**{row['case']}: does not compile**" if row["error"] else row["case"]
+    if not row["kernels"]:
+        yield [case] + ["-"] * (len(_KERNEL_HEADER) - 1)
+    for index, kernel in enumerate(row["kernels"]):
+        sizes = kernel["block_sizes"]
+        known = kernel["grid"] is not None
+        yield [
+            "" if index else case,
+            kernel["name"],
+            _tile(sizes),
+            f"{sizes['num_warps']}",
+            f"{sizes['num_stages']}",
+            f"{_product(kernel['grid']):,}" if known else "?",
+            f"{kernel['registers']}",
+            f"{kernel['spill_stores'] + kernel['spill_loads']}",
+            f"{_shared(kernel) / 1024:.0f}" if known else "?",
+            f"{kernel['programs_at_once']}" if known else "?",
+            f"{kernel['occupancy']:.0%}" if known else "?",
+            _counts(kernel["matrix_instructions"]) or "none",
+            ", ".join(f"{size} B x {n}" for size, n in kernel["global_loads"].items()),
+        ]
+
+
+def _tile(sizes: dict[str, int]) -> str:
+    if "block_rows" in sizes:
+        return f"{sizes['block_rows']}"
+    return f"{sizes.get('block_q', 'n')} x {sizes['block_kv']}"
+
+
+def _roofline_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = ["case", "must GFLOP", "does GFLOP", "must MB", "does MB"]
+    header += [f"{gpu.name} floor" for gpu in roofline.GPUS]
+    lines = [
+        [
+            f"{row['op']}: {row['case']}",
+            _number(row["flops"] / 1e9),
+            _ratio(row["scheduled_flops"] / row["flops"]),
+            _number(row["num_bytes"] / 1e6),
+            _ratio(row["scheduled_bytes"] / row["num_bytes"]),
+            *(_floor(row["floors"][gpu.name]) for gpu in roofline.GPUS),
+        ]
+        for row in rows
+    ]
+    return _table(header, lines)
+
+
+def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    marks = ["---" if name in _LEFT else "---:" for name in header]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in (header, marks, *lines))
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def _shared(kernel: dict[str, Any]) -> int:
+    return kernel["static_shared"] + kernel["dynamic_shared"]
+
+
+def _product(grid: Sequence[int]) -> int:
+    return grid[0] * grid[1] * grid[2]
+
+
+def _number(value: float) -> str:
+    """Write a number with three digits, or all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.0f} x" if value >= 10 else f"{value:.2f} x"
+
+
+def _floor(floor: dict[str, Any]) -> str:
+    seconds = floor["seconds"]
+    time = f"{_number(seconds * 1e3)} ms" if seconds >= 1e-3 else f"{_number(seconds * 1e6)} us"
+    return f"{time}, {floor['bound']}"

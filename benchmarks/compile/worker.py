@@ -1,0 +1,110 @@
+"""Compiles cases for one GPU, one after the other; benchmarks.compiled runs it as a process.
+
+    python -m benchmarks.compile.worker TARGET FOLDER < cases
+
+XLA_FLAGS must dump into FOLDER. Every line of the input names a case as JSON [op, name]; for each
+of them a line of JSON goes out. A bad configuration can abort the process: then the next line is
+missing.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from benchmarks.compile import occupancy, ptx
+from kernels import aot
+from kernels.all_cases import CASES
+from kernels.case import Case
+
+_NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+_OURS = "duo_"
+
+
+def main(target: aot.Target, folder: pathlib.Path) -> None:
+    """Compile the cases that stand on stdin."""
+    limit = occupancy.limits(target)
+    for line in sys.stdin:
+        op, name = json.loads(line)
+        row = compile_case(CASES[op][name], target, limit, folder)
+        print(json.dumps({"op": op, "case": name, "target": target, **row}), flush=True)
+
+
+def compile_case(
+    case: Case, target: aot.Target, limit: occupancy.Limits, folder: pathlib.Path
+) -> dict[str, Any]:
+    """Compile one case and describe its kernels.
+
+    A case that spills is compiled again with spilling allowed, so that its row has numbers too.
+    """
+    error = _compile(case, target, _NO_SPILLS, folder)
+    if error is not None and "spill" in error:
+        _compile(case, target, {}, folder)
+    return {"error": error, "kernels": list(_kernels(case, limit, folder))}
+
+
+def _compile(case: Case, target: aot.Target, options: dict, folder: pathlib.Path) -> str | None:
+    """Compile, and return in one line why it failed; None if it did not."""
+    shapes = case.shapes()
+    for left in folder.iterdir():  # folders hold what ran on the CPU
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    def run(*arguments):
+        return case.run(*arguments, implementation="triton")
+
+    try:
+        aot.compile_for(target, run, *shapes, options=options)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def _kernels(case: Case, limit: occupancy.Limits, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yield a description of each of our kernels in XLA's dump."""
+    launches: dict[str, ptx.Launch] = {}
+    for file in sorted(folder.glob("*.thunk_sequence.txt")):
+        launches |= ptx.launches(file.read_text(encoding="utf-8"))
+    sizes = case.block_sizes(gpu=limit.gpu)
+    found = {}
+    for file in sorted(folder.glob("*.ptx")):
+        text = file.read_text(encoding="utf-8")
+        if (ptx.entry(text) or "").startswith(_OURS):
+            kernel = ptx.describe(str(file), text)
+            found[kernel["name"]] = kernel | _launch(kernel, launches.get(kernel["name"]), limit)
+    for name, kernel in sorted(found.items()):
+        yield kernel | {"block_sizes": block_sizes(sizes, name)}
+
+
+def _launch(
+    kernel: dict[str, Any], launch: ptx.Launch | None, limit: occupancy.Limits
+) -> dict[str, Any]:
+    """Return what is known once the launch is; None where XLA did not say."""
+    if launch is None:
+        return dict.fromkeys(("grid", "threads", "dynamic_shared", "programs_at_once", "occupancy"))
+    at_once = occupancy.programs_at_once(
+        limit,
+        registers=kernel["registers"],
+        shared_memory=kernel["static_shared"] + launch.dynamic_shared,
+        threads=launch.threads,
+    )
+    return {
+        **dataclasses.asdict(launch),
+        "programs_at_once": at_once,
+        "occupancy": at_once * launch.threads / limit.threads,
+    }
+
+
+def block_sizes(sizes: Any, kernel: str) -> dict[str, int]:
+    """Return the tile sizes of one kernel of a case, by its name."""
+    if hasattr(sizes, "forward"):
+        sizes = sizes.backward if kernel.endswith(("_dq", "_dkv", "_dsink")) else sizes.forward
+    return dataclasses.asdict(sizes)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], pathlib.Path(sys.argv[2]))

@@ -1,0 +1,1 @@
+"""Serving on a CPU, timed beside other libraries."""

@@ -1,0 +1,27 @@
+"""The two KV caches: full ones for retrieval heads, sinks with a ring for streaming heads."""
+
+from duo_jax.cache.state import (
+    Cache,
+    KVCache,
+    KVFormat,
+    LayerCache,
+    cache_bytes,
+    cache_shapes,
+    check_kv,
+    grow,
+    init_cache,
+    live_bytes,
+)
+
+__all__ = [
+    "Cache",
+    "KVCache",
+    "KVFormat",
+    "LayerCache",
+    "cache_bytes",
+    "cache_shapes",
+    "check_kv",
+    "grow",
+    "init_cache",
+    "live_bytes",
+]

@@ -1,0 +1,1 @@
+"""Weights in files: Hugging Face folders and converted checkpoints, without torch."""

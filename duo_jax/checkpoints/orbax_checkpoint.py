@@ -1,0 +1,209 @@
+"""The converted checkpoint: what `python -m convert` writes, and how it is read.
+
+    duo_jax.json        {"format": "duo_jax checkpoint", "version": 1}; where the layers'
+                        projections are quantised {..., "version": 2, "weights": "int8"}
+    params/             an orbax checkpoint (zstd-compressed, OCDBT)
+    config.json, ...    config, tokenizer and identify.json of the original, as they were
+
+The tree in params/ is that of duo_jax.model.llama with its layers apart, so that single tensors can
+be written and read: layers/self_attn/q_proj/kernel is 32 arrays,
+layers/0/self_attn/q_proj/kernel to layers/31/... A quantised kernel
+(duo_jax.model.quantised_weights) is two: kernel/values, kernel/scales.
+"""
+
+import contextlib
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import numpy as np
+
+from duo_jax.checkpoints import tensor_info, tensor_names
+from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
+from duo_jax.checkpoints.tensor_names import Path, Tensor
+from duo_jax.errors import InputError
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.quantised_weights import (
+    QuantisedKernel,
+    StoredFormat,
+    is_quantised,
+    num_input_axes,
+    scales_shape,
+    value_dtype,
+)
+
+MARKER_FILE = "duo_jax.json"
+PARAMS_FOLDER = "params"
+FORMAT = "duo_jax checkpoint"
+VERSION = 1
+QUANTISED_VERSION = 2  # refused by readers that know nothing of quantised weights
+
+
+class CheckpointWeights:
+    """Tensors of a converted checkpoint.
+
+    Raises:
+      InputError: the checkpoint is damaged, of another version, or does not fit its config.json.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: ModelConfig) -> None:
+        self.config = config
+        self.tensors = tensor_names.tensors(config)
+        self._path = folder.absolute() / PARAMS_FOLDER
+        self.format: StoredFormat = _read_marker(folder / MARKER_FILE)
+        self._metadata = self._read_metadata()
+        tensor_info.check(
+            {"/".join(path): self._info(path) for path in self._metadata},
+            {
+                "/".join(path): shape
+                for tensor in self.tensors
+                for path, shape in stored_shapes(tensor, self.format).items()
+            },
+            where=str(folder),
+        )
+
+    def dtype(self, tensor: Tensor) -> np.dtype:
+        first, *_ = stored_shapes(tensor, self.format)
+        return np.dtype(self._metadata[first].dtype)
+
+    def read(self, tensor: Tensor) -> np.ndarray | QuantisedKernel:
+        parts = [self._read(path) for path in stored_shapes(tensor, self.format)]
+        if len(parts) == 1:
+            return parts[0]
+        values, scales = parts
+        return QuantisedKernel(values=values, scales=scales, format=self.format)
+
+    def _read(self, path: Path) -> np.ndarray:
+        from orbax.checkpoint.experimental import v1 as ocp
+
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        try:
+            with quiet_orbax(), context:
+                leaf = ocp.load(self._path, nested({path: self._metadata[path]}))
+        except Exception as error:  # orbax and tensorstore have no common error for damaged files
+            raise self._damaged(error) from None
+        for key in path:
+            leaf = leaf[key]
+        return np.asarray(leaf)
+
+    def _read_metadata(self) -> dict[Path, Any]:
+        from orbax.checkpoint.experimental import v1 as ocp  # takes a second to import
+
+        try:
+            with quiet_orbax():
+                return flattened(ocp.metadata(self._path).metadata)
+        except Exception as error:  # as above
+            raise self._damaged(error) from None
+
+    def _info(self, path: Path) -> TensorInfo:
+        leaf = self._metadata[path]
+        dtype = np.dtype(leaf.dtype)
+        accepted = list(DTYPES.values())
+        if self.format != "model" and path[-1] in ("values", "scales"):
+            accepted = [value_dtype(self.format) if path[-1] == "values" else np.dtype(np.float32)]
+        known = dtype in accepted
+        return TensorInfo(shape=leaf.shape, dtype_name=dtype.name, dtype=dtype if known else None)
+
+    def _damaged(self, error: Exception) -> InputError:
+        return InputError(f"{self._path} is damaged ({type(error).__name__}: {str(error)[:200]})")
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Silence what orbax prints about errors that it also raises.
+
+    It logs warnings and tracebacks. And where several arrays fail at once, only one error is
+    raised; asyncio reports the others whenever their tasks are collected, and Python reports
+    callbacks that find the event loop closed. So after an error those two filters stay.
+    """
+    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
+    level, report = absl.level, sys.unraisablehook
+
+    def report_unless_late(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    absl.setLevel(logging.CRITICAL)
+    asyncio.addFilter(_is_not_tensorstore)
+    sys.unraisablehook = report_unless_late
+    try:
+        yield
+        sys.unraisablehook = report
+        asyncio.removeFilter(_is_not_tensorstore)
+    finally:
+        absl.setLevel(level)
+
+
+def _is_not_tensorstore(record: logging.LogRecord) -> bool:
+    return "OCDBT" not in record.getMessage()
+
+
+def is_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether a folder is a converted checkpoint."""
+    return (folder / MARKER_FILE).exists()
+
+
+def stored_path(tensor: Tensor) -> Path:
+    """Return where a tensor is in the stored tree, such as layers/3/mlp/up_proj/kernel."""
+    if tensor.layer is None:
+        return tensor.path
+    return (tensor.path[0], str(tensor.layer), *tensor.path[1:])
+
+
+def stored_shapes(tensor: Tensor, stored: StoredFormat) -> dict[Path, tuple[int, ...]]:
+    """Return the arrays that a tensor is stored as, and their shapes."""
+    path = stored_path(tensor)
+    if stored == "model" or not is_quantised(tensor.path):
+        return {path: tensor.shape}
+    scales = scales_shape(tensor.shape, num_input_axes(tensor.path[-2]), stored)
+    return {(*path, "values"): tensor.shape, (*path, "scales"): scales}
+
+
+def marker_of(stored: StoredFormat) -> dict[str, Any]:
+    """Return what duo_jax.json says of a checkpoint."""
+    if stored == "model":
+        return {"format": FORMAT, "version": VERSION}
+    return {"format": FORMAT, "version": QUANTISED_VERSION, "weights": stored}
+
+
+def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
+    """Turn {("a", "b"): leaf} into {"a": {"b": leaf}}."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        branch = tree
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[path[-1]] = leaf
+    return tree
+
+
+def flattened(tree: dict[str, Any], prefix: Path = ()) -> dict[Path, Any]:
+    """Turn {"a": {"b": leaf}} into {("a", "b"): leaf}."""
+    leaves = {}
+    for key, value in tree.items():
+        path = (*prefix, key)
+        leaves |= flattened(value, path) if isinstance(value, dict) else {path: value}
+    return leaves
+
+
+def _read_marker(path: pathlib.Path) -> StoredFormat:
+    """Return how weights are stored."""
+    try:
+        marker = json.loads(path.read_text(encoding="utf-8"))
+        found = (marker["format"], marker["version"], marker.get("weights"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    for stored in get_args(StoredFormat):
+        expected = marker_of(stored)
+        if found == (expected["format"], expected["version"], expected.get("weights")):
+            return stored
+    weights = "" if found[2] is None else f", weights {found[2]!r}"
+    raise InputError(
+        f"{path} says {found[0]!r}, version {found[1]!r}{weights}; this duo_jax reads {FORMAT!r}, "
+        f"version {VERSION}, or {QUANTISED_VERSION} with weights int8 or int4: convert the model "
+        "again, or update duo_jax"
+    )

@@ -1,0 +1,272 @@
+"""A model by name: its folder, its config, its parameters, its tokenizer.
+
+Everything that takes a model takes a Hugging Face folder, a hub name ("org/name") or a converted
+checkpoint (`python -m convert`); `resolve` turns any of them into a folder, and the other functions
+treat both kinds of folder alike.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any, get_args
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Bool
+from tqdm import tqdm
+
+from duo_jax.checkpoints.orbax_checkpoint import nested
+from duo_jax.checkpoints.safetensors_files import has_safetensors
+from duo_jax.checkpoints.tensor_info import copy_cast
+from duo_jax.checkpoints.tensor_names import Path, Tensor
+from duo_jax.checkpoints.weights import Weights, open_weights
+from duo_jax.errors import InputError
+from duo_jax.heads import split
+from duo_jax.model.config import ModelConfig, read_config
+from duo_jax.model.quantised_weights import (
+    QuantisedKernel,
+    WeightFormat,
+    check_format,
+    is_quantised,
+    quantise,
+    stored_format,
+)
+
+# What a model needs besides its weights; copied along by `python -m convert`.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+DEMO = "demo"  # the name of the model that ships with the package
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.Path:
+    """Return the folder of a model, downloading it if it is a hub name.
+
+    The cache and offline settings of huggingface_hub apply (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
+
+    Args:
+      name: a local folder, "org/name", or "demo" for the model that ships with duo_jax.
+      allow_pickle: of a hub model without safetensors, fetch the pickled weights.
+
+    Raises:
+      InputError: there is no such model, or it cannot be fetched.
+    """
+    path = pathlib.Path(name)
+    if str(name) and path.is_dir():  # Path("") would be the current folder
+        return path
+    if name == DEMO:
+        return pathlib.Path(__file__).parents[1] / "demo"
+    if path.is_file():
+        raise InputError(f"{path} is a file; a model is a folder or a hub name such as org/name")
+    if not _HUB_NAME.fullmatch(str(name)):
+        raise InputError(
+            f"no such model: {str(name)!r} is neither a folder nor a hub name such as org/name"
+        )
+    files = ["*.json", *TOKENIZER_FILES]
+    folder = _download(str(name), [*files, "*.safetensors"])
+    if allow_pickle and not has_safetensors(folder):
+        return _download(str(name), [*files, "pytorch_model*.bin"])
+    return folder
+
+
+def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
+    """Return a model's config.json or a folder that holds it; nothing else is fetched.
+
+    Args:
+      name: as of `resolve`, or the file itself.
+
+    Raises:
+      InputError: as `resolve`.
+    """
+    path = pathlib.Path(name)
+    if path.is_file():
+        return path
+    if not path.is_dir() and _HUB_NAME.fullmatch(str(name)):
+        return _download(str(name), ["config.json"])
+    return resolve(name)
+
+
+def load_config(folder: pathlib.Path) -> ModelConfig:
+    """Read the architecture of the model in `folder`.
+
+    Raises:
+      InputError: there is no readable config.json, or the model is not supported.
+    """
+    return read_config(folder)
+
+
+def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
+    """Load all parameters as the nested dict that duo_jax.model.llama describes.
+
+    Layers are stacked one leaf at a time, so host memory peaks at about one stacked leaf more than
+    what the device holds.
+
+    Args:
+      folder: a Hugging Face folder or a converted checkpoint.
+      dtype: type to cast to; None keeps each tensor's own.
+
+    Raises:
+      InputError: files are missing or damaged, or tensors do not fit config.json; all of them are
+        listed at once.
+    """
+    weights = open_weights(folder)
+    if weights.format != "model":
+        raise InputError(
+            f"{folder} holds {weights.format} weights, which can be served but not trained with: "
+            "name the model that it was converted from"
+        )
+    parts: dict[Path, list[Tensor]] = {}  # in order of layers
+    for tensor in weights.tensors:
+        parts.setdefault(tensor.path, []).append(tensor)
+    # The array is handed over, so that a leaf is on the device before the next one is read.
+    return nested(
+        {
+            path: jax.device_put(_read_leaf(weights, tensors, dtype)).block_until_ready()
+            for path, tensors in parts.items()
+        }
+    )
+
+
+def load_split_params(
+    folder: pathlib.Path,
+    heads: Bool[np.ndarray, "layers kv_heads"],
+    *,
+    dtype: DTypeLike | None = None,
+    weights: WeightFormat = "model",
+) -> dict[str, Any]:
+    """Load all parameters in serving form: one dict per layer, retrieval heads first.
+
+    Goes tensor by tensor, so host memory peaks at about one tensor more than what the device holds.
+
+    Args:
+      folder: a Hugging Face folder or a converted checkpoint.
+      heads: which KV heads are retrieval heads.
+      dtype: type to cast to; None keeps the stored types, or float32 where they differ. Quantised
+        weights are made from the stored values, whatever this is.
+      weights: format of the layers' projections, see duo_jax.model.quantised_weights.
+
+    Raises:
+      InputError: as `load_params`; or the folder holds weights that are quantised otherwise.
+    """
+    check_format(weights)
+    files = open_weights(folder)
+    if files.format not in ("model", stored_format(weights)):
+        fitting = [name for name in get_args(WeightFormat) if stored_format(name) == files.format]
+        raise InputError(
+            f"{folder} holds {files.format} weights: load it with weights {' or '.join(fitting)}, "
+            f"not {weights}"
+        )
+
+    def quantised(tensor: Tensor) -> bool:
+        return weights != "model" and is_quantised(tensor.path)
+
+    if dtype is None:
+        stored = {files.dtype(tensor) for tensor in files.tensors if not quantised(tensor)}
+        dtype = stored.pop() if len(stored) == 1 else np.float32
+    ends: dict[Path, Any] = {}
+    layers: list[dict[Path, Any]] = [{} for _ in heads]
+    bar = tqdm(files.tensors, desc="weights", unit="tensor", leave=False, disable=None)
+    for tensor in bar:
+        leaf = files.read(tensor)
+        if not quantised(tensor):
+            array = np.empty(tensor.shape, np.dtype(dtype))
+            copy_cast(array, leaf, tensor.name)
+            leaf = array
+        if tensor.layer is not None:
+            leaf = split.reorder(files.config, tensor.path[-2:], leaf, heads[tensor.layer])
+        if quantised(tensor):
+            leaf = _quantised(tensor, leaf, weights)
+        leaf = jax.block_until_ready(jax.device_put(leaf))
+        if tensor.layer is None:
+            ends[tensor.path] = leaf
+        else:
+            layers[tensor.layer][tensor.path[1:]] = leaf
+    return nested(ends) | {"layers": tuple(nested(layer) for layer in layers)}
+
+
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """Load the tokenizer of the model in `folder`, without touching the network.
+
+    Returns:
+      A transformers tokenizer.
+
+    Raises:
+      InputError: there are no tokenizer files, or transformers cannot use them.
+    """
+    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    # Without PyTorch transformers announces that models are missing; here none is wanted of it.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer  # takes seconds to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever is wrong with the files, they are the caller's
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+
+
+def _quantised(
+    tensor: Tensor, leaf: np.ndarray | QuantisedKernel, weights: WeightFormat
+) -> QuantisedKernel:
+    """Return one projection in the format that is wanted, quantising what is not yet."""
+    if isinstance(leaf, QuantisedKernel):
+        return dataclasses.replace(leaf, format=weights)
+    return quantise(leaf, module=tensor.path[-2], weights=weights, name=tensor.name)
+
+
+def _read_leaf(weights: Weights, parts: list[Tensor], dtype: DTypeLike | None) -> np.ndarray:
+    """Read one leaf of the tree, its layers stacked."""
+    stored = {weights.dtype(tensor) for tensor in parts}
+    if dtype is None:  # layers of different types meet in float32, which holds all of them exactly
+        dtype = stored.pop() if len(stored) == 1 else np.float32
+    leaf = np.empty((len(parts), *parts[0].shape), np.dtype(dtype))
+    for i, tensor in enumerate(parts):
+        copy_cast(leaf[i], weights.read(tensor), tensor.name)
+    return leaf if parts[0].layer is not None else leaf[0]
+
+
+def _download(name: str, patterns: list[str]) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            allow_patterns=patterns,
+            # Sub-folders and consolidated files repeat the weights in other formats.
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except errors.GatedRepoError:
+        raise InputError(
+            f"{name} is gated: accept its terms on https://huggingface.co/{name}, then "
+            "log in with `hf auth login` or set HF_TOKEN"
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise InputError(
+            f"no such model: {name} is neither a folder here nor a public model on the "
+            "Hugging Face hub (a private one needs `hf auth login` or HF_TOKEN)"
+        ) from None
+    except Exception as error:  # network, disk, cache: the libraries' errors share no base class
+        raise InputError(
+            f"{name} is not a folder here, and cannot be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {_first_sentence(error)})"
+        ) from None
+    return pathlib.Path(folder)
+
+
+def _first_sentence(error: Exception) -> str:
+    return re.split(r"(?<=[.!])\s", " ".join(str(error).split()))[0]

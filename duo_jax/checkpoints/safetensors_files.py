@@ -1,0 +1,123 @@
+"""The weights of a Hugging Face folder: safetensors files, opened lazily, without torch.
+
+Opening reads only the headers; a tensor is a view of the memory-mapped file, and its bytes are read
+when they are used. The safetensors library checks each file, but its own readers copy every
+tensor, which would double the host memory of loading; so the views are made here, from the same
+header: 8 bytes of its length N (little-endian), N bytes of JSON, then the data, at the offsets that
+the JSON gives for each tensor.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo, shortened
+from duo_jax.errors import InputError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+
+class SafetensorsFiles:
+    """All tensors of `folder`, by their names in the files.
+
+    Raises:
+      InputError: there are no weights, a file is missing, or one cannot be read.
+    """
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.info: dict[str, TensorInfo] = {}
+        self._data: dict[str, np.ndarray] = {}  # the raw bytes, mapped
+        for path in _weight_files(folder):
+            header, data = _open(path)
+            for name, entry in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = entry["data_offsets"]
+                self._data[name] = data[start:end]
+                self.info[name] = TensorInfo(
+                    shape=tuple(entry["shape"]),
+                    dtype_name=entry["dtype"],
+                    dtype=DTYPES.get(entry["dtype"]),
+                )
+
+    def read(self, name: str) -> np.ndarray:
+        """Return one tensor as a read-only view of its file."""
+        info = self.info[name]
+        return self._data[name].view(info.dtype).reshape(info.shape)
+
+
+def has_safetensors(folder: pathlib.Path) -> bool:
+    """Whether a folder holds safetensors weights under the names that transformers uses."""
+    return (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
+
+
+def read_index(path: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files that a sharded checkpoint's index lists, sorted.
+
+    Raises:
+      InputError: the index cannot be read, or names something that is not a file beside it.
+    """
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        outside = [name for name in names if pathlib.PurePath(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} cannot be read as an index of weight files ({type(error).__name__}: {error})"
+        ) from None
+    if outside or not names:
+        raise InputError(f"{path} must name files beside it, not {outside or 'none'}")
+    missing = [name for name in names if not (path.parent / name).exists()]
+    if missing:
+        raise InputError(
+            f"{path.parent} lacks {shortened(missing)}, listed in {path.name}; "
+            "was the download complete?"
+        )
+    return [path.parent / name for name in names]
+
+
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if (folder / SINGLE_FILE).exists():  # transformers prefers it too
+        return [folder / SINGLE_FILE]
+    if (folder / INDEX_FILE).exists():
+        return read_index(folder / INDEX_FILE)
+    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
+    if pickled:
+        raise InputError(
+            f"{folder} has only pickled weights ({pickled[0].name}), which can run code when "
+            "opened; if you trust them: python -m convert --allow-pickle SRC DST"
+        )
+    raise InputError(
+        f"{folder} has no weights: neither {SINGLE_FILE} nor {INDEX_FILE} (pickled .bin weights "
+        "are read, and fetched from the hub, only by python -m convert --allow-pickle)"
+    )
+
+
+def _open(path: pathlib.Path) -> tuple[dict, np.ndarray]:
+    """Check one file; return its header and its data as mapped bytes."""
+    try:
+        with safe_open(path, framework="np"):  # offsets, sizes and the file's length fit together
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+        # A file of empty tensors has no bytes to map.
+        rest = path.stat().st_size - 8 - length
+        if rest == 0:
+            return header, np.empty(0, np.uint8)
+        return header, np.asarray(np.memmap(path, np.uint8, mode="r", offset=8 + length))
+    except (SafetensorError, OSError) as error:
+        raise InputError(_what_is_wrong(path, error)) from None
+
+
+def _what_is_wrong(path: pathlib.Path, error: Exception) -> str:
+    try:
+        with path.open("rb") as file:
+            if file.read(23) == b"version https://git-lfs":
+                return f"{path} is a git-lfs pointer instead of weights; run git lfs pull"
+    except OSError as unreadable:
+        return f"{path} cannot be read: {unreadable.strerror}"
+    return f"{path} is not a complete safetensors file ({error}); was the download complete?"

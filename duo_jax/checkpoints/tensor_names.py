@@ -1,0 +1,187 @@
+"""Which tensor of a Hugging Face checkpoint is which parameter of ours.
+
+One ordered table says everything. Each row names a tensor on both sides, and writes its axes on
+both sides with the same words; axes that share one dimension stand in parentheses. So
+
+    "(q_heads head_dim) embed"  <->  "embed q_heads head_dim"
+
+reads: split the first dimension into heads and head_dim, then move embed to the front. Values are
+never computed with, only moved, so a round trip is exact to the bit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from duo_jax.model.config import ModelConfig
+
+Path = tuple[str, ...]
+
+# Not parameters: rotary tables and causal masks that old exporters saved along.
+_BUFFER_SUFFIXES = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
+
+
+def _always(config: ModelConfig) -> bool:
+    del config
+    return True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Row:
+    name: str  # {} stands for the layer
+    hf_axes: str
+    path: str
+    axes: str
+    present: Callable[[ModelConfig], bool] = _always
+
+
+def _embedding(name: str, path: str) -> _Row:
+    return _Row(name=name, hf_axes="vocab embed", path=path, axes="vocab embed")
+
+
+def _norm(name: str, axis: str, present=_always) -> _Row:
+    path = name.replace("model.", "").replace("layers.{}", "layers").replace(".", "/")
+    return _Row(
+        name=f"{name}.weight", hf_axes=axis, path=f"{path}/scale", axes=axis, present=present
+    )
+
+
+def _linear(name: str, out_axes: str, in_axes: str, bias=None) -> tuple[_Row, ...]:
+    def joined(axes: str) -> str:
+        return f"({axes})" if " " in axes else axes
+
+    path = name.replace("model.", "").replace("layers.{}", "layers").replace(".", "/")
+    kernel = _Row(
+        name=f"{name}.weight",
+        hf_axes=f"{joined(out_axes)} {joined(in_axes)}",
+        path=f"{path}/kernel",
+        axes=f"{in_axes} {out_axes}",
+    )
+    if bias is None:
+        return (kernel,)
+    return kernel, _Row(
+        name=f"{name}.bias",
+        hf_axes=joined(out_axes),
+        path=f"{path}/bias",
+        axes=out_axes,
+        present=bias,
+    )
+
+
+_ATTENTION, _MLP = "model.layers.{}.self_attn", "model.layers.{}.mlp"
+_TABLE = (
+    _embedding("model.embed_tokens.weight", "embed_tokens/embedding"),
+    _norm("model.layers.{}.input_layernorm", "embed"),
+    *_linear(f"{_ATTENTION}.q_proj", "q_heads head_dim", "embed", lambda c: c.qkv_bias),
+    *_linear(f"{_ATTENTION}.k_proj", "kv_heads head_dim", "embed", lambda c: c.qkv_bias),
+    *_linear(f"{_ATTENTION}.v_proj", "kv_heads head_dim", "embed", lambda c: c.qkv_bias),
+    _norm(f"{_ATTENTION}.q_norm", "head_dim", lambda c: c.qk_norm),
+    _norm(f"{_ATTENTION}.k_norm", "head_dim", lambda c: c.qk_norm),
+    *_linear(f"{_ATTENTION}.o_proj", "embed", "q_heads head_dim", lambda c: c.o_bias),
+    _norm("model.layers.{}.post_attention_layernorm", "embed"),
+    *_linear(f"{_MLP}.gate_proj", "mlp", "embed", lambda c: c.mlp_bias),
+    *_linear(f"{_MLP}.up_proj", "mlp", "embed", lambda c: c.mlp_bias),
+    *_linear(f"{_MLP}.down_proj", "embed", "mlp", lambda c: c.mlp_bias),
+    _norm("model.norm", "embed"),
+    _Row(
+        name="lm_head.weight",
+        hf_axes="vocab embed",
+        path="lm_head/kernel",
+        axes="embed vocab",
+        present=lambda c: not c.tie_embeddings,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """One tensor, as Hugging Face stores it and as our parameter tree holds it.
+
+    Attributes:
+      name: in Hugging Face files, such as "model.layers.3.mlp.up_proj.weight".
+      hf_shape: its shape there.
+      path: in our tree, such as ("layers", "mlp", "up_proj", "kernel").
+      layer: its place on the leading axis of that leaf; None for leaves without one.
+      shape: its shape in our tree, without that axis.
+    """
+
+    name: str
+    hf_shape: tuple[int, ...]
+    path: Path
+    layer: int | None
+    shape: tuple[int, ...]
+    # Our axes' order among the (split) Hugging Face axes, and sizes of the latter.
+    _order: tuple[int, ...] = dataclasses.field(repr=False)
+    _split: tuple[int, ...] = dataclasses.field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        """Return a view of a Hugging Face array in our layout."""
+        if array.shape != self.hf_shape:
+            raise ValueError(f"{self.name}: {array.shape=}, expected {self.hf_shape}")
+        return array.reshape(self._split).transpose(self._order)
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """Return one of our arrays (a single layer) in Hugging Face's layout, contiguous."""
+        if array.shape != self.shape:
+            raise ValueError(f"{self.name}: {array.shape=}, expected {self.shape}")
+        split = array.transpose(np.argsort(self._order))
+        return np.ascontiguousarray(split).reshape(self.hf_shape)
+
+
+def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+    """Return every tensor of a model: embedding, layer by layer, final norm, output projection."""
+    rows = [row for row in _TABLE if row.present(config)]
+    in_layer = ["{}" in row.name for row in rows]
+    first, last = in_layer.index(True), len(rows) - in_layer[::-1].index(True)
+    return (
+        *(_tensor(row, config, None) for row in rows[:first]),
+        *(_tensor(row, config, i) for i in range(config.num_layers) for row in rows[first:last]),
+        *(_tensor(row, config, None) for row in rows[last:]),
+    )
+
+
+def is_ignored(name: str, config: ModelConfig) -> bool:
+    """Whether a file may hold this tensor although the model has no such parameter.
+
+    With tied embeddings the output projection is the embedding; a copy in the file is not read,
+    exactly as transformers does not read it.
+    """
+    if config.tie_embeddings and name == "lm_head.weight":
+        return True
+    return name.endswith(_BUFFER_SUFFIXES)
+
+
+def _tensor(row: _Row, config: ModelConfig, layer: int | None) -> Tensor:
+    sizes = {
+        "vocab": config.vocab_size,
+        "embed": config.embed_size,
+        "mlp": config.mlp_size,
+        "q_heads": config.num_q_heads,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+    }
+    # "(q_heads head_dim) embed" -> [["q_heads", "head_dim"], ["embed"]]
+    groups: list[list[str]] = []
+    for word in row.hf_axes.split():
+        if word.endswith(")"):
+            groups[-1].append(word.rstrip(")"))
+        else:
+            groups.append([word.lstrip("(")])
+    split = [axis for group in groups for axis in group]
+    ours = row.axes.split()
+    return Tensor(
+        name=row.name.format(layer),
+        hf_shape=tuple(math.prod(sizes[axis] for axis in group) for group in groups),
+        path=tuple(row.path.split("/")),
+        layer=layer,
+        shape=tuple(sizes[axis] for axis in ours),
+        _order=tuple(split.index(axis) for axis in ours),
+        _split=tuple(sizes[axis] for axis in split),
+    )

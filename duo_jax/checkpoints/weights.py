@@ -1,0 +1,97 @@
+"""The tensors of a model folder, one at a time, in our layout.
+
+The folder may be a Hugging Face one or a converted checkpoint; `open_weights` tells. To walk a
+model layer by layer:
+
+    weights = open_weights(folder)
+    for tensor in weights.tensors:  # embedding, layer 0, layer 1, ..., final norm, lm_head
+        array = weights.read(tensor)  # [*tensor.shape], belongs at tensor.path, tensor.layer
+"""
+
+import pathlib
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from duo_jax.checkpoints import tensor_info, tensor_names
+from duo_jax.checkpoints.orbax_checkpoint import CheckpointWeights, is_checkpoint
+from duo_jax.checkpoints.safetensors_files import SafetensorsFiles
+from duo_jax.checkpoints.tensor_info import TensorInfo
+from duo_jax.checkpoints.tensor_names import Tensor
+from duo_jax.model.config import ModelConfig, read_config
+from duo_jax.model.quantised_weights import QuantisedKernel, StoredFormat
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """A model's tensors, each to be read when it is needed."""
+
+    config: ModelConfig
+    tensors: tuple[Tensor, ...]
+    format: StoredFormat  # of the layers' projections
+
+    def dtype(self, tensor: Tensor) -> np.dtype:
+        """Return the type a tensor is stored in; of a quantised one, that of its values."""
+        ...
+
+    def read(self, tensor: Tensor) -> np.ndarray | QuantisedKernel:
+        """Read one tensor, in our layout; possibly a read-only, strided view of a file."""
+        ...
+
+
+@runtime_checkable
+class Files(Protocol):
+    """Weight files in Hugging Face's layout: what they hold, by name, and a way to read it."""
+
+    info: dict[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one tensor, as it is in the file."""
+        ...
+
+
+class HuggingFaceWeights:
+    """Tensors from files in Hugging Face's layout.
+
+    Args:
+      files: the files, opened.
+      config: the model that they should hold.
+      where: what to call them in messages.
+
+    Raises:
+      InputError: tensors are missing, unknown, or of another shape or type than config.json
+        implies; all are counted in one line.
+    """
+
+    format: StoredFormat = "model"
+
+    def __init__(self, files: Files, config: ModelConfig, where: str) -> None:
+        self.config = config
+        self.tensors = tensor_names.tensors(config)
+        self._files = files
+        tensor_info.check(
+            files.info,
+            {tensor.name: tensor.hf_shape for tensor in self.tensors},
+            where=where,
+            ignored=lambda name: tensor_names.is_ignored(name, config),
+        )
+
+    def dtype(self, tensor: Tensor) -> np.dtype:
+        dtype = self._files.info[tensor.name].dtype
+        assert dtype is not None, f"{tensor.name} passed the check"
+        return dtype
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        return tensor.from_hf(self._files.read(tensor.name))
+
+
+def open_weights(folder: pathlib.Path) -> Weights:
+    """Open a model's weights; reads headers only.
+
+    Raises:
+      InputError: files are missing or damaged, or tensors do not fit config.json.
+    """
+    config = read_config(folder)
+    if is_checkpoint(folder):
+        return CheckpointWeights(folder, config)
+    return HuggingFaceWeights(SafetensorsFiles(folder), config, str(folder))

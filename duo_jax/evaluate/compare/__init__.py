@@ -1,0 +1,1 @@
+"""DuoAttention beside other methods, at equal bytes of cache."""

@@ -1,0 +1,217 @@
+"""Every method at a budget of bytes: its largest setting that fits, and how it answers.
+
+Bytes are those of the live buffers of keys and values, with room for all that will be asked and
+answered. So methods that append while decoding and methods that go on evicting are held to the same
+peak, and at the whole budget every method is the full cache.
+"""
+
+import dataclasses
+import string
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from duo_jax.cache import cache_bytes
+from duo_jax.evaluate import eviction
+from duo_jax.evaluate.compare import served as compare_served
+from duo_jax.evaluate.compare.tasks import Task
+from duo_jax.heads.pattern import retrieval_heads
+from duo_jax.heads.split import duo_config, reorder_layer
+from duo_jax.session.runtime import Runtime
+
+Method = Literal[
+    "full",
+    "duo",
+    "profile heads",
+    "random heads",
+    "all-streaming",
+    "H2O",
+    "TOVA",
+    "SnapKV",
+    "FastGen",
+    "HeadKV",
+]
+FULL: Method = "full"
+SINKS = 4  # of StreamingLLM (2309.17453, section 3.2)
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """What the methods know of a model."""
+
+    runtime: Runtime  # with full caches, heads in their own order
+    gates: Float[np.ndarray, "layers kv_heads"]
+    profile: Float[np.ndarray, "layers kv_heads"]  # duo_jax.heads.attention_profile
+    sink: int
+    recent: int
+    special: tuple[int, ...]
+    punctuation: tuple[int, ...]
+
+
+def measure(
+    model: Model, task: Task, method: Method, budget: float, *, batch: int, seed: int = 0
+) -> Row:
+    """Measure one method at one budget on one task.
+
+    Args:
+      model: the model.
+      task: what is asked.
+      method: which.
+      budget: fraction of the bytes of full caches.
+      batch: texts that are read at once.
+      seed: of random heads.
+
+    Returns:
+      What was found, text by text, with the bytes and the setting; only a "reason" where not even
+      the smallest setting fits.
+    """
+    full_bytes = _full_bytes(model, task)
+    setting = _setting(model, task, method, budget, seed=seed)
+    if isinstance(setting, str):
+        return {"reason": setting, "full_bytes": full_bytes}
+    answer, described = setting
+    predicted: list[np.ndarray] = []
+    cache_bytes, text_bytes = 0, []  # the second of methods that evict
+    for texts, tails, count in _batches(task, batch):
+        found = answer(texts, tails)
+        predicted.extend(found.tokens[:count])
+        cache_bytes = max(cache_bytes, found.cache_bytes)
+        if found.text_bytes is not None:
+            text_bytes.append(found.text_bytes)
+    score = task.score(predicted)
+    return {
+        "exact": score.exact.tolist(),
+        "tokens": score.tokens.tolist(),
+        "cache_bytes": cache_bytes,
+        "text_bytes": float(np.mean(text_bytes)) if text_bytes else None,
+        "full_bytes": full_bytes,
+        "setting": described,
+    }
+
+
+def punctuation_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that are nothing but punctuation marks and white space around them."""
+    words = ((i, tokenizer.decode([i]).strip()) for i in range(len(tokenizer)))
+    return tuple(i for i, word in words if word and set(word) <= set(string.punctuation))
+
+
+def _setting(
+    model: Model, task: Task, method: Method, budget: float, *, seed: int
+) -> tuple[Callable, Row] | str:
+    """Return how to answer and what to say of it; or why nothing fits."""
+    if method in ("H2O", "TOVA", "SnapKV", "FastGen", "HeadKV"):
+        return _evicting(model, task, method, budget)
+    heads_of = {
+        FULL: np.ones(model.gates.shape),
+        "duo": model.gates,
+        "profile heads": model.profile,
+        "random heads": np.random.default_rng([seed, 1]).random(model.gates.shape),
+        "all-streaming": np.zeros(model.gates.shape),
+    }
+    sizes, number = (model.sink, model.recent), _most_retrieval_heads(model, task, budget)
+    if method == FULL:
+        number = model.gates.size
+    if method == "all-streaming":
+        slots = int(budget * (task.length + task.room))
+        if slots <= SINKS:
+            return f"{SINKS} sinks and a token take more"
+        sizes, number = (SINKS, slots - SINKS), 0
+    if number is None:
+        return f"streaming heads of {sum(sizes)} tokens take more"
+    chosen = retrieval_heads(heads_of[method], sparsity=1 - number / model.gates.size)
+    split = _split(model.runtime, chosen, sizes)
+
+    def answer(texts, tails):
+        tokens, num_bytes = compare_served.predict(
+            split, texts, tails, length=task.length, room=task.room
+        )
+        return eviction.Predicted(tokens=tokens, cache_bytes=num_bytes)
+
+    described = {
+        "retrieval_heads": split.config.retrieval_heads,
+        "sink": sizes[0],
+        "recent": sizes[1],
+    }
+    return answer, described
+
+
+def _evicting(model: Model, task: Task, method: Method, budget: float):
+    policies: dict[str, Callable[[], eviction.Policy]] = {
+        "H2O": eviction.H2O,
+        "TOVA": eviction.TOVA,
+        "SnapKV": eviction.SnapKV,
+        "FastGen": lambda: eviction.FastGen(special=model.special, punctuation=model.punctuation),
+        "HeadKV": lambda: eviction.HeadKV(importance=tuple(map(tuple, model.profile.tolist()))),
+    }
+    policy = policies[method]()
+    heads = model.gates.size
+    slots = int(budget * (task.length + task.room)) * heads
+    # The methods that append keep all that is asked and answered, and at least a token of the text.
+    if method not in ("H2O", "TOVA") and slots < (task.room + 1) * heads:
+        return f"what is asked and answered takes more ({task.room} tokens)"
+    if slots < 2 * heads:
+        return "two tokens take more"
+
+    def answer(texts, tails):
+        return eviction.predict(
+            model.runtime,
+            policy,
+            texts,
+            tails,
+            slots=slots,
+            length=task.length,
+            room=task.room,
+        )
+
+    hidden = ("importance", "special", "punctuation")  # long, and told by the model
+    described = {k: v for k, v in dataclasses.asdict(policy).items() if k not in hidden}
+    return answer, described | {"tokens_per_head": slots // heads}
+
+
+def _split(
+    full: Runtime, heads: Bool[np.ndarray, "layers kv_heads"], sizes: tuple[int, int]
+) -> Runtime:
+    """Return the model with these retrieval heads; what need not be reordered is shared."""
+    model = full.config.model
+    layers = tuple(
+        reorder_layer(model, layer, row)
+        for layer, row in zip(full.params["layers"], heads, strict=True)
+    )
+    return dataclasses.replace(
+        full,
+        config=duo_config(model, heads, sink_size=sizes[0], recent_size=sizes[1]),
+        params={**full.params, "layers": layers},
+    )
+
+
+def _bytes(model: Model, task: Task, retrieval: int) -> int:
+    """Return the bytes of a cache with so many retrieval heads."""
+    heads = np.arange(model.gates.size).reshape(model.gates.shape) < retrieval
+    config = duo_config(
+        model.runtime.config.model, heads, sink_size=model.sink, recent_size=model.recent
+    )
+    max_len = task.length + task.room
+    return cache_bytes(config, batch_size=1, max_len=max_len, dtype=model.runtime.dtype)
+
+
+def _full_bytes(model: Model, task: Task) -> int:
+    return _bytes(model, task, model.gates.size)
+
+
+def _most_retrieval_heads(model: Model, task: Task, budget: float) -> int | None:
+    """Return the most retrieval heads that fit; None where not even none does."""
+    most = budget * _full_bytes(model, task)
+    fitting = [n for n in range(model.gates.size + 1) if _bytes(model, task, n) <= most]
+    return max(fitting, default=None)
+
+
+def _batches(task: Task, size: int) -> Iterator[tuple[list, list, int]]:
+    """Yield texts and tails, the last batch filled up: one shape, one compilation."""
+    for first in range(0, len(task.texts), size):
+        texts, tails = task.texts[first : first + size], task.tails[first : first + size]
+        more = size - len(texts)
+        yield texts + texts[-1:] * more, tails + tails[-1:] * more, len(texts)

@@ -1,0 +1,78 @@
+"""The picture of a comparison: accuracy against bytes, a panel per task."""
+
+import io
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from duo_jax.evaluate.compare.points import Point, points
+from duo_jax.evaluate.results import describe as settings
+
+# Split heads are drawn through, evicted tokens dashed; the colours differ to colour-blind eyes too.
+_STYLES = {
+    "duo": {"color": "#0072B2", "marker": "o", "linewidth": 4, "zorder": 1.9},
+    "profile heads": {"color": "#F0A000", "marker": "s"},
+    "random heads": {"color": "#999999", "marker": "D"},
+    "all-streaming": {"color": "#000000", "marker": "v"},
+    "H2O": {"color": "#D55E00", "marker": "^", "linestyle": "--"},
+    "TOVA": {"color": "#CC79A7", "marker": "<", "linestyle": "--"},
+    "SnapKV": {"color": "#009E73", "marker": ">", "linestyle": "--"},
+    "FastGen": {"color": "#8B5A2B", "marker": "P", "linestyle": "--"},
+    "HeadKV": {"color": "#7A4FBF", "marker": "X", "linestyle": "--"},
+}
+_NAMES = {
+    "duo": "DuoAttention (learned gates)",
+    "profile heads": "heads by attention profile",
+    "all-streaming": "all-streaming (StreamingLLM)",
+}
+
+
+def png(result: dict[str, Any]) -> bytes:
+    """Draw it."""
+    tasks = result["tasks"]
+    figure = Figure(figsize=(4.6 * len(tasks) + 2.6, 4.9), layout="constrained")
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, (task, about) in zip(panels, tasks.items(), strict=True):
+        found = points(result, task)
+        for method in dict.fromkeys(point.method for point in found):
+            _draw(axes, method, [point for point in found if point.method == method])
+        axes.set_title("\n".join([task, *about["in_words"].split("; ")]), fontsize=9)
+        axes.set_xlabel("KV bytes, measured, of full caches")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_ylim(-0.03, 1.05)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("exact retrieval (± 2 standard errors)")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8.5)
+    figure.suptitle(
+        f"{result['model']}: retrieval at equal bytes, {result['samples']} texts of "
+        f"{result['length']:,} tokens\n{settings.in_words(result)}",
+        fontsize=10,
+    )
+    FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=150, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw(axes, method: str, found: list[Point]) -> None:
+    fitting = sorted((p for p in found if p.exact is not None), key=lambda point: point.budget)
+    if method == "full":
+        label = "full caches"
+        axes.axhline(fitting[0].exact, color="black", linewidth=1, linestyle=":", label=label)
+        return
+    shares = [point.share for point in fitting]
+    exact = [point.exact for point in fitting]
+    errors = [2 * point.error for point in fitting]
+    label = _NAMES.get(method, method)
+    if any(point.lowest is not None for point in fitting):
+        errors = [
+            [point.exact - point.lowest for point in fitting],
+            [point.highest - point.exact for point in fitting],
+        ]
+        label += " (mean, range)"
+    style = {"markersize": 4.5, "linewidth": 1.5, "capsize": 2, "elinewidth": 0.8}
+    axes.errorbar(shares, exact, yerr=errors, label=label, **style | _STYLES[method])

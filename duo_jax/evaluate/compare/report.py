@@ -1,0 +1,78 @@
+"""A comparison as JSON, tables and a picture."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from duo_jax import files
+from duo_jax.evaluate.compare import plot as compare_plot
+from duo_jax.evaluate.compare.points import Point, differences, points
+from duo_jax.evaluate.results import describe as settings
+from duo_jax.evaluate.results.result_json import to_json
+
+
+def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
+    """Write NAME.json, NAME.md and NAME.png into a folder, and print the tables."""
+    text = to_markdown(result)
+    files.write_text(folder / f"{name}.json", to_json(result))
+    files.write_text(folder / f"{name}.md", text + "\n")
+    files.write_bytes(folder / f"{name}.png", compare_plot.png(result))
+    print(text)
+    print(f"written: {folder / name}.json, .md, .png")
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Write a table for every task, what was measured, and how duo stands to the others."""
+    parts = [
+        f"{result['model']}, {settings.in_words(result)}; {result['samples']} texts of "
+        f"{result['length']:,} tokens, seed {result['seed']}; {result['hardware']}, jax "
+        f"{result['jax']}. Budgets are bytes of live key and value buffers, as a fraction of full "
+        "caches; in brackets what a method takes. ± two standard errors over texts."
+    ]
+    for task, about in result["tasks"].items():
+        found = points(result, task)
+        parts += [f"### {task}: {about['in_words']} ({about['haystack']})", _table(found)]
+        lines = _compared(found)
+        if lines:
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _table(found: Sequence[Point]) -> str:
+    budgets = sorted({point.budget for point in found})
+    methods = list(dict.fromkeys(point.method for point in found))
+    by_place = {(point.method, point.budget): point for point in found}
+    lines = [
+        "| exact retrieval | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for method in methods:
+        cells = [_cell(by_place.get((method, budget))) for budget in budgets]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(point: Point | None) -> str:
+    if point is None:
+        return ""
+    if point.exact is None:
+        return "does not fit"
+    spread = f"± {200 * point.error:.1f}"
+    if point.lowest is not None:
+        spread = f"({100 * point.lowest:.1f} to {100 * point.highest:.1f})"
+    return f"{point.exact:.1%} {spread} [{point.share:.1%}]"
+
+
+def _compared(found: Sequence[Point]) -> list[str]:
+    """Say by how much duo differs, text by text."""
+    lines = []
+    for other in dict.fromkeys(point.method for point in found):
+        parts = [
+            f"{100 * np.mean(change):+.1f} ± {200 * error:.1f} at {budget:.0%}"
+            for budget, change, error in differences(found, "duo", other)
+        ]
+        if parts:
+            lines.append(f"- duo minus {other}, points: {', '.join(parts)}")
+    return lines

@@ -1,0 +1,1 @@
+"""One fact hidden at every depth of texts of every length."""

@@ -1,0 +1,170 @@
+"""A needle in a haystack: one fact, hidden at a depth of a long text, is asked for at its end.
+
+    [bos] intro | haystack up to the depth | needle | the rest of it | closing question
+
+The haystack is cut after a sentence, the nearest one to the depth; where none ends within 5% of the
+haystack, in the middle of one. Where the text is shorter than a haystack it begins again. A
+document is a pure function of (templates, tokenizer, text, seed, length, depth, sample).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from duo_jax.data.passkeys import word_list
+from duo_jax.errors import InputError
+from duo_jax.evaluate.results import scores
+from duo_jax.session.tokenization import Tokenization
+
+_WORDS = "{words}"
+_ANSWER = "{answer}"
+_NEAR = 0.05  # how far from its depth a needle may stand, of the haystack
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleTemplates:
+    """What is hidden, and how it is asked for."""
+
+    intro: str = "Here is a long text. A question about it follows.\n\n"
+    """What stands before the text."""
+    needle: str = "\n\nThe best thing to do in Lisbon on a rainy afternoon is {answer}.\n\n"
+    """The fact, as it is hidden."""
+    answer: str = "to ride tram number 28 with a bag of roasted chestnuts and an old map"
+    """What is to be found; {words} in it stands for random words, other ones in each document."""
+    question: str = (
+        "\n\nQuestion: What does the text say is the best thing to do in Lisbon on a rainy "
+        "afternoon?\nAnswer: The best thing to do in Lisbon on a rainy afternoon is"
+    )
+    """What stands after the text; the model writes on from here."""
+    answer_words: int = 6
+    """Random words that {words} stands for."""
+    words: Literal["nato", "vocabulary"] = "nato"
+    """What they are: words of the NATO alphabet, or lower-case words of one token."""
+
+    def __post_init__(self) -> None:
+        if self.needle.count(_ANSWER) != 1:
+            raise InputError("the needle must hold {answer} once")
+        if not scores.has_words(self.answer.replace(_WORDS, "x")):
+            raise InputError("the answer has no word that could be found")
+        if self.answer_words < 1:
+            raise InputError(f"answer_words {self.answer_words} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Document:
+    """One text with its needle."""
+
+    tokens: list[int]
+    answer: str
+    depth: float  # where the needle stands, as a fraction of the haystack
+
+
+class Haystack:
+    """Makes documents of any length.
+
+    Args:
+      templates: needle and question.
+      tokenization: the model's.
+      documents: the text.
+      seed: decides where a haystack begins, and the random words.
+      chat: put everything into one message of the model's chat template.
+    """
+
+    def __init__(
+        self,
+        templates: NeedleTemplates,
+        tokenization: Tokenization,
+        documents: Sequence[str],
+        *,
+        seed: int,
+        chat: bool = False,
+    ) -> None:
+        self._templates, self._tokenization, self._seed = templates, tokenization, seed
+        self._chat = chat
+        encode = self._encode
+        self._text = np.array([t for d in documents for t in encode(d + "\n\n")], np.int32)
+        if not self._text.size:
+            raise InputError("the text is empty")
+        self._ends = _sentence_ends(self._text, tokenization.tokenizer)
+        self._words = word_list(templates.words, tokenization.tokenizer)
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the text; longer haystacks repeat it."""
+        return self._text.size
+
+    def shortest(self) -> int:
+        """Return the tokens of a document without any haystack."""
+        return max(
+            sum(map(len, self._parts(self._answer(np.random.default_rng(i))))) for i in range(8)
+        )
+
+    def document(self, *, length: int, depth: float, sample: int = 0) -> Document:
+        """Make a document.
+
+        Args:
+          length: tokens of the prompt: haystack, needle, question and all.
+          depth: where the needle is hidden, 0 at the beginning to 1 at the end.
+          sample: another number gives another haystack and other words.
+
+        Raises:
+          InputError: the length has no room for the needle and its question.
+        """
+        at = [self._seed, sample, length, round(1e6 * depth)]
+        rng = np.random.default_rng(at)
+        answer = self._answer(rng)
+        before, needle, after = self._parts(answer)
+        size = length - len(before) - len(needle) - len(after)
+        if size < 1:
+            raise InputError(
+                f"{length:,} tokens have no room for the needle and its question, which take "
+                f"{length - size:,}"
+            )
+        start = rng.integers(self._text.size)
+        places = (start + np.arange(size)) % self._text.size
+        haystack, ends = self._text[places], self._ends[places]
+        cut = self._cut(ends, depth)
+        tokens = [*before, *haystack[:cut].tolist(), *needle, *haystack[cut:].tolist(), *after]
+        return Document(tokens=tokens, answer=answer, depth=cut / size)
+
+    def _cut(self, ends: np.ndarray, depth: float) -> int:
+        """Return how many tokens of the haystack stand before the needle."""
+        wanted = round(depth * ends.size)
+        sentences = np.flatnonzero(ends) + 1
+        if wanted in (0, ends.size) or not sentences.size:
+            return wanted
+        nearest = sentences[np.argmin(np.abs(sentences - wanted))]
+        return int(nearest) if abs(nearest - wanted) <= _NEAR * ends.size else wanted
+
+    def _answer(self, rng: np.random.Generator) -> str:
+        templates = self._templates
+        count = templates.answer_words
+        distinct = len(self._words) >= count
+        words = rng.choice(len(self._words), count, replace=not distinct)
+        return templates.answer.replace(_WORDS, " ".join(self._words[i] for i in words))
+
+    def _parts(self, answer: str) -> tuple[list[int], list[int], list[int]]:
+        """Return the tokens before the haystack, the needle, and those after the haystack."""
+        templates, encode = self._templates, self._encode
+        needle = encode(templates.needle.replace(_ANSWER, answer))
+        if not self._chat:
+            before = self._tokenization.encode(templates.intro)
+            return before, needle, encode(templates.question)
+        mark = "\N{WHITE SQUARE CONTAINING BLACK SMALL SQUARE}"
+        content = f"{templates.intro}{mark}{templates.question}"
+        chat = self._tokenization.render_chat([{"role": "user", "content": content}])
+        head, tail = chat.split(mark)
+        return encode(head), needle, encode(tail)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenization.encode(text, continues=True) if text else []
+
+
+def _sentence_ends(text: np.ndarray, tokenizer) -> np.ndarray:
+    """Return after which tokens a sentence has ended."""
+    ids, where = np.unique(text, return_inverse=True)
+    pieces = tokenizer.batch_decode([[int(i)] for i in ids])
+    ends = np.array([piece.rstrip(" ").endswith((".", "\n", "!", "?")) for piece in pieces])
+    return ends[where]

@@ -1,0 +1,1 @@
+"""Several passkeys in one text."""

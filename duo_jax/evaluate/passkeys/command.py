@@ -1,0 +1,165 @@
+"""Command line: several passkeys in one text, read once, then asked for one after the other."""
+
+import dataclasses
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from duo_jax import cli
+from duo_jax.api import DuoModel
+from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkeys import (
+    PasskeyConfig,
+    PasskeySampler,
+    PasskeyTemplates,
+    Sample,
+    sampler_of_first,
+)
+from duo_jax.evaluate.passkeys import retrieval as served_retrieval
+from duo_jax.evaluate.results import describe as settings
+from duo_jax.evaluate.results import grid, heat_map
+from duo_jax.evaluate.results.grid import GridFlags
+from duo_jax.evaluate.results.rows import Rows
+from duo_jax.reports import machine
+
+TASK = "passkeys"
+_DESCRIPTION = """\
+Hide several passkeys in texts of every length, read each text once, then ask for all of them, one
+after the other: the task that identification learns from, on other texts, through the caches that
+serve it. A passkey counts when greedy decoding would write all of it.
+
+Without flags this measures the demo model that ships with duo_jax. Defaults shown are those of the
+model named by --model: its own preset (evaluate.json) where it has one.
+"""
+# Fields that do not change a row.
+_OPERATIONAL = ("workdir", "full", "all_streaming", "batch")
+_BINS = 10
+_STREAM = 2  # of samples: identification trains on stream 0 and tests on stream 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PasskeysConfig(GridFlags):
+    """Flags of the command."""
+
+    samples: int = 8
+    """Texts per length."""
+    data: Annotated[PasskeyTemplates, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=PasskeyTemplates
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One text to be measured."""
+
+    caches: str  # grid.FULL, grid.DUO or grid.STREAMING
+    length: int
+    sample: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.caches} length {self.length} sample {self.sample}"
+
+
+def evaluate(config: PasskeysConfig) -> None:
+    """Measure what is missing; write JSON, a table and the heat map.
+
+    Raises:
+      InputError: anything in the configuration cannot be used.
+    """
+    folder = config.folder(TASK)
+    documents = load_documents(config.text)
+    split = config.load()
+    lengths = config.chosen_lengths(shortest=1, longest=split.config.model.max_length)
+    samplers = {length: _sampler(config, split, documents, length) for length in lengths}
+    rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
+    loaders = grid.models(config, split)
+    cells = [
+        Cell(caches=caches, length=length, sample=index)
+        for caches in loaders
+        for length in lengths
+        for index in range(config.samples)
+    ]
+
+    def measure(model: DuoModel, some: list[Cell]) -> list[dict[str, Any]]:
+        drawn = [samplers[cell.length].sample(cell.sample, length=cell.length) for cell in some]
+        return _measure(config, model, drawn)
+
+    grid.fill(rows, cells, measure, loaders, batch=config.batch, desc=TASK)
+    result = {
+        "command": machine.command("duo_jax.evaluate"),
+        **settings.describe(config, split),
+        "task": f"{config.data.num_passkeys} passkeys of {config.data.passkey_words} words",
+        "seed": config.seed,
+        "samples": config.samples,
+        "sampled": "length",
+        "lengths": lengths,
+        "depths": [(i + 0.5) / _BINS for i in range(_BINS)],
+        "depth_label": "depth of the passkey (tenths)",
+        "scores": {"exact": "exact retrieval", "recall": "tokens right"},
+        "rows": [
+            dataclasses.asdict(cell) | passkey
+            for cell in cells
+            for passkey in _by_depth(rows[cell.key])
+        ],
+    }
+    heat_map.report(folder, TASK, result)
+
+
+def _sampler(
+    config: PasskeysConfig, model: DuoModel, documents: list[str], length: int
+) -> PasskeySampler:
+    """Return samples of one length: of held-out text where that is long enough."""
+    templates = dataclasses.asdict(config.data)
+    data = PasskeyConfig(**templates, min_length=1, max_length=length)
+    _, held_out = split_held_out(documents)
+    texts = {"held-out text": held_out, "all text": documents}
+    sampler, _ = sampler_of_first(texts, data, model.tokenizer, seed=config.seed, stream=_STREAM)
+    return sampler
+
+
+def _measure(
+    config: PasskeysConfig, model: DuoModel, samples: list[Sample]
+) -> list[dict[str, Any]]:
+    """Read texts and ask for their passkeys; return a row for each.
+
+    The batch is filled up, so that a text gets the same answers whatever it is measured with.
+    """
+    full = [*samples, *samples[-1:] * (config.batch - len(samples))]
+    found = served_retrieval.retrieve(model.runtime, full, rows=config.batch)
+    return [
+        {
+            "depths": sample.depths,
+            "exact": exact.tolist(),
+            "recall": tokens.tolist(),
+            "cache_bytes": found.cache_bytes,
+        }
+        for sample, exact, tokens in zip(samples, found.exact, found.tokens, strict=False)
+    ]
+
+
+def _by_depth(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return a row per passkey, with the middle of the depth's tenth."""
+    bins = np.minimum(np.array(row["depths"]) * _BINS, _BINS - 1).astype(int)
+    return [
+        {
+            "depth": (number + 0.5) / _BINS,
+            "exact": exact,
+            "recall": recall,
+            "cache_bytes": row["cache_bytes"],
+        }
+        for number, exact, recall in zip(bins.tolist(), row["exact"], row["recall"], strict=True)
+    ]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command on a list of words; default: the process's own."""
+    cli.run(
+        evaluate,
+        PasskeysConfig,
+        prog="python -m duo_jax.evaluate passkeys",
+        description=_DESCRIPTION,
+        default=grid.default(PasskeysConfig, TASK, args),
+        args=args,
+    )

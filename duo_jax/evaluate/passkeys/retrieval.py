@@ -1,0 +1,131 @@
+"""Passkey retrieval of a model as it is served: its text in chunks, then token by token.
+
+The text of a sample is read by a Session, in the formats of weights and caches that the runtime
+has. Questions and answers follow one token at a time, each decoded from the cache; whatever the
+model would have written, the next token is the true one. So a passkey counts as in
+train/retrieval_test.py: when greedy decoding would write all of it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from duo_jax import serve
+from duo_jax.cache import Cache, live_bytes
+from duo_jax.data.passkeys import Sample
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model.llama import Params
+from duo_jax.session.runtime import Runtime
+from duo_jax.session.session import Session
+from kernels import Implementation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Retrieved:
+    """What a model made of some samples."""
+
+    exact: Float[np.ndarray, "samples passkeys"]  # 1 where every token of a passkey is right
+    tokens: Float[np.ndarray, "samples passkeys"]  # fraction of a passkey's tokens that are right
+    logits: Float[np.ndarray, "tokens vocab"]  # after every token of all questions and answers
+    cache_bytes: int  # of one row, measured
+
+
+def retrieve(runtime: Runtime, samples: Sequence[Sample], *, rows: int) -> Retrieved:
+    """Ask for all passkeys of the samples, `rows` samples at a time."""
+    parts = [_batch(runtime, samples[i : i + rows]) for i in range(0, len(samples), rows)]
+    return Retrieved(
+        exact=np.concatenate([part.exact for part in parts]),
+        tokens=np.concatenate([part.tokens for part in parts]),
+        logits=np.concatenate([part.logits for part in parts]),
+        cache_bytes=parts[0].cache_bytes,
+    )
+
+
+def _batch(runtime: Runtime, samples: Sequence[Sample]) -> Retrieved:
+    tails = [sample.tokens[sample.tail_start :] for sample in samples]
+    longest = max(tail.size for tail in tails)
+    session = Session(runtime, batch_size=len(samples))
+    texts = [sample.tokens[: sample.tail_start].tolist() for sample in samples]
+    session.append(texts, room=longest)
+    cache = session.take()
+    num_bytes = live_bytes(cache) // len(samples)
+    padded = np.stack([np.pad(tail, (0, longest - tail.size)) for tail in tails])
+    active = np.arange(longest) < np.array([[tail.size] for tail in tails])
+    logits = decode_tokens(
+        runtime.config,
+        runtime.params,
+        cache,
+        jnp.asarray(padded),
+        jnp.asarray(active),
+        implementation=runtime.implementation,
+    )
+    logits = np.asarray(logits, np.float32)
+    right = [
+        [
+            row[start - 1 - sample.tail_start : stop - 1 - sample.tail_start]
+            == sample.tokens[start:stop]
+            for start, stop in sample.answers
+        ]
+        for sample, row in zip(samples, logits.argmax(axis=-1), strict=True)
+    ]
+    return Retrieved(
+        exact=np.array([[key.all() for key in row] for row in right], np.float64),
+        tokens=np.array([[key.mean() for key in row] for row in right], np.float64),
+        logits=logits[active],
+        cache_bytes=num_bytes,
+    )
+
+
+def decode_tokens(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    active: Bool[Array, "batch length"],
+    *,
+    keep: Callable[[Array], Array] = jnp.asarray,
+    implementation: Implementation,
+) -> Shaped[Array, "batch length ..."]:
+    """Give tokens one by one to a cache, which is used up.
+
+    Args:
+      config: the split model.
+      params: its parameters.
+      cache: what came before.
+      tokens: what is given to each row.
+      active: which of them count.
+      keep: what is kept of the logits [batch, vocab] after each token; default: all.
+      implementation: of attention, see kernels.dispatch.
+    """
+    kept, _ = _decode_tokens(
+        config, params, cache, tokens, active, keep=keep, implementation=implementation
+    )
+    return kept
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "keep", "implementation"), donate_argnames="cache"
+)
+def _decode_tokens(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    active: Bool[Array, "batch length"],
+    *,
+    keep: Callable[[Array], Array],
+    implementation: Implementation,
+) -> tuple[Shaped[Array, "batch length ..."], Cache]:
+    """Return the cache too: a donated buffer needs something to become."""
+
+    def step(cache: Cache, inputs):
+        logits, cache = serve.decode(config, params, cache, *inputs, implementation=implementation)
+        return cache, keep(logits)
+
+    cache, kept = jax.lax.scan(step, cache, (tokens.T, active.T))
+    return kept.swapaxes(0, 1), cache

@@ -1,0 +1,1 @@
+"""Rows, grids, heat maps and descriptions of results."""

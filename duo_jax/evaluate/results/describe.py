@@ -1,0 +1,54 @@
+"""What every result says about the model that it was measured with."""
+
+from typing import Any
+
+from duo_jax.api import DuoModel
+from duo_jax.cli.model_flags import ModelFlags
+from duo_jax.reports import machine
+
+_FORMATS = {"weights": "weights", "kv": "caches"}
+
+
+def describe(flags: ModelFlags, model: DuoModel) -> dict[str, Any]:
+    """Return model, split, formats, prefill, hardware and versions, for a JSON result.
+
+    "retrieval_heads" are counted per layer; "sparsity" is the fraction of streaming heads that the
+    split came out at.
+    """
+    config, runtime = model.config, model.runtime
+    return {
+        **machine.environment(),
+        "model": flags.model,
+        "pattern": flags.pattern or "the model's own",
+        "retrieval_heads": config.retrieval_heads,
+        "kv_heads": config.model.num_kv_heads,
+        "sparsity": sparsity(model),
+        "sink": config.sink_size,
+        "recent": config.recent_size,
+        "dtype": str(runtime.dtype),
+        "weights": runtime.weights,
+        "kv": runtime.kv,
+        "prefill_mode": runtime.prefill_mode,
+        "prefill_chunk": runtime.prefill_chunk,
+        "implementation": runtime.implementation,
+    }
+
+
+def sparsity(model: DuoModel) -> float:
+    """Return the fraction of a model's KV heads that stream."""
+    config = model.config
+    heads = config.model.num_layers * config.model.num_kv_heads
+    return 1 - sum(config.retrieval_heads) / heads
+
+
+def in_words(result: dict[str, Any]) -> str:
+    """Return the settings of a result in one line, for titles and captions."""
+    smaller = [
+        f"{result[name]} {words}" for name, words in _FORMATS.items() if result[name] != "model"
+    ]
+    parts = [
+        f"sink {result['sink']}, recent {result['recent']}",
+        ", ".join([result["dtype"], *smaller]),
+        f"chunks of {result['prefill_chunk']:,}, mode {result['prefill_mode']}",
+    ]
+    return "; ".join(parts)

@@ -1,0 +1,197 @@
+"""Length by depth: what needles and passkeys share.
+
+Both ask for something that stands at a depth of a text of some length: the model as published
+("full"), the split one ("duo"), and if wanted one with every head streaming ("streaming"). Here are
+the flags that say so, and the models.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import numpy as np
+from tqdm import tqdm
+
+from duo_jax.api import NO_PATTERN, DuoModel
+from duo_jax.cli import presets
+from duo_jax.cli.model_flags import ModelFlags
+from duo_jax.errors import InputError
+from duo_jax.evaluate.results.rows import Rows
+
+PRESET_FILE = "evaluate.json"
+FULL, DUO, STREAMING = "full", "duo", "streaming"
+
+Flags = TypeVar("Flags", bound=ModelFlags)
+
+
+@runtime_checkable
+class Cell(Protocol):
+    """A text to be measured with one kind of caches."""
+
+    @property
+    def caches(self) -> str:
+        """FULL, DUO or STREAMING."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of the text."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """The name of its row."""
+        ...
+
+
+SomeCell = TypeVar("SomeCell", bound=Cell)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GridFlags(ModelFlags):
+    """Flags of evaluations over lengths and depths."""
+
+    text: tuple[str, ...] = ()
+    """Files, folders, .jsonl or .jsonl.zst, or a Hugging Face data set to hide things in.
+    Default: the language reference that comes with Python (about 465 KB)."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of the texts. Default: --num-lengths of them, evenly spaced."""
+    num_lengths: int = 13
+    """How many lengths, where --lengths does not name them."""
+    min_length: int | None = None
+    """The shortest of them. Default: a thirteenth of the longest, or what has room for the task."""
+    max_length: int | None = None
+    """The longest of them. Default: the model's range, with room for the answer."""
+    samples: int = 1
+    """Texts per length (and depth)."""
+    batch: int = 1
+    """Texts that are read at once: more is faster and takes more memory."""
+    full: bool = True
+    """Also measure the model as published, every head with a full cache."""
+    all_streaming: bool = False
+    """Also measure the model with every head streaming: what its retrieval heads are there for."""
+    seed: int = 0
+    """Of texts and what is hidden in them; two runs of a seed agree exactly."""
+    workdir: str | None = None
+    """Where rows and results go; started again, the command goes on from there.
+    Default: runs/, the task's name, the model's name."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_lengths", "samples", "batch"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
+        given = (*self.lengths, self.min_length or 1, self.max_length or 1)
+        if min(given) < 1:
+            raise InputError(f"length {min(given)} is not at least 1")
+        if len(set(self.lengths)) != len(self.lengths):
+            raise InputError("a length stands twice in --lengths")
+        if self.seed < 0:
+            raise InputError(f"seed {self.seed} must not be negative")
+
+    def folder(self, task: str) -> pathlib.Path:
+        """Return the work folder."""
+        name = pathlib.PurePath(self.model.rstrip("/")).name
+        return pathlib.Path(self.workdir or f"runs/{task}-{name}")
+
+    def chosen_lengths(self, *, shortest: int, longest: int) -> list[int]:
+        """Return the lengths of texts, in ascending order.
+
+        Args:
+          shortest: tokens that the task needs at least.
+          longest: tokens that the model has room for.
+
+        Raises:
+          InputError: a length is out of this range.
+        """
+        if self.lengths:
+            lengths = sorted(self.lengths)
+        else:
+            last = self.max_length or longest
+            first = self.min_length or min(last, max(shortest, last // self.num_lengths))
+            lengths = np.unique(np.linspace(first, last, self.num_lengths).astype(int)).tolist()
+        if lengths[0] < shortest:
+            raise InputError(f"length {lengths[0]:,}: this task needs at least {shortest:,} tokens")
+        if lengths[-1] > longest:
+            raise InputError(
+                f"length {lengths[-1]:,}: with the answer the model has room for {longest:,} tokens"
+            )
+        return lengths
+
+
+def models(flags: GridFlags, split: DuoModel) -> dict[str, Callable[[], DuoModel]]:
+    """Return how to load what is to be measured, by name; `split` is what the flags load."""
+    config = split.config
+    if config == config.all_retrieval():
+        return {FULL: lambda: split}
+    found = {DUO: lambda: split}
+    if flags.full:
+        plain = {"pattern": NO_PATTERN}
+        plain |= dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
+        found = {FULL: functools.partial(flags.load, **plain), **found}
+    if flags.all_streaming:
+        found[STREAMING] = functools.partial(flags.load, sparsity=1.0, threshold=None)
+    return found
+
+
+def fill(
+    rows: Rows,
+    cells: Sequence[SomeCell],
+    measure: Callable[[DuoModel, list[SomeCell]], Sequence[Mapping[str, Any]]],
+    loaders: Mapping[str, Callable[[], DuoModel]],
+    *,
+    batch: int,
+    desc: str,
+) -> None:
+    """Measure the cells that have no row, up to `batch` of one length at a time.
+
+    Models are loaded one after the other, in the order of the cells, and none for nothing: copies
+    of the weights take memory, beside the split model's.
+
+    Args:
+      rows: where rows are looked up and added.
+      cells: of each kind of caches, those of one length in a row.
+      measure: returns a row for each of some cells.
+      loaders: by kind of caches.
+      batch: cells that are measured together at most.
+      desc: name of the progress bar.
+    """
+    missing = [cell for cell in cells if cell.key not in rows]
+    done = len(cells) - len(missing)
+    with tqdm(total=len(cells), initial=done, desc=desc, unit="text", disable=None) as bar:
+        for caches, of_model in itertools.groupby(missing, key=lambda cell: cell.caches):
+            model = loaders[caches]()
+            for _, of_length in itertools.groupby(of_model, key=lambda cell: cell.length):
+                left = list(of_length)
+                for first in range(0, len(left), batch):
+                    part = left[first : first + batch]
+                    for cell, row in zip(part, measure(model, part), strict=True):
+                        rows.add(cell.key, row)
+                        bar.update()
+            del model  # before the next one is loaded
+
+
+def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
+    """Return all that rows depend on: the flags, and what files hold."""
+    text = hashlib.sha256("\0".join(documents).encode("utf-8", "replace"))
+    return dataclasses.asdict(flags) | {
+        "weights_digest": model.runtime.weights_digest,
+        "text_digest": text.hexdigest(),
+    }
+
+
+def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> Flags | None:
+    """Return the defaults of the model that a command line names.
+
+    They are the fields under the task's name in the model's evaluate.json, where it has one.
+    """
+    return presets.defaults(
+        args,
+        config_type.model,
+        lambda model, folder: presets.load(
+            config_type(model=model), folder / PRESET_FILE, part=task
+        ),
+    )

@@ -1,0 +1,152 @@
+"""What is found at which length and depth: JSON, a table, and the well-known picture."""
+
+import io
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from duo_jax import files
+from duo_jax.evaluate.results import describe as settings
+from duo_jax.evaluate.results import grid
+from duo_jax.evaluate.results.result_json import to_json
+
+_SCORES = {"exact": "exact match", "recall": "word recall"}
+_NAMES = {
+    grid.FULL: "full caches",
+    grid.DUO: "DuoAttention",
+    grid.STREAMING: "all heads streaming",
+}
+_MOST_NUMBERED = 15  # lengths up to which every cell has its number
+
+
+def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
+    """Write NAME.json, NAME.md and NAME.png into a folder, and print the table.
+
+    Args:
+      folder: where.
+      name: of the files.
+      result: `settings.describe`, "task", "seed", "samples" per "sampled" (a word), "lengths",
+        "depths" and "rows", each with caches, length, depth, the scores "exact" and "recall", and
+        cache_bytes; also what the scores are called ("scores") and the depths ("depth_label"),
+        where that differs from needles.
+    """
+    table = to_markdown(result)
+    files.write_text(folder / f"{name}.json", to_json(result))
+    files.write_text(folder / f"{name}.md", table + "\n")
+    files.write_bytes(folder / f"{name}.png", png(result))
+    print(table)
+    print(f"written: {folder / name}.json, .md, .png")
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Write the means over all cells, and the worst cell, of each kind of cache."""
+    exact, recall = _score_names(result).values()
+    lines = [
+        f"| caches | cells | {exact} | {recall} | worst cell | cache MB, longest text |",
+        "|---|---|---|---|---|---|",
+    ]
+    for caches in _measured(result):
+        rows = _rows(result, caches)
+        cells = table(result, caches, "recall")
+        lines.append(
+            f"| {_label(result, caches)} | {np.isfinite(cells).sum()} "
+            f"| {_mean(rows, 'exact'):.1%} | {_mean(rows, 'recall'):.1%} "
+            f"| {np.nanmin(cells):.1%} | {max(row['cache_bytes'] for row in rows) / 1e6:,.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def table(
+    result: Mapping[str, Any], caches: str, score: str
+) -> Float[np.ndarray, "depths lengths"]:
+    """Return the mean score of every cell; nan where there is none."""
+    lengths, depths = result["lengths"], result["depths"]
+    cells: dict[tuple[int, int], list[float]] = {}
+    for row in _rows(result, caches):
+        at = (depths.index(row["depth"]), lengths.index(row["length"]))
+        cells.setdefault(at, []).append(row[score])
+    values = np.full((len(depths), len(lengths)), np.nan)
+    for at, found in cells.items():
+        values[at] = np.mean(found)
+    return values
+
+
+def png(result: dict[str, Any]) -> bytes:
+    """Draw a column for each kind of cache and a row for each score."""
+    measured = _measured(result)
+    lengths, depths = result["lengths"], result["depths"]
+    width, height = 1.0 + 0.4 * max(len(lengths), 8), 0.9 + 0.3 * max(len(depths), 5)
+    figure = Figure(
+        figsize=(0.8 + width * len(measured), 1.0 + height * len(_SCORES)), layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    figure.suptitle(
+        f"{result['model']}, {result['task']}, texts per {result['sampled']}: {result['samples']}, "
+        f"seed {result['seed']}\n{settings.in_words(result)}",
+        fontsize=10,
+    )
+    axes = figure.subplots(len(_SCORES), len(measured), squeeze=False)
+    image = None
+    for panels, (score, words) in zip(axes, _score_names(result).items(), strict=True):
+        for panel, caches in zip(panels, measured, strict=True):
+            values = table(result, caches, score)
+            image = panel.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            panel.set_title(
+                f"{_label(result, caches)}: {words} {_mean(_rows(result, caches), score):.1%}",
+                fontsize=9,
+            )
+            panel.set_xticks(
+                range(len(lengths)), [_tokens(n) for n in lengths], rotation=45, fontsize=7
+            )
+            panel.set_yticks(range(len(depths)), [f"{d:.0%}" for d in depths], fontsize=7)
+            if len(lengths) <= _MOST_NUMBERED:
+                _number(panel, values)
+        panels[0].set_ylabel(result.get("depth_label", "depth of the needle"), fontsize=8)
+    for panel in axes[-1]:
+        panel.set_xlabel("text (tokens)", fontsize=8)
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.01)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    bar.ax.tick_params(labelsize=7)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=110, format="png")
+    return file.getvalue()
+
+
+def _number(panel: Any, values: np.ndarray) -> None:
+    for (y, x), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            colour = "black" if 0.15 < value < 0.85 else "white"
+            text = f"{100 * value:.0f}"
+            panel.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
+
+
+def _score_names(result: Mapping[str, Any]) -> dict[str, str]:
+    return _SCORES | result.get("scores", {})
+
+
+def _measured(result: Mapping[str, Any]) -> list[str]:
+    found = {row["caches"] for row in result["rows"]}
+    return [caches for caches in _NAMES if caches in found]
+
+
+def _rows(result: Mapping[str, Any], caches: str) -> list[dict[str, Any]]:
+    return [row for row in result["rows"] if row["caches"] == caches]
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], score: str) -> float:
+    return float(np.mean([row[score] for row in rows]))
+
+
+def _label(result: Mapping[str, Any], caches: str) -> str:
+    if caches != grid.DUO:
+        return _NAMES[caches]
+    return f"{_NAMES[caches]}, {result['sparsity']:.0%} streaming"
+
+
+def _tokens(count: int) -> str:
+    return f"{count / 1e3:,.0f}K" if count >= 10_000 else f"{count:,}"

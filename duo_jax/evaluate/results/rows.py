@@ -1,0 +1,91 @@
+"""Results of a long evaluation, row by row in a work folder; what is there is not measured again.
+
+    rows = Rows(folder, config)
+    for key in keys:
+        if key not in rows:
+            rows.add(key, measure(key))
+    rows.values()
+
+A row is written when it is complete: a run that is killed and started again loses the row it was
+at, and repeats none.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from duo_jax import files
+from duo_jax.cli import work_folder
+from duo_jax.errors import InputError
+
+_FILE = "rows.jsonl"
+
+
+class Rows:
+    """JSON rows by key, in the order in which they were added.
+
+    Args:
+      folder: the work folder; made if it does not exist.
+      config: all that the results depend on, a dataclass or a dict. What settings do not say, such
+        as `Runtime.weights_digest`, belongs into it too.
+      operational: its fields that may differ when a run is resumed.
+
+    Raises:
+      InputError: the folder belongs to another configuration, or its rows cannot be read.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, config: Any, *, operational: Sequence[str] = ()
+    ) -> None:
+        work_folder.claim(folder, config, operational=operational)
+        self._file = folder / _FILE
+        self._rows = _read(self._file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._rows
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._rows[key]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def keys(self) -> list[str]:
+        """Return the keys of all rows that are done."""
+        return list(self._rows)
+
+    def values(self) -> list[dict[str, Any]]:
+        """Return all rows that are done."""
+        return list(self._rows.values())
+
+    def add(self, key: str, row: Mapping[str, Any]) -> None:
+        """Append a row; it is read back as JSON holds it (tuples become lists).
+
+        Raises:
+          ValueError: there is a row of this key, or the row holds nan or infinity.
+        """
+        if key in self._rows:
+            raise ValueError(f"{key=} has been added already")
+        line = json.dumps({"key": key, "row": row}, allow_nan=False)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+        self._rows[key] = json.loads(line)["row"]
+
+
+def _read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Read the rows; a last line that a kill cut short is removed from the file."""
+    if not file.exists():
+        return {}
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        files.write_bytes(file, whole)
+    rows = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            rows[record["key"]] = record["row"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{file}, line {number} is damaged; remove it or the folder") from None
+    return rows

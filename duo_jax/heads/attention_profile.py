@@ -1,0 +1,181 @@
+"""Retrieval heads without training: which heads look far back while the model answers questions.
+
+The model runs once over each sample, with full attention. With A the positions whose next token is
+one of an answer, and a[i, t, j] the attention of query head i from position t to position j <= t:
+
+    score of KV head k = max over the query heads i of k of
+        mean over samples, mean over t in A of
+        sum over j with j >= sink and t - j >= recent of a[i, t, j]
+
+This is the attention that a streaming head has to do without, where it matters; the attention
+profiling that DuoAttention compares with (section 3.5), on DuoAttention's own calibration samples.
+
+Why all that is far away, and not the passkey alone, as retrieval scores have it (Wu et al.,
+2404.15574): a look-up may take heads that read other places than the passkey, such as what was
+answered before. On a demo model that had such a head, attention to the passkeys gave it a score
+near 0, and over a third of the passkeys were lost with it; this score did not. Why at answers: over
+ordinary text many heads look far back without need. What no profile sees is whether the attention
+changes anything; the learned gates do.
+
+Why the maximum over the query heads of a group: one of them that retrieves is enough for the KV
+head to need every token, and a mean would hide it among the others.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from duo_jax.data.passkeys import Sample
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
+from kernels import Implementation, masks
+from kernels.precision import accumulator
+
+# Queries whose scores are computed together: 0.3 GB for 32 query heads at 32,000 tokens.
+_BLOCK = 64
+
+
+def attention_profile(
+    config: ModelConfig,
+    params: llama.Params,
+    samples: Sequence[Sample],
+    *,
+    sink_size: int,
+    recent_size: int,
+    implementation: Implementation = "auto",
+) -> Float[np.ndarray, "layers kv_heads"]:
+    """Return how much of its attention each KV head has beyond a streaming head's sight.
+
+    Args:
+      config: the model.
+      params: its parameters, as duo_jax.model.llama takes them.
+      samples: texts with passkeys; all are padded to the longest.
+      sink_size: first tokens that a streaming head sees.
+      recent_size: latest tokens that it sees.
+      implementation: of the model's attention, see kernels.dispatch.
+
+    Returns:
+      Scores in [0, 1]; the higher, the more of a retrieval head.
+    """
+    length = max(sample.tokens.size for sample in samples)
+    profiles = [
+        sample_profile(
+            config,
+            params,
+            sample,
+            length=length,
+            sink_size=sink_size,
+            recent_size=recent_size,
+            implementation=implementation,
+        )
+        for sample in samples
+    ]
+    return kv_scores(config, np.mean(profiles, axis=0))
+
+
+def sample_profile(
+    config: ModelConfig,
+    params: llama.Params,
+    sample: Sample,
+    *,
+    length: int,
+    sink_size: int,
+    recent_size: int,
+    implementation: Implementation = "auto",
+) -> Float[np.ndarray, "layers q_heads"]:
+    """Return one sample's part of the score, for every query head.
+
+    Args:
+      config: the model.
+      params: its parameters.
+      sample: a text with passkeys.
+      length: to pad it to; another length is another compilation.
+      sink_size: first tokens that a streaming head sees.
+      recent_size: latest tokens that it sees.
+      implementation: of the model's attention, see kernels.dispatch.
+    """
+    positions = [i for start, stop in sample.answers for i in range(start - 1, stop - 1)]
+    # Whole blocks, so that samples with a few words more or less share a compilation. What is
+    # added is position 0, from where nothing is far away.
+    padding = -len(positions) % _BLOCK
+    sums = _far_attention(
+        params,
+        jnp.asarray(np.pad(sample.tokens, (0, length - sample.tokens.size))[None]),
+        jnp.asarray(positions + padding * [0], jnp.int32),
+        jnp.array(sample.tokens.size),
+        config=config,
+        sink_size=sink_size,
+        recent_size=recent_size,
+        implementation=implementation,
+    )
+    return np.asarray(sums) / len(positions)
+
+
+def kv_scores(
+    config: ModelConfig, profile: Float[np.ndarray, "layers q_heads"]
+) -> Float[np.ndarray, "layers kv_heads"]:
+    """Return the score of each KV head: the highest of the query heads that read it."""
+    grouped = profile.reshape(config.num_layers, config.num_kv_heads, config.q_per_kv)
+    return np.clip(grouped.max(axis=-1), 0.0, 1.0)  # rounding may carry a sum beyond 1
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "sink_size", "recent_size", "implementation")
+)
+def _far_attention(
+    params: llama.Params,
+    tokens: Int[Array, "1 length"],
+    positions: Int[Array, " queries"],
+    total_length: Int[Array, ""],
+    *,
+    config: ModelConfig,
+    sink_size: int,
+    recent_size: int,
+    implementation: Implementation,
+) -> Float[Array, "layers q_heads"]:
+    """Add up, over some positions, the attention that each head has on far tokens."""
+
+    def attend(q, k, v, positions):
+        out, _ = llama.plain(q, k, v, None, implementation=implementation)
+        sizes = {"sink_size": sink_size, "recent_size": recent_size}
+        return out, _sum_over_positions(q[0], k[0], positions, **sizes)
+
+    _, sums = llama.hidden_states(
+        config,
+        params,
+        tokens,
+        attend=attend,
+        layer_inputs=jnp.broadcast_to(positions, (config.num_layers, *positions.shape)),
+        total_length=total_length,
+    )
+    return sums
+
+
+def _sum_over_positions(
+    q: Float[Array, "length q_heads head_dim"],
+    k: Float[Array, "length kv_heads head_dim"],
+    positions: Int[Array, " queries"],
+    *,
+    sink_size: int,
+    recent_size: int,
+) -> Float[Array, " q_heads"]:
+    """Do that for one layer, a block of positions at a time."""
+    length, kv_heads, head_dim = k.shape
+    keys = jnp.arange(length)
+
+    def one_block(block):
+        chosen = q[block].reshape(_BLOCK, kv_heads, -1, head_dim)
+        wide = accumulator(q.dtype)
+        scores = jnp.einsum("tkgh,skh->kgts", chosen, k, preferred_element_type=wide)
+        visible = masks.causal(block, keys)
+        near = masks.streaming(block, keys, sink_size=sink_size, recent_size=recent_size)
+        scores = jnp.where(visible[None, None], scores * head_dim**-0.5, -jnp.inf)
+        attention = jax.nn.softmax(scores, axis=-1)
+        far = (visible & ~near)[None, None]
+        return jnp.sum(attention, axis=(2, 3), where=far).reshape(-1)
+
+    return jnp.sum(jax.lax.map(one_block, positions.reshape(-1, _BLOCK)), axis=0)

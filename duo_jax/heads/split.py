@@ -1,0 +1,157 @@
+"""Which KV heads of a model keep everything, and parameters reordered so that they come first.
+
+After the reordering only the number of retrieval heads per layer matters; nothing is gathered when
+the model runs.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Shaped
+
+from duo_jax.errors import InputError
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.llama import Params
+from duo_jax.model.quantised_weights import QuantisedKernel, take
+
+Leaf = Shaped[Array | np.ndarray, "..."] | QuantisedKernel
+
+# Axis of the heads in each parameter of a layer's attention, by (module, leaf).
+_HEAD_AXIS = {
+    ("q_proj", "kernel"): 1,
+    ("k_proj", "kernel"): 1,
+    ("v_proj", "kernel"): 1,
+    ("q_proj", "bias"): 0,
+    ("k_proj", "bias"): 0,
+    ("v_proj", "bias"): 0,
+    ("o_proj", "kernel"): 0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DuoConfig:
+    """A model split into retrieval and streaming heads. Hashable: static under jax.jit."""
+
+    model: ModelConfig
+    retrieval_heads: tuple[int, ...]  # per layer, layer 0 first
+    sink_size: int = 128
+    recent_size: int = 256
+
+    def __post_init__(self) -> None:
+        if len(self.retrieval_heads) != self.model.num_layers:
+            raise InputError(
+                f"retrieval heads are given for {len(self.retrieval_heads)} layers, the model has "
+                f"{self.model.num_layers}"
+            )
+        possible = range(self.model.num_kv_heads + 1)
+        wrong = [heads for heads in self.retrieval_heads if heads not in possible]
+        if wrong:
+            raise InputError(
+                f"a layer has 0 to {self.model.num_kv_heads} retrieval heads, not {wrong[0]}"
+            )
+        if self.sink_size < 0 or self.recent_size < 1:
+            raise InputError(
+                f"sink {self.sink_size} must be at least 0 and recent {self.recent_size} at least 1"
+            )
+
+    @property
+    def ring_slots(self) -> int:
+        """Tokens that a streaming head holds."""
+        return self.sink_size + self.recent_size
+
+    def all_retrieval(self) -> "DuoConfig":
+        """Return the same model without streaming heads."""
+        heads = (self.model.num_kv_heads,) * self.model.num_layers
+        return dataclasses.replace(self, retrieval_heads=heads)
+
+    @property
+    def num_retrieval_heads(self) -> int:
+        """Retrieval heads of the whole model."""
+        return sum(self.retrieval_heads)
+
+
+def duo_config(
+    model: ModelConfig,
+    heads: Bool[np.ndarray, "layers kv_heads"],
+    *,
+    sink_size: int,
+    recent_size: int,
+) -> DuoConfig:
+    """Return the split of a model whose retrieval heads are True in `heads`."""
+    return DuoConfig(
+        model=model,
+        retrieval_heads=tuple(int(count) for count in heads.sum(axis=1)),
+        sink_size=sink_size,
+        recent_size=recent_size,
+    )
+
+
+def split_params(
+    config: ModelConfig, params: Params, heads: Bool[np.ndarray, "layers kv_heads"]
+) -> dict[str, Any]:
+    """Return parameters in serving form: one dict per layer, retrieval heads first.
+
+    The caller's parameters (duo_jax.model.llama's stacked form) stay as they are; everything but
+    the layers is shared with them.
+    """
+    layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(len(heads))]
+    split = tuple(
+        reorder_layer(config, layer, row) for layer, row in zip(layers, heads, strict=True)
+    )
+    return {**params, "layers": split}
+
+
+def reorder_layer(
+    config: ModelConfig, layer: Params, heads: Bool[np.ndarray, " kv_heads"]
+) -> dict[str, Any]:
+    """Return one layer's parameters with the heads in `heads` first; otherwise order is kept."""
+    attention = {
+        module: {
+            name: reorder(config, (module, name), leaf, heads) for name, leaf in leaves.items()
+        }
+        for module, leaves in layer["self_attn"].items()
+    }
+    return {**layer, "self_attn": attention}
+
+
+def reorder(
+    config: ModelConfig, name: tuple[str, ...], leaf: Leaf, heads: Bool[np.ndarray, " kv_heads"]
+) -> Leaf:
+    """Return a parameter of a layer, such as ("q_proj", "kernel"), with these heads first.
+
+    numpy arrays stay on the host. Reordering and quantising may be done in either order.
+    """
+    order = head_order(config, name, heads)
+    if order is None:
+        return leaf
+    if isinstance(leaf, QuantisedKernel):
+        return take(leaf, order.indices, axis=order.axis)
+    library = np if isinstance(leaf, np.ndarray) else jnp
+    return library.take(leaf, order.indices, axis=order.axis)
+
+
+class HeadOrder(NamedTuple):
+    """How a parameter's heads are to be reordered."""
+
+    axis: int
+    indices: Int[np.ndarray, " heads"]
+
+
+def head_order(
+    config: ModelConfig, name: tuple[str, ...], heads: Bool[np.ndarray, " kv_heads"]
+) -> HeadOrder | None:
+    """Return the order of a layer's parameter, such as ("q_proj", "kernel"); None: as it is.
+
+    Query heads follow their KV head. Norms of queries and keys are shared by all heads.
+    """
+    axis = _HEAD_AXIS.get(name)
+    kv_order = np.argsort(~heads, kind="stable")
+    if axis is None or np.array_equal(kv_order, np.arange(len(heads))):
+        return None
+    if name[0] in ("k_proj", "v_proj"):
+        return HeadOrder(axis, kv_order)
+    group = np.arange(config.q_per_kv)
+    return HeadOrder(axis, (kv_order[:, None] * config.q_per_kv + group[None, :]).reshape(-1))

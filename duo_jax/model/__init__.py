@@ -1,0 +1,1 @@
+"""The Llama family as functional Linen modules: parameters in, activations out."""

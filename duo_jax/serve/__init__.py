@@ -1,0 +1,6 @@
+"""A split model as pure functions: (params, cache, tokens) -> (logits, cache)."""
+
+from duo_jax.serve.attention import PrefillMode
+from duo_jax.serve.forward import decode, hidden_states, logits, prefill
+
+__all__ = ["PrefillMode", "decode", "hidden_states", "logits", "prefill"]

@@ -1,0 +1,87 @@
+"""Serving programs compiled for a GPU that is not there: what they need of its memory.
+
+Nothing is allocated or executed, no weights are read; see kernels.aot for what must be installed.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from duo_jax import serve
+from duo_jax.cache import KVFormat, cache_shapes
+from duo_jax.heads import split
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.quantised_weights import WeightFormat, quantised_shapes
+from kernels import aot
+
+
+def param_shapes(model: ModelConfig, dtype: DTypeLike, *, weights: WeightFormat = "model") -> Any:
+    """Return the shapes of a model's parameters in serving form; `weights` as of duo_jax.load."""
+    heads = np.ones((model.num_layers, model.num_kv_heads), bool)
+    init = functools.partial(llama.init_params, model, dtype=jnp.dtype(dtype))
+    params = jax.eval_shape(init, jax.random.key(0))
+    params = jax.eval_shape(functools.partial(split.split_params, model, heads=heads), params)
+    return quantised_shapes(params, weights)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Return the bytes of arrays or their shapes on a GPU, where jax packs two int4 to a byte."""
+    return sum(
+        leaf.size // 2 if leaf.dtype == jnp.int4 else leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def decode_step(
+    config: DuoConfig,
+    *,
+    target: aot.Target,
+    max_len: int,
+    batch_size: int = 1,
+    dtype: DTypeLike = jnp.bfloat16,
+    weights: WeightFormat = "model",
+    kv: KVFormat = "model",
+) -> jax.stages.Compiled:
+    """Compile one decode step over caches of `max_len` tokens, which are updated in place."""
+
+    def step(params, cache, tokens):
+        return serve.decode(config, params, cache, tokens, implementation="triton")
+
+    tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
+    cache = cache_shapes(config, **sizes)
+    params = param_shapes(config.model, dtype, weights=weights)
+    return aot.compile_for(target, step, params, cache, tokens, donate_argnums=(1,))
+
+
+def prefill_chunk(
+    config: DuoConfig,
+    *,
+    target: aot.Target,
+    max_len: int,
+    chunk: int,
+    batch_size: int = 1,
+    dtype: DTypeLike = jnp.bfloat16,
+    weights: WeightFormat = "model",
+    kv: KVFormat = "model",
+    mode: serve.PrefillMode = "exact",
+) -> jax.stages.Compiled:
+    """Compile the reading of a chunk into caches of `max_len` tokens, at any offset."""
+
+    def read(params, cache, tokens, num_tokens):
+        return serve.prefill(
+            config, params, cache, tokens, num_tokens, mode=mode, implementation="triton"
+        )
+
+    tokens = jax.ShapeDtypeStruct((batch_size, chunk), jnp.int32)
+    num_tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
+    cache = cache_shapes(config, **sizes)
+    params = param_shapes(config.model, dtype, weights=weights)
+    return aot.compile_for(target, read, params, cache, tokens, num_tokens, donate_argnums=(1,))

@@ -1,0 +1,135 @@
+"""The decode loop: one jitted lax.while_loop from token to token, sampling included.
+
+A state goes in, tokens and a state come out, so a host can run the loop to the end in one call or
+in segments (to show text as it appears); the tokens are the same.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from duo_jax import serve
+from duo_jax.cache import Cache
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model.llama import Params
+from duo_jax.serve import sampling
+from kernels import Implementation, pytree
+
+
+@pytree.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeState:
+    """Where every row of a batch is between two tokens."""
+
+    cache: Cache
+    last: Int[Array, " batch"]  # each row's latest token; not in the cache yet
+    stopped: Bool[Array, " batch"]  # rows that ended with a stop token, or that the host ended
+    keys: Key[Array, " batch"]  # one per row; a token's draw also depends on its position
+    seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and output; for the penalty only
+
+
+def row_keys(seed: int, batch_size: int) -> Key[Array, " batch"]:
+    """Return a random key per row, so that rows draw independently of each other."""
+    return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
+        jnp.arange(batch_size)
+    )
+
+
+@functools.partial(jax.jit, donate_argnames=("cache", "seen"))
+def begin(
+    cache: Cache,
+    logits: Float[Array, "batch vocab"],
+    keys: Key[Array, " batch"],
+    seen: Bool[Array, "batch vocab"] | None,
+    options: Mapping[str, Array],
+    stop_tokens: Int[Array, " stops"],
+) -> DecodeState:
+    """Sample every row's first token from the logits after its prompt."""
+    state = DecodeState(
+        cache=cache,
+        last=jnp.zeros(logits.shape[0], jnp.int32),
+        stopped=jnp.zeros(logits.shape[0], bool),
+        keys=keys,
+        seen=seen,
+    )
+    return _next_token(state, logits, options, stop_tokens, active=~state.stopped)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "capacity", "implementation"), donate_argnames="state"
+)
+def decode_segment(
+    config: DuoConfig,
+    params: Params,
+    state: DecodeState,
+    options: Mapping[str, Array],
+    stop_tokens: Int[Array, " stops"],
+    limits: Int[Array, " batch"],
+    *,
+    capacity: int,
+    implementation: Implementation = "auto",
+) -> tuple[DecodeState, Int[Array, "batch capacity"], Int[Array, " batch"]]:
+    """Decode until every row has stopped or has `limits[b]` new tokens.
+
+    Args:
+      config: the split model.
+      params: its parameters.
+      state: from `begin` or from the segment before; donated.
+      options: of `sampling.SamplingConfig.options`.
+      stop_tokens: tokens that end a row; they are part of the output.
+      limits: new tokens per row, at most `capacity`; run-time values.
+      capacity: size of the output.
+      implementation: of attention, see kernels.dispatch.
+
+    Returns:
+      The state after the segment, the new tokens of every row (0 beyond their number), and their
+      number.
+    """
+    batch = state.last.shape[0]
+
+    def active(state: DecodeState, counts):
+        return ~state.stopped & (counts < limits)
+
+    def step(carry):
+        state, tokens, counts = carry
+        running = active(state, counts)
+        logits, cache = serve.decode(
+            config, params, state.cache, state.last, running, implementation=implementation
+        )
+        state = dataclasses.replace(state, cache=cache)
+        state = _next_token(state, logits, options, stop_tokens, active=running)
+        # A row that does not run writes beyond its tokens, or (dropped) beyond the buffer.
+        at = jnp.where(running, counts, capacity)
+        tokens = tokens.at[jnp.arange(batch), at].set(state.last, mode="drop")
+        return state, tokens, counts + running.astype(counts.dtype)
+
+    tokens = jnp.zeros((batch, capacity), jnp.int32)
+    counts = jnp.zeros(batch, jnp.int32)
+    return jax.lax.while_loop(
+        lambda carry: jnp.any(active(carry[0], carry[2])), step, (state, tokens, counts)
+    )
+
+
+def _next_token(
+    state: DecodeState,
+    logits: Float[Array, "batch vocab"],
+    options: Mapping[str, Array],
+    stop_tokens: Int[Array, " stops"],
+    *,
+    active: Bool[Array, " batch"],
+) -> DecodeState:
+    """Sample from the logits of the active rows; the others stay as they are."""
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
+    token = sampling.sample(logits, options, keys, state.seen).astype(jnp.int32)
+    token = jnp.where(active, token, state.last)
+    seen = state.seen
+    if seen is not None:
+        seen = sampling.mark_seen(seen, token[:, None], active[:, None])
+    stops = jnp.any(token[:, None] == stop_tokens[None, :], axis=1)
+    return dataclasses.replace(
+        state, last=token, stopped=state.stopped | (active & stops), seen=seen
+    )

@@ -1,0 +1,142 @@
+"""A split model as pure functions: (params, cache, tokens) -> (logits, cache).
+
+    cache = init_cache(config, batch_size=1, max_len=4096)
+    logits, cache = prefill(config, params, cache, tokens, num_tokens)   # any number of chunks
+    logits, cache = decode(config, params, cache, next_tokens)           # one token per row
+
+`config` is static; jit, shard or vmap them as you like, and donate the cache: it is updated in
+place. Parameters are in serving form (duo_jax.heads.split). Rows may have different lengths; each
+row's tokens are appended to what its cache holds.
+
+Prefill has two semantics for streaming heads (DuoAttention, section 2.4, and its public code):
+"exact" gives every token the streaming mask, so nothing depends on how a text is cut into chunks;
+"chunk" lets a token see the cached sinks and recent tokens and all of its own chunk before it.
+Decoding is the same for both.
+"""
+
+import functools
+from typing import get_args
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from duo_jax.cache import Cache
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model import llama, rope
+from duo_jax.model.llama import Params
+from duo_jax.serve.attention import PrefillMode, attend
+from kernels import Implementation
+
+
+def prefill(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    num_tokens: Int[Array, " batch"],
+    *,
+    mode: PrefillMode = "exact",
+    total_lengths: Int[Array, " batch"] | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Append a chunk of tokens to every row.
+
+    Args:
+      config: the split model.
+      params: its parameters.
+      cache: what the rows hold so far; rows must have room for the chunk.
+      tokens: the chunk; row b counts up to num_tokens[b], the rest is padding.
+      num_tokens: from 0 to length.
+      mode: what streaming heads see of their chunk.
+      total_lengths: tokens per row when the whole prompt is read, of which this chunk may be a
+        part; only "dynamic" rope scaling reads it. Default: up to this chunk's end.
+      implementation: of attention, see kernels.dispatch.
+
+    Returns:
+      Logits after each row's last token (meaningless for a row of 0 tokens), and the cache.
+    """
+    x, cache = hidden_states(
+        config,
+        params,
+        cache,
+        tokens,
+        num_tokens,
+        mode=mode,
+        total_lengths=total_lengths,
+        implementation=implementation,
+    )
+    last = jnp.clip(num_tokens - 1, 0, tokens.shape[1] - 1)
+    x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+    return logits(config, params, x)[:, 0], cache
+
+
+def decode(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, " batch"],
+    active: Bool[Array, " batch"] | None = None,
+    *,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "batch vocab"], Cache]:
+    """Append one token to every row, and return the logits after it.
+
+    Args:
+      config: the split model.
+      params: its parameters.
+      cache: what the rows hold so far.
+      tokens: one per row.
+      active: rows that take part; the cache of the others stays as it is, and their logits mean
+        nothing. Default: all.
+      implementation: of attention, see kernels.dispatch.
+    """
+    if active is None:
+        active = jnp.ones(tokens.shape, bool)
+    return prefill(
+        config,
+        params,
+        cache,
+        tokens[:, None],
+        active.astype(jnp.int32),
+        implementation=implementation,
+    )
+
+
+def hidden_states(
+    config: DuoConfig,
+    params: Params,
+    cache: Cache,
+    tokens: Int[Array, "batch length"],
+    num_tokens: Int[Array, " batch"],
+    *,
+    mode: PrefillMode = "exact",
+    total_lengths: Int[Array, " batch"] | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "batch length embed"], Cache]:
+    """Append a chunk as `prefill` does; return the residual stream at all its tokens instead."""
+    if mode not in get_args(PrefillMode):
+        raise ValueError(f"{mode=} is not one of {', '.join(get_args(PrefillMode))}")
+    lengths = cache.lengths
+    positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=lengths.dtype)[None, :]
+    if total_lengths is None:
+        total_lengths = lengths + num_tokens
+    cos_sin = rope.rotation(config.model, positions, total_length=total_lengths)
+    x = params["embed_tokens"]["embedding"][tokens]
+    layers = []
+    attend_layer = functools.partial(
+        attend, config=config, mode=mode, implementation=implementation
+    )
+    for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
+        layer = llama.DecoderLayer(config.model, attend=attend_layer)
+        layer_input = (layer_cache, lengths, num_tokens)
+        x, layer_cache = layer.apply({"params": layer_params}, x, cos_sin, layer_input)
+        layers.append(layer_cache)
+    return x, Cache(layers=tuple(layers), lengths=lengths + num_tokens)
+
+
+def logits(
+    config: DuoConfig, params: Params, x: Float[Array, "batch length embed"]
+) -> Float[Array, "batch length vocab"]:
+    """Turn residual streams into next-token logits."""
+    ends = {name: part for name, part in params.items() if name != "layers"}
+    return llama.logits(config.model, ends, x)

@@ -1,0 +1,1 @@
+"""Texts that grow: prompts, conversations, saved caches."""

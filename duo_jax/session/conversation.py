@@ -1,0 +1,197 @@
+"""One text that grows: read, write, read more, with a cache that is never read twice."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from duo_jax.cache import cache_bytes
+from duo_jax.errors import InputError
+from duo_jax.serve.sampling import SamplingConfig
+from duo_jax.session import cache_files
+from duo_jax.session.runtime import Runtime
+from duo_jax.session.session import Progress, Session
+from duo_jax.session.tokenization import Message, Tokenization
+from duo_jax.session.writing import write_text
+
+
+class Conversation:
+    """A text of one row. Plain text grows by `append` and `stream`, a chat by `chat`.
+
+    Args:
+      runtime: the model.
+      tokenization: its tokenizer.
+      max_len: tokens the cache can hold; default: it grows with the text.
+    """
+
+    def __init__(
+        self, runtime: Runtime, tokenization: Tokenization, *, max_len: int | None = None
+    ) -> None:
+        self.session = Session(runtime, max_len=max_len)
+        self.messages: list[Message] = []
+        self._tokenization = tokenization
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the text so far."""
+        return len(self.session.tokens[0])
+
+    def append(self, text: str, *, room: int = 0, progress: Progress | None = None) -> None:
+        """Read more plain text.
+
+        Raises:
+          InputError: the text is empty or too long, or this is a chat.
+        """
+        if self.messages:
+            raise InputError("this conversation is a chat; plain text cannot be appended to it")
+        tokens = self._tokenization.encode(text, continues=self.num_tokens > 0)
+        self.session.append([tokens], room=room, progress=progress)
+
+    def stream(
+        self,
+        text: str | None = None,
+        *,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Read more plain text (if any is given), then write on; yield text as it is written.
+
+        Args:
+          text: what to read first.
+          max_new_tokens: most tokens to write.
+          stop: string or strings at which to stop; they are not yielded.
+          seed: of the random draws.
+          progress: called while `text` is read.
+          **sampling: fields of `duo_jax.serve.sampling.SamplingConfig`; default greedy.
+
+        Raises:
+          InputError: as `append`, or there is nothing to continue.
+        """
+        config = SamplingConfig(**sampling)
+        if text is not None:
+            self.append(text, room=max_new_tokens, progress=progress)
+        for (piece,) in self._write(max_new_tokens, stop, seed, config):
+            yield piece
+
+    def generate(self, text: str | None = None, **settings: Any) -> str:
+        """Do what `stream` does; return the whole text."""
+        return "".join(self.stream(text, **settings))
+
+    def chat(
+        self,
+        text: str,
+        *,
+        max_new_tokens: int = 256,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        progress: Progress | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """Say something in a chat, and yield the answer as it is written.
+
+        The model's own template formats the messages. Arguments are those of `stream`.
+
+        Raises:
+          InputError: the model has no chat template, the chat has become too long, or the
+            conversation began as plain text.
+        """
+        config = SamplingConfig(**sampling)
+        self.tell(text, answer=True, room=max_new_tokens, progress=progress)
+        answer = ""
+        try:
+            for (piece,) in self._write(max_new_tokens, stop, seed, config):
+                answer += piece
+                yield piece
+        finally:  # what was written counts, even if nobody wanted the rest
+            self.messages.append({"role": "assistant", "content": answer})
+
+    def tell(
+        self,
+        text: str,
+        *,
+        role: str = "user",
+        answer: bool = False,
+        room: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        """Add a message to a chat and read it, without asking for an answer yet.
+
+        Args:
+          text: the message.
+          role: "user" or "system".
+          answer: open the assistant's turn behind it.
+          room: tokens for which the cache should have room beyond these.
+          progress: called while it is read.
+
+        Raises:
+          InputError: as `chat`.
+        """
+        if not self.messages and self.num_tokens:
+            raise InputError("this conversation is plain text; begin a chat with a new one")
+        if not text:
+            raise InputError("the message is empty")
+        messages = [*self.messages, {"role": role, "content": text}]
+        tokens = self._tokenization.encode_chat(
+            messages, answer=answer, before=self.session.tokens[0]
+        )
+        before, self.messages = self.messages, messages
+        try:
+            self.session.replace([tokens], room=room, progress=progress)
+        except InputError:  # nothing was read; after an interrupt the message is there to stay
+            self.messages = before
+            raise
+
+    def cache_bytes(self) -> tuple[int, int]:
+        """Return the live cache's bytes, and what it would take with retrieval heads only."""
+        runtime, session = self.session.runtime, self.session
+        if session.cache is None:
+            return 0, 0
+        plain = runtime.config.all_retrieval()
+        return session.cache.nbytes, cache_bytes(
+            plain,
+            batch_size=1,
+            max_len=session.capacity,
+            dtype=runtime.dtype,
+            kv=runtime.kv,
+        )
+
+    def _write(self, max_new_tokens, stop, seed, sampling) -> Iterator[list[str]]:
+        return write_text(
+            self.session,
+            self._tokenization,
+            max_new_tokens=max_new_tokens,
+            stop=stop,
+            seed=seed,
+            sampling=sampling,
+            segment=None,
+            continues=not self.messages,
+        )
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Save text and cache; the folder appears only when complete.
+
+        Raises:
+          InputError: there is nothing to save, the folder exists, or it cannot be written.
+        """
+        cache_files.save(self.session, folder, extra={"messages": self.messages})
+
+
+def load_conversation(
+    folder: str | pathlib.Path,
+    runtime: Runtime,
+    tokenization: Tokenization,
+    *,
+    max_len: int | None = None,
+) -> Conversation:
+    """Load a saved conversation; the text before it is not read again.
+
+    Raises:
+      InputError: the folder is no saved conversation, is damaged, or belongs to another model,
+        pattern or version.
+    """
+    conversation = Conversation(runtime, tokenization, max_len=max_len)
+    extra = cache_files.load(conversation.session, folder)
+    conversation.messages = list(extra.get("messages", []))
+    return conversation

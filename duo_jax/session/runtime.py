@@ -1,0 +1,79 @@
+"""A split model that is ready to run, and how it reads prompts."""
+
+import dataclasses
+import functools
+import hashlib
+from typing import Any, get_args
+
+import jax
+import numpy as np
+
+from duo_jax.cache import check_kv
+from duo_jax.errors import InputError
+from duo_jax.heads.split import DuoConfig
+from duo_jax.model.quantised_weights import WeightFormat, weight_format
+from duo_jax.serve import PrefillMode
+from kernels import dispatch
+
+_SAMPLES_PER_LEAF = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Runtime:
+    """Parameters in serving form, and what is the same for all that is done with them."""
+
+    config: DuoConfig
+    params: dict[str, Any]
+    prefill_chunk: int = 8192  # tokens per row and step
+    prefill_mode: str = "exact"  # a PrefillMode
+    implementation: str = "auto"  # of attention, see kernels.dispatch
+    kv: str = "model"  # a KVFormat
+
+    def __post_init__(self) -> None:
+        if self.prefill_chunk < 1:
+            raise InputError(f"prefill chunk {self.prefill_chunk} is not at least 1")
+        if self.prefill_mode not in get_args(PrefillMode):
+            raise InputError(
+                f"prefill mode {self.prefill_mode!r} is not one of "
+                f"{', '.join(get_args(PrefillMode))}"
+            )
+        check_implementation(self.implementation)
+        check_kv(self.config, self.kv)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of activations, and of caches in the format "model"."""
+        return np.dtype(self.params["norm"]["scale"].dtype)
+
+    @property
+    def weights(self) -> WeightFormat:
+        """The format of the layers' projections."""
+        return weight_format(self.params)
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """A digest of some values of every parameter, in the order in which the split left them.
+
+        Tells models and head orders apart; not a check against tampering.
+        """
+        digest = hashlib.sha256()
+        if self.weights != "model":  # w8a8 computes otherwise than int8, with the same leaves
+            digest.update(self.weights.encode())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
+            values = leaf[np.unravel_index(at, leaf.shape)]
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(values).astype(np.float32).tobytes())
+        return digest.hexdigest()
+
+
+def check_implementation(name: str) -> None:
+    """Refuse an implementation of attention that does not exist or cannot run here.
+
+    Raises:
+      InputError: it cannot.
+    """
+    try:
+        dispatch.check(name)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(str(error)) from None

@@ -1,0 +1,106 @@
+"""Text to tokens: prompts, continued prompts and chats, and the tokens that end an answer."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from duo_jax.checkpoints import pretrained
+from duo_jax.errors import InputError
+
+Message = dict[str, str]  # {"role": "user", "content": "..."}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenization:
+    """A model's tokenizer, and its end-of-text tokens."""
+
+    tokenizer: Any  # of transformers
+    stop_tokens: tuple[int, ...]
+
+    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+        """Tokenise text; only the beginning of a row gets what the tokenizer puts in front.
+
+        Raises:
+          InputError: the text is empty.
+        """
+        if not text:
+            raise InputError("the prompt is empty")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError("the prompt holds half characters that no text can hold") from None
+        # verbose: a text too long for the model is refused later, in one line.
+        return self.tokenizer(text, add_special_tokens=not continues, verbose=False)["input_ids"]
+
+    def render_chat(self, messages: Sequence[Message], *, answer: bool = True) -> str:
+        """Write out a chat with the model's template, special tokens included.
+
+        Raises:
+          InputError: the model has no chat template, or it cannot render these messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise InputError("this model has no chat template; leave out --chat")
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=answer, tokenize=False
+            )
+        except Exception as error:  # whatever a template written in Jinja may raise
+            raise InputError(f"the model's chat template refuses this: {error}") from None
+
+    def encode_chat(
+        self, messages: Sequence[Message], *, answer: bool = True, before: Sequence[int] = ()
+    ) -> list[int]:
+        """Tokenise a chat with the model's template.
+
+        Args:
+          messages: roles and contents.
+          answer: end with the opening of the assistant's turn.
+          before: tokens of the chat so far. They are kept if they say what the messages say: a
+            model need not spell an answer with the tokens that its tokenizer would choose.
+
+        Raises:
+          InputError: the model has no chat template, or it cannot render these messages.
+        """
+        text = self.render_chat(messages, answer=answer)
+        said = self.tokenizer.decode(list(before), clean_up_tokenization_spaces=False)
+        if not text.startswith(said):
+            said, before = "", ()
+        # The template writes the special tokens itself.
+        new = self.tokenizer(text[len(said) :], add_special_tokens=False, verbose=False)[
+            "input_ids"
+        ]
+        return [*before, *new]
+
+
+def load_tokenization(folder: pathlib.Path) -> Tokenization:
+    """Load the tokenizer of the model in `folder`, and the tokens with which its answers end.
+
+    They are eos_token_id of generation_config.json or config.json (one or several), and the
+    tokenizer's own.
+
+    Raises:
+      InputError: there is no usable tokenizer.
+    """
+    tokenizer = pretrained.load_tokenizer(folder)
+    stops = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        stops.update(_eos_tokens(folder / name))
+    return Tokenization(
+        tokenizer=tokenizer,
+        stop_tokens=tuple(sorted(token for token in stops if token is not None)),
+    )
+
+
+def _eos_tokens(file: pathlib.Path) -> list[int]:
+    if not file.is_file():
+        return []
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{file} cannot be read as JSON: {error}") from None
+    found = found if isinstance(found, list) else [found]
+    if not all(token is None or type(token) is int for token in found):
+        raise InputError(f"eos_token_id is {found!r} in {file}, not whole numbers")
+    return found

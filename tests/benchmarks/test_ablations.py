@@ -1,0 +1,160 @@
+"""The ablations: every row tests what it says, with heads that the identification command finds."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import ablations
+from benchmarks.ablations import AblationsConfig
+from duo_jax.errors import InputError
+from duo_jax.heads.pattern import load_pattern, retrieval_heads
+from tests import models
+from train.identify import default_config, identify
+from train.retrieval_test import RetrievalTest
+
+PRESET = {
+    "sink": 4,
+    "recent": 12,
+    "num_steps": 4,
+    "profile_samples": 2,
+    "dtype": "float32",
+    "length_buckets": 1,
+    "eval_samples": 0,
+    "data": {"num_passkeys": 3, "passkey_words": 4, "min_length": 200, "max_length": 256},
+}
+TINY = {
+    "sparsities": (0.25, 0.75),
+    "sinks": (0, 4),
+    "recents": (3, 12, 20),
+    "grid_sparsities": (0.5,),
+    "seeds": 2,
+    "random_seeds": 3,
+    "samples": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    folder = models.write_hf(tmp_path_factory.mktemp("models") / "tiny", raw)
+    (folder / "identify.json").write_text(json.dumps(PRESET))
+    return models.write_tokenizer(folder)
+
+
+def score(heads: np.ndarray, sink: int, recent: int) -> float:
+    """Stand in for retrieval, which a random model has none of: another number for each case."""
+    places = np.arange(1, heads.size + 1) ** 2
+    return float((heads.ravel() * places).sum() + sink / 10 + recent / 1000) / 100
+
+
+@pytest.fixture(scope="module")
+def result(model, tmp_path_factory):
+    def accuracy(self, config, _, heads, *, sink_size, recent_size):
+        assert heads.shape == (config.num_layers, config.num_kv_heads)
+        value = score(heads, sink_size, recent_size)
+        return value + np.array([[0.01] * 3, [-0.01] * 3])[: len(self.samples)]
+
+    out = tmp_path_factory.mktemp("results") / "some" / "ablations.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RetrievalTest, "accuracy", accuracy)
+        ablations.main(AblationsConfig(model=str(model), out=out, **TINY))
+    return json.loads(out.read_text()), out
+
+
+def test_methods_are_tested_with_their_own_heads(result):
+    rows, gates = result[0]["methods"], result[0]["gates"]
+    assert [(r["method"], r["sparsity"]) for r in rows] == [
+        (m, s) for s in (0.25, 0.75) for m in ("optimise", "profile", "lm", "random")
+    ]
+    for row in rows:
+        if row["method"] == "random":
+            assert len(row["exact"]) == 3
+            continue
+        expected = [
+            score(retrieval_heads(np.array(g), sparsity=row["sparsity"]), 4, 12)
+            for g in gates[row["method"]]
+        ]
+        np.testing.assert_allclose(row["exact"], expected)
+        assert row["retrieval_heads"] == round(4 * (1 - row["sparsity"]))
+    seeds = [json.dumps(g) for of_seeds in gates.values() for g in of_seeds]
+    assert len(set(seeds)) == 6
+
+
+def test_gates_are_those_of_the_identification_command(result, model, tmp_path):
+    gates = result[0]["gates"]
+    for method in ("optimise", "profile"):
+        config = default_config(str(model), model)
+        values = {"method": method, "seed": 1, "workdir": str(tmp_path / method)}
+        identify(type(config)(**(vars(config) | values)))
+        np.testing.assert_array_equal(
+            load_pattern(tmp_path / method / "pattern").gates, gates[method][1]
+        )
+
+
+def test_windows_have_the_same_number_of_slots(result):
+    rows = result[0]["windows"]
+    learned = np.array(result[0]["gates"]["optimise"][0])
+    pairs = dict.fromkeys((r["identified"], r["deployed"]) for r in rows)
+    assert list(pairs) == [
+        ("both", "both"), ("sinks", "sinks"), ("recents", "recents"),
+        ("both", "sinks"), ("both", "recents"),
+    ]  # fmt: skip
+    sizes = {"both": (4, 12), "sinks": (15, 1), "recents": (0, 16)}
+    for row in rows:
+        assert (row["sink"], row["recent"]) == sizes[row["deployed"]]
+        if row["identified"] == "both":
+            heads = retrieval_heads(learned, sparsity=row["sparsity"])
+            np.testing.assert_allclose(row["exact"], score(heads, row["sink"], row["recent"]))
+
+
+def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch):
+    seen = []
+
+    def train(config, model, *_):
+        seen.append((config.method, config.seed, config.sink, config.recent, config.reg_weight))
+        return np.ones((model.num_layers, model.num_kv_heads)), None
+
+    monkeypatch.setattr(ablations.training, "train", train)
+    lab = ablations._Lab(AblationsConfig(model=str(model), samples=1))
+    lab.identify("optimise", sink=15, recent=1)
+    lab.identify("lm", seed=2)
+    assert seen == [("optimise", 0, 15, 1, 0.05), ("lm", 2, 4, 12, 0.05)]
+    lab = ablations._Lab(AblationsConfig(model=str(model), samples=1, lm_reg_weight=0.3))
+    lab.identify("lm")
+    assert seen[-1] == ("lm", 0, 4, 12, 0.3)
+
+
+def test_grid_deploys_every_size(result):
+    rows = result[0]["sizes"]
+    heads = retrieval_heads(np.array(result[0]["gates"]["optimise"][0]), sparsity=0.5)
+    assert [(r["sink"], r["recent"]) for r in rows] == [(s, r) for s in (0, 4) for r in (3, 12, 20)]
+    for row in rows:
+        np.testing.assert_allclose(row["exact"], score(heads, row["sink"], row["recent"]))
+
+
+def test_table_and_picture_show_what_was_measured(result):
+    values, out = result
+    table = out.with_suffix(".md").read_text()
+    for row in values["windows"] + values["sizes"]:
+        assert f"| {row['exact']:.1%} |" in table
+    profile = values["methods"][1]["exact"]
+    assert f"{np.mean(profile):.1%}" in table
+    np.testing.assert_allclose(values["largest_standard_error"], 0.01)
+    assert "standard error over texts above 1.0%" in table
+    np.testing.assert_allclose(values["full"], score(np.ones((2, 2)), 4, 12))
+    np.testing.assert_allclose(values["all_streaming"], score(np.zeros((2, 2)), 4, 12))
+    with Image.open(out.with_suffix(".png")) as image:
+        assert min(image.size) > 900
+        assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"samples": 0}, {"sparsities": ()}, {"grid_sparsities": (1.5,)}, {"recents": (0,)}],
+    ids=str,
+)
+def test_unusable_settings_are_refused(changes):
+    with pytest.raises(InputError):
+        AblationsConfig(**changes)

@@ -1,0 +1,167 @@
+"""The GPU report runs to its end in miniature, and its judgements can fail."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import gpu_report
+from benchmarks.gpu import block_sweep, models, rivals, tables, targets
+from benchmarks.gpu.settings import DECODE_500K, FULL_32K, STREAMING_32K, packed_name, smoke
+from benchmarks.gpu.tables import Stage
+from tests.benchmarks.gpu_tables import new_table
+
+
+def test_smoke_run_writes_every_table_and_goes_on_after_a_failed_stage(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_report", "--smoke", "--fail", "sweep"]
+    ran = subprocess.run(
+        command,
+        env={**os.environ, "OUT": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = {
+        name: json.loads((tmp_path / f"{name}.json").read_text()) for name in gpu_report.STAGES
+    }
+    for name, table in found.items():
+        assert table["smoke"] is True
+        assert {"hardware", "jax", "jaxlib", "driver", "dtype", "prefill_mode"} <= table.keys()
+        assert table["models"][0].keys() >= {"sink", "recent", "chunk", "contexts"}
+        if name != "sweep":
+            assert table["status"] == "complete", table
+            assert table["rows"], name
+            assert not any("failed" in row for row in table["rows"]), table
+    assert found["sweep"]["status"] == "failed: RuntimeError: --fail sweep"
+    # A lent machine gives back 8 files; one of them may be the log.
+    assert len(list(tmp_path.iterdir())) <= 7
+
+    assert all(row["passed"] for row in found["checks"]["rows"])
+    assert found["checks"]["rows"][0]["outputs_in_poisoned_buffers"] > 0
+    for row in found["kernels"]["rows"]:
+        assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"]["median"])
+        assert set(row["rivals"]) == set(rivals.TIMERS)
+    duo = [row for row in found["serving"]["rows"] if row["name"] == "duo"]
+    duo.sort(key=lambda row: row["what"])
+    assert [row.get("context", row.get("length")) for row in duo] == [64, 32, 32]
+    assert all(row["speedup"] > 0 and row["floor_speedup"] > 1 for row in duo)
+    params = models.param_bytes(smoke().models[0].model, "float32")
+    assert duo[0]["memory"]["counted_bytes"] > duo[0]["cache_bytes"] + params
+    judged = json.loads((tmp_path / "targets.json").read_text())["targets"]
+
+    printed = ran.stdout.splitlines()
+    printed = printed[next(i for i, line in enumerate(printed) if line.startswith("SMOKE")) :]
+    assert len(printed) <= 40
+    assert "checks: 3 passed, 0 failed, 0 not reached" in ran.stdout
+    for bits, floor in ((8, 4488 / 1584), (4, 4488 / 1056), (2, 4488 / 693)):
+        line = next(x for x in printed if f"500K, int{bits} KV: " in x)
+        assert float(line.split("floor ")[1].split("x")[0]) == pytest.approx(floor, abs=0.01)
+    assert "stage sweep: failed: RuntimeError: --fail sweep, 0 rows" in printed
+    for target, line in zip(judged, printed[-len(judged) :], strict=True):
+        assert target["what"][:60] in line
+        assert target["status"] in line
+
+
+def test_a_sweep_writes_the_best_of_what_it_tried(tmp_path):
+    table = new_table(tmp_path)
+    block_sweep.run(smoke(), table)
+    assert len(table.rows) == 6
+    for row in table.rows:
+        assert row["best"]["seconds"] <= row["default"]["seconds"]
+
+
+def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(gpu_report, "_GRACE", 1e4)  # what comes after it ends the process
+    words = ["--smoke", "--out", str(tmp_path), "--minutes", "0.00001"]
+    words += ["--stages", "checks,serving"]
+    assert gpu_report.main(gpu_report._parse(words), began=time.monotonic()) == 0
+    found = json.loads((tmp_path / "serving.json").read_text())
+    assert found["rows"] == []
+    assert [line.split(":")[0] for line in found["not_reached"]] == [
+        "tiny duo, prefill of 32", "tiny full, prefill of 32",
+        "tiny duo, decode at 64", "tiny full, decode at 64",
+    ]  # fmt: skip
+    assert found["status"] == "out of time"
+    assert "checks: 0 passed, 0 failed, 3 not reached" in capsys.readouterr().out
+
+
+def test_a_real_run_needs_a_gpu_and_says_so(capsys):
+    assert gpu_report.main(gpu_report._parse([]), began=time.monotonic()) == 2
+    assert capsys.readouterr().err.startswith("error: jax runs on cpu here")
+
+
+@pytest.mark.parametrize(
+    "words", [["--stages", "checks,nothing"], ["--minutes", "0"], ["--minutes", "nan"]]
+)
+def test_flags_that_mean_nothing_are_refused(words):
+    with pytest.raises(SystemExit, match="2"):
+        gpu_report._parse(words)
+
+
+def test_a_table_records_failures_and_what_the_time_did_not_reach(tmp_path):
+    table = new_table(tmp_path)
+    assert table.attempt("bad", lambda: 1 // 0) is None
+    assert table.attempt("good", lambda: 7) == 7
+    table.add(name="row", value=1)
+    on_disk = json.loads((tmp_path / "some.json").read_text())
+    assert on_disk["rows"][0]["failed"].startswith("ZeroDivisionError: ")
+    assert on_disk["rows"][1] == {"name": "row", "value": 1}
+    assert on_disk["gpu"] == "none"
+
+    late = new_table(tmp_path, seconds=-1)
+    assert list(late.in_time([("a", 1), ("b", 2)])) == []
+    assert late.not_reached == ["a", "b"]
+
+
+def test_time_that_a_stage_leaves_is_there_for_the_next(tmp_path):
+    left = {}
+
+    def stage(name, share):
+        return Stage(name=name, share=share, run=lambda table: left.update({name: table.time_left}))
+
+    stages = [stage("first", 0.25), stage("second", 0.75)]
+    began = time.monotonic()
+    tables.run(stages, {}, folder=tmp_path, header={}, began=began, seconds=1000)
+    assert left["first"] == pytest.approx(250, abs=50)  # a busy machine takes seconds
+    assert left["second"] == pytest.approx(1000, abs=50)
+
+
+def test_targets_are_judged_by_what_was_measured(tmp_path):
+    kernels, serving = new_table(tmp_path), new_table(tmp_path)
+
+    def add(op, name, seconds, num_bytes=2e9, copy=0.9, **row):
+        ceiling = {"copy": copy, "matmul": 0.5}
+        kernels.add(
+            name=f"{op}: {name}", op=op, seconds={"median": seconds}, bytes=num_bytes,
+            of_ceiling=ceiling, **row,
+        )  # fmt: skip
+
+    add("decode", "long", 1.0, copy=0.86)
+    add("decode", "longer", 1.0, copy=0.84)
+    add("decode", "a ring", 1.0, num_bytes=1e6, copy=0.1)
+    add("prefill", FULL_32K, 1.0, rivals={"jax.nn cudnn": {"ours_is_faster_by": 0.7}})
+    add("streaming", STREAMING_32K, 0.05)
+    add("decode", DECODE_500K, 0.006, num_bytes=1e6)
+    add("decode_packed", packed_name(4), 0.003, num_bytes=4e5)
+    headline = {"model": models.LLAMA_2_7B.name, "name": "duo", "floor_speedup": 2.7}
+    serving.add(what="decode", **headline, context=100_000, speedup=9.0)
+    serving.add(what="decode", **headline, context=134_000, speedup=2.6)
+    found = {"kernels": kernels, "serving": serving}
+
+    def judged(hardware):
+        return [(target.status, target.value) for target in targets.judge(found, hardware=hardware)]
+
+    assert judged("NVIDIA A100-SXM4-80GB")[:6] == [
+        ("not met", 0.84),
+        ("not met", 0.7),
+        ("met", 20.0),
+        ("not met", 2.0),
+        ("met", 2.6),
+        ("met", 2.6 / 2.7),
+    ]
+    assert judged("NVIDIA H200")[1] == ("reported", 0.7)
+    assert set(judged("NVIDIA H200")[6:]) == {("not measured", None)}

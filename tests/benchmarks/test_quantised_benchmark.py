@@ -1,0 +1,81 @@
+"""The benchmark of quantised caches and weights counts what it says, through the real caches."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import duo_jax
+from benchmarks import quantised
+from benchmarks.quantised import QuantisedConfig
+from duo_jax.checkpoints import pretrained
+from duo_jax.errors import InputError
+from duo_jax.evaluate.passkeys import retrieval as served_retrieval
+from duo_jax.evaluate.passkeys.retrieval import Retrieved
+from duo_jax.heads.pattern import load_pattern, retrieval_heads
+
+TINY = QuantisedConfig(
+    samples=3, length=256, passkeys=4, chunk=64, rows=2, kv=("int4",), weights=("int8",), both=()
+)
+
+
+def test_passkeys_count_as_in_training():
+    folder = pretrained.resolve("demo")
+    pattern = load_pattern(folder / "pattern")
+    # All heads stream: so some passkeys are found, those nearby, and others are not.
+    model = duo_jax.load("demo", sparsity=1.0, prefill_chunk=64)
+    test = quantised.held_out(TINY, model)
+    assert test.haystack == "held-out text"
+    by_mask = test.accuracy(
+        model.config.model,
+        pretrained.load_params(folder, dtype=np.float32),
+        retrieval_heads(pattern.gates, sparsity=1.0),
+        sink_size=pattern.sink_size,
+        recent_size=pattern.recent_size,
+    )
+    found = served_retrieval.retrieve(model.runtime, test.samples, rows=2)
+    np.testing.assert_array_equal(found.exact, by_mask)
+    assert 0 < found.exact.mean() <= found.tokens.mean() < 1
+    assert len(found.logits) == sum(s.tokens.size - s.tail_start for s in test.samples)
+
+
+def test_smallest_run_compares_every_setting_with_the_model_itself(tmp_path, capsys):
+    config = dataclasses.replace(TINY, samples=2, out=tmp_path / "some" / "quantised.json")
+    quantised.main(config)
+    result = json.loads(config.out.read_text())
+    assert quantised.to_markdown(result) in capsys.readouterr().out
+    assert (result["dtype"], result["sink"], result["recent"]) == ("float32", 16, 96)
+    full, own, int4, int8 = result["rows"]
+    assert [(row["weights"], row["kv"]) for row in result["rows"]] == [
+        ("model", "model"), ("model", "model"), ("model", "int4"), ("int8", "model"),
+    ]  # fmt: skip
+    assert "change" not in full
+    assert (own["change"], own["logits_relative_error"], own["same_choice"]) == (0, 0, 1)
+    assert 0 < int8["logits_relative_error"] < int4["logits_relative_error"] < 1
+    # 16 channels of 4 bytes; in 4 bits, 8 bytes of codes and 4 of scale and zero.
+    assert int4["cache_bytes"] == own["cache_bytes"] * 12 / 64
+    assert int8["cache_bytes"] == own["cache_bytes"] < full["cache_bytes"]
+    assert full["cache_bytes"] == 4 * 4 * 2 * 64 * 256
+    assert full["exact"] == 1
+
+
+def test_changes_are_paired_text_by_text():
+    def found(exact, logits):
+        exact = np.array(exact, np.float64)
+        return Retrieved(
+            exact=exact, tokens=exact, logits=np.array(logits, np.float32), cache_bytes=7
+        )
+
+    base = found([[1, 1], [0, 0]], [[3, 4]])
+    numbers = quantised.numbers(found([[1, 0], [0, 0]], [[3, 3]]), base)
+    assert (numbers["exact"], numbers["change"]) == (0.25, -0.25)
+    assert numbers["exact_error"] == pytest.approx(0.25)  # texts of 1/2 and 0
+    assert numbers["change_error"] == pytest.approx(0.25)
+    assert numbers["logits_relative_error"] == pytest.approx(1 / 5)
+    assert numbers["passkeys"] == 4
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(InputError, match="at least 1"):
+        QuantisedConfig(samples=0)

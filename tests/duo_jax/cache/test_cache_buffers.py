@@ -1,0 +1,104 @@
+"""Full heads that one buffer cannot hold, since kernels count elements in 32 bits."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax import serve
+from duo_jax.cache import grow, init_cache
+from duo_jax.heads.split import duo_config, split_params
+from duo_jax.model.config import parse_config
+from kernels import offsets
+from tests import models
+from tests.params import random_params
+
+RAW = models.llama(num_key_value_heads=4, num_attention_heads=8, num_hidden_layers=2)
+CONFIG = parse_config(RAW)
+HEADS = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
+SPLIT = duo_config(CONFIG, HEADS, sink_size=4, recent_size=6)
+MAX_LEN = 200
+
+
+def heads_per_buffer(cache) -> list[int]:
+    return [part.keys.shape[1] for part in cache.layers[0].full]
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """As if kernels could address two heads of 200 tokens, or one of more."""
+    monkeypatch.setattr(offsets, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
+
+
+def logits_after(implementation: str):
+    weights = split_params(CONFIG, random_params(CONFIG), HEADS)
+    cache = init_cache(SPLIT, batch_size=1, max_len=MAX_LEN)
+    tokens = jnp.asarray(models.tokens(RAW, batch=1, length=21))
+    read = jax.jit(functools.partial(serve.prefill, SPLIT, implementation=implementation))
+    out, cache = read(weights, cache, tokens[:, :20], jnp.array([20]))
+    cache = grow(cache, max_len=MAX_LEN + 8)
+    more, cache = read(weights, cache, tokens[:, 20:], jnp.array([1]))
+    return np.stack([out, more]), cache
+
+
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+def test_several_buffers_give_what_one_gives(monkeypatch, implementation):
+    expected, cache = logits_after("xla")
+    assert heads_per_buffer(cache) == [3]
+    monkeypatch.setattr(offsets, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
+    logits, cache = logits_after(implementation)
+    assert heads_per_buffer(cache) == [1, 1, 1]  # it grew beyond two heads a buffer
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+@pytest.mark.usefixtures("small_buffers")
+def test_heads_are_shared_out_by_what_fits():
+    assert heads_per_buffer(init_cache(SPLIT, batch_size=1, max_len=MAX_LEN)) == [2, 1]
+    assert heads_per_buffer(init_cache(SPLIT, batch_size=2, max_len=MAX_LEN)) == [1, 1, 1]
+    assert heads_per_buffer(init_cache(SPLIT, batch_size=1, max_len=50)) == [3]
+
+
+LLAMA_3_LAYER = """
+import jax, jax.numpy as jnp
+from benchmarks import shapes
+from duo_jax import compiled
+from duo_jax.cache import init_cache
+from duo_jax.split import DuoConfig
+from kernels import decode, offsets
+
+model = shapes.model_config("gqa", layers=1)
+config = DuoConfig(model=model, retrieval_heads=(8,), sink_size=128, recent_size=256)
+cache = jax.eval_shape(
+    lambda: init_cache(config, batch_size=1, max_len=4_000_000, dtype=jnp.bfloat16)
+)
+sizes = [leaf.size for leaf in jax.tree.leaves(cache.layers)]
+assert max(sizes) <= offsets.MAX_ELEMENTS and sum(sizes) > 3 * offsets.MAX_ELEMENTS
+compiled.decode_step(config, target="h200", max_len=4_000_000)
+compiled.prefill_chunk(config, target="h200", max_len=4_000_000, chunk=512)
+"""
+
+
+@pytest.mark.usefixtures("gpu_compiler")
+def test_a_layer_of_retrieval_heads_only_compiles_at_four_million_tokens():
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    subprocess.run([sys.executable, "-c", LLAMA_3_LAYER], check=True, env=environment)
+
+
+def test_a_buffer_that_kernels_cannot_address_is_refused():
+    from kernels import decode
+
+    def of(slots):
+        kv = jax.ShapeDtypeStruct((1, 1, slots, 128), jnp.bfloat16)
+        q = jax.ShapeDtypeStruct((1, 4, 128), jnp.bfloat16)
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        run = functools.partial(decode, softmax_scale=1.0, implementation="interpret")
+        return jax.eval_shape(run, q, kv, kv, lengths)
+
+    assert of(2**24 - 1)[0].shape == (1, 4, 128)
+    with pytest.raises(NotImplementedError, match=r"2,147,483,648 elements; .* end at 2,147,483,6"):
+        of(2**24)

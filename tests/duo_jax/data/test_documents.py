@@ -1,0 +1,177 @@
+"""Where long text comes from: every kind of source, fixed order, clear errors."""
+
+import json
+import pathlib
+import sys
+import types
+
+import pytest
+import zstandard
+
+from duo_jax.data import documents as text
+from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.errors import InputError
+
+RECORDS = [
+    {"text": "first"},
+    {"content": "second", "text": 3},
+    {"chapter": "third — ünlike"},
+    {"document": "fourth"},
+    {"article": "fifth", "id": 5},
+]
+TEXTS = ["first", "second", "third — ünlike", "fourth", "fifth"]
+
+
+def json_lines(records=tuple(RECORDS)) -> bytes:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+
+
+def write(path: pathlib.Path, data: bytes | str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return str(path)
+
+
+def test_text_file(tmp_path):
+    assert load_documents([write(tmp_path / "a.txt", "Zeile\nünlike")]) == ["Zeile\nünlike"]
+
+
+def test_json_lines_under_every_key(tmp_path):
+    assert load_documents([write(tmp_path / "a.jsonl", json_lines() + b"\n\n")]) == TEXTS
+
+
+def test_zstandard_json_lines(tmp_path):
+    packed = zstandard.ZstdCompressor().compress(json_lines())
+    assert load_documents([write(tmp_path / "a.jsonl.zst", packed)]) == TEXTS
+
+
+def test_zstandard_with_several_frames_is_read_to_the_end(tmp_path):
+    """As `zstd` leaves it after appending, and as parallel compressors write it."""
+    compress = zstandard.ZstdCompressor().compress
+    data = json_lines()
+    packed = b"".join(compress(data[i : i + 20]) for i in range(0, len(data), 20))
+    assert load_documents([write(tmp_path / "a.jsonl.zst", packed)]) == TEXTS
+
+
+def test_zstandard_larger_than_any_buffer(tmp_path):
+    documents = [f"{i} " + "word " * 50_000 for i in range(30)]
+    packed = zstandard.ZstdCompressor().compress(json_lines([{"text": d} for d in documents]))
+    assert load_documents([write(tmp_path / "a.jsonl.zst", packed)]) == documents
+
+
+def test_folder_is_read_recursively_in_a_fixed_order(tmp_path):
+    for name in ("b.txt", "a/z.md", "a/b/c.rst", "c.txt", "a/a.txt"):
+        write(tmp_path / name, name)
+    write(tmp_path / "d.jsonl", '{"text": "d"}\n')
+    write(tmp_path / "e.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"text": "e"}\n'))
+    write(tmp_path / "ignored.py", "ignored")
+    (tmp_path / "folder.txt").mkdir()
+    expected = ["a/a.txt", "a/b/c.rst", "a/z.md", "b.txt", "c.txt", "d", "e"]
+    assert load_documents([str(tmp_path)]) == expected
+
+
+def test_sources_are_read_in_the_order_given_and_blank_documents_left_out(tmp_path):
+    sources = [write(tmp_path / name, name) for name in ("b.txt", "a.txt")]
+    blank = write(tmp_path / "blank.txt", " \n")
+    assert load_documents([sources[0], blank, sources[1]]) == ["b.txt", "a.txt"]
+
+
+def test_built_in_text_is_the_language_reference():
+    documents = load_documents([])
+    assert documents == load_documents(())
+    assert sum(map(len, documents)) > 300_000
+    assert any("lambda" in document for document in documents)
+
+
+def test_characters_are_capped_over_all_sources(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_MAX_CHARACTERS", 10)
+    sources = [write(tmp_path / f"{i}.txt", "abcd") for i in range(3)]
+    late = write(tmp_path / "late.txt", b"\xff not even opened")
+    assert load_documents([*sources, late]) == ["abcd", "abcd", "ab"]
+
+
+def test_held_out_documents_are_every_tenth():
+    documents = [str(i) for i in range(25)]
+    training, held_out = split_held_out(documents)
+    assert held_out == ["9", "19"]
+    assert sorted(training + held_out) == sorted(documents)
+    assert split_held_out(documents) == (training, held_out)
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_of_few_documents_the_last_tenth_is_held_out(count):
+    documents = [str(i) * 100 for i in range(count)]
+    (training,), (held_out,) = split_held_out(documents)
+    assert training + held_out == "\n\n".join(documents)
+    assert len(held_out) == pytest.approx(len(training) / 9, abs=1)
+
+
+PACKED = zstandard.ZstdCompressor().compress(json_lines() * 2000)
+UNUSABLE = {
+    "not UTF-8": ("a.txt", b"\xff\xfe", "is not UTF-8 text"),
+    "JSON lines not UTF-8": ("a.jsonl", b'{"text": "\xff"}\n', "is not UTF-8 text"),
+    "packed lines not UTF-8": (
+        "a.jsonl.zst",
+        zstandard.ZstdCompressor().compress(b'{"text": "\xff"}\n'),
+        "is not UTF-8 text",
+    ),
+    "broken JSON line": ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
+    "no text key": ("a.jsonl", '{"title": "a"}\n', "line 1: no text under any of text, content"),
+    "text is a number": ("a.jsonl", '{"text": 1}\n', "line 1: no text under"),
+    "line is a list": ("a.jsonl", '["a"]\n', "line 1: no text under"),
+    "not zstd": ("a.jsonl.zst", json_lines(), "is not a zstd file"),
+    "corrupt zstd": ("a.jsonl.zst", PACKED[:20] + b"\0" * 20 + PACKED[40:], "is not a zstd file"),
+    "truncated zstd": ("a.jsonl.zst", PACKED[:-1], "is cut short"),
+    "zstd cut to its header": ("a.jsonl.zst", PACKED[:6], "is cut short"),
+    "empty file": ("a.txt", "", "no text found in"),
+    "blank file": ("a.txt", " \n", "no text found in"),
+    "empty zst": ("a.jsonl.zst", b"", "no text found in"),
+}
+
+
+@pytest.mark.parametrize(("name", "data", "message"), UNUSABLE.values(), ids=UNUSABLE.keys())
+def test_unusable_file_is_one_line_that_names_it(tmp_path, name, data, message):
+    path = write(tmp_path / name, data)
+    with pytest.raises(InputError) as error:
+        load_documents([path])
+    assert path in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["missing.txt", "/no/such/file.txt", "./no/file", "no/such/x"])
+def test_missing_path(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"no such text: {source} "):
+        load_documents([source])
+
+
+def test_folder_without_text(tmp_path):
+    with pytest.raises(InputError, match=r"holds no \.txt, \.md, \.rst, \.jsonl, \.jsonl\.zst"):
+        load_documents([str(tmp_path)])
+
+
+def test_data_set_without_the_library_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"org/books;.*pip install 'duo_jax\[datasets\]'"):
+        load_documents(["org/books"])
+
+
+def test_data_set_is_streamed_from_its_training_split(monkeypatch):
+    def load_dataset(name, *, split, streaming):
+        if name != "org/books":
+            raise ConnectionError("no such\ndata set")
+        assert (split, streaming) == ("train", True)
+        return iter(RECORDS)
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    assert load_documents(["org/books"]) == TEXTS
+    with pytest.raises(InputError, match="data set org/other cannot be read: no such"):
+        load_documents(["org/other"])
+
+
+def test_data_set_without_text_is_refused(monkeypatch):
+    fake = types.SimpleNamespace(load_dataset=lambda *_, **__: iter([{"image": 1}]))
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    with pytest.raises(InputError, match="data set org/pictures: no text under any of"):
+        load_documents(["org/pictures"])

@@ -1,0 +1,483 @@
+"""Model configs: both forms of config.json, real models, refusals, and that every field matters."""
+
+import copy
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax.errors import InputError
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig, RopeConfig, parse_config, read_config
+from tests import models
+
+
+def transformers_4(raw: dict, *, type_key: str) -> dict:
+    """Rewrite a transformers 5 config.json the way transformers 4 wrote it."""
+    raw = copy.deepcopy(raw)
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    raw["rope_scaling"] = None if kind == "default" else {type_key: kind} | rope
+    return raw
+
+
+@pytest.mark.parametrize("type_key", ["type", "rope_type"])
+@pytest.mark.parametrize("name", models.CASES.keys())
+def test_both_forms_of_config_json_are_equal(tmp_path, name, type_key):
+    raw = models.CASES[name]
+    older = transformers_4(raw, type_key=type_key)
+    assert "rope_parameters" not in older
+    for version, contents in (("5", raw), ("4", older)):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "config.json").write_text(json.dumps(contents))
+    config = read_config(tmp_path / "5")
+    assert config == read_config(tmp_path / "4" / "config.json")
+    assert config.rope.theta == raw["rope_parameters"]["rope_theta"]
+    assert config.rope.kind == raw["rope_parameters"]["rope_type"]
+    hash(config)  # a static argument
+
+
+def published(model_type: str, sizes: str, **others) -> dict:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+    names += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+    values = dict(zip(names, map(int, sizes.split()), strict=True))
+    return {"model_type": model_type, "hidden_act": "silu"} | values | others
+
+
+LLAMA_31_SCALING = {
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+# What the hub holds, as far as it matters, and what must come of it.
+REAL = {
+    "Llama-2-7B": (
+        published(
+            "llama",
+            "32000 4096 11008 32 32 32 4096",
+            rms_norm_eps=1e-5,
+            rope_scaling=None,
+            tie_word_embeddings=False,
+        ),
+        {"num_kv_heads": 32, "head_dim": 128, "rope": RopeConfig(theta=1e4)},
+    ),
+    "Llama-3-8B": (
+        published(
+            "llama",
+            "128256 4096 14336 32 32 8 8192",
+            rms_norm_eps=1e-5,
+            rope_theta=500000.0,
+            rope_scaling=None,
+            attention_bias=False,
+            tie_word_embeddings=False,
+        ),
+        {"num_kv_heads": 8, "head_dim": 128, "rope": RopeConfig(theta=5e5)},
+    ),
+    "Llama-3.1-8B": (
+        published(
+            "llama",
+            "128256 4096 14336 32 32 8 131072",
+            rms_norm_eps=1e-5,
+            rope_theta=500000.0,
+            rope_scaling=LLAMA_31_SCALING | {"factor": 8.0},
+            mlp_bias=False,
+            tie_word_embeddings=False,
+        ),
+        {
+            "num_kv_heads": 8,
+            "head_dim": 128,
+            "max_length": 131072,
+            "rope": RopeConfig(kind="llama3", theta=5e5, factor=8.0, original_max_length=8192),
+        },
+    ),
+    "Llama-3.2-1B": (
+        published(
+            "llama",
+            "128256 2048 8192 16 32 8 131072",
+            rms_norm_eps=1e-5,
+            head_dim=64,
+            rope_theta=500000.0,
+            rope_scaling=LLAMA_31_SCALING | {"factor": 32.0},
+            tie_word_embeddings=True,
+        ),
+        {
+            "num_kv_heads": 8,
+            "head_dim": 64,
+            "tie_embeddings": True,
+            "max_length": 131072,
+            "rope": RopeConfig(kind="llama3", theta=5e5, factor=32.0, original_max_length=8192),
+        },
+    ),
+    "Mistral-7B-v0.2": (
+        published(
+            "mistral",
+            "32000 4096 14336 32 32 8 32768",
+            rms_norm_eps=1e-5,
+            rope_theta=1000000.0,
+            sliding_window=None,
+            tie_word_embeddings=False,
+        ),
+        {"num_kv_heads": 8, "head_dim": 128, "rope": RopeConfig(theta=1e6)},
+    ),
+    "Mistral-7B-v0.3": (
+        published(
+            "mistral",
+            "32768 4096 14336 32 32 8 32768",
+            rms_norm_eps=1e-5,
+            rope_theta=1000000.0,
+            sliding_window=None,
+            tie_word_embeddings=False,
+        ),
+        {"num_kv_heads": 8, "head_dim": 128, "vocab_size": 32768, "rope": RopeConfig(theta=1e6)},
+    ),
+    "Qwen2.5-7B": (
+        published(
+            "qwen2",
+            "152064 3584 18944 28 28 4 131072",
+            rms_norm_eps=1e-6,
+            rope_theta=1000000.0,
+            sliding_window=131072,
+            use_sliding_window=False,
+            max_window_layers=28,
+            tie_word_embeddings=False,
+        ),
+        {
+            "num_kv_heads": 4,
+            "head_dim": 128,
+            "norm_eps": 1e-6,
+            "qkv_bias": True,
+            "rope": RopeConfig(theta=1e6),
+        },
+    ),
+    "Qwen2.5-7B-Instruct with the YaRN its card recommends": (
+        published(
+            "qwen2",
+            "152064 3584 18944 28 28 4 32768",
+            rms_norm_eps=1e-6,
+            rope_theta=1000000.0,
+            rope_scaling={
+                "factor": 4.0,
+                "original_max_position_embeddings": 32768,
+                "type": "yarn",
+            },
+            use_sliding_window=False,
+        ),
+        {
+            "num_kv_heads": 4,
+            "head_dim": 128,
+            "norm_eps": 1e-6,
+            "qkv_bias": True,
+            "max_length": 131072,
+            "rope": RopeConfig(kind="yarn", theta=1e6, factor=4.0, original_max_length=32768),
+        },
+    ),
+    "Qwen3-8B": (
+        published(
+            "qwen3",
+            "151936 4096 12288 36 32 8 40960",
+            rms_norm_eps=1e-6,
+            head_dim=128,
+            rope_theta=1000000,
+            rope_scaling=None,
+            attention_bias=False,
+            sliding_window=None,
+            use_sliding_window=False,
+            tie_word_embeddings=False,
+        ),
+        {
+            "num_kv_heads": 8,
+            "head_dim": 128,
+            "norm_eps": 1e-6,
+            "qk_norm": True,
+            "rope": RopeConfig(theta=1e6),
+        },
+    ),
+    "Qwen3-4B, wider heads than hidden / heads": (
+        published(
+            "qwen3",
+            "151936 2560 9728 36 32 8 40960",
+            rms_norm_eps=1e-6,
+            head_dim=128,
+            rope_theta=1000000,
+            tie_word_embeddings=True,
+        ),
+        {
+            "num_kv_heads": 8,
+            "head_dim": 128,
+            "norm_eps": 1e-6,
+            "qk_norm": True,
+            "tie_embeddings": True,
+            "rope": RopeConfig(theta=1e6),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("raw", "expected"), REAL.values(), ids=REAL.keys())
+def test_real_models(raw, expected):
+    copied = ModelConfig(
+        family=raw["model_type"],
+        vocab_size=raw["vocab_size"],
+        embed_size=raw["hidden_size"],
+        mlp_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_q_heads=raw["num_attention_heads"],
+        num_kv_heads=1,  # replaced, as head_dim is
+        head_dim=2,
+        norm_eps=1e-5,
+        max_length=raw["max_position_embeddings"],
+    )
+    assert parse_config(raw) == dataclasses.replace(copied, **expected)
+
+
+def test_biases_are_where_each_family_has_them():
+    """Llama and Qwen3 follow attention_bias, Qwen2 has them on q, k and v, Mistral has none."""
+    biases = {}
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        raw = models.llama(attention_bias=True, mlp_bias=True, sliding_window=None)
+        config = parse_config(raw | {"model_type": family})
+        biases[family] = (config.qkv_bias, config.o_bias, config.mlp_bias)
+    assert biases == {
+        "llama": (True, True, True),
+        "mistral": (False, False, False),
+        "qwen2": (True, False, False),
+        "qwen3": (True, True, False),
+    }
+
+
+def test_whole_numbers_are_taken_where_fractions_are_meant():
+    scaling = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4}
+    scaling |= {"rope_type": "llama3", "rope_theta": 500000, "original_max_position_embeddings": 32}
+    config = parse_config(models.llama(rope=scaling, head_dim=64))
+    assert config == parse_config(models.CASES["llama-3.1, scaled rope"])
+    assert isinstance(config.rope.high_freq_factor, float)
+
+
+def without(*keys: str) -> dict:
+    return {k: v for k, v in models.llama().items() if k not in keys}
+
+
+MISTRAL = models.CASES["mistral, no window"]
+QWEN = models.CASES["qwen2.5, biases, yarn"]
+QWEN3 = models.CASES["qwen3, norms on q and k"]
+REFUSED = {
+    "qwen3_moe": (
+        QWEN3 | {"model_type": "qwen3_moe", "num_experts": 128},
+        ("qwen3_moe", "mixture of experts"),
+    ),
+    "mixtral": (
+        models.llama() | {"model_type": "mixtral", "num_local_experts": 8},
+        ("mixtral", "mixture of experts"),
+    ),
+    "deepseek_v3": (
+        models.llama()
+        | {"model_type": "deepseek_v3", "n_routed_experts": 256, "kv_lora_rank": 512},
+        ("deepseek_v3", "multi-head latent attention (MLA)", "mixture of experts"),
+    ),
+    "gemma2": (
+        models.llama() | {"model_type": "gemma2", "attn_logit_softcapping": 50.0},
+        ("gemma2", "soft-capping"),
+    ),
+    "phi3": (
+        models.llama() | {"model_type": "phi3"},
+        ("phi3", "supported: llama, mistral, qwen2, qwen3"),
+    ),
+    "no model type": (without("model_type"), ("no model_type", "supported: llama")),
+    "mistral v0.1, window of 4096": (
+        MISTRAL | {"sliding_window": 4096, "max_position_embeddings": 32768},
+        ("sliding-window attention (window 4096)", "v0.2 and v0.3"),
+    ),
+    "mistral without the key: transformers' default window": (
+        {k: v for k, v in MISTRAL.items() if k != "sliding_window"}
+        | {"max_position_embeddings": 32768},
+        ("window 4096",),
+    ),
+    "qwen with its window switched on": (
+        QWEN3 | {"use_sliding_window": True, "sliding_window": 64},
+        ("sliding-window attention (window 64)", "use_sliding_window false"),
+    ),
+    "a window shorter than the range after scaling": (
+        QWEN | {"use_sliding_window": True, "sliding_window": 100, "max_position_embeddings": 32},
+        ("window 100",),
+    ),
+    "layer_types with sliding_attention": (
+        QWEN
+        | {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 64}
+        | {"use_sliding_window": None},
+        ("sliding-window attention (window 64)",),
+    ),
+    "longrope": (
+        models.llama(rope={"rope_type": "longrope"}),
+        ("rope type 'longrope'", "default, linear, dynamic, llama3, yarn"),
+    ),
+    "partial rotary": (
+        models.llama(rope={"partial_rotary_factor": 0.5}),
+        ("partial rotary embedding (factor 0.5)",),
+    ),
+    "partial rotary, transformers 4": (
+        models.llama(partial_rotary_factor=0.25),
+        ("partial rotary embedding (factor 0.25)",),
+    ),
+    "activation": (models.llama(hidden_act="gelu"), ("activation 'gelu'", "silu")),
+    "quantised weights": (
+        models.llama(quantization_config={"quant_method": "awq"}),
+        ("quantised by another tool (quantization_config)",),
+    ),
+    "missing keys, all of them": (
+        without("hidden_size", "rms_norm_eps", "num_hidden_layers"),
+        ("lacks hidden_size, num_hidden_layers, rms_norm_eps",),
+    ),
+    "a text where a number is needed": (
+        models.llama(hidden_size="4096"),
+        ("hidden_size is '4096'", "not a positive whole number"),
+    ),
+    "a negative size": (models.llama(num_key_value_heads=-1), ("num_key_value_heads is -1",)),
+    "heads that do not divide": (
+        models.llama(num_attention_heads=5, head_dim=8),
+        ("5 query heads cannot be shared by 2 KV heads",),
+    ),
+    "width that heads do not divide": (
+        models.llama(num_attention_heads=6),
+        ("hidden_size 32 is not a multiple of num_attention_heads 6", "no head_dim"),
+    ),
+    "odd head_dim": (models.llama(head_dim=7), ("head_dim 7 is odd",)),
+}
+
+
+@pytest.mark.parametrize(("raw", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_not_supported_is_refused_by_name(raw, words):
+    with pytest.raises(InputError) as error:
+        parse_config(raw)
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_window_as_long_as_the_range_hides_nothing():
+    plain = parse_config(MISTRAL)
+    assert parse_config(MISTRAL | {"sliding_window": MISTRAL["max_position_embeddings"]}) == plain
+    with pytest.raises(InputError):
+        parse_config(MISTRAL | {"sliding_window": MISTRAL["max_position_embeddings"] - 1})
+
+
+@pytest.mark.parametrize("contents", [b"{", b"\xff\xfe", b"[]", b"null"])
+def test_not_a_json_object_is_one_clear_line(tmp_path, contents):
+    (tmp_path / "config.json").write_bytes(contents)
+    with pytest.raises(InputError, match=r"config\.json") as error:
+        read_config(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_no_file_and_no_access_are_clear_lines(tmp_path):
+    with pytest.raises(InputError, match=r"does not exist; a model folder has a config\.json"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        read_config(tmp_path)
+
+
+# Every field, changed, must change the logits or the parameter tree; or say why not.
+NO_EFFECT_ON_LOGITS = {
+    "family": "a name; what families differ in are the other fields",
+    "max_length": "a limit that commands check; attention and rope do not read it",
+}
+CHANGES = {
+    "vocab_size": 100,
+    "embed_size": 40,
+    "mlp_size": 64,
+    "num_layers": 3,
+    "num_q_heads": 6,
+    "num_kv_heads": 1,
+    "head_dim": 16,
+    "norm_eps": 0.1,
+    "rope": RopeConfig(theta=5e5),
+    "tie_embeddings": True,
+    "qkv_bias": True,
+    "o_bias": True,
+    "mlp_bias": True,
+    "qk_norm": True,
+}
+LLAMA_31 = models.CASES["llama-3.1, scaled rope"]
+YARN = models.CASES["llama, yarn with mscale"]
+YARN = YARN | {  # a longer range, so that the ramp has pairs on either side
+    "rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 256}
+}
+ROPE_CHANGES = {
+    "kind": (models.llama(rope={"factor": 4.0}), "linear"),
+    "theta": (models.llama(), 5e5),
+    "factor": (LLAMA_31, 2.0),
+    "original_max_length": (LLAMA_31, 16),
+    "low_freq_factor": (LLAMA_31, 0.5),
+    "high_freq_factor": (LLAMA_31, 8.0),
+    "beta_fast": (YARN, 8.0),
+    "beta_slow": (YARN, 1.0),
+    "attention_factor": (YARN, 2.0),
+    "mscale": (YARN, 3.0),
+    "mscale_all_dim": (YARN, 2.0),
+    "truncate": (YARN, True),  # False there
+}
+
+
+def shapes_of(config: ModelConfig) -> dict:
+    return jax.eval_shape(lambda: llama.init_params(config, jax.random.key(0)))
+
+
+def random_params(config: ModelConfig) -> dict:
+    """Draw from numpy, biases and norms too, so that no parameter sits at a neutral value."""
+    rng = np.random.default_rng(0)
+
+    def draw(x):
+        return jnp.asarray(0.4 * rng.standard_normal(x.shape, np.float32))
+
+    return jax.tree.map(draw, shapes_of(config))
+
+
+@functools.cache
+def logits_of(config: ModelConfig) -> np.ndarray:
+    tokens = jnp.asarray(models.tokens({"vocab_size": config.vocab_size}))
+    # Compiling is what these tests wait for.
+    run = jax.jit(llama.Llama(config).apply, compiler_options={"xla_backend_optimization_level": 0})
+    return np.asarray(run({"params": random_params(config)}, tokens, None, None))
+
+
+def test_every_field_is_listed_once():
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    assert sorted(fields) == sorted([*CHANGES, *NO_EFFECT_ON_LOGITS])
+    assert sorted(ROPE_CHANGES) == sorted(field.name for field in dataclasses.fields(RopeConfig))
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_every_model_field_is_read(field):
+    config = parse_config(models.llama())
+    changed = dataclasses.replace(config, **{field: CHANGES[field]})
+    assert changed != config
+    before, after = shapes_of(config), shapes_of(changed)
+    if jax.tree.structure(before) != jax.tree.structure(after):
+        return
+    if jax.tree.leaves(before) != jax.tree.leaves(after):
+        return
+    assert np.abs(logits_of(config) - logits_of(changed)).max() > 1e-3
+
+
+@pytest.mark.parametrize("field", NO_EFFECT_ON_LOGITS)
+def test_exempt_fields_really_have_no_effect(field):
+    config = parse_config(models.llama())
+    changed = dataclasses.replace(config, **{field: {"family": "qwen3", "max_length": 7}[field]})
+    np.testing.assert_array_equal(logits_of(config), logits_of(changed))
+
+
+@pytest.mark.parametrize("field", ROPE_CHANGES)
+def test_every_rope_field_is_read(field):
+    raw, value = ROPE_CHANGES[field]
+    config = parse_config(raw)
+    rope = dataclasses.replace(config.rope, **{field: value})
+    assert rope != config.rope
+    changed = dataclasses.replace(config, rope=rope)
+    assert np.abs(logits_of(config) - logits_of(changed)).max() > 1e-3

@@ -1,0 +1,87 @@
+"""Pictures of an identification run."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed to write a file
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from duo_jax.heads.pattern import Pattern
+
+# What the curve of an objective is called, by its name in the metrics.
+_OBJECTIVES = {
+    "distillation": "distillation loss\n(mean squared error)",
+    "cross_entropy": "language-modelling loss\n(nats per token)",
+}
+
+
+def save_gates(
+    pattern: Pattern, path: pathlib.Path, *, title: str, value: str = "gate (1: retrieval head)"
+) -> None:
+    """Draw the gates as a heat map, layers from left to right, KV heads from top to bottom.
+
+    Args:
+      pattern: the gates, or scores in their place.
+      path: the picture to write.
+      title: stands above it, with the mean gate and the streaming sizes.
+      value: what a colour stands for.
+    """
+    gates = pattern.clipped()
+    layers, heads = gates.shape
+    width = min(14.0, max(5.0, 2.2 + 0.36 * layers))
+    height = min(9.0, max(2.6, 1.5 + 0.36 * heads))
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    figure.colorbar(image, ax=axes, label=value)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("KV head")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(
+        f"{title}: retrieval heads\nmean gate {gates.mean():.2f}, sink {pattern.sink_size}, "
+        f"recent {pattern.recent_size}",
+        fontsize=10,
+    )
+    if gates.size <= 64:
+        for (layer, head), gate in np.ndenumerate(gates):
+            colour = "white" if gate > 0.6 else "black"
+            axes.text(layer, head, f"{gate:.2f}", ha="center", va="center", color=colour, size=8)
+    _save(figure, path)
+
+
+def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
+    """Draw the loss without its penalty, and the gates, against the step."""
+    steps = [m["step"] for m in metrics]
+    objective = next(name for name in _OBJECTIVES if name in metrics[0])
+    figure, (above, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(7.0, 4.8), layout="constrained"
+    )
+    above.plot(steps, [m[objective] for m in metrics], color="tab:blue", linewidth=1.0)
+    if objective == "distillation":
+        above.set_ylim(bottom=0)
+    above.set_ylabel(_OBJECTIVES[objective])
+    above.set_title(f"{title}: gate training", fontsize=10)
+    below.plot(steps, [m["mean_gate"] for m in metrics], color="tab:orange", label="mean gate")
+    above_half = [m["gates_above_half"] for m in metrics]
+    below.plot(steps, above_half, "--", color="tab:green", label="fraction above 0.5")
+    below.legend()
+    below.set_ylim(-0.02, 1.02)
+    below.set_ylabel("gates")
+    below.set_xlabel("step")
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _save(figure, path: pathlib.Path) -> None:
+    partial = path.with_name("." + path.name)
+    figure.savefig(partial, dpi=150, format="png")
+    plt.close(figure)
+    partial.replace(path)

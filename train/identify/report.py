@@ -1,0 +1,207 @@
+"""What a pattern is worth: retrieval with it and without, beside random patterns."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool
+from tqdm import tqdm
+
+from duo_jax import files
+from duo_jax.heads.pattern import Pattern, retrieval_heads
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
+from train.retrieval_test import RetrievalTest
+
+
+def make(
+    *,
+    config: dict[str, Any],
+    model: ModelConfig,
+    params: llama.Params,
+    pattern: Pattern,
+    test: RetrievalTest | None,
+    sparsities: Sequence[float],
+    random_seeds: int,
+) -> dict[str, Any]:
+    """Measure a pattern.
+
+    Args:
+      config: the run's settings, repeated in the report.
+      model: the model.
+      params: its parameters.
+      pattern: the gates (or scores) and the streaming sizes they were found with.
+      test: held-out samples; None leaves the retrieval table empty.
+      sparsities: fractions of streaming heads to test.
+      random_seeds: random head choices per sparsity.
+    """
+    gates = pattern.clipped()
+    report = {
+        "model": {
+            "name": config["model"],
+            "family": model.family,
+            "layers": model.num_layers,
+            "kv_heads": model.num_kv_heads,
+            "q_heads": model.num_q_heads,
+            "head_dim": model.head_dim,
+        },
+        "gates": {
+            "mean": float(gates.mean()),
+            "above_half": float((gates > 0.5).mean()),
+            "at_zero": int((gates == 0).sum()),
+            "at_one": int((gates == 1).sum()),
+            "above_half_per_layer": (gates > 0.5).sum(axis=1).tolist(),
+        },
+        "retrieval": [],
+        "environment": _environment(),
+        "config": config,
+    }
+    if test is not None:
+        report["samples"] = {
+            "count": len(test.samples),
+            "passkeys": sum(len(s.answers) for s in test.samples),
+            "length": test.length,
+            "haystack": test.haystack,
+        }
+        name = "profiled" if config["method"] == "profile" else "learned"
+        report["retrieval"] = _retrieval(
+            name, model, params, pattern, test, sparsities, random_seeds
+        )
+    return report
+
+
+def save(report: dict[str, Any], folder: pathlib.Path) -> None:
+    """Write report.json, then report.md, whose presence says that the run is complete."""
+    files.write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    files.write_text(folder / "report.md", to_markdown(report))
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """Write the report as Markdown that also reads well in a terminal."""
+    model, gates, config = report["model"], report["gates"], report["config"]
+    what = "Scores" if config["method"] == "profile" else "Gates"
+    lines = [
+        f"# Retrieval heads of {model['name']}",
+        "",
+        f"{model['layers']} layers x {model['kv_heads']} KV heads ({model['q_heads']} query heads "
+        f"of {model['head_dim']}); {_how(config)}, "
+        f"sink {config['sink']}, recent {config['recent']}, seed {config['seed']}.",
+        f"{what}: mean {gates['mean']:.3f}, {gates['above_half']:.1%} above 0.5, "
+        f"{gates['at_zero']} at 0, {gates['at_one']} at 1; above 0.5 per layer: "
+        f"{' '.join(map(str, gates['above_half_per_layer']))}.",
+        "",
+    ]
+    if report["retrieval"]:
+        samples = report["samples"]
+        rows = [("heads", "streaming", "retrieval heads", "KV kept", "exact retrieval")]
+        for r in report["retrieval"]:
+            spread = ""
+            if r["runs"] > 1:
+                spread = f" (mean of {r['runs']}: {r['lowest']:.1%} to {r['highest']:.1%})"
+            rows.append(
+                (
+                    r["heads"],
+                    f"{r['sparsity']:.0%}",
+                    f"{r['retrieval_heads']} of {r['all_heads']}",
+                    f"{r['kv_bytes_kept']:.1%}",
+                    f"{r['accuracy']:.1%}{spread}",
+                )
+            )
+        lines += [
+            f"{samples['count']} held-out samples of {samples['length']:,} tokens, "
+            f"{samples['passkeys']} passkeys of {config['data']['passkey_words']} words; "
+            f"haystack: {samples['haystack']}.",
+            "",
+            *_table(rows),
+            "",
+            "Exact retrieval: every token of the passkey right, as greedy decoding would write it. "
+            "KV kept: bytes of",
+            "both caches at this length, against full caches for all heads.",
+            "",
+        ]
+    environment = ", ".join(f"{k} {v}" for k, v in report["environment"].items())
+    seconds = report.get("seconds", {})
+    for key, what in (("per_training_step", "training step"), ("per_sample", "sample")):
+        if seconds.get(key):
+            lines.append(f"A {what} took {seconds[key]:.3f} s (median). ")
+    if seconds:
+        lines.append(f"The whole command took {seconds['whole_command']:.0f} s. ")
+    lines.append(f"Where it ran: {environment}.")
+    return "\n".join(lines) + "\n"
+
+
+def _how(config: dict[str, Any]) -> str:
+    """Say in a few words how the heads were told apart."""
+    if config["method"] == "profile":
+        return f"attention profile of {config['profile_samples']} samples"
+    objective = "language-modelling loss, " if config["method"] == "lm" else ""
+    return f"{objective}{config['num_steps']} steps, mixing {config['mixing']}"
+
+
+def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_seeds):
+    shape = pattern.gates.shape
+    trials: list[tuple[str, float, list[Bool[np.ndarray, "layers kv_heads"]]]] = [
+        ("all retrieval (the model itself)", 0.0, [np.ones(shape, bool)])
+    ]
+    for sparsity in sparsities:
+        found = retrieval_heads(pattern.gates, sparsity=sparsity)
+        trials.append((name, sparsity, [found]))
+        shuffled = [
+            np.random.default_rng([seed, found.sum()]).permutation(found.ravel()).reshape(shape)
+            for seed in range(random_seeds)
+        ]
+        if shuffled:
+            trials.append(("random", sparsity, shuffled))
+    trials.append(("all streaming", 1.0, [np.zeros(shape, bool)]))
+
+    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    rows = []
+    total = sum(len(masks) for _, _, masks in trials)
+    with tqdm(total=total, desc="report", unit="pattern", disable=None) as bar:
+        for heads_of, sparsity, masks in trials:
+            scores = []
+            for heads in masks:
+                scores.append(float(test.accuracy(model, params, heads, **sizes).mean()))
+                bar.update()
+            kept = int(masks[0].sum())
+            streaming_share = min(1.0, (pattern.sink_size + pattern.recent_size) / test.length)
+            rows.append(
+                {
+                    "heads": heads_of,
+                    "sparsity": sparsity,
+                    "retrieval_heads": kept,
+                    "all_heads": masks[0].size,
+                    "kv_bytes_kept": (kept + (masks[0].size - kept) * streaming_share)
+                    / masks[0].size,
+                    "accuracy": float(np.mean(scores)),
+                    "lowest": min(scores),
+                    "highest": max(scores),
+                    "runs": len(scores),
+                }
+            )
+    return rows
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def _environment() -> dict[str, str]:
+    device = jax.devices()[0]
+    return {
+        "device": f"{device.device_kind} ({os.cpu_count()} host cores)",
+        "jax": jax.__version__,
+        "flax": importlib.metadata.version("flax"),
+        "python": platform.python_version(),
+    }
