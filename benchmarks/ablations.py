@@ -37,7 +37,7 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
-from duo_jax.heads.pattern import retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.reports import machine
 from train.identify import IdentifyConfig, default_config, profile, training
 from train.identify.config import Method
@@ -145,7 +145,7 @@ def _methods(lab: "_Lab", config: AblationsConfig):
     rows = []
     for sparsity in config.sparsities:
         chosen = {
-            method: [retrieval_heads(g, sparsity=sparsity) for g in of_seeds]
+            method: [choose_retrieval_heads(g, sparsity=sparsity) for g in of_seeds]
             for method, of_seeds in gates.items()
         }
         heads = chosen["optimise"][0]
@@ -183,7 +183,7 @@ def _windows(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[
             "recent": windows[deployed][1],
             "sparsity": sparsity,
             "exact": lab.exact(
-                retrieval_heads(identified[identified_with], sparsity=sparsity),
+                choose_retrieval_heads(identified[identified_with], sparsity=sparsity),
                 sink=windows[deployed][0],
                 recent=windows[deployed][1],
             ),
@@ -201,7 +201,7 @@ def _sizes(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[st
             "sink": sink,
             "recent": recent,
             "exact": lab.exact(
-                retrieval_heads(learned, sparsity=sparsity), sink=sink, recent=recent
+                choose_retrieval_heads(learned, sparsity=sparsity), sink=sink, recent=recent
             ),
         }
         for sink in config.sinks

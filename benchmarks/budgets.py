@@ -62,7 +62,7 @@ DUO_3, DUO_2 = (published.variants[0].config for published in (LLAMA_3_8B, LLAMA
 # Retrieval heads that the published pattern of Llama-3-8B-Instruct-Gradient-4194k keeps at 50%.
 DUO_4194K = dataclasses.replace(
     DUO_3,
-    retrieval_heads=(
+    retrieval_counts=(
         *(2, 1, 3, 0, 2, 5, 2, 4, 5, 3, 4, 4, 1, 6, 5, 5),
         *(5, 6, 3, 3, 6, 4, 5, 5, 5, 5, 5, 6, 5, 5, 8, 0),
     ),
@@ -92,14 +92,14 @@ class Serving:
 
     def of_layers(self, layers: slice) -> "Serving":
         """Return the same program of fewer layers: it compiles quickly, with as much workspace."""
-        heads = self.config.retrieval_heads[layers]
-        model = dataclasses.replace(self.config.model, num_layers=len(heads))
-        config = dataclasses.replace(self.config, model=model, retrieval_heads=heads)
+        heads = self.config.retrieval_counts[layers]
+        model = dataclasses.replace(self.config.architecture, num_layers=len(heads))
+        config = dataclasses.replace(self.config, architecture=model, retrieval_counts=heads)
         return dataclasses.replace(self, config=config)
 
     def held(self) -> int:
         """Return the bytes of weights and caches, from their shapes alone."""
-        params = compiled.param_shapes(self.config.model, jnp.bfloat16, weights=self.weights)
+        params = compiled.param_shapes(self.config.architecture, jnp.bfloat16, weights=self.weights)
         cache = cache_bytes(
             self.config, batch_size=1, max_len=self.max_len, dtype="bfloat16", kv=self.kv
         )

@@ -173,7 +173,7 @@ def _ours(
     rows = []
     itemsize = jnp.dtype(config.dtype).itemsize
     for variant in variants:
-        heads, one = variant.config.retrieval_heads, measured[variant.name]
+        heads, one = variant.config.retrieval_counts, measured[variant.name]
         rows.append(
             {
                 "name": variant.name,
@@ -184,7 +184,7 @@ def _ours(
                 "attention_ms": timing.summary(seconds[f"{variant.name} attention"], scale=1e3),
                 "cache_bytes": live_bytes(one.cache),
                 "cache_bytes_formula": floors.kv_bytes(
-                    variant.config.model,
+                    variant.config.architecture,
                     heads,
                     retrieval_tokens=max_len,
                     streaming_tokens=config.sink + config.recent,
@@ -193,7 +193,7 @@ def _ours(
                 "in_place": one.in_place,
                 "temp_bytes": one.temp_bytes,
                 "floor_bytes": floors.decode_bytes(
-                    variant.config.model,
+                    variant.config.architecture,
                     heads,
                     context=context,
                     ring_slots=config.sink + config.recent,
@@ -222,7 +222,7 @@ def _theirs(
     else:
         requests = {
             f"kvpress {variant.retrieval:.0%}": {
-                "retrieval_heads": variant.config.retrieval_heads,
+                "retrieval_heads": variant.config.retrieval_counts,
                 "sink": config.sink,
                 "recent": config.recent,
             }

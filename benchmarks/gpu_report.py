@@ -124,7 +124,7 @@ def _header(settings: Settings) -> dict[str, Any]:
                 "chunk": model.chunk,
                 "prompt": model.prompt,
                 "contexts": model.contexts,
-                "retrieval_heads": model.retrieval_heads,
+                "retrieval_heads": model.retrieval_counts,
             }
             for model in settings.models
         ],

@@ -92,7 +92,7 @@ def _ours(
     config: PrefillConfig, length: int, variants: list[Variant], params: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Measure all splits at one length."""
-    vocab_size = variants[0].config.model.vocab_size
+    vocab_size = variants[0].config.architecture.vocab_size
     tokens = np.random.default_rng(length).integers(0, vocab_size, length, np.int32)
     readers = {
         variant.name: Reader(
@@ -114,13 +114,13 @@ def _ours(
             "name": variant.name,
             "library": "duo_jax",
             "retrieval": variant.retrieval,
-            "retrieval_heads": variant.config.retrieval_heads,
+            "retrieval_heads": variant.config.retrieval_counts,
             "seconds": timing.summary(seconds[variant.name]),
             "cache_bytes": live_bytes(readers[variant.name].cache),
             "temp_bytes": readers[variant.name].temp_bytes,
             "floor_flops": floors.prefill_flops(
-                variant.config.model,
-                variant.config.retrieval_heads,
+                variant.config.architecture,
+                variant.config.retrieval_counts,
                 length=length,
                 sink_size=config.sink,
                 recent_size=config.recent,
@@ -141,7 +141,7 @@ def _theirs(
     if rival.library == "kvpress":
         requests = {
             f"kvpress {variant.retrieval:.0%}": {
-                "retrieval_heads": variant.config.retrieval_heads,
+                "retrieval_heads": variant.config.retrieval_counts,
                 "sink": config.sink,
                 "recent": config.recent,
             }

@@ -24,7 +24,7 @@ from duo_jax.cache import check_kv
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.heads import split
-from duo_jax.heads.pattern import Pattern, check_fits, load_pattern, retrieval_heads
+from duo_jax.heads.pattern import Pattern, check_fits, choose_retrieval_heads, load_pattern
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import check_format
@@ -237,9 +237,9 @@ def split_heads(
             heads = learned.clipped() > threshold
         else:
             chosen = DEFAULT_SPARSITY if sparsity is None else sparsity
-            heads = retrieval_heads(learned.gates, sparsity=chosen)
+            heads = choose_retrieval_heads(learned.gates, sparsity=chosen)
     sink, recent = sizes
-    defaults = DuoConfig(model=model, retrieval_heads=(0,) * model.num_layers)
+    defaults = DuoConfig(architecture=model, retrieval_counts=(0,) * model.num_layers)
     if learned is not None:
         defaults = dataclasses.replace(
             defaults, sink_size=learned.sink_size, recent_size=learned.recent_size

@@ -93,8 +93,8 @@ class Decoding(Program):
         """Return the bytes that a step at `context` tokens must move."""
         config = self.variant.config
         return floors.decode_bytes(
-            config.model,
-            config.retrieval_heads,
+            config.architecture,
+            config.retrieval_counts,
             context=context,
             ring_slots=config.ring_slots,
             itemsize=jnp.dtype(self.settings.dtype).itemsize,

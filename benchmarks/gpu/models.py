@@ -49,7 +49,7 @@ class Published:
 
     name: str
     model: ModelConfig
-    retrieval_heads: tuple[int, ...]  # per layer, of the published pattern
+    retrieval_counts: tuple[int, ...]  # per layer, of the published pattern
     sink: int = 128
     recent: int = 256
     contexts: tuple[int, ...]  # to decode at; the headline first
@@ -88,8 +88,8 @@ class Published:
         """Return the split model and the full one."""
         layers, heads = self.model.num_layers, self.model.num_kv_heads
         duo = DuoConfig(
-            model=self.model,
-            retrieval_heads=self.retrieval_heads,
+            architecture=self.model,
+            retrieval_counts=self.retrieval_counts,
             sink_size=self.sink,
             recent_size=self.recent,
         )
@@ -104,7 +104,7 @@ class Published:
 LLAMA_2_7B = Published(
     name="Llama-2-7B-32K",
     model=shapes.model_config("mha", layers=32),
-    retrieval_heads=(
+    retrieval_counts=(
         *(2, 10, 2, 5, 3, 4, 9, 8, 9, 5, 8, 10, 4, 6, 12, 9),
         *(12, 10, 9, 6, 11, 8, 14, 5, 12, 8, 12, 3, 6, 6, 12, 16),
     ),
@@ -129,7 +129,7 @@ LLAMA_2_7B = Published(
 LLAMA_3_8B = Published(
     name="Llama-3-8B-1048k",
     model=shapes.model_config("gqa", layers=32),
-    retrieval_heads=(
+    retrieval_counts=(
         *(1, 1, 3, 2, 2, 4, 2, 4, 6, 4, 5, 3, 2, 6, 5, 5),
         *(5, 6, 3, 5, 6, 3, 3, 6, 4, 4, 3, 4, 6, 5, 8, 2),
     ),

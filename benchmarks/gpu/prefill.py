@@ -34,8 +34,8 @@ class Prefill(Program):
         """Return the operations that the prompt takes at least, 2 per multiply-add."""
         config = self.variant.config
         return floors.prefill_flops(
-            config.model,
-            config.retrieval_heads,
+            config.architecture,
+            config.retrieval_counts,
             length=self.published.prompt,
             sink_size=config.sink_size,
             recent_size=config.recent_size,

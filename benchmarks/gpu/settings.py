@@ -121,7 +121,7 @@ def smoke() -> Settings:
             Published(
                 name="tiny",
                 model=model,
-                retrieval_heads=(1,),
+                retrieval_counts=(1,),
                 sink=2,
                 recent=6,
                 contexts=(64, 32),

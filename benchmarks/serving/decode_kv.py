@@ -60,11 +60,11 @@ def rows(
     for variant, kv in settings:
         name, config = _name(variant, kv), variant.config
         kept = cache_bytes(config, batch_size=1, max_len=context, dtype=dtype, kv=kv)
-        weights = floors.weight_bytes(config.model, itemsize=jnp.dtype(dtype).itemsize)
+        weights = floors.weight_bytes(config.architecture, itemsize=jnp.dtype(dtype).itemsize)
         row = {
             "name": variant.name,
             "kv": kv,
-            "retrieval_heads": config.retrieval_heads,
+            "retrieval_heads": config.retrieval_counts,
             "ms": timing.summary(seconds[f"{name} step"], scale=1e3),
             "attention_ms": timing.summary(seconds[f"{name} attention"], scale=1e3),
             "cache_bytes": live_bytes(measured[name].cache),

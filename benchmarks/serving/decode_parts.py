@@ -40,7 +40,7 @@ class StepAndAttention:
         self.cache = serving.filled_cache(
             config, context=context, max_len=max_len, dtype=dtype, kv=kv
         )
-        only = dataclasses.replace(config, model=shapes.attention_only(config.model))
+        only = dataclasses.replace(config, architecture=shapes.attention_only(config.architecture))
         self._step = Decoder(config, params, self.cache)
         self._attention = Decoder(only, attention_params, self.cache)
         self._buffers = _pointers(self.cache)

@@ -26,7 +26,7 @@ def weight_bytes(model: ModelConfig, *, itemsize: int) -> int:
 
 def kv_bytes(
     model: ModelConfig,
-    retrieval_heads: Sequence[int],
+    retrieval_counts: Sequence[int],
     *,
     retrieval_tokens: int,
     streaming_tokens: int,
@@ -36,21 +36,21 @@ def kv_bytes(
 
     Args:
       model: the model.
-      retrieval_heads: KV heads with a full cache, per layer.
+      retrieval_counts: KV heads with a full cache, per layer.
       retrieval_tokens: tokens that each of them holds.
       streaming_tokens: tokens that each of the others holds.
       itemsize: bytes of a value.
     """
     tokens = sum(
         heads * retrieval_tokens + (model.num_kv_heads - heads) * streaming_tokens
-        for heads in retrieval_heads
+        for heads in retrieval_counts
     )
     return 2 * itemsize * model.head_dim * tokens
 
 
 def decode_bytes(
     model: ModelConfig,
-    retrieval_heads: Sequence[int],
+    retrieval_counts: Sequence[int],
     *,
     context: int,
     ring_slots: int,
@@ -59,7 +59,7 @@ def decode_bytes(
     """Return the bytes that one step reads at `context` cached tokens: all, and its attention's."""
     attention = kv_bytes(
         model,
-        retrieval_heads,
+        retrieval_counts,
         retrieval_tokens=context,
         streaming_tokens=min(context, ring_slots),
         itemsize=itemsize,
@@ -72,7 +72,7 @@ def decode_bytes(
 
 def prefill_flops(
     model: ModelConfig,
-    retrieval_heads: Sequence[int],
+    retrieval_counts: Sequence[int],
     *,
     length: int,
     sink_size: int,
@@ -95,7 +95,7 @@ def prefill_flops(
     full_pairs = length * (length + 1) // 2
     pairs = sum(
         heads * full_pairs + (model.num_kv_heads - heads) * streaming_pairs
-        for heads in retrieval_heads
+        for heads in retrieval_counts
     )
     per_pair = 4 * model.head_dim * model.q_per_kv  # q.k and p.v, of every query head of the group
     attention = float(per_pair * pairs)

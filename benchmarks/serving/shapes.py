@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 
 from duo_jax.errors import InputError
-from duo_jax.heads.pattern import retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.model.config import ModelConfig, RopeConfig
 
 Geometry = Literal["gqa", "mha"]
@@ -87,4 +87,4 @@ def retrieval_counts(model: ModelConfig, sparsity: float) -> tuple[int, ...]:
     share them. Serving never looks at which heads were chosen, only at how many.
     """
     gates = np.random.default_rng(0).random((model.num_layers, model.num_kv_heads))
-    return tuple(int(n) for n in retrieval_heads(gates, sparsity=sparsity).sum(axis=1))
+    return tuple(int(n) for n in choose_retrieval_heads(gates, sparsity=sparsity).sum(axis=1))

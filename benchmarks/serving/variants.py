@@ -44,8 +44,8 @@ def variants(
             name="full" if fraction == 1.0 else f"duo {fraction:.0%}",
             retrieval=fraction,
             config=DuoConfig(
-                model=model,
-                retrieval_heads=shapes.retrieval_counts(model, 1.0 - fraction),
+                architecture=model,
+                retrieval_counts=shapes.retrieval_counts(model, 1.0 - fraction),
                 sink_size=sink_size,
                 recent_size=recent_size,
             ),

@@ -91,7 +91,7 @@ def check_kv(config: DuoConfig, kv: str) -> None:
     """
     if kv not in get_args(KVFormat):
         raise InputError(f"KV format {kv!r} is not one of {', '.join(get_args(KVFormat))}")
-    head_dim = config.model.head_dim
+    head_dim = config.architecture.head_dim
     for layout in _LAYOUTS.get(kv, ()):
         if head_dim % layout.fields:
             raise InputError(
@@ -120,7 +120,7 @@ def init_cache(
       InputError: there is no such format, or the model's head_dim does not go with it.
     """
     check_kv(config, kv)
-    model, slots = config.model, _whole_blocks(max_len, kv)
+    model, slots = config.architecture, _whole_blocks(max_len, kv)
     shape = (batch_size, 1, slots, model.head_dim)
     ring_shape = (config.ring_slots, model.head_dim)
     most = _heads_per_buffer(jax.eval_shape(lambda: _full_cache(shape, dtype, kv)))
@@ -137,7 +137,7 @@ def init_cache(
         )
 
     return Cache(
-        layers=tuple(map(layer, config.retrieval_heads)), lengths=jnp.zeros(batch_size, jnp.int32)
+        layers=tuple(map(layer, config.retrieval_counts)), lengths=jnp.zeros(batch_size, jnp.int32)
     )
 
 

@@ -78,7 +78,7 @@ def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
         (partial / _CONFIG_FILE).write_text(json.dumps(dict(pattern.extra) | config, indent=2))
 
 
-def retrieval_heads(
+def choose_retrieval_heads(
     gates: Float[np.ndarray, "layers kv_heads"], *, sparsity: float
 ) -> Bool[np.ndarray, "layers kv_heads"]:
     """Choose which KV heads keep a full cache: the highest gates of the whole model.

@@ -35,22 +35,22 @@ _HEAD_AXIS = {
 class DuoConfig:
     """A model split into retrieval and streaming heads. Hashable: static under jax.jit."""
 
-    model: ModelConfig
-    retrieval_heads: tuple[int, ...]  # per layer, layer 0 first
+    architecture: ModelConfig
+    retrieval_counts: tuple[int, ...]  # per layer, layer 0 first
     sink_size: int = 128
     recent_size: int = 256
 
     def __post_init__(self) -> None:
-        if len(self.retrieval_heads) != self.model.num_layers:
+        if len(self.retrieval_counts) != self.architecture.num_layers:
             raise InputError(
-                f"retrieval heads are given for {len(self.retrieval_heads)} layers, the model has "
-                f"{self.model.num_layers}"
+                f"retrieval heads are given for {len(self.retrieval_counts)} layers, the model has "
+                f"{self.architecture.num_layers}"
             )
-        possible = range(self.model.num_kv_heads + 1)
-        wrong = [heads for heads in self.retrieval_heads if heads not in possible]
+        possible = range(self.architecture.num_kv_heads + 1)
+        wrong = [heads for heads in self.retrieval_counts if heads not in possible]
         if wrong:
             raise InputError(
-                f"a layer has 0 to {self.model.num_kv_heads} retrieval heads, not {wrong[0]}"
+                f"a layer has 0 to {self.architecture.num_kv_heads} retrieval heads, not {wrong[0]}"
             )
         if self.sink_size < 0 or self.recent_size < 1:
             raise InputError(
@@ -64,17 +64,17 @@ class DuoConfig:
 
     def all_retrieval(self) -> "DuoConfig":
         """Return the same model without streaming heads."""
-        heads = (self.model.num_kv_heads,) * self.model.num_layers
-        return dataclasses.replace(self, retrieval_heads=heads)
+        heads = (self.architecture.num_kv_heads,) * self.architecture.num_layers
+        return dataclasses.replace(self, retrieval_counts=heads)
 
     @property
     def num_retrieval_heads(self) -> int:
         """Retrieval heads of the whole model."""
-        return sum(self.retrieval_heads)
+        return sum(self.retrieval_counts)
 
 
 def duo_config(
-    model: ModelConfig,
+    architecture: ModelConfig,
     heads: Bool[np.ndarray, "layers kv_heads"],
     *,
     sink_size: int,
@@ -82,8 +82,8 @@ def duo_config(
 ) -> DuoConfig:
     """Return the split of a model whose retrieval heads are True in `heads`."""
     return DuoConfig(
-        model=model,
-        retrieval_heads=tuple(int(count) for count in heads.sum(axis=1)),
+        architecture=architecture,
+        retrieval_counts=tuple(int(count) for count in heads.sum(axis=1)),
         sink_size=sink_size,
         recent_size=recent_size,
     )

@@ -79,7 +79,7 @@ def run(config: PlanConfig) -> None:
     workload = Workload(
         config=split, dtype=config.dtype, batch_size=config.batch, chunk=config.chunk
     )
-    model = split.model
+    model = split.architecture
     num_heads = model.num_layers * model.num_kv_heads
     duo = split.num_retrieval_heads < num_heads
     settings = chosen_settings(duo=duo, weights=config.weights, kv=config.kv)

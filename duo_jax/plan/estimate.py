@@ -72,7 +72,7 @@ class Estimate:
             full_cache=self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK,
             streaming_cache=self.streaming_cache,
             workspace=workspace_bytes(
-                self.config.model,
+                self.config.architecture,
                 chunk=min(workload.chunk, context),
                 batch_size=workload.batch_size,
                 dtype=workload.dtype,
@@ -117,9 +117,9 @@ def estimate(workload: Workload, setting: Setting) -> Estimate:
     served = _served(workload.config, setting)
     rows = {"batch_size": workload.batch_size, "dtype": workload.dtype, "kv": setting.kv}
     one, two = (_cache_bytes(served, max_len=BLOCK * blocks, **rows) for blocks in (1, 2))
-    weights, embedding = _weight_bytes(served.model, workload.dtype, setting.weights)
-    vocab_size = served.model.vocab_size
-    unread = 0 if served.model.tie_embeddings else vocab_size - workload.batch_size
+    weights, embedding = _weight_bytes(served.architecture, workload.dtype, setting.weights)
+    vocab_size = served.architecture.vocab_size
+    unread = 0 if served.architecture.tie_embeddings else vocab_size - workload.batch_size
     return Estimate(
         workload=workload,
         setting=setting,

@@ -70,10 +70,10 @@ def _answer(order: dict[str, Any]) -> dict[str, Any]:
     reason = aot.unavailable()
     if reason is not None:
         return {"unavailable": reason}
-    model = order["config"].pop("model")
+    model = order["config"].pop("architecture")
     model = ModelConfig(**{**model, "rope": RopeConfig(**model["rope"])})
-    heads = tuple(order["config"].pop("retrieval_heads"))
-    config = DuoConfig(model=model, retrieval_heads=heads, **order.pop("config"))
+    counts = tuple(order["config"].pop("retrieval_counts"))
+    config = DuoConfig(architecture=model, retrieval_counts=counts, **order.pop("config"))
     chunk = order.pop("chunk")
     programs = {
         "decode": compiled.decode_step(config, **order),

@@ -56,7 +56,7 @@ def decode_step(
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
     cache = cache_shapes(config, **sizes)
-    params = param_shapes(config.model, dtype, weights=weights)
+    params = param_shapes(config.architecture, dtype, weights=weights)
     return aot.compile_for(target, step, params, cache, tokens, donate_argnums=(1,))
 
 
@@ -83,5 +83,5 @@ def prefill_chunk(
     num_tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
     sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
     cache = cache_shapes(config, **sizes)
-    params = param_shapes(config.model, dtype, weights=weights)
+    params = param_shapes(config.architecture, dtype, weights=weights)
     return aot.compile_for(target, read, params, cache, tokens, num_tokens, donate_argnums=(1,))

@@ -55,7 +55,7 @@ def attend(
 
     def heads(first: int, end: int | None = None):
         """Return queries, keys and values of some KV heads."""
-        group = config.model.q_per_kv
+        group = config.architecture.q_per_kv
         queries = slice(first * group, None if end is None else end * group)
         return q[:, :, queries], k[:, :, first:end], v[:, :, first:end]
 

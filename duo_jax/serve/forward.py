@@ -120,14 +120,14 @@ def hidden_states(
     positions = lengths[:, None] + jnp.arange(tokens.shape[1], dtype=lengths.dtype)[None, :]
     if total_lengths is None:
         total_lengths = lengths + num_tokens
-    cos_sin = rope.rotation(config.model, positions, total_length=total_lengths)
+    cos_sin = rope.rotation(config.architecture, positions, total_length=total_lengths)
     x = params["embed_tokens"]["embedding"][tokens]
     layers = []
     attend_layer = functools.partial(
         attend, config=config, mode=mode, implementation=implementation
     )
     for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
-        layer = llama.DecoderLayer(config.model, attend=attend_layer)
+        layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
         layer_input = (layer_cache, lengths, num_tokens)
         x, layer_cache = layer.apply({"params": layer_params}, x, cos_sin, layer_input)
         layers.append(layer_cache)
@@ -139,4 +139,4 @@ def logits(
 ) -> Float[Array, "batch length vocab"]:
     """Turn residual streams into next-token logits."""
     ends = {name: part for name, part in params.items() if name != "layers"}
-    return llama.logits(config.model, ends, x)
+    return llama.logits(config.architecture, ends, x)

@@ -96,7 +96,7 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
             arrays = load_file(folder / _layer_file(number))
             layers.append(_from_arrays(layer, arrays, longest=max(lengths)))
         logits = load_file(folder / "logits.safetensors")["logits"]
-        expected = (session.batch_size, runtime.config.model.vocab_size)
+        expected = (session.batch_size, runtime.config.architecture.vocab_size)
         if logits.shape != expected:
             raise ValueError(f"logits are {logits.shape}, not {expected}")
     session.restore(
@@ -127,12 +127,12 @@ _DESCRIPTIONS = {
 def _belongs_to(runtime: Runtime) -> dict[str, Any]:
     """Describe what a cache depends on, coarsest first."""
     return {
-        "model": json.loads(json.dumps(dataclasses.asdict(runtime.config.model))),
+        "model": json.loads(json.dumps(dataclasses.asdict(runtime.config.architecture))),
         "dtype": runtime.dtype.name,
         "kv": runtime.kv,
         "sink_size": runtime.config.sink_size,
         "recent_size": runtime.config.recent_size,
-        "retrieval_heads": list(runtime.config.retrieval_heads),
+        "retrieval_heads": list(runtime.config.retrieval_counts),
         "prefill_mode": runtime.prefill_mode,
         "weights": runtime.weights_digest,
     }

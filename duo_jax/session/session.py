@@ -193,7 +193,7 @@ class Session:
     @property
     def _limit(self) -> int:
         """Return how many tokens a row may have."""
-        longest = self.runtime.config.model.max_length
+        longest = self.runtime.config.architecture.max_length
         return longest if self._max_len is None else min(longest, self._max_len)
 
     def _limit_words(self) -> str:
@@ -203,7 +203,7 @@ class Session:
 
     def _check(self, rows: list[list[int]]) -> None:
         """Refuse rows that cannot be read."""
-        vocab_size = self.runtime.config.model.vocab_size
+        vocab_size = self.runtime.config.architecture.vocab_size
         if not all(rows):
             raise InputError("the prompt is empty: there is no token to start from")
         for token in (min(map(min, rows)), max(map(max, rows))):

@@ -151,7 +151,7 @@ def write_text(
 
 def _seen(session: Session) -> np.ndarray:
     """Return which tokens of the vocabulary occur in each row."""
-    seen = np.zeros((session.batch_size, session.runtime.config.model.vocab_size), bool)
+    seen = np.zeros((session.batch_size, session.runtime.config.architecture.vocab_size), bool)
     for marks, row in zip(seen, session.tokens, strict=True):
         marks[row] = True
     return seen

@@ -9,7 +9,7 @@ from PIL import Image
 from benchmarks import ablations
 from benchmarks.ablations import AblationsConfig
 from duo_jax.errors import InputError
-from duo_jax.heads.pattern import load_pattern, retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from tests import models
 from train.identify import default_config, identify
 from train.retrieval_test import RetrievalTest
@@ -73,7 +73,7 @@ def test_methods_are_tested_with_their_own_heads(result):
             assert len(row["exact"]) == 3
             continue
         expected = [
-            score(retrieval_heads(np.array(g), sparsity=row["sparsity"]), 4, 12)
+            score(choose_retrieval_heads(np.array(g), sparsity=row["sparsity"]), 4, 12)
             for g in gates[row["method"]]
         ]
         np.testing.assert_allclose(row["exact"], expected)
@@ -105,7 +105,7 @@ def test_windows_have_the_same_number_of_slots(result):
     for row in rows:
         assert (row["sink"], row["recent"]) == sizes[row["deployed"]]
         if row["identified"] == "both":
-            heads = retrieval_heads(learned, sparsity=row["sparsity"])
+            heads = choose_retrieval_heads(learned, sparsity=row["sparsity"])
             np.testing.assert_allclose(row["exact"], score(heads, row["sink"], row["recent"]))
 
 
@@ -128,7 +128,7 @@ def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch):
 
 def test_grid_deploys_every_size(result):
     rows = result[0]["sizes"]
-    heads = retrieval_heads(np.array(result[0]["gates"]["optimise"][0]), sparsity=0.5)
+    heads = choose_retrieval_heads(np.array(result[0]["gates"]["optimise"][0]), sparsity=0.5)
     assert [(r["sink"], r["recent"]) for r in rows] == [(s, r) for s in (0, 4) for r in (3, 12, 20)]
     for row in rows:
         np.testing.assert_allclose(row["exact"], score(heads, row["sink"], row["recent"]))

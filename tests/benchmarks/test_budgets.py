@@ -93,7 +93,9 @@ def test_nothing_as_large_as_a_dequantised_cache_is_ever_in_memory(kv):
     """Of one head's keys, even."""
     name = next(name for name in reversed(FITS) if f"{kv} KV: decode" in name)
     program = budgets.SERVING[name]
-    one_head = program.context * program.config.model.head_dim * jnp.dtype("bfloat16").itemsize
+    one_head = (
+        program.context * program.config.architecture.head_dim * jnp.dtype("bfloat16").itemsize
+    )
     assert compiled(name, *SOME_LAYERS)["temp"] < 0.05 * one_head
 
 

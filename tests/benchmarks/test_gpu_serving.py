@@ -158,14 +158,14 @@ def test_floors_of_the_published_models_are_those_of_the_published_points():
         (models.LLAMA_2_7B, 256, 2.70, 1.99),
         (models.LLAMA_3_8B, 128, 1.69, 1.75),
     ):
-        assert sum(published.retrieval_heads) == heads
+        assert sum(published.retrieval_counts) == heads
         duo, full = (variant.config for variant in published.variants)
         read = functools.partial(
             floors.decode_bytes, published.model, context=published.contexts[0], itemsize=2
         )
         ratio = (
-            read(full.retrieval_heads, ring_slots=384)["step"]
-            / read(duo.retrieval_heads, ring_slots=384)["step"]
+            read(full.retrieval_counts, ring_slots=384)["step"]
+            / read(duo.retrieval_counts, ring_slots=384)["step"]
         )
         assert ratio == pytest.approx(of_decode, abs=0.02)
         multiply = functools.partial(
@@ -175,7 +175,7 @@ def test_floors_of_the_published_models_are_those_of_the_published_points():
             sink_size=128,
             recent_size=256,
         )
-        ratio = multiply(full.retrieval_heads)["all"] / multiply(duo.retrieval_heads)["all"]
+        ratio = multiply(full.retrieval_counts)["all"] / multiply(duo.retrieval_counts)["all"]
         assert ratio == pytest.approx(of_prefill, abs=0.02)
 
 

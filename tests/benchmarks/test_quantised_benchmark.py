@@ -13,7 +13,7 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.evaluate.passkeys import retrieval as served_retrieval
 from duo_jax.evaluate.passkeys.retrieval import Retrieved
-from duo_jax.heads.pattern import load_pattern, retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 
 TINY = QuantisedConfig(
     samples=3, length=256, passkeys=4, chunk=64, rows=2, kv=("int4",), weights=("int8",), both=()
@@ -28,9 +28,9 @@ def test_passkeys_count_as_in_training():
     test = quantised.held_out(TINY, model)
     assert test.haystack == "held-out text"
     by_mask = test.accuracy(
-        model.config.model,
+        model.config.architecture,
         pretrained.load_params(folder, dtype=np.float32),
-        retrieval_heads(pattern.gates, sparsity=1.0),
+        choose_retrieval_heads(pattern.gates, sparsity=1.0),
         sink_size=pattern.sink_size,
         recent_size=pattern.recent_size,
     )

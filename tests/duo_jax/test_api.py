@@ -62,7 +62,7 @@ def text(model):
 
 
 def heads_of(model) -> tuple[int, ...]:
-    return model.config.retrieval_heads
+    return model.config.retrieval_counts
 
 
 # Loading: folders, patterns, sizes

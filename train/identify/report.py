@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from tqdm import tqdm
 
 from duo_jax import files
-from duo_jax.heads.pattern import Pattern, retrieval_heads
+from duo_jax.heads.pattern import Pattern, choose_retrieval_heads
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from train.retrieval_test import RetrievalTest
@@ -150,7 +150,7 @@ def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_s
         ("all retrieval (the model itself)", 0.0, [np.ones(shape, bool)])
     ]
     for sparsity in sparsities:
-        found = retrieval_heads(pattern.gates, sparsity=sparsity)
+        found = choose_retrieval_heads(pattern.gates, sparsity=sparsity)
         trials.append((name, sparsity, [found]))
         shuffled = [
             np.random.default_rng([seed, found.sum()]).permutation(found.ravel()).reshape(shape)

@@ -132,10 +132,10 @@ def compare(config: CompareConfig) -> None:
     documents = load_documents(config.text)
     split = config.load()
     pattern = _pattern(config)
-    if config.length > split.config.model.max_length:
+    if config.length > split.config.architecture.max_length:
         raise InputError(
             f"length {config.length:,} is beyond the model's range of "
-            f"{split.config.model.max_length:,}"
+            f"{split.config.architecture.max_length:,}"
         )
     tasks = {
         name: compare_tasks.make(
@@ -245,7 +245,7 @@ def _profile(config: CompareConfig, split: DuoModel, documents: Sequence[str]) -
     sampler = PasskeySampler(data, split.tokenizer, split_held_out(documents)[0], seed=config.seed)
     params = pretrained.load_params(pretrained.resolve(config.model), dtype=split.runtime.dtype)
     scores = profiling.attention_profile(
-        split.config.model,
+        split.config.architecture,
         params,
         [sampler.sample(i, length=config.length) for i in range(config.profile_samples)],
         sink_size=split.config.sink_size,

@@ -17,7 +17,7 @@ from duo_jax.cache import cache_bytes
 from duo_jax.evaluate import eviction
 from duo_jax.evaluate.compare import served as compare_served
 from duo_jax.evaluate.compare.tasks import Task
-from duo_jax.heads.pattern import retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.heads.split import duo_config, reorder_layer
 from duo_jax.session.runtime import Runtime
 
@@ -122,7 +122,7 @@ def _setting(
         sizes, number = (SINKS, slots - SINKS), 0
     if number is None:
         return f"streaming heads of {sum(sizes)} tokens take more"
-    chosen = retrieval_heads(heads_of[method], sparsity=1 - number / model.gates.size)
+    chosen = choose_retrieval_heads(heads_of[method], sparsity=1 - number / model.gates.size)
     split = _split(model.runtime, chosen, sizes)
 
     def answer(texts, tails):
@@ -132,7 +132,7 @@ def _setting(
         return eviction.Predicted(tokens=tokens, cache_bytes=num_bytes)
 
     described = {
-        "retrieval_heads": split.config.retrieval_heads,
+        "retrieval_heads": split.config.retrieval_counts,
         "sink": sizes[0],
         "recent": sizes[1],
     }
@@ -176,7 +176,7 @@ def _split(
     full: Runtime, heads: Bool[np.ndarray, "layers kv_heads"], sizes: tuple[int, int]
 ) -> Runtime:
     """Return the model with these retrieval heads; what need not be reordered is shared."""
-    model = full.config.model
+    model = full.config.architecture
     layers = tuple(
         reorder_layer(model, layer, row)
         for layer, row in zip(full.params["layers"], heads, strict=True)
@@ -192,7 +192,7 @@ def _bytes(model: Model, task: Task, retrieval: int) -> int:
     """Return the bytes of a cache with so many retrieval heads."""
     heads = np.arange(model.gates.size).reshape(model.gates.shape) < retrieval
     config = duo_config(
-        model.runtime.config.model, heads, sink_size=model.sink, recent_size=model.recent
+        model.runtime.config.architecture, heads, sink_size=model.sink, recent_size=model.recent
     )
     max_len = task.length + task.room
     return cache_bytes(config, batch_size=1, max_len=max_len, dtype=model.runtime.dtype)

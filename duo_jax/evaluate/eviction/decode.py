@@ -37,7 +37,9 @@ def decode(
       active: rows that take part; the others keep what they have, and their logits mean nothing.
     """
     cos_sin = rope.rotation(
-        config.model, pool.lengths[:, None], total_length=pool.lengths + active.astype(jnp.int32)
+        config.architecture,
+        pool.lengths[:, None],
+        total_length=pool.lengths + active.astype(jnp.int32),
     )
     x = params["embed_tokens"]["embedding"][tokens[:, None]]
     for index, layer_params in enumerate(params["layers"]):
@@ -47,7 +49,7 @@ def decode(
             pool, state, index = layer_input
             return _attend(policy, pool, state, index, tokens, active, q[:, 0], k[:, 0], v[:, 0])
 
-        layer = llama.DecoderLayer(config.model, attend=attend)
+        layer = llama.DecoderLayer(config.architecture, attend=attend)
         x, pool = layer.apply({"params": layer_params}, x, cos_sin, (pool, layer_state, index))
     pool = dataclasses.replace(pool, lengths=pool.lengths + active.astype(jnp.int32))
     return serve.logits(config, params, x)[:, 0], pool

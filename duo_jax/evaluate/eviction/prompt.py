@@ -43,7 +43,7 @@ def read(
       implementation: of attention, see kernels.dispatch.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-    cos_sin = rope.rotation(config.model, positions, total_length=lengths)
+    cos_sin = rope.rotation(config.architecture, positions, total_length=lengths)
     x = params["embed_tokens"]["embedding"][tokens]
 
     def attend(q, k, v, _):
@@ -54,7 +54,7 @@ def read(
 
     read_layers = []
     for layer_params in params["layers"]:
-        layer = llama.DecoderLayer(config.model, attend=attend)
+        layer = llama.DecoderLayer(config.architecture, attend=attend)
         x, noted = layer.apply({"params": layer_params}, x, cos_sin, None)
         read_layers.append(noted)
     keys, values, sums = (jnp.stack(part, axis=1) for part in zip(*read_layers, strict=True))

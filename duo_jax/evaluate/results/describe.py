@@ -20,8 +20,8 @@ def describe(flags: ModelFlags, model: DuoModel) -> dict[str, Any]:
         **machine.environment(),
         "model": flags.model,
         "pattern": flags.pattern or "the model's own",
-        "retrieval_heads": config.retrieval_heads,
-        "kv_heads": config.model.num_kv_heads,
+        "retrieval_heads": config.retrieval_counts,
+        "kv_heads": config.architecture.num_kv_heads,
         "sparsity": sparsity(model),
         "sink": config.sink_size,
         "recent": config.recent_size,
@@ -37,8 +37,8 @@ def describe(flags: ModelFlags, model: DuoModel) -> dict[str, Any]:
 def sparsity(model: DuoModel) -> float:
     """Return the fraction of a model's KV heads that stream."""
     config = model.config
-    heads = config.model.num_layers * config.model.num_kv_heads
-    return 1 - sum(config.retrieval_heads) / heads
+    heads = config.architecture.num_layers * config.architecture.num_kv_heads
+    return 1 - sum(config.retrieval_counts) / heads
 
 
 def in_words(result: dict[str, Any]) -> str:

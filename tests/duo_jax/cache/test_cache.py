@@ -19,10 +19,12 @@ BATCH, KV_HEADS, HEAD_DIM = 3, 2, 4
 STALE = -7.0  # what every slot holds before anything is written to it
 
 
-def duo(retrieval_heads=(1, 3), *, sink=4, recent=6, kv_heads=4, head_dim=16, **model) -> DuoConfig:
+def duo(
+    retrieval_counts=(1, 3), *, sink=4, recent=6, kv_heads=4, head_dim=16, **model
+) -> DuoConfig:
     config = ModelConfig(
         family="llama",
-        num_layers=len(retrieval_heads),
+        num_layers=len(retrieval_counts),
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=1e-5,
@@ -30,7 +32,7 @@ def duo(retrieval_heads=(1, 3), *, sink=4, recent=6, kv_heads=4, head_dim=16, **
         **{"vocab_size": 64, "embed_size": 32, "mlp_size": 32, "num_q_heads": 8, **model},
     )
     return DuoConfig(
-        model=config, retrieval_heads=retrieval_heads, sink_size=sink, recent_size=recent
+        architecture=config, retrieval_counts=retrieval_counts, sink_size=sink, recent_size=recent
     )
 
 
@@ -195,9 +197,9 @@ def test_growing_keeps_every_token_and_the_rings_as_they_are():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("retrieval_heads", [(1, 3), (0, 4), (0, 0), (4, 4)])
-def test_bytes_are_those_of_the_live_buffers(retrieval_heads, dtype):
-    config = duo(retrieval_heads)
+@pytest.mark.parametrize("retrieval_counts", [(1, 3), (0, 4), (0, 0), (4, 4)])
+def test_bytes_are_those_of_the_live_buffers(retrieval_counts, dtype):
+    config = duo(retrieval_counts)
     cache = init_cache(config, batch_size=3, max_len=50, dtype=dtype)
     buffers = jax.tree.leaves(cache.layers)
     on_device = sum(buffer.on_device_size_in_bytes() for buffer in buffers)
@@ -205,7 +207,7 @@ def test_bytes_are_those_of_the_live_buffers(retrieval_heads, dtype):
     assert cache.nbytes == on_device == formula
     assert {buffer.dtype for buffer in buffers} == {jnp.dtype(dtype)}
     assert not any(buffer.any() for buffer in buffers)
-    for layer, heads in zip(cache.layers, retrieval_heads, strict=True):
+    for layer, heads in zip(cache.layers, retrieval_counts, strict=True):
         full = layer.full[0].keys.shape if layer.full else None
         ring = None if layer.streaming is None else layer.streaming.values.shape
         assert full == ((3, heads, 50, 16) if heads else None)
@@ -238,9 +240,9 @@ def test_llama_3_8b_at_a_million_tokens_takes_the_bytes_it_should(counts):
 def served():
     """Return a config and its parameters."""
     config = duo((1, 3), sink=16, recent=48)
-    params = random_params(config.model)
+    params = random_params(config.architecture)
     heads = np.array([[0, 1, 0, 0], [1, 0, 1, 1]], bool)
-    return config, split_params(config.model, params, heads)
+    return config, split_params(config.architecture, params, heads)
 
 
 def decode_many(config, params, cache, tokens):

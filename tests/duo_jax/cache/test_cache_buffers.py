@@ -65,14 +65,14 @@ def test_heads_are_shared_out_by_what_fits():
 
 LLAMA_3_LAYER = """
 import jax, jax.numpy as jnp
-from benchmarks import shapes
-from duo_jax import compiled
+from benchmarks.serving import shapes
+from duo_jax.serve import ahead_of_time as compiled
 from duo_jax.cache import init_cache
-from duo_jax.split import DuoConfig
+from duo_jax.heads.split import DuoConfig
 from kernels import decode, offsets
 
 model = shapes.model_config("gqa", layers=1)
-config = DuoConfig(model=model, retrieval_heads=(8,), sink_size=128, recent_size=256)
+config = DuoConfig(architecture=model, retrieval_counts=(8,), sink_size=128, recent_size=256)
 cache = jax.eval_shape(
     lambda: init_cache(config, batch_size=1, max_len=4_000_000, dtype=jnp.bfloat16)
 )

@@ -122,8 +122,8 @@ def jitted_attention(config: DuoConfig):
 def one_layer(kv: str, q, k, v, cuts, *, retrieval: int):
     """Attend with one layer's caches, chunk by chunk; return the output at every position."""
     config = DuoConfig(
-        model=dataclasses.replace(CONFIG, num_layers=1),
-        retrieval_heads=(retrieval,),
+        architecture=dataclasses.replace(CONFIG, num_layers=1),
+        retrieval_counts=(retrieval,),
         sink_size=4,
         recent_size=6,
     )
@@ -266,7 +266,7 @@ def test_numbers_that_are_not_quantised_are_not_touched():
 def test_unknown_formats_and_head_dims_are_refused(params):
     with pytest.raises(InputError, match="KV format 'int3' is not one of model, bf16, int8, int4"):
         Runtime(config=SPLIT, params=params, kv="int3")
-    odd = dataclasses.replace(SPLIT, model=dataclasses.replace(CONFIG, head_dim=20))
+    odd = dataclasses.replace(SPLIT, architecture=dataclasses.replace(CONFIG, head_dim=20))
     with pytest.raises(InputError, match="head_dim 20 is not a multiple of 8, as KV int4 needs"):
         init_cache(odd, batch_size=1, max_len=64, kv="int4")
     init_cache(odd, batch_size=1, max_len=64, kv="int8")

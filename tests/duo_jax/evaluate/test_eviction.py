@@ -173,7 +173,7 @@ def test_evicting_at_every_step_equals_attention_to_what_was_still_there(
 ):
     found = predict(runtime, Recent(sizes=sizes), rows, 2 * sum(sizes))
     assert_same(found.tokens, expected(stacked, rows, recent=sizes))
-    assert found.cache_bytes == 2 * sum(sizes) * runtime.config.model.head_dim * 2 * 4
+    assert found.cache_bytes == 2 * sum(sizes) * runtime.config.architecture.head_dim * 2 * 4
 
 
 @pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
@@ -181,7 +181,7 @@ def test_with_room_for_everything_nothing_changes(stacked, runtime, rows, policy
     slots = 4 * (LENGTH + ROOM)
     found = predict(runtime, policy, rows, slots)
     assert_same(found.tokens, expected(stacked, rows))
-    head_dim = runtime.config.model.head_dim
+    head_dim = runtime.config.architecture.head_dim
     assert found.cache_bytes == slots * head_dim * 2 * 4
     assert found.text_bytes == pytest.approx(4 * np.mean(TEXTS) * head_dim * 2 * 4)
 
@@ -190,7 +190,7 @@ def test_with_room_for_everything_nothing_changes(stacked, runtime, rows, policy
 def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, policy):
     slots = 4 * (ROOM + 12)
     found = predict(runtime, policy, rows, slots)
-    assert found.cache_bytes <= slots * runtime.config.model.head_dim * 2 * 4
+    assert found.cache_bytes <= slots * runtime.config.architecture.head_dim * 2 * 4
     assert found.text_bytes <= found.cache_bytes
     alone = predict(runtime, policy, ([rows[0][1]], [rows[1][1]]), slots)
     np.testing.assert_array_equal(alone.tokens[0], found.tokens[1])

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from duo_jax.errors import InputError
-from duo_jax.heads.pattern import Pattern, check_fits, load_pattern, retrieval_heads, save_pattern
+from duo_jax.heads.pattern import (
+    Pattern,
+    check_fits,
+    choose_retrieval_heads,
+    load_pattern,
+    save_pattern,
+)
 
 PUBLISHED = pathlib.Path(__file__).parents[4] / "shared" / "attn_patterns"
 needs_published = pytest.mark.skipif(
@@ -78,7 +84,7 @@ def test_published_pattern_saves_back_unchanged(tmp_path, name):
 @pytest.mark.parametrize("name", COUNTS)
 def test_retrieval_heads_per_layer_are_those_of_the_spec(name):
     sparsity, counts = COUNTS[name]
-    chosen = retrieval_heads(load_pattern(published(name)).gates, sparsity=sparsity)
+    chosen = choose_retrieval_heads(load_pattern(published(name)).gates, sparsity=sparsity)
     assert chosen.sum(axis=1).tolist() == [int(x) for x in counts.split()]
 
 
@@ -86,7 +92,7 @@ def test_ties_go_to_the_earlier_layer_then_the_earlier_head():
     gates = np.array([[0.2, 0.9, 0.5], [0.5, 0.5, 0.9]])
     ranking = [(0, 1), (1, 2), (0, 2), (1, 0), (1, 1), (0, 0)]
     for kept in range(7):
-        chosen = retrieval_heads(gates, sparsity=1 - kept / 6)
+        chosen = choose_retrieval_heads(gates, sparsity=1 - kept / 6)
         assert set(zip(*np.nonzero(chosen), strict=True)) == set(ranking[:kept])
 
 
@@ -95,14 +101,14 @@ def test_exactly_the_rounded_number_of_heads_is_kept(shape):
     tied = np.round(np.random.default_rng(0).uniform(0, 1, shape), 1)
     for sparsity in (0, 0.125, 0.25, 1 / 3, 0.5, 0.6, 0.75, 0.999, 1, *np.linspace(0, 1, 37)):
         for gates in (tied, np.ones(shape), np.zeros(shape)):
-            chosen = retrieval_heads(gates, sparsity=float(sparsity))
+            chosen = choose_retrieval_heads(gates, sparsity=float(sparsity))
             assert chosen.shape == shape
             assert chosen.sum() == round(gates.size * (1 - sparsity))
 
 
 def test_higher_sparsity_keeps_a_subset():
     gates = np.random.default_rng(1).uniform(0, 1, (4, 4))
-    kept = [retrieval_heads(gates, sparsity=s) for s in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    kept = [choose_retrieval_heads(gates, sparsity=s) for s in (0.0, 0.25, 0.5, 0.75, 1.0)]
     assert kept[0].all()
     assert not kept[-1].any()
     for wider, narrower in itertools.pairwise(kept):
@@ -111,9 +117,9 @@ def test_higher_sparsity_keeps_a_subset():
 
 def test_values_outside_0_and_1_count_as_0_and_1():
     gates = np.array([[1.0, 1.3], [-0.2, 0.0]])
-    chosen = retrieval_heads(gates, sparsity=0.75)
+    chosen = choose_retrieval_heads(gates, sparsity=0.75)
     np.testing.assert_array_equal(chosen, [[True, False], [False, False]])  # a tie at 1
-    chosen = retrieval_heads(gates, sparsity=0.25)
+    chosen = choose_retrieval_heads(gates, sparsity=0.25)
     np.testing.assert_array_equal(chosen, [[True, True], [True, False]])  # a tie at 0
     pattern = Pattern(gates=gates, sink_size=1, recent_size=2)
     np.testing.assert_array_equal(pattern.clipped(), [[1.0, 1.0], [0.0, 0.0]])
@@ -123,7 +129,7 @@ def test_values_outside_0_and_1_count_as_0_and_1():
 @pytest.mark.parametrize("sparsity", [-0.1, 1.01, float("nan")])
 def test_sparsity_outside_0_and_1_is_refused(sparsity):
     with pytest.raises(InputError, match=r"is not in \[0, 1\]"):
-        retrieval_heads(np.ones((2, 2)), sparsity=sparsity)
+        choose_retrieval_heads(np.ones((2, 2)), sparsity=sparsity)
 
 
 def write(folder: pathlib.Path, *, gates="0.5\t1\n0\t0.25\n", config=None) -> pathlib.Path:

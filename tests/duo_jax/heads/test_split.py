@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from duo_jax.errors import InputError
-from duo_jax.heads.pattern import load_pattern, retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from duo_jax.heads.split import DuoConfig, duo_config, head_order, reorder_layer, split_params
 from duo_jax.model import llama
 from duo_jax.model.config import parse_config
@@ -35,7 +35,7 @@ def assert_same(got, want):
 
 def test_counts_are_those_of_each_layer():
     config = duo_config(CONFIG, MIXED, **SIZES)
-    assert config.retrieval_heads == (0, 2, 4)
+    assert config.retrieval_counts == (0, 2, 4)
     assert config.num_retrieval_heads == 6
     assert config.ring_slots == 10
     assert {config: "hashable"}[duo_config(CONFIG, MIXED.copy(), **SIZES)] == "hashable"
@@ -44,7 +44,7 @@ def test_counts_are_those_of_each_layer():
 @pytest.mark.parametrize("kept", range(13))
 def test_any_number_of_heads_can_be_kept(kept):
     gates = np.random.default_rng(kept).random((3, 4))
-    config = duo_config(CONFIG, retrieval_heads(gates, sparsity=1 - kept / 12), **SIZES)
+    config = duo_config(CONFIG, choose_retrieval_heads(gates, sparsity=1 - kept / 12), **SIZES)
     assert config.num_retrieval_heads == kept
 
 
@@ -61,17 +61,20 @@ def test_published_patterns_give_the_counts_of_the_spec(name):
         head_dim=128,
     )
     config = duo_config(
-        parse_config(raw), retrieval_heads(gates, sparsity=sparsity), sink_size=128, recent_size=256
+        parse_config(raw),
+        choose_retrieval_heads(gates, sparsity=sparsity),
+        sink_size=128,
+        recent_size=256,
     )
-    assert " ".join(map(str, config.retrieval_heads)) == counts
+    assert " ".join(map(str, config.retrieval_counts)) == counts
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"retrieval_heads": (1, 1)}, "given for 2 layers, the model has 3"),
-        ({"retrieval_heads": (0, 5, 1)}, "0 to 4 retrieval heads, not 5"),
-        ({"retrieval_heads": (0, -1, 4)}, "0 to 4 retrieval heads, not -1"),
+        ({"retrieval_counts": (1, 1)}, "given for 2 layers, the model has 3"),
+        ({"retrieval_counts": (0, 5, 1)}, "0 to 4 retrieval heads, not 5"),
+        ({"retrieval_counts": (0, -1, 4)}, "0 to 4 retrieval heads, not -1"),
         ({"sink_size": -1}, "sink -1 must be at least 0"),
         ({"recent_size": 0}, "recent 0 at least 1"),
     ],
@@ -79,7 +82,7 @@ def test_published_patterns_give_the_counts_of_the_spec(name):
 )
 def test_an_impossible_split_is_refused_in_one_line(wrong, message):
     with pytest.raises(InputError, match=message) as error:
-        DuoConfig(**{"model": CONFIG, "retrieval_heads": (0, 2, 4)} | SIZES | wrong)
+        DuoConfig(**{"architecture": CONFIG, "retrieval_counts": (0, 2, 4)} | SIZES | wrong)
     assert "\n" not in str(error.value)
 
 

@@ -38,7 +38,9 @@ SMALL = llama(
     max_position_embeddings=500_000,
 )
 WORKLOAD = Workload(
-    config=DuoConfig(model=parse_config(SMALL), retrieval_heads=(2, 6)), batch_size=2, chunk=1000
+    config=DuoConfig(architecture=parse_config(SMALL), retrieval_counts=(2, 6)),
+    batch_size=2,
+    chunk=1000,
 )
 
 
@@ -87,7 +89,7 @@ def test_cache_bytes_are_those_that_are_allocated(kv, dtype, context):
 
 
 def test_weight_bytes_are_those_of_the_shapes():
-    shapes = compiled.param_shapes(WORKLOAD.config.model, "bfloat16")
+    shapes = compiled.param_shapes(WORKLOAD.config.architecture, "bfloat16")
     values = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     kernels = 2 * (4096 * 128 * (2 * 32 + 2 * 8) + 3 * 4096 * 14_336)
     channels = 2 * (128 * (32 + 2 * 8) + 4096 + 2 * 14_336 + 4096)
@@ -112,8 +114,8 @@ def test_decode_floor_reads_everything_once_but_only_one_row_of_the_embedding_pe
 
 
 def test_a_tied_embedding_is_read_whole():
-    model = dataclasses.replace(WORKLOAD.config.model, tie_embeddings=True)
-    config = dataclasses.replace(WORKLOAD.config, model=model)
+    model = dataclasses.replace(WORKLOAD.config.architecture, tie_embeddings=True)
+    config = dataclasses.replace(WORKLOAD.config, architecture=model)
     found = estimate(dataclasses.replace(WORKLOAD, config=config), Setting(duo=True))
     assert found.weights_read == found.weights
 

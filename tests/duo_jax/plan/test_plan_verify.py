@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from benchmarks.gpu.models import LLAMA_2_7B
-from duo_jax.heads.pattern import load_pattern, retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from duo_jax.heads.split import DuoConfig, duo_config
 from duo_jax.model.config import parse_config
 from duo_jax.plan import __main__ as command
@@ -51,7 +51,7 @@ def compare(workload: Workload, setting: Setting, gpu: str) -> None:
 @pytest.mark.usefixtures("gpu_compiler")
 @pytest.mark.parametrize("weights", ["model", "w8a8"])
 def test_estimates_are_within_3_percent_of_the_compiler(weights):
-    config = DuoConfig(model=QUARTER, retrieval_heads=(1, 1, 1, 1))
+    config = DuoConfig(architecture=QUARTER, retrieval_counts=(1, 1, 1, 1))
     workload = Workload(config=config, chunk=8192)
     compare(workload, Setting(duo=True, weights=weights), "1")
 
@@ -72,7 +72,7 @@ def llama_3() -> DuoConfig:
             num_key_value_heads=8,
         )
     )
-    return duo_config(model, retrieval_heads(pattern.gates, sparsity=0.5), **sizes)
+    return duo_config(model, choose_retrieval_heads(pattern.gates, sparsity=0.5), **sizes)
 
 
 def llama_2() -> DuoConfig:
@@ -143,7 +143,7 @@ def test_where_nothing_can_be_compiled_verify_says_why(folder, monkeypatch, caps
 
 def test_a_program_that_does_not_compile_is_named(monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    config = DuoConfig(model=QUARTER, retrieval_heads=(1, 0, 2, 1))
+    config = DuoConfig(architecture=QUARTER, retrieval_counts=(1, 0, 2, 1))
     found = estimate(Workload(config=config), Setting(duo=True, kv="int8"))
     with pytest.raises(RuntimeError, match="weights model, KV int8 do not compile"):
         verify.compile_row(found, 100, target="a100")

@@ -19,13 +19,14 @@ CHANNELS = HEAD_DIM * (HEADS + 2 * KV_HEADS) + EMBED + 2 * MLP + EMBED
 
 WORKER = """
 import dataclasses, json, sys
-from benchmarks import budgets, shapes
-from duo_jax import compiled
-from duo_jax.split import DuoConfig
+from benchmarks import budgets
+from benchmarks.serving import shapes
+from duo_jax.serve import ahead_of_time as compiled
+from duo_jax.heads.split import DuoConfig
 
 weights, layers, batch, chunk = sys.argv[1], *map(int, sys.argv[2:])
 model = shapes.model_config("gqa", layers=layers)
-config = DuoConfig(model=model, retrieval_heads=(4,) * layers)
+config = DuoConfig(architecture=model, retrieval_counts=(4,) * layers)
 sizes = dict(target="a100", max_len=chunk + 4096, batch_size=batch, weights=weights)
 if chunk:
     program = compiled.prefill_chunk(config, chunk=chunk, **sizes)

@@ -323,7 +323,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from duo_jax import serve
 from duo_jax.cache import init_cache
-from tests.duo_jax.test_serve import MIXED, LENGTH, split, tokens_of
+from tests.duo_jax.serve.test_serve import MIXED, LENGTH, split, tokens_of
 
 config, weights = split(MIXED)
 mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))

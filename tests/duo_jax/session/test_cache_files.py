@@ -141,7 +141,7 @@ def test_what_a_cache_does_not_belong_to(saved, changes, message):
 def test_another_architecture_is_refused(saved):
     model = runtime()
     longer = dataclasses.replace(CONFIG, max_length=64)
-    config = dataclasses.replace(model.config, model=longer)
+    config = dataclasses.replace(model.config, architecture=longer)
     with pytest.raises(InputError, match="another model; read the text again"):
         cache_files.load(Session(dataclasses.replace(model, config=config)), saved)
 
