@@ -35,7 +35,7 @@ class RivalError(Exception):
 
 
 class Rival:
-    """A running worker (benchmarks.serving.variants.rival_worker) with the model loaded."""
+    """A running worker (benchmarks.serving.rival_worker) with the model loaded."""
 
     def __init__(self, library: str, process: subprocess.Popen, log: pathlib.Path) -> None:
         self.library = library
@@ -107,7 +107,7 @@ def _python(library: str, kvpress_python: pathlib.Path) -> pathlib.Path:
 def _worker(
     library: str, python: pathlib.Path, folder: pathlib.Path, dtype: str
 ) -> Iterator[Rival]:
-    command = [str(python.absolute()), "-m", "benchmarks.serving.variants.rival_worker", library]
+    command = [str(python.absolute()), "-m", "benchmarks.serving.rival_worker", library]
     command += [str(folder.absolute()), dtype, str(machine.cores())]
     with tempfile.TemporaryDirectory() as scratch:
         log = pathlib.Path(scratch) / "stderr"
