@@ -21,13 +21,14 @@ from tqdm import tqdm
 import duo_jax
 from benchmarks import logits_error
 from duo_jax import cli, files
-from duo_jax.api import DEFAULT_SPARSITY, NO_PATTERN, DuoModel
+from duo_jax.api import DuoModel
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.errors import InputError
 from duo_jax.evaluate.passkeys import retrieval as served_retrieval
 from duo_jax.evaluate.passkeys.retrieval import Retrieved
+from duo_jax.heads.choose import DEFAULT_SPARSITY, NO_PATTERN
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.reports import machine
 from train.demo_model.config import TEMPLATES

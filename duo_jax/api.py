@@ -18,15 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Bool
 
 from duo_jax.cache import check_kv
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
-from duo_jax.heads import split
-from duo_jax.heads.pattern import Pattern, check_fits, choose_retrieval_heads, load_pattern
+from duo_jax.heads.choose import split_heads
+from duo_jax.heads.pattern import Pattern
 from duo_jax.heads.split import DuoConfig
-from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import check_format
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.conversation import Conversation, load_conversation
@@ -35,10 +33,6 @@ from duo_jax.session.session import Progress, Session
 from duo_jax.session.tokenization import Tokenization, load_tokenization
 from duo_jax.session.writing import SEGMENT, write_text
 
-NO_PATTERN = "none"
-DEFAULT_SPARSITY = 0.5
-_OWN_PATTERN = "pattern"  # a folder in a model's folder
-
 
 def load(
     model: str | pathlib.Path,
@@ -46,8 +40,8 @@ def load(
     pattern: str | pathlib.Path | Pattern | None = None,
     sparsity: float | None = None,
     threshold: float | None = None,
-    sink: int | None = None,
-    recent: int | None = None,
+    sink_size: int | None = None,
+    recent_size: int | None = None,
     dtype: DTypeLike | None = None,
     weights: str = "model",
     kv: str = "model",
@@ -60,28 +54,36 @@ def load(
     Args:
       model: a Hugging Face folder, a hub name, a converted checkpoint, or "demo".
       pattern: a pattern or its folder; "none" is the model as published, every head with a full
-        cache. Default: the folder "pattern" of the model itself, where it has one.
+        cache. Default: the model's own pattern, where it has one.
       sparsity: fraction of streaming heads, in [0, 1]; default 0.5.
       threshold: instead of a sparsity, the gate above which a head is a retrieval head.
-      sink: first tokens that a streaming head keeps; default: the pattern's.
-      recent: latest tokens that a streaming head keeps; default: the pattern's.
-      dtype: of weights, activations and caches; default: as stored, on CPU float32.
-      weights: format of the layers' projections: "model" (the dtype), "int8", "w8a8" or "int4", see
-        `duo_jax.model.quantised_weights`.
-      kv: format of the caches: "model" (the dtype), "bf16", "int8", "int4" or "int2", see
-        `duo_jax.cache`.
-      prefill_chunk: tokens of a prompt that are read at a time.
-      prefill_mode: "exact" or "chunk", see `duo_jax.serve`.
-      implementation: of attention: "auto", "xla", "triton" or "interpret", see `kernels.dispatch`.
+      sink_size: first tokens that a streaming head keeps; default: the pattern's.
+      recent_size: latest tokens that a streaming head keeps; default: the pattern's.
+      dtype: data type of weights, activations and caches; default: as stored, float32 on a CPU.
+      weights: format of the layers' projections: "model" (the dtype), "int8", "w8a8" or "int4"
+        (`duo_jax.model.quantised_weights`).
+      kv: format of the caches: "model" (the dtype), "bf16", "int8", "int4" or "int2"
+        (`duo_jax.cache`).
+      prefill_chunk: number of prompt tokens read at a time.
+      prefill_mode: what streaming heads see while a prompt is read, "exact" or "chunk"
+        (`duo_jax.serve.forward`).
+      implementation: attention implementation, "auto", "xla", "triton" or "interpret"
+        (`kernels.dispatch`).
 
     Raises:
-      InputError: something cannot be used; the message is one line.
+      InputError: an argument cannot be used; the message is one line.
     """
     check_format(weights)
     folder = pretrained.resolve(model)
     architecture = pretrained.load_config(folder)
     config, heads = split_heads(
-        architecture, folder, pattern, sparsity=sparsity, threshold=threshold, sizes=(sink, recent)
+        architecture,
+        folder,
+        pattern,
+        sparsity=sparsity,
+        threshold=threshold,
+        sink_size=sink_size,
+        recent_size=recent_size,
     )
     tokenization = load_tokenization(folder)
     if dtype is None and jax.default_backend() == "cpu":
@@ -190,64 +192,3 @@ class DuoModel:
           InputError: it belongs to another model, pattern or version, or is damaged.
         """
         return load_conversation(folder, self.runtime, self.tokenization, max_len=max_len)
-
-
-def split_heads(
-    model: ModelConfig,
-    folder: pathlib.Path,
-    pattern: str | pathlib.Path | Pattern | None,
-    *,
-    sparsity: float | None,
-    threshold: float | None,
-    sizes: tuple[int | None, int | None] = (None, None),
-) -> tuple[DuoConfig, Bool[np.ndarray, "layers kv_heads"]]:
-    """Choose the retrieval heads of a model; `pattern`, `sparsity`, `threshold` as of `load`.
-
-    Args:
-      model: the architecture.
-      folder: where the model's own pattern may lie.
-      pattern: a pattern, its folder, "none" or None.
-      sparsity: fraction of streaming heads.
-      threshold: instead of it.
-      sizes: sink and recent; None: the pattern's.
-
-    Raises:
-      InputError: there is no pattern, it does not fit, or a number is out of range.
-    """
-    if sparsity is not None and threshold is not None:
-        raise InputError("give a sparsity or a threshold, not both")
-    if pattern is None:
-        pattern = folder / _OWN_PATTERN
-        if not pattern.is_dir():
-            raise InputError(
-                f"{folder} brings no pattern of its own: name a pattern folder (python -m "
-                'train.identify makes one), or "none" for the model as published'
-            )
-    if pattern == NO_PATTERN:
-        if sparsity or threshold is not None:
-            raise InputError("without a pattern there is no sparsity or threshold to choose")
-        heads = np.ones((model.num_layers, model.num_kv_heads), bool)
-        learned = None
-    else:
-        learned = pattern if isinstance(pattern, Pattern) else load_pattern(pattern)
-        check_fits(learned, num_layers=model.num_layers, num_kv_heads=model.num_kv_heads)
-        if threshold is not None:
-            if not 0 <= threshold <= 1:
-                raise InputError(f"threshold {threshold} is not in [0, 1]")
-            heads = learned.clipped() > threshold
-        else:
-            chosen = DEFAULT_SPARSITY if sparsity is None else sparsity
-            heads = choose_retrieval_heads(learned.gates, sparsity=chosen)
-    sink, recent = sizes
-    defaults = DuoConfig(architecture=model, retrieval_counts=(0,) * model.num_layers)
-    if learned is not None:
-        defaults = dataclasses.replace(
-            defaults, sink_size=learned.sink_size, recent_size=learned.recent_size
-        )
-    config = split.duo_config(
-        model,
-        heads,
-        sink_size=defaults.sink_size if sink is None else sink,
-        recent_size=defaults.recent_size if recent is None else recent,
-    )
-    return config, heads

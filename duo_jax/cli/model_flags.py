@@ -55,4 +55,5 @@ class ModelFlags:
           InputError: as `duo_jax.load`.
         """
         flags = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelFlags)}
-        return load(**(flags | changes))
+        flags |= changes
+        return load(sink_size=flags.pop("sink"), recent_size=flags.pop("recent"), **flags)

@@ -1,1 +1,1 @@
-"""Which KV heads are retrieval heads: patterns, their binarisation, parameters in that order."""
+"""Retrieval heads: pattern files, the choice of heads, parameters reordered to put them first."""

@@ -76,16 +76,19 @@ class DuoConfig:
 def duo_config(
     architecture: ModelConfig,
     heads: Bool[np.ndarray, "layers kv_heads"],
-    *,
-    sink_size: int,
-    recent_size: int,
+    **sizes: int,
 ) -> DuoConfig:
-    """Return the split of a model whose retrieval heads are True in `heads`."""
+    """Return the split of a model whose retrieval heads are True in `heads`.
+
+    Args:
+      architecture: the model.
+      heads: which KV heads are retrieval heads.
+      **sizes: sink_size and recent_size; default: those of `DuoConfig`.
+    """
     return DuoConfig(
         architecture=architecture,
         retrieval_counts=tuple(int(count) for count in heads.sum(axis=1)),
-        sink_size=sink_size,
-        recent_size=recent_size,
+        **sizes,
     )
 
 

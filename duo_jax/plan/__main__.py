@@ -8,10 +8,10 @@ from typing import Literal
 from tqdm import tqdm
 
 from duo_jax import cli, files
-from duo_jax.api import split_heads
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
+from duo_jax.heads.choose import split_heads
 from duo_jax.model.config import read_config
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
@@ -73,9 +73,7 @@ def run(config: PlanConfig) -> None:
     gpu = gpus.find(config.gpu)
     file = pretrained.resolve_config(config.model)
     folder = file if file.is_dir() else file.parent
-    split, _ = split_heads(
-        read_config(file), folder, config.pattern, sparsity=config.sparsity, threshold=None
-    )
+    split, _ = split_heads(read_config(file), folder, config.pattern, sparsity=config.sparsity)
     workload = Workload(
         config=split, dtype=config.dtype, batch_size=config.batch, chunk=config.chunk
     )

@@ -1,1 +1,1 @@
-"""Texts that grow: prompts, conversations, saved caches."""
+"""Sessions: token rows that are read and continued, conversations, caches saved to disk."""

@@ -1,6 +1,7 @@
 """duo_jax.load and what it returns: text in, text out, on tiny random models and on the demo."""
 
 import dataclasses
+import importlib.metadata
 import json
 import pathlib
 import shutil
@@ -65,6 +66,28 @@ def heads_of(model) -> tuple[int, ...]:
     return model.config.retrieval_counts
 
 
+def test_the_public_names_are_there():
+    assert set(duo_jax.__all__) == {
+        "load", "DuoModel", "Conversation", "SamplingConfig", "Pattern", "load_pattern",
+        "save_pattern", "DuoConfig", "InputError", "__version__",
+    }  # fmt: skip
+    assert all(hasattr(duo_jax, name) for name in duo_jax.__all__)
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_version_is_that_of_the_package(monkeypatch, installed):
+    def version(name):
+        if installed:
+            return {"duo_jax": "1.2.3"}[name]
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", version)
+        importlib.reload(duo_jax)
+    assert duo_jax.__version__ == ("1.2.3" if installed else "0+not.installed")
+    importlib.reload(duo_jax)
+
+
 # Loading: folders, patterns, sizes
 
 
@@ -99,12 +122,11 @@ def test_sparsity_or_threshold_decides(folder, choice, heads):
     assert heads_of(duo_jax.load(folder, **choice)) == heads
 
 
-@pytest.mark.parametrize("sizes", [{"sink": 1}, {"recent": 3}])
+@pytest.mark.parametrize("sizes", [{"sink_size": 1}, {"recent_size": 3}])
 def test_sink_and_recent_override_the_pattern(model, folder, sizes):
     """And change what is written: test_flags_change_the_text in test_generate_cli.py."""
     other = duo_jax.load(folder, prefill_chunk=16, **sizes)
-    changed = {f"{name}_size": size for name, size in sizes.items()}
-    assert other.config == dataclasses.replace(model.config, **changed)
+    assert other.config == dataclasses.replace(model.config, **sizes)
 
 
 def test_the_prefill_chunk_matters_to_chunk_mode_only(folder, text):
@@ -172,8 +194,8 @@ def test_split_parameters_are_those_of_split_params(tmp_path, name):
             {"pattern": Pattern(gates=GATES[:1], sink_size=4, recent_size=8)},
             "pattern has 1 layers x 4 KV heads, the model has 2 x 4",
         ),
-        ({"sink": -1}, "sink -1 must be at least 0"),
-        ({"recent": 0}, "recent 0 at least 1"),
+        ({"sink_size": -1}, "sink -1 must be at least 0"),
+        ({"recent_size": 0}, "recent 0 at least 1"),
         ({"prefill_chunk": 0}, "prefill chunk 0 is not at least 1"),
         ({"prefill_mode": "fast"}, "prefill mode 'fast' is not one of exact, chunk"),
     ],
@@ -185,7 +207,7 @@ def test_settings_that_cannot_be_used(folder, settings, message):
 
 def test_models_that_cannot_be_used(tmp_path):
     folder = models.write_hf(tmp_path / "bare", RAW)
-    with pytest.raises(InputError, match=r"brings no pattern of its own.*none"):
+    with pytest.raises(InputError, match=r"has no pattern of its own.*none"):
         duo_jax.load(folder)
     with pytest.raises(InputError, match="has no tokenizer"):
         duo_jax.load(folder, pattern="none")

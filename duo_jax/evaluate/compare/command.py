@@ -11,7 +11,7 @@ import tyro
 from tqdm import tqdm
 
 from duo_jax import cli
-from duo_jax.api import NO_PATTERN, DuoModel
+from duo_jax.api import DuoModel
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.data.documents import load_documents, split_held_out
@@ -32,6 +32,7 @@ from duo_jax.evaluate.results import describe as settings
 from duo_jax.evaluate.results import grid
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads import attention_profile as profiling
+from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.heads.pattern import Pattern, check_fits, load_pattern
 from duo_jax.reports import machine
 

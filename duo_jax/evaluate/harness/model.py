@@ -24,13 +24,14 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from duo_jax.api import NO_PATTERN, DuoModel
+from duo_jax.api import DuoModel
 from duo_jax.errors import InputError
 from duo_jax.evaluate.harness import continuations
 from duo_jax.evaluate.harness.continuations import CacheSize
 from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.evaluate.harness.generation import Generation, read_arguments
 from duo_jax.evaluate.results import describe as settings
+from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.session.writing import SEGMENT, write_text
 
 # A request's texts (None: part of a longer text), its context and its continuation.

@@ -16,11 +16,12 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from tqdm import tqdm
 
-from duo_jax.api import NO_PATTERN, DuoModel
+from duo_jax.api import DuoModel
 from duo_jax.cli import presets
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results.rows import Rows
+from duo_jax.heads.choose import NO_PATTERN
 
 PRESET_FILE = "evaluate.json"
 FULL, DUO, STREAMING = "full", "duo", "streaming"

@@ -322,7 +322,7 @@ def test_a_model_without_pattern_is_refused_as_it_is_when_served(tmp_path, capsy
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     with pytest.raises(SystemExit):
         main(["--model", str(tmp_path)])
-    assert "brings no pattern of its own" in capsys.readouterr().err
+    assert "has no pattern of its own" in capsys.readouterr().err
 
 
 def test_gpus_are_those_that_programs_are_compiled_for():
