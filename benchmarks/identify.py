@@ -123,7 +123,7 @@ def _model(config: BenchmarkConfig) -> ModelConfig:
         num_kv_heads=config.kv_heads,
         head_dim=128,
         norm_eps=1e-5,
-        max_length=1 << 20,
+        max_positions=1 << 20,
         rope=RopeConfig(theta=500_000.0),
     )
 

@@ -74,7 +74,7 @@ def _stored(
     paths = tuple(stored_shapes(tensor, stored))
     if len(paths) == 1:
         return {paths[0]: cast(array, dtype or array.dtype, tensor.name)}
-    kernel = quantise(array, module=tensor.path[-2], weights=stored, name=tensor.name)
+    kernel = quantise(array, module=tensor.path[-2], weight_format=stored, name=tensor.name)
     return dict(zip(paths, (kernel.values, kernel.scales), strict=True))
 
 

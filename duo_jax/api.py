@@ -19,13 +19,13 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from duo_jax.cache import check_kv
+from duo_jax.cache import check_kv_format
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.heads.choose import split_heads
 from duo_jax.heads.pattern import Pattern
 from duo_jax.heads.split import DuoConfig
-from duo_jax.model.quantised_weights import check_format
+from duo_jax.model.quantised_weights import check_weight_format
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.conversation import Conversation, load_conversation
 from duo_jax.session.runtime import Runtime
@@ -73,7 +73,7 @@ def load(
     Raises:
       InputError: an argument cannot be used; the message is one line.
     """
-    check_format(weights)
+    check_weight_format(weights)
     folder = pretrained.resolve(model)
     architecture = pretrained.load_config(folder)
     config, heads = split_heads(
@@ -88,7 +88,7 @@ def load(
     tokenization = load_tokenization(folder)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = np.float32  # CPUs compute in half precision by converting every number
-    check_kv(config, kv)
+    check_kv_format(config, kv)
     params = pretrained.load_split_params(folder, heads, dtype=dtype, weights=weights)
     runtime = Runtime(
         config=config,
@@ -96,7 +96,7 @@ def load(
         prefill_chunk=prefill_chunk,
         prefill_mode=prefill_mode,
         implementation=implementation,
-        kv=kv,
+        kv_format=kv,
     )
     return DuoModel(runtime=runtime, tokenization=tokenization)
 

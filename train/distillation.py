@@ -121,7 +121,7 @@ def teacher_and_student(
             remat=remat,
         )
 
-    plain = gated.teacher if mixing == "teacher" else llama.plain
+    plain = gated.teacher if mixing == "teacher" else llama.attend_full
     with jax.named_scope("teacher"):
         teacher, full = jax.lax.stop_gradient(
             run(functools.partial(plain, **options), None, remat=False)

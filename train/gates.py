@@ -49,7 +49,7 @@ def self_mixed(
 
 def teacher(q, k, v, layer_input, *, implementation: Implementation = "auto"):
     """Attend causally and report the output, for `teacher_mixed` to use."""
-    out, _ = llama.plain(q, k, v, layer_input, implementation=implementation)
+    out, _ = llama.attend_full(q, k, v, layer_input, implementation=implementation)
     return out, out
 
 

@@ -93,7 +93,7 @@ def _hugging_face_config(config: ModelConfig, dtype: str) -> dict:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_length,
+        "max_position_embeddings": config.max_positions,
         "hidden_act": "silu",
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,

@@ -64,7 +64,7 @@ def model_config(
         num_kv_heads=q_heads // group,
         head_dim=128,
         norm_eps=1e-5,
-        max_length=1 << 20,
+        max_positions=1 << 20,
         rope=RopeConfig(theta=published.theta),
     )
 

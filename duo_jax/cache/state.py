@@ -83,7 +83,7 @@ class Cache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
 
-def check_kv(config: DuoConfig, kv: str) -> None:
+def check_kv_format(config: DuoConfig, kv: str) -> None:
     """Refuse a format of caches that does not exist or that the model cannot have.
 
     Raises:
@@ -119,14 +119,14 @@ def init_cache(
     Raises:
       InputError: there is no such format, or the model's head_dim does not go with it.
     """
-    check_kv(config, kv)
-    model, slots = config.architecture, _whole_blocks(max_len, kv)
-    shape = (batch_size, 1, slots, model.head_dim)
-    ring_shape = (config.ring_slots, model.head_dim)
+    check_kv_format(config, kv)
+    architecture, slots = config.architecture, _whole_blocks(max_len, kv)
+    shape = (batch_size, 1, slots, architecture.head_dim)
+    ring_shape = (config.ring_slots, architecture.head_dim)
     most = _heads_per_buffer(jax.eval_shape(lambda: _full_cache(shape, dtype, kv)))
 
     def layer(retrieval: int) -> LayerCache:
-        streaming = model.num_kv_heads - retrieval
+        streaming = architecture.num_kv_heads - retrieval
         ring, ring_kv = (batch_size, streaming, *ring_shape), "model" if kv == "int2" else kv
         return LayerCache(
             full=tuple(

@@ -14,13 +14,13 @@ from duo_jax.cache import KVCache
 from kernels import Past, packed
 from kernels.packed import BLOCK, Packed
 
-Tokens = Float[Array, "batch length kv_heads head_dim"]
+NewKV = Float[Array, "batch length kv_heads head_dim"]
 
 
 def append(
     cache: KVCache,
-    keys: Tokens,
-    values: Tokens,
+    keys: NewKV,
+    values: NewKV,
     *,
     starts: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
@@ -35,8 +35,8 @@ def append(
 
 def append_to_ring(
     cache: KVCache,
-    keys: Tokens,
-    values: Tokens,
+    keys: NewKV,
+    values: NewKV,
     *,
     lengths: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
@@ -73,8 +73,8 @@ def append_to_ring(
 
 def append_in_blocks(
     cache: KVCache,
-    keys: Tokens,
-    values: Tokens,
+    keys: NewKV,
+    values: NewKV,
     *,
     lengths: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
@@ -123,8 +123,8 @@ def ring_slot(positions: Int[Array, " batch"], *, sink_size: int, slots: int):
 
 def past(
     cache: KVCache,
-    keys: Tokens,
-    values: Tokens,
+    keys: NewKV,
+    values: NewKV,
     *,
     lengths: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
@@ -135,7 +135,7 @@ def past(
     The sinks include those of the chunk itself; the recent tokens are put in order of position.
     Takes the cache as it was before the chunk.
     """
-    new, cache = plain(_like(cache, keys, values), keys.dtype), plain(cache, keys.dtype)
+    new, cache = unpacked(_like(cache, keys, values), keys.dtype), unpacked(cache, keys.dtype)
     recent_size = cache.slots - sink_size
     # Position lengths - recent_size + i comes at index i; those below sink_size are masked there.
     order = (lengths[:, None] + jnp.arange(recent_size, dtype=lengths.dtype)[None, :]) - sink_size
@@ -156,22 +156,22 @@ def past(
     )
 
 
-def as_cached(cache: KVCache, keys: Tokens, values: Tokens) -> tuple[Tokens, Tokens]:
+def as_cached(cache: KVCache, keys: NewKV, values: NewKV) -> tuple[NewKV, NewKV]:
     """Return keys and values as they will be read from the cache: rounded if it quantises."""
     if not isinstance(cache.keys, Packed):
         return keys, values
-    new = plain(_like(cache, keys, values), keys.dtype)
+    new = unpacked(_like(cache, keys, values), keys.dtype)
     return jnp.swapaxes(new.keys, 1, 2), jnp.swapaxes(new.values, 1, 2)
 
 
-def plain(cache: KVCache, dtype: DTypeLike) -> KVCache:
+def unpacked(cache: KVCache, dtype: DTypeLike) -> KVCache:
     """Return a cache with its numbers unpacked to `dtype`, as they are if it does not quantise."""
     if not isinstance(cache.keys, Packed):
         return cache
     return KVCache(keys=packed.unpack(cache.keys, dtype), values=packed.unpack(cache.values, dtype))
 
 
-def _like(cache: KVCache, keys: Tokens, values: Tokens) -> KVCache:
+def _like(cache: KVCache, keys: NewKV, values: NewKV) -> KVCache:
     """Return a chunk in the cache's layout and format."""
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
     if isinstance(cache.keys, Packed):

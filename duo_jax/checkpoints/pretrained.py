@@ -28,7 +28,7 @@ from duo_jax.model.config import ModelConfig, read_config
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
     WeightFormat,
-    check_format,
+    check_weight_format,
     is_quantised,
     quantise,
     stored_format,
@@ -160,7 +160,7 @@ def load_split_params(
     Raises:
       InputError: as `load_params`; or the folder holds weights that are quantised otherwise.
     """
-    check_format(weights)
+    check_weight_format(weights)
     files = open_weights(folder)
     if files.format not in ("model", stored_format(weights)):
         fitting = [name for name in get_args(WeightFormat) if stored_format(name) == files.format]
@@ -225,7 +225,7 @@ def _quantised(
     """Return one projection in the format that is wanted, quantising what is not yet."""
     if isinstance(leaf, QuantisedKernel):
         return dataclasses.replace(leaf, format=weights)
-    return quantise(leaf, module=tensor.path[-2], weights=weights, name=tensor.name)
+    return quantise(leaf, module=tensor.path[-2], weight_format=weights, name=tensor.name)
 
 
 def _read_leaf(weights: Weights, parts: list[Tensor], dtype: DTypeLike | None) -> np.ndarray:

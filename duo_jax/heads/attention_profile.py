@@ -40,7 +40,7 @@ _BLOCK = 64
 
 
 def attention_profile(
-    config: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     samples: Sequence[Sample],
     *,
@@ -51,7 +51,7 @@ def attention_profile(
     """Return how much of its attention each KV head has beyond a streaming head's sight.
 
     Args:
-      config: the model.
+      architecture: the model.
       params: its parameters, as duo_jax.model.llama takes them.
       samples: texts with passkeys; all are padded to the longest.
       sink_size: first tokens that a streaming head sees.
@@ -64,7 +64,7 @@ def attention_profile(
     length = max(sample.tokens.size for sample in samples)
     profiles = [
         sample_profile(
-            config,
+            architecture,
             params,
             sample,
             length=length,
@@ -74,11 +74,11 @@ def attention_profile(
         )
         for sample in samples
     ]
-    return kv_scores(config, np.mean(profiles, axis=0))
+    return kv_scores(architecture, np.mean(profiles, axis=0))
 
 
 def sample_profile(
-    config: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     sample: Sample,
     *,
@@ -90,7 +90,7 @@ def sample_profile(
     """Return one sample's part of the score, for every query head.
 
     Args:
-      config: the model.
+      architecture: the model.
       params: its parameters.
       sample: a text with passkeys.
       length: to pad it to; another length is another compilation.
@@ -107,7 +107,7 @@ def sample_profile(
         jnp.asarray(np.pad(sample.tokens, (0, length - sample.tokens.size))[None]),
         jnp.asarray(positions + padding * [0], jnp.int32),
         jnp.array(sample.tokens.size),
-        config=config,
+        architecture=architecture,
         sink_size=sink_size,
         recent_size=recent_size,
         implementation=implementation,
@@ -116,15 +116,17 @@ def sample_profile(
 
 
 def kv_scores(
-    config: ModelConfig, profile: Float[np.ndarray, "layers q_heads"]
+    architecture: ModelConfig, profile: Float[np.ndarray, "layers q_heads"]
 ) -> Float[np.ndarray, "layers kv_heads"]:
     """Return the score of each KV head: the highest of the query heads that read it."""
-    grouped = profile.reshape(config.num_layers, config.num_kv_heads, config.q_per_kv)
+    grouped = profile.reshape(
+        architecture.num_layers, architecture.num_kv_heads, architecture.q_per_kv
+    )
     return np.clip(grouped.max(axis=-1), 0.0, 1.0)  # rounding may carry a sum beyond 1
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "sink_size", "recent_size", "implementation")
+    jax.jit, static_argnames=("architecture", "sink_size", "recent_size", "implementation")
 )
 def _far_attention(
     params: llama.Params,
@@ -132,7 +134,7 @@ def _far_attention(
     positions: Int[Array, " queries"],
     total_length: Int[Array, ""],
     *,
-    config: ModelConfig,
+    architecture: ModelConfig,
     sink_size: int,
     recent_size: int,
     implementation: Implementation,
@@ -140,16 +142,16 @@ def _far_attention(
     """Add up, over some positions, the attention that each head has on far tokens."""
 
     def attend(q, k, v, positions):
-        out, _ = llama.plain(q, k, v, None, implementation=implementation)
+        out, _ = llama.attend_full(q, k, v, None, implementation=implementation)
         sizes = {"sink_size": sink_size, "recent_size": recent_size}
         return out, _sum_over_positions(q[0], k[0], positions, **sizes)
 
     _, sums = llama.hidden_states(
-        config,
+        architecture,
         params,
         tokens,
         attend=attend,
-        layer_inputs=jnp.broadcast_to(positions, (config.num_layers, *positions.shape)),
+        layer_inputs=jnp.broadcast_to(positions, (architecture.num_layers, *positions.shape)),
         total_length=total_length,
     )
     return sums

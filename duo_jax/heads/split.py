@@ -93,7 +93,7 @@ def duo_config(
 
 
 def split_params(
-    config: ModelConfig, params: Params, heads: Bool[np.ndarray, "layers kv_heads"]
+    architecture: ModelConfig, params: Params, heads: Bool[np.ndarray, "layers kv_heads"]
 ) -> dict[str, Any]:
     """Return parameters in serving form: one dict per layer, retrieval heads first.
 
@@ -102,18 +102,19 @@ def split_params(
     """
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(len(heads))]
     split = tuple(
-        reorder_layer(config, layer, row) for layer, row in zip(layers, heads, strict=True)
+        reorder_layer(architecture, layer, row) for layer, row in zip(layers, heads, strict=True)
     )
     return {**params, "layers": split}
 
 
 def reorder_layer(
-    config: ModelConfig, layer: Params, heads: Bool[np.ndarray, " kv_heads"]
+    architecture: ModelConfig, layer: Params, heads: Bool[np.ndarray, " kv_heads"]
 ) -> dict[str, Any]:
     """Return one layer's parameters with the heads in `heads` first; otherwise order is kept."""
     attention = {
         module: {
-            name: reorder(config, (module, name), leaf, heads) for name, leaf in leaves.items()
+            name: reorder(architecture, (module, name), leaf, heads)
+            for name, leaf in leaves.items()
         }
         for module, leaves in layer["self_attn"].items()
     }
@@ -121,13 +122,16 @@ def reorder_layer(
 
 
 def reorder(
-    config: ModelConfig, name: tuple[str, ...], leaf: Leaf, heads: Bool[np.ndarray, " kv_heads"]
+    architecture: ModelConfig,
+    name: tuple[str, ...],
+    leaf: Leaf,
+    heads: Bool[np.ndarray, " kv_heads"],
 ) -> Leaf:
     """Return a parameter of a layer, such as ("q_proj", "kernel"), with these heads first.
 
     numpy arrays stay on the host. Reordering and quantising may be done in either order.
     """
-    order = head_order(config, name, heads)
+    order = head_order(architecture, name, heads)
     if order is None:
         return leaf
     if isinstance(leaf, QuantisedKernel):
@@ -144,7 +148,7 @@ class HeadOrder(NamedTuple):
 
 
 def head_order(
-    config: ModelConfig, name: tuple[str, ...], heads: Bool[np.ndarray, " kv_heads"]
+    architecture: ModelConfig, name: tuple[str, ...], heads: Bool[np.ndarray, " kv_heads"]
 ) -> HeadOrder | None:
     """Return the order of a layer's parameter, such as ("q_proj", "kernel"); None: as it is.
 
@@ -156,5 +160,5 @@ def head_order(
         return None
     if name[0] in ("k_proj", "v_proj"):
         return HeadOrder(axis, kv_order)
-    group = np.arange(config.q_per_kv)
-    return HeadOrder(axis, (kv_order[:, None] * config.q_per_kv + group[None, :]).reshape(-1))
+    group = np.arange(architecture.q_per_kv)
+    return HeadOrder(axis, (kv_order[:, None] * architecture.q_per_kv + group[None, :]).reshape(-1))

@@ -42,7 +42,7 @@ class RopeConfig:
     kind: RopeKind = "default"
     theta: float = 10_000.0
     factor: float = 1.0  # linear, dynamic, llama3, yarn
-    original_max_length: int | None = None  # dynamic, llama3, yarn: range before scaling
+    original_max_positions: int | None = None  # dynamic, llama3, yarn: range before scaling
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
@@ -53,7 +53,7 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
 
     def __post_init__(self) -> None:
-        if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_length is None:
+        if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_positions is None:
             raise InputError(f"rope type {self.kind!r} needs original_max_position_embeddings")
 
 
@@ -70,7 +70,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     norm_eps: float
-    max_length: int  # positions the model was made for, rope scaling included
+    max_positions: int  # positions the model was made for, rope scaling included
     rope: RopeConfig = RopeConfig()
     tie_embeddings: bool = False
     qkv_bias: bool = False
@@ -147,8 +147,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     # transformers reads attention_bias in these two only.
     attention_bias = family in ("llama", "qwen3") and bool(raw.get("attention_bias", False))
     rope = _parse_rope(raw)
-    max_length = _max_length(raw["max_position_embeddings"], rope)
-    _refuse_active_window(raw, family, max_length)
+    max_positions = _max_positions(raw["max_position_embeddings"], rope)
+    _refuse_active_window(raw, family, max_positions)
     return ModelConfig(
         family=family,
         vocab_size=raw["vocab_size"],
@@ -159,7 +159,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=raw.get("num_key_value_heads") or num_q_heads,
         head_dim=_head_dim(raw, family),
         norm_eps=float(raw["rms_norm_eps"]),
-        max_length=max_length,
+        max_positions=max_positions,
         rope=rope,
         tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
         qkv_bias=family == "qwen2" or attention_bias,
@@ -190,13 +190,13 @@ def _head_dim(raw: Mapping[str, Any], family: str) -> int:
     return raw["hidden_size"] // raw["num_attention_heads"]
 
 
-def _refuse_active_window(raw: Mapping[str, Any], family: str, max_length: int) -> None:
+def _refuse_active_window(raw: Mapping[str, Any], family: str, max_positions: int) -> None:
     """Refuse sliding-window attention, unless the window is as long as the model's range."""
     window = raw.get("sliding_window", _MISTRAL_DEFAULT_WINDOW if family == "mistral" else None)
     switched_on = raw.get("use_sliding_window", family == "mistral")
     if "sliding_attention" in (raw.get("layer_types") or ()):
         switched_on = True
-    if family != "llama" and switched_on and window and window < max_length:
+    if family != "llama" and switched_on and window and window < max_positions:
         raise InputError(
             f"sliding-window attention (window {window}) is not supported; models without it, "
             "such as Mistral v0.2 and v0.3 or Qwen with use_sliding_window false, are"
@@ -215,23 +215,23 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     if partial != 1.0:
         raise InputError(f"partial rotary embedding (factor {partial}) is not supported")
     theta = settings.get("rope_theta") or raw.get("rope_theta") or 10_000.0
-    max_positions = raw["max_position_embeddings"]
-    original = settings.get("original_max_position_embeddings") or max_positions
+    configured = raw["max_position_embeddings"]
+    original = settings.get("original_max_position_embeddings") or configured
     if kind == "dynamic":
-        original = max_positions  # transformers stretches from the configured range
+        original = configured  # transformers stretches from the configured range
     given = {key: settings[key] for key in _ROPE_OPTIONS if settings.get(key) is not None}
     optional = {k: bool(v) if k == "truncate" else float(v) for k, v in given.items()}
     return RopeConfig(
         kind=kind,
         theta=float(theta),
-        factor=float(settings.get("factor") or max_positions / original),
-        original_max_length=original if kind in ("dynamic", "llama3", "yarn") else None,
+        factor=float(settings.get("factor") or configured / original),
+        original_max_positions=original if kind in ("dynamic", "llama3", "yarn") else None,
         **optional,
     )
 
 
-def _max_length(max_positions: int, rope: RopeConfig) -> int:
+def _max_positions(configured: int, rope: RopeConfig) -> int:
     """Return the range including scaling that config.json leaves out of its own figure."""
     if rope.kind in ("dynamic", "yarn"):
-        return max(max_positions, int(rope.factor * (rope.original_max_length or max_positions)))
-    return max_positions
+        return max(configured, int(rope.factor * (rope.original_max_positions or configured)))
+    return configured

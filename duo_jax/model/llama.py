@@ -28,7 +28,8 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int, PyTree
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from duo_jax.model import rope
 from duo_jax.model.config import ModelConfig
@@ -55,7 +56,7 @@ class Attend(Protocol):
         ...
 
 
-def plain(q, k, v, layer_input, *, implementation: Implementation = "auto"):
+def attend_full(q, k, v, layer_input, *, implementation: Implementation = "auto"):
     """Attend causally with every head: the model as published."""
     del layer_input
     out = full_attention(q, k, v, softmax_scale=q.shape[-1] ** -0.5, implementation=implementation)
@@ -63,11 +64,11 @@ def plain(q, k, v, layer_input, *, implementation: Implementation = "auto"):
 
 
 def hidden_states(
-    config: ModelConfig,
+    architecture: ModelConfig,
     params: Params,
     tokens: Int[Array, "batch length"],
     *,
-    attend: Attend = plain,
+    attend: Attend = attend_full,
     layer_inputs: PyTree = None,
     total_length: Int[Array, ""] | int | None = None,
     remat: bool = False,
@@ -78,7 +79,7 @@ def hidden_states(
     change nothing before it.
 
     Args:
-      config: the model.
+      architecture: the model.
       params: its parameters (see the module's docstring).
       tokens: token ids.
       attend: the attention of every layer.
@@ -90,44 +91,46 @@ def hidden_states(
     Returns:
       The residual stream after the last layer, and what `attend` reported, stacked over layers.
     """
-    return Llama(config, attend=attend, remat=remat).apply(
+    return Llama(architecture, attend=attend, remat=remat).apply(
         {"params": params}, tokens, layer_inputs, total_length, method=Llama.hidden_states
     )
 
 
 def final_norm(
-    config: ModelConfig, params: Params, x: Float[Array, "batch length embed"]
+    architecture: ModelConfig, params: Params, x: Float[Array, "batch length embed"]
 ) -> Float[Array, "batch length embed"]:
     """Apply the norm in front of the output projection."""
-    return Llama(config).apply({"params": params}, x, method=Llama.final_norm)
+    return Llama(architecture).apply({"params": params}, x, method=Llama.final_norm)
 
 
 def logits(
-    config: ModelConfig, params: Params, x: Float[Array, "batch length embed"]
+    architecture: ModelConfig, params: Params, x: Float[Array, "batch length embed"]
 ) -> Float[Array, "batch length vocab"]:
     """Turn residual streams into next-token logits (final norm and output projection)."""
-    return Llama(config).apply({"params": params}, x, method=Llama.logits)
+    return Llama(architecture).apply({"params": params}, x, method=Llama.logits)
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype=jnp.float32) -> dict[str, Any]:
+def init_params(
+    architecture: ModelConfig, rng_key: Key[Array, ""], dtype: DTypeLike = jnp.float32
+) -> dict[str, Any]:
     """Draw random parameters (norms at 1, biases at 0, linears normal with 1/sqrt(fan_in))."""
     tokens = jnp.zeros((1, 1), jnp.int32)
-    params = Llama(config, param_dtype=dtype).init(key, tokens, None, None)["params"]
+    params = Llama(architecture, param_dtype=dtype).init(rng_key, tokens, None, None)["params"]
     return nn.unbox(params)
 
 
 class Llama(nn.Module):
     """Embedding, scanned decoder layers, final norm and output projection."""
 
-    config: ModelConfig
-    attend: Attend = plain
+    architecture: ModelConfig
+    attend: Attend = attend_full
     remat: bool = False
     param_dtype: Any = jnp.float32
 
     def setup(self):
-        config, dtype = self.config, self.param_dtype
+        architecture, dtype = self.architecture, self.param_dtype
         self.embed_tokens = nn.Embed(
-            config.vocab_size, config.embed_size, param_dtype=dtype, name="embed_tokens"
+            architecture.vocab_size, architecture.embed_size, param_dtype=dtype, name="embed_tokens"
         )
         layer = nn.remat(DecoderLayer, prevent_cse=False) if self.remat else DecoderLayer
         self.layers = nn.scan(
@@ -135,11 +138,13 @@ class Llama(nn.Module):
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, 0),
-            length=config.num_layers,
-        )(config, attend=self.attend, param_dtype=dtype)
-        self.norm = RMSNorm(config.norm_eps, dtype)
-        if not config.tie_embeddings:
-            self.lm_head = Linear((config.embed_size,), (config.vocab_size,), param_dtype=dtype)
+            length=architecture.num_layers,
+        )(architecture, attend=self.attend, param_dtype=dtype)
+        self.norm = RMSNorm(architecture.norm_eps, dtype)
+        if not architecture.tie_embeddings:
+            self.lm_head = Linear(
+                (architecture.embed_size,), (architecture.vocab_size,), param_dtype=dtype
+            )
 
     def __call__(self, tokens, layer_inputs, total_length):
         x, _ = self.hidden_states(tokens, layer_inputs, total_length)
@@ -147,7 +152,7 @@ class Llama(nn.Module):
 
     def hidden_states(self, tokens, layer_inputs, total_length):
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        cos_sin = rope.rotation(self.config, positions, total_length=total_length)
+        cos_sin = rope.rotation(self.architecture, positions, total_length=total_length)
         return self.layers(self.embed_tokens.embedding[tokens], cos_sin, layer_inputs)
 
     def final_norm(self, x):
@@ -155,7 +160,7 @@ class Llama(nn.Module):
 
     def logits(self, x):
         x = self.norm(x)
-        if self.config.tie_embeddings:
+        if self.architecture.tie_embeddings:
             return jnp.einsum("btd,vd->btv", x, self.embed_tokens.embedding)
         return self.lm_head(x)
 
@@ -163,64 +168,68 @@ class Llama(nn.Module):
 class DecoderLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    config: ModelConfig
+    architecture: ModelConfig
     attend: Attend
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, cos_sin, layer_input):
-        config, dtype = self.config, self.param_dtype
-        normed = RMSNorm(config.norm_eps, dtype, name="input_layernorm")(x)
-        attention = Attention(config, self.attend, dtype, name="self_attn")
+        architecture, dtype = self.architecture, self.param_dtype
+        normed = RMSNorm(architecture.norm_eps, dtype, name="input_layernorm")(x)
+        attention = Attention(architecture, self.attend, dtype, name="self_attn")
         out, layer_output = attention(normed, cos_sin, layer_input)
         x = x + out
-        normed = RMSNorm(config.norm_eps, dtype, name="post_attention_layernorm")(x)
-        return x + MLP(config, dtype, name="mlp")(normed), layer_output
+        normed = RMSNorm(architecture.norm_eps, dtype, name="post_attention_layernorm")(x)
+        return x + MLP(architecture, dtype, name="mlp")(normed), layer_output
 
 
 class Attention(nn.Module):
     """Project, normalise (Qwen3), rotate, attend, project back."""
 
-    config: ModelConfig
+    architecture: ModelConfig
     attend: Attend
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x, cos_sin, layer_input):
-        config, dtype = self.config, self.param_dtype
+        architecture, dtype = self.architecture, self.param_dtype
 
         def project(name: str, heads: int):
-            shape = (heads, config.head_dim)
-            linear = Linear((config.embed_size,), shape, config.qkv_bias, dtype, name=name)
+            shape = (heads, architecture.head_dim)
+            linear = Linear(
+                (architecture.embed_size,), shape, architecture.qkv_bias, dtype, name=name
+            )
             return linear(x)
 
-        q = project("q_proj", config.num_q_heads)
-        k = project("k_proj", config.num_kv_heads)
-        v = project("v_proj", config.num_kv_heads)
-        if config.qk_norm:
-            q = RMSNorm(config.norm_eps, dtype, name="q_norm")(q)
-            k = RMSNorm(config.norm_eps, dtype, name="k_norm")(k)
+        q = project("q_proj", architecture.num_q_heads)
+        k = project("k_proj", architecture.num_kv_heads)
+        v = project("v_proj", architecture.num_kv_heads)
+        if architecture.qk_norm:
+            q = RMSNorm(architecture.norm_eps, dtype, name="q_norm")(q)
+            k = RMSNorm(architecture.norm_eps, dtype, name="k_norm")(k)
         with jax.named_scope("attend"):
             q, k = rope.rotate(q, *cos_sin), rope.rotate(k, *cos_sin)
             out, layer_output = self.attend(q, k, v, layer_input)
-        heads = (config.num_q_heads, config.head_dim)
-        o_proj = Linear(heads, (config.embed_size,), config.o_bias, dtype, name="o_proj")
+        heads = (architecture.num_q_heads, architecture.head_dim)
+        o_proj = Linear(
+            heads, (architecture.embed_size,), architecture.o_bias, dtype, name="o_proj"
+        )
         return o_proj(out), layer_output
 
 
 class MLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    config: ModelConfig
+    architecture: ModelConfig
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        config = self.config
-        embed, mlp = (config.embed_size,), (config.mlp_size,)
-        gate = Linear(embed, mlp, config.mlp_bias, self.param_dtype, name="gate_proj")(x)
-        up = Linear(embed, mlp, config.mlp_bias, self.param_dtype, name="up_proj")(x)
-        down = Linear(mlp, embed, config.mlp_bias, self.param_dtype, name="down_proj")
+        architecture = self.architecture
+        embed, mlp = (architecture.embed_size,), (architecture.mlp_size,)
+        gate = Linear(embed, mlp, architecture.mlp_bias, self.param_dtype, name="gate_proj")(x)
+        up = Linear(embed, mlp, architecture.mlp_bias, self.param_dtype, name="up_proj")(x)
+        down = Linear(mlp, embed, architecture.mlp_bias, self.param_dtype, name="down_proj")
         return down(jax.nn.silu(gate) * up)
 
 

@@ -68,7 +68,7 @@ class QuantisedKernel:
         return self.values.nbytes + self.scales.nbytes
 
 
-def check_format(name: str) -> None:
+def check_weight_format(name: str) -> None:
     """Refuse a format that does not exist.
 
     Raises:
@@ -78,9 +78,9 @@ def check_format(name: str) -> None:
         raise InputError(f"weights {name!r} are not one of {', '.join(get_args(WeightFormat))}")
 
 
-def stored_format(weights: WeightFormat) -> StoredFormat:
+def stored_format(weight_format: WeightFormat) -> StoredFormat:
     """Return how the weights of a format are stored: w8a8 is int8 that is multiplied otherwise."""
-    return "int8" if weights == "w8a8" else weights
+    return "int8" if weight_format == "w8a8" else weight_format
 
 
 def is_quantised(path: tuple[str, ...]) -> bool:
@@ -129,7 +129,7 @@ def quantise(
     kernel: Shaped[np.ndarray, "..."],
     *,
     module: str,
-    weights: WeightFormat,
+    weight_format: WeightFormat,
     name: str = "a projection",
 ) -> QuantisedKernel:
     """Quantise one projection's weights, rounding to nearest; on the host, block by block.
@@ -137,13 +137,13 @@ def quantise(
     Args:
       kernel: the weights, inputs first; possibly a strided view.
       module: what they are, such as "o_proj".
-      weights: "int8", "w8a8" or "int4".
+      weight_format: "int8", "w8a8" or "int4".
       name: what to call them in messages.
 
     Raises:
       InputError: a weight is not finite, or the projection has no groups.
     """
-    stored = stored_format(weights)
+    stored = stored_format(weight_format)
     inputs = num_input_axes(module)
     shape = scales_shape(kernel.shape, inputs, stored)
     groups, outputs = math.prod(shape[:inputs]), math.prod(shape[inputs:])
@@ -164,41 +164,41 @@ def quantise(
         values[block] = np.clip(np.rint(wide, out=wide), -largest, largest)
         scales[block] = scale
     return QuantisedKernel(
-        values=values.reshape(kernel.shape), scales=scales.reshape(shape), format=weights
+        values=values.reshape(kernel.shape), scales=scales.reshape(shape), format=weight_format
     )
 
 
-def quantise_params(params: Mapping[str, Any], weights: WeightFormat) -> dict[str, Any]:
+def quantise_params(params: Mapping[str, Any], weight_format: WeightFormat) -> dict[str, Any]:
     """Return parameters in serving form (duo_jax.heads.split) with their projections quantised.
 
     Everything else is shared with `params`. Loading a model quantises tensor by tensor instead.
     """
 
     def convert(module: str, kernel: Array) -> QuantisedKernel:
-        quantised = quantise(np.asarray(kernel), module=module, weights=weights)
+        quantised = quantise(np.asarray(kernel), module=module, weight_format=weight_format)
         return jax.tree.map(jnp.asarray, quantised)
 
-    return _map_kernels(convert, params, weights)
+    return _map_kernels(convert, params, weight_format)
 
 
-def quantised_shapes(params: Mapping[str, Any], weights: WeightFormat) -> dict[str, Any]:
+def quantised_shapes(params: Mapping[str, Any], weight_format: WeightFormat) -> dict[str, Any]:
     """Return what `quantise_params` would make of parameters that are only shapes."""
 
     def convert(module: str, kernel: jax.ShapeDtypeStruct) -> QuantisedKernel:
-        stored = stored_format(weights)
+        stored = stored_format(weight_format)
         shape = scales_shape(kernel.shape, num_input_axes(module), stored)
         return jax.eval_shape(
             lambda: QuantisedKernel(
                 values=jnp.zeros(kernel.shape, value_dtype(stored)),
                 scales=jnp.zeros(shape, jnp.float32),
-                format=weights,
+                format=weight_format,
             )
         )
 
-    return _map_kernels(convert, params, weights)
+    return _map_kernels(convert, params, weight_format)
 
 
-def weight_format(params: Mapping[str, Any]) -> WeightFormat:
+def format_of(params: Mapping[str, Any]) -> WeightFormat:
     """Return the format of parameters in serving form."""
     kernel = params["layers"][0]["mlp"]["down_proj"]["kernel"]
     return kernel.format if isinstance(kernel, QuantisedKernel) else "model"
@@ -230,10 +230,12 @@ def dequantise(kernel: QuantisedKernel) -> Float32[Array, "..."]:
 
 
 def _map_kernels(
-    convert: Callable[[str, Any], QuantisedKernel], params: Mapping[str, Any], weights: WeightFormat
+    convert: Callable[[str, Any], QuantisedKernel],
+    params: Mapping[str, Any],
+    weight_format: WeightFormat,
 ) -> dict[str, Any]:
     """Convert every projection's kernel in serving form, unless the format leaves them alone."""
-    if weights == "model":
+    if weight_format == "model":
         return dict(params)
 
     def projection(module: str, leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from kernels.precision import accumulator
 
 
 def rotation(
-    config: ModelConfig,
+    architecture: ModelConfig,
     positions: Int[Array, "batch length"],
     *,
     total_length: Int[Array, "*batch"] | int | None = None,
@@ -23,14 +23,16 @@ def rotation(
     """Return the cosine and sine of every position's angles, in float32.
 
     Args:
-      config: the model.
+      architecture: the model.
       positions: absolute positions, from 0.
       total_length: tokens of the whole sequence, one number or one per row; only "dynamic" scaling
         depends on it. Default: the largest position + 1.
     """
     if total_length is None:
         total_length = jnp.max(positions) + 1
-    frequencies, scale = frequencies_and_scale(config.rope, config.head_dim, total_length)
+    frequencies, scale = frequencies_and_scale(
+        architecture.rope, architecture.head_dim, total_length
+    )
     frequencies = frequencies.reshape(-1, 1, frequencies.shape[-1])  # of all rows, or of each
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
@@ -57,37 +59,37 @@ def frequencies_and_scale(
     Frequencies of "dynamic" scaling have the shape of `total_length` in front.
     """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    plain = 1.0 / rope.theta**exponents
+    unscaled = 1.0 / rope.theta**exponents
     if rope.kind == "linear":
-        return plain / rope.factor, 1.0
+        return unscaled / rope.factor, 1.0
     if rope.kind == "dynamic":
         # "NTK-aware" stretching of the base once the sequence outgrows the trained range.
-        length = jnp.maximum(jnp.asarray(total_length), rope.original_max_length)[..., None]
-        stretch = rope.factor * length.astype(jnp.float32) / rope.original_max_length
+        length = jnp.maximum(jnp.asarray(total_length), rope.original_max_positions)[..., None]
+        stretch = rope.factor * length.astype(jnp.float32) / rope.original_max_positions
         theta = rope.theta * (stretch - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
         return 1.0 / theta ** exponents.reshape((1,) * (theta.ndim - 1) + (-1,)), 1.0
     if rope.kind == "llama3":
-        return _llama3(rope, plain), 1.0
+        return _llama3(rope, unscaled), 1.0
     if rope.kind == "yarn":
-        return _yarn(rope, head_dim, plain)
-    return plain, 1.0
+        return _yarn(rope, head_dim, unscaled)
+    return unscaled, 1.0
 
 
-def _llama3(rope: RopeConfig, plain: Float[Array, " half"]) -> Float[Array, " half"]:
+def _llama3(rope: RopeConfig, unscaled: Float[Array, " half"]) -> Float[Array, " half"]:
     """Slow only the pairs whose wavelength exceeds the original range, with a smooth passage."""
-    turns = rope.original_max_length * plain / (2 * math.pi)  # within the original range
+    turns = rope.original_max_positions * unscaled / (2 * math.pi)  # within the original range
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = jnp.clip(kept, 0.0, 1.0)
-    return kept * plain + (1 - kept) * plain / rope.factor
+    return kept * unscaled + (1 - kept) * unscaled / rope.factor
 
 
 def _yarn(
-    rope: RopeConfig, head_dim: int, plain: Float[Array, " half"]
+    rope: RopeConfig, head_dim: int, unscaled: Float[Array, " half"]
 ) -> tuple[Float[Array, " half"], float]:
     """Interpolate slow pairs, keep fast ones (YaRN, arXiv 2309.00071, section 3.2)."""
 
     def pair_with_turns(turns: float) -> float:
-        ratio = rope.original_max_length / (turns * 2 * math.pi)
+        ratio = rope.original_max_positions / (turns * 2 * math.pi)
         return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
 
     low, high = pair_with_turns(rope.beta_fast), pair_with_turns(rope.beta_slow)
@@ -98,7 +100,7 @@ def _yarn(
         high += 0.001
     pairs = jnp.arange(head_dim // 2, dtype=jnp.float32)
     interpolated = jnp.clip((pairs - low) / (high - low), 0.0, 1.0)
-    frequencies = interpolated * plain / rope.factor + (1 - interpolated) * plain
+    frequencies = interpolated * unscaled / rope.factor + (1 - interpolated) * unscaled
 
     def mscale(weight: float) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0

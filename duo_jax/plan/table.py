@@ -61,7 +61,7 @@ def notes(rows: Sequence[Row], workload: Workload, gpu: PlannedGpu, *, floors_at
             f"behind {floors_at:,} tokens; a step writes "
             f"{workload.batch_size} token{'s' if workload.batch_size > 1 else ''}"
         )
-    most = workload.config.architecture.max_length
+    most = workload.config.architecture.max_positions
     if any(row.longest and row.longest > most for row in rows):
         text.append(f"* longer than the {most:,} tokens that the model was made for")
     return "\n".join(text)
@@ -75,7 +75,7 @@ def _cells(row: Row, gpu: PlannedGpu, floors_at: int) -> tuple[str, ...]:
     if row.longest is None:
         return (*names, "does not fit")
     parts = row.estimate.parts(row.longest)
-    beyond = row.longest > row.estimate.config.architecture.max_length
+    beyond = row.longest > row.estimate.config.architecture.max_positions
     gigabytes = (parts.weights, parts.full_cache, parts.streaming_cache, parts.workspace)
     floor = ()
     if gpu.bandwidth is not None:

@@ -21,12 +21,16 @@ from duo_jax.model.quantised_weights import WeightFormat, quantised_shapes
 from kernels import aot
 
 
-def param_shapes(model: ModelConfig, dtype: DTypeLike, *, weights: WeightFormat = "model") -> Any:
+def param_shapes(
+    architecture: ModelConfig, dtype: DTypeLike, *, weights: WeightFormat = "model"
+) -> Any:
     """Return the shapes of a model's parameters in serving form; `weights` as of duo_jax.load."""
-    heads = np.ones((model.num_layers, model.num_kv_heads), bool)
-    init = functools.partial(llama.init_params, model, dtype=jnp.dtype(dtype))
+    heads = np.ones((architecture.num_layers, architecture.num_kv_heads), bool)
+    init = functools.partial(llama.init_params, architecture, dtype=jnp.dtype(dtype))
     params = jax.eval_shape(init, jax.random.key(0))
-    params = jax.eval_shape(functools.partial(split.split_params, model, heads=heads), params)
+    params = jax.eval_shape(
+        functools.partial(split.split_params, architecture, heads=heads), params
+    )
     return quantised_shapes(params, weights)
 
 

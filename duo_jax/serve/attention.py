@@ -164,7 +164,7 @@ def _attend_streaming(
     filled = jnp.minimum(lengths, config.ring_slots)
     room = jax.tree.map(
         lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))),
-        update.plain(cache, k.dtype),
+        update.unpacked(cache, k.dtype),
     )
     laid_out = update.append(room, k, v, starts=filled, num_tokens=num_tokens)
     out, _ = prefill_attention(q, laid_out.keys, laid_out.values, filled, **options)

@@ -28,11 +28,11 @@ class DecodeState:
     cache: Cache
     last: Int[Array, " batch"]  # each row's latest token; not in the cache yet
     stopped: Bool[Array, " batch"]  # rows that ended with a stop token, or that the host ended
-    keys: Key[Array, " batch"]  # one per row; a token's draw also depends on its position
+    rng_keys: Key[Array, " batch"]  # one per row; a token's draw also depends on its position
     seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and output; for the penalty only
 
 
-def row_keys(seed: int, batch_size: int) -> Key[Array, " batch"]:
+def row_rng_keys(seed: int, batch_size: int) -> Key[Array, " batch"]:
     """Return a random key per row, so that rows draw independently of each other."""
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
         jnp.arange(batch_size)
@@ -43,7 +43,7 @@ def row_keys(seed: int, batch_size: int) -> Key[Array, " batch"]:
 def begin(
     cache: Cache,
     logits: Float[Array, "batch vocab"],
-    keys: Key[Array, " batch"],
+    rng_keys: Key[Array, " batch"],
     seen: Bool[Array, "batch vocab"] | None,
     options: Mapping[str, Array],
     stop_tokens: Int[Array, " stops"],
@@ -53,7 +53,7 @@ def begin(
         cache=cache,
         last=jnp.zeros(logits.shape[0], jnp.int32),
         stopped=jnp.zeros(logits.shape[0], bool),
-        keys=keys,
+        rng_keys=rng_keys,
         seen=seen,
     )
     return _next_token(state, logits, options, stop_tokens, active=~state.stopped)
@@ -123,8 +123,8 @@ def _next_token(
     active: Bool[Array, " batch"],
 ) -> DecodeState:
     """Sample from the logits of the active rows; the others stay as they are."""
-    keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
-    token = sampling.sample(logits, options, keys, state.seen).astype(jnp.int32)
+    rng_keys = jax.vmap(jax.random.fold_in)(state.rng_keys, state.cache.lengths)
+    token = sampling.sample(logits, options, rng_keys, state.seen).astype(jnp.int32)
     token = jnp.where(active, token, state.last)
     seen = state.seen
     if seen is not None:

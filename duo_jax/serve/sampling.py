@@ -80,7 +80,7 @@ def check_seed(seed: int) -> None:
 def sample(
     logits: Float[Array, "batch vocab"],
     options: Mapping[str, Array],
-    keys: Key[Array, " batch"],
+    rng_keys: Key[Array, " batch"],
     seen: Bool[Array, "batch vocab"] | None,
 ) -> Int[Array, " batch"]:
     """Choose the next token of every row.
@@ -91,13 +91,13 @@ def sample(
     Args:
       logits: of any floating dtype; a row with no finite logit gives a valid token all the same.
       options: what SamplingConfig.options returned.
-      keys: one typed key per row; not used without a temperature.
+      rng_keys: one typed key per row; not used without a temperature.
       seen: as for `processed_logits`.
     """
     scores = processed_logits(logits, options, seen)
     if "temperature" not in options:
         return jnp.argmax(scores, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(rng_keys, scores).astype(jnp.int32)
 
 
 def processed_logits(

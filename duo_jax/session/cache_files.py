@@ -26,6 +26,7 @@ from safetensors.numpy import load_file, save_file
 from duo_jax import files
 from duo_jax.cache import KVCache, LayerCache
 from duo_jax.errors import InputError
+from duo_jax.model.config import ModelConfig
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session, Snapshot
 
@@ -127,15 +128,23 @@ _DESCRIPTIONS = {
 def _belongs_to(runtime: Runtime) -> dict[str, Any]:
     """Describe what a cache depends on, coarsest first."""
     return {
-        "model": json.loads(json.dumps(dataclasses.asdict(runtime.config.architecture))),
+        "model": _architecture(runtime.config.architecture),
         "dtype": runtime.dtype.name,
-        "kv": runtime.kv,
+        "kv": runtime.kv_format,
         "sink_size": runtime.config.sink_size,
         "recent_size": runtime.config.recent_size,
         "retrieval_heads": list(runtime.config.retrieval_counts),
         "prefill_mode": runtime.prefill_mode,
         "weights": runtime.weights_digest,
     }
+
+
+def _architecture(architecture: ModelConfig) -> dict[str, Any]:
+    """Describe a model in the words of format version 2."""
+    words = dataclasses.asdict(architecture)
+    words["max_length"] = words.pop("max_positions")
+    words["rope"]["original_max_length"] = words["rope"].pop("original_max_positions")
+    return words
 
 
 def _difference(theirs: Any, mine: Any) -> str:

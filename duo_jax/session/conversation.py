@@ -154,7 +154,7 @@ class Conversation:
             batch_size=1,
             max_len=session.capacity,
             dtype=runtime.dtype,
-            kv=runtime.kv,
+            kv=runtime.kv_format,
         )
 
     def _write(self, max_new_tokens, stop, seed, sampling) -> Iterator[list[str]]:

@@ -8,10 +8,10 @@ from typing import Any, get_args
 import jax
 import numpy as np
 
-from duo_jax.cache import check_kv
+from duo_jax.cache import check_kv_format
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
-from duo_jax.model.quantised_weights import WeightFormat, weight_format
+from duo_jax.model.quantised_weights import WeightFormat, format_of
 from duo_jax.serve import PrefillMode
 from kernels import dispatch
 
@@ -27,7 +27,7 @@ class Runtime:
     prefill_chunk: int = 8192  # tokens per row and step
     prefill_mode: str = "exact"  # a PrefillMode
     implementation: str = "auto"  # of attention, see kernels.dispatch
-    kv: str = "model"  # a KVFormat
+    kv_format: str = "model"  # a KVFormat
 
     def __post_init__(self) -> None:
         if self.prefill_chunk < 1:
@@ -38,7 +38,7 @@ class Runtime:
                 f"{', '.join(get_args(PrefillMode))}"
             )
         check_implementation(self.implementation)
-        check_kv(self.config, self.kv)
+        check_kv_format(self.config, self.kv_format)
 
     @property
     def dtype(self) -> np.dtype:
@@ -46,9 +46,9 @@ class Runtime:
         return np.dtype(self.params["norm"]["scale"].dtype)
 
     @property
-    def weights(self) -> WeightFormat:
+    def weight_format(self) -> WeightFormat:
         """The format of the layers' projections."""
-        return weight_format(self.params)
+        return format_of(self.params)
 
     @functools.cached_property
     def weights_digest(self) -> str:
@@ -57,8 +57,8 @@ class Runtime:
         Tells models and head orders apart; not a check against tampering.
         """
         digest = hashlib.sha256()
-        if self.weights != "model":  # w8a8 computes otherwise than int8, with the same leaves
-            digest.update(self.weights.encode())
+        if self.weight_format != "model":  # w8a8 computes otherwise than int8, with the same leaves
+            digest.update(self.weight_format.encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
             values = leaf[np.unravel_index(at, leaf.shape)]

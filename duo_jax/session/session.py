@@ -193,7 +193,7 @@ class Session:
     @property
     def _limit(self) -> int:
         """Return how many tokens a row may have."""
-        longest = self.runtime.config.architecture.max_length
+        longest = self.runtime.config.architecture.max_positions
         return longest if self._max_len is None else min(longest, self._max_len)
 
     def _limit_words(self) -> str:
@@ -232,7 +232,7 @@ class Session:
                 batch_size=self.batch_size,
                 max_len=wanted,
                 dtype=self.runtime.dtype,
-                kv=self.runtime.kv,
+                kv=self.runtime.kv_format,
             )
         elif wanted > self.capacity:
             self.capacity = wanted

@@ -57,7 +57,7 @@ def write_tokens(
         state = decoding.begin(
             session.take(),
             logits,
-            decoding.row_keys(seed, session.batch_size),
+            decoding.row_rng_keys(seed, session.batch_size),
             jnp.asarray(_seen(session)) if "repetition_penalty" in options else None,
             options,
             stops,

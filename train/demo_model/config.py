@@ -32,7 +32,7 @@ MODEL = ModelConfig(
     num_kv_heads=4,
     head_dim=16,
     norm_eps=1e-5,
-    max_length=1024,
+    max_positions=1024,
     rope=RopeConfig(theta=500_000.0),
     tie_embeddings=True,
 )
@@ -111,8 +111,8 @@ class Stage:
     max_steps: int = 1500
 
     def __post_init__(self) -> None:
-        if self.length > MODEL.max_length:
-            raise InputError(f"stage length {self.length} is beyond {MODEL.max_length} tokens")
+        if self.length > MODEL.max_positions:
+            raise InputError(f"stage length {self.length} is beyond {MODEL.max_positions} tokens")
         for name in ("repeat", "rehearse"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise InputError(f"{name} {getattr(self, name)} is not in [0, 1)")

@@ -57,7 +57,7 @@ def write_model(
     _write_json(folder / "identify.json", PRESET)
     _write_json(folder / "evaluate.json", EVALUATION)
     write_tokenizer(
-        folder, documents, TEMPLATES, vocab_size=model.vocab_size, max_length=model.max_length
+        folder, documents, TEMPLATES, vocab_size=model.vocab_size, max_length=model.max_positions
     )
     tensors = {t.name: t.to_hf(_leaf(params, t)) for t in tensor_names.tensors(model)}
     weights = folder / "model.safetensors"
@@ -87,7 +87,7 @@ def _hf_config(model: ModelConfig) -> dict[str, Any]:
         "hidden_size": model.embed_size,
         "initializer_range": 0.02,
         "intermediate_size": model.mlp_size,
-        "max_position_embeddings": model.max_length,
+        "max_position_embeddings": model.max_positions,
         "mlp_bias": model.mlp_bias,
         "model_type": "llama",
         "num_attention_heads": model.num_q_heads,
@@ -123,7 +123,7 @@ tags: [duo_jax, duo-attention, demo]
 
 A Llama of {parameters:,} parameters ({model.num_layers} layers, width {model.embed_size}, \
 {model.num_q_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}) that finds passkeys
-in up to {model.max_length:,} tokens of text. It shows how DuoAttention works; it can do nothing
+in up to {model.max_positions:,} tokens of text. It shows how DuoAttention works; it can do nothing
 else: its English is nonsense.
 
 The text may hold lines such as

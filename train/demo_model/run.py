@@ -47,7 +47,7 @@ def train_demo_model(config: DemoConfig) -> None:
             training_text,
             TEMPLATES,
             vocab_size=config.model.vocab_size,
-            max_length=config.model.max_length,
+            max_length=config.model.max_positions,
         )
         tokenizer = load_tokenizer(pathlib.Path(scratch))
         state = _train(config, tokenizer, training_text, workdir)

@@ -73,7 +73,7 @@ def loss(
     L = mean cross entropy of answers + filler_weight * mean cross entropy of ordinary text.
     With `rounded_kv`, keys and values are what a 4-bit cache returns.
     """
-    attend = _attend_rounded if rounded_kv else llama.plain
+    attend = _attend_rounded if rounded_kv else llama.attend_full
     x, _ = llama.hidden_states(model, params, documents.tokens, attend=attend)
     x = x[:, :-1].reshape(-1, x.shape[-1])
     targets = documents.tokens[:, 1:].reshape(-1)
@@ -109,7 +109,7 @@ def _attend_rounded(q, k, v, layer_input):
         packed = pack(jnp.swapaxes(jax.lax.stop_gradient(x), 1, 2), INT4)
         return x + jax.lax.stop_gradient(jnp.swapaxes(unpack(packed, x.dtype), 1, 2) - x)
 
-    return llama.plain(q, rounded(k), rounded(v), layer_input)
+    return llama.attend_full(q, rounded(k), rounded(v), layer_input)
 
 
 @functools.partial(

@@ -39,10 +39,10 @@ def identify(config: IdentifyConfig) -> None:
     folder = pretrained.resolve(config.model)
     config.check_method(default_config(config.model, folder))
     model = pretrained.load_config(folder)
-    if config.data.max_length > model.max_length:
+    if config.data.max_length > model.max_positions:
         raise InputError(
             f"max_length {config.data.max_length:,} is beyond the model's range of "
-            f"{model.max_length:,} tokens; lower --max-length"
+            f"{model.max_positions:,} tokens; lower --max-length"
         )
     tokenizer = pretrained.load_tokenizer(folder)
     training_text, held_out_text = split_held_out(load_documents(config.text))

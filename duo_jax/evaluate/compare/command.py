@@ -133,10 +133,10 @@ def compare(config: CompareConfig) -> None:
     documents = load_documents(config.text)
     split = config.load()
     pattern = _pattern(config)
-    if config.length > split.config.architecture.max_length:
+    if config.length > split.config.architecture.max_positions:
         raise InputError(
             f"length {config.length:,} is beyond the model's range of "
-            f"{split.config.architecture.max_length:,}"
+            f"{split.config.architecture.max_positions:,}"
         )
     tasks = {
         name: compare_tasks.make(

@@ -50,7 +50,7 @@ class DuoLM(TemplateLM):
 
     def __init__(self, model: DuoModel, flags: LmEvalFlags, *, seed: int = 0) -> None:
         super().__init__()
-        longest = model.config.architecture.max_length
+        longest = model.config.architecture.max_positions
         if flags.max_length is not None and flags.max_length > longest:
             raise InputError(
                 f"max_length {flags.max_length:,} is beyond the model's range of {longest:,}"

@@ -94,7 +94,7 @@ def evaluate(config: NeedleConfig) -> None:
     )
     lengths = config.chosen_lengths(
         shortest=haystack.shortest() + 1,
-        longest=split.config.architecture.max_length - config.max_new_tokens,
+        longest=split.config.architecture.max_positions - config.max_new_tokens,
     )
     rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
     loaders = grid.models(config, split)

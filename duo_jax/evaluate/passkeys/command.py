@@ -71,7 +71,7 @@ def evaluate(config: PasskeysConfig) -> None:
     folder = config.folder(TASK)
     documents = load_documents(config.text)
     split = config.load()
-    lengths = config.chosen_lengths(shortest=1, longest=split.config.architecture.max_length)
+    lengths = config.chosen_lengths(shortest=1, longest=split.config.architecture.max_positions)
     samplers = {length: _sampler(config, split, documents, length) for length in lengths}
     rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
     loaders = grid.models(config, split)

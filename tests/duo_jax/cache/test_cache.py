@@ -28,7 +28,7 @@ def duo(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=1e-5,
-        max_length=2**20,
+        max_positions=2**20,
         **{"vocab_size": 64, "embed_size": 32, "mlp_size": 32, "num_q_heads": 8, **model},
     )
     return DuoConfig(

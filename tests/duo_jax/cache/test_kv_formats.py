@@ -23,7 +23,7 @@ from tests import models
 from tests.params import random_params
 
 RAW = models.llama(num_key_value_heads=4, num_attention_heads=8, num_hidden_layers=2, head_dim=16)
-CONFIG = dataclasses.replace(parse_config(RAW), max_length=2048)
+CONFIG = dataclasses.replace(parse_config(RAW), max_positions=2048)
 HEADS = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
 SPLIT = duo_config(CONFIG, HEADS, sink_size=4, recent_size=6)
 QUANTISED = ("int8", "int4", "int2")
@@ -208,7 +208,9 @@ def test_bytes_are_those_of_the_formula_and_of_what_a_grown_cache_takes(kv):
 @pytest.mark.parametrize("kv", ["bf16", "int4", "int2"])
 def test_a_grown_or_saved_cache_goes_on_to_the_bit(kv, params, tokens, tmp_path):
     def session():
-        return Session(Runtime(config=SPLIT, params=params, kv=kv, prefill_chunk=50), batch_size=2)
+        return Session(
+            Runtime(config=SPLIT, params=params, kv_format=kv, prefill_chunk=50), batch_size=2
+        )
 
     rows, more = (
         [row[:n].tolist() for row, n in zip(tokens, (150, 77), strict=True)],
@@ -230,7 +232,7 @@ def test_a_grown_or_saved_cache_goes_on_to_the_bit(kv, params, tokens, tmp_path)
 
 def test_a_saved_cache_of_another_format_is_refused(params, tokens, tmp_path):
     def session(kv):
-        return Session(Runtime(config=SPLIT, params=params, kv=kv))
+        return Session(Runtime(config=SPLIT, params=params, kv_format=kv))
 
     saved = session("int4")
     saved.append([tokens[0, :20].tolist()], room=1)
@@ -265,7 +267,7 @@ def test_numbers_that_are_not_quantised_are_not_touched():
 
 def test_unknown_formats_and_head_dims_are_refused(params):
     with pytest.raises(InputError, match="KV format 'int3' is not one of model, bf16, int8, int4"):
-        Runtime(config=SPLIT, params=params, kv="int3")
+        Runtime(config=SPLIT, params=params, kv_format="int3")
     odd = dataclasses.replace(SPLIT, architecture=dataclasses.replace(CONFIG, head_dim=20))
     with pytest.raises(InputError, match="head_dim 20 is not a multiple of 8, as KV int4 needs"):
         init_cache(odd, batch_size=1, max_len=64, kv="int4")

@@ -39,7 +39,7 @@ def by_hand(texts, *, sink_size: int, recent_size: int) -> np.ndarray:
     config, params = model()
 
     def attend(q, k, v, _):
-        return llama.plain(q, k, v, None)[0], (q, k)
+        return llama.attend_full(q, k, v, None)[0], (q, k)
 
     profiles = []
     for text in texts:

@@ -92,8 +92,8 @@ REAL = {
         {
             "num_kv_heads": 8,
             "head_dim": 128,
-            "max_length": 131072,
-            "rope": RopeConfig(kind="llama3", theta=5e5, factor=8.0, original_max_length=8192),
+            "max_positions": 131072,
+            "rope": RopeConfig(kind="llama3", theta=5e5, factor=8.0, original_max_positions=8192),
         },
     ),
     "Llama-3.2-1B": (
@@ -110,8 +110,8 @@ REAL = {
             "num_kv_heads": 8,
             "head_dim": 64,
             "tie_embeddings": True,
-            "max_length": 131072,
-            "rope": RopeConfig(kind="llama3", theta=5e5, factor=32.0, original_max_length=8192),
+            "max_positions": 131072,
+            "rope": RopeConfig(kind="llama3", theta=5e5, factor=32.0, original_max_positions=8192),
         },
     ),
     "Mistral-7B-v0.2": (
@@ -173,8 +173,8 @@ REAL = {
             "head_dim": 128,
             "norm_eps": 1e-6,
             "qkv_bias": True,
-            "max_length": 131072,
-            "rope": RopeConfig(kind="yarn", theta=1e6, factor=4.0, original_max_length=32768),
+            "max_positions": 131072,
+            "rope": RopeConfig(kind="yarn", theta=1e6, factor=4.0, original_max_positions=32768),
         },
     ),
     "Qwen3-8B": (
@@ -231,7 +231,7 @@ def test_real_models(raw, expected):
         num_kv_heads=1,  # replaced, as head_dim is
         head_dim=2,
         norm_eps=1e-5,
-        max_length=raw["max_position_embeddings"],
+        max_positions=raw["max_position_embeddings"],
     )
     assert parse_config(raw) == dataclasses.replace(copied, **expected)
 
@@ -386,7 +386,7 @@ def test_no_file_and_no_access_are_clear_lines(tmp_path):
 # Every field, changed, must change the logits or the parameter tree; or say why not.
 NO_EFFECT_ON_LOGITS = {
     "family": "a name; what families differ in are the other fields",
-    "max_length": "a limit that commands check; attention and rope do not read it",
+    "max_positions": "a limit that commands check; attention and rope do not read it",
 }
 CHANGES = {
     "vocab_size": 100,
@@ -413,7 +413,7 @@ ROPE_CHANGES = {
     "kind": (models.llama(rope={"factor": 4.0}), "linear"),
     "theta": (models.llama(), 5e5),
     "factor": (LLAMA_31, 2.0),
-    "original_max_length": (LLAMA_31, 16),
+    "original_max_positions": (LLAMA_31, 16),
     "low_freq_factor": (LLAMA_31, 0.5),
     "high_freq_factor": (LLAMA_31, 8.0),
     "beta_fast": (YARN, 8.0),
@@ -469,7 +469,7 @@ def test_every_model_field_is_read(field):
 @pytest.mark.parametrize("field", NO_EFFECT_ON_LOGITS)
 def test_exempt_fields_really_have_no_effect(field):
     config = parse_config(models.llama())
-    changed = dataclasses.replace(config, **{field: {"family": "qwen3", "max_length": 7}[field]})
+    changed = dataclasses.replace(config, **{field: {"family": "qwen3", "max_positions": 7}[field]})
     np.testing.assert_array_equal(logits_of(config), logits_of(changed))
 
 

@@ -20,10 +20,10 @@ from duo_jax.model.quantised_linear import product, quantise_rows
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
     dequantise,
+    format_of,
     group_size,
     quantise,
     quantise_params,
-    weight_format,
 )
 from duo_jax.serve import ahead_of_time as compiled
 from duo_jax.session.runtime import Runtime
@@ -69,7 +69,7 @@ def test_the_error_is_at_most_half_a_step(
     kernel = normal(*shape) * np.exp(normal(*shape[inputs:], seed=1))  # channels of many sizes
     if strided:
         kernel = np.asfortranarray(kernel)
-    quantised = quantise(kernel, module=module, weights=weights)
+    quantised = quantise(kernel, module=module, weight_format=weights)
     scales = quantised.scales
     assert scales.shape == {"int8": int8_scales, "int4": int4_scales}[weights]
     assert quantised.values.dtype.name == weights
@@ -89,7 +89,9 @@ def test_the_error_is_at_most_half_a_step(
 def test_a_channel_of_zeros_stays_zero(weights):
     kernel = normal(32, 3)
     kernel[:, 1] = 0
-    back = np.asarray(dequantise(on_device(quantise(kernel, module="up_proj", weights=weights))))
+    back = np.asarray(
+        dequantise(on_device(quantise(kernel, module="up_proj", weight_format=weights)))
+    )
     assert (back[:, 1] == 0).all()
     assert (back[:, [0, 2]] != 0).any()
 
@@ -97,9 +99,9 @@ def test_a_channel_of_zeros_stays_zero(weights):
 @pytest.mark.parametrize("weights", STORED)
 def test_blocks_do_not_show(weights, monkeypatch):
     kernel = normal(64, 50)
-    whole = quantise(kernel, module="up_proj", weights=weights)
+    whole = quantise(kernel, module="up_proj", weight_format=weights)
     monkeypatch.setattr("duo_jax.model.quantised_weights._BLOCK_SIZE", 64 * 7)
-    parts = quantise(kernel, module="up_proj", weights=weights)
+    parts = quantise(kernel, module="up_proj", weight_format=weights)
     np.testing.assert_array_equal(parts.values, whole.values)
     np.testing.assert_array_equal(parts.scales, whole.scales)
 
@@ -109,7 +111,7 @@ def test_what_is_representable_comes_back_exactly():
         values = np.random.default_rng(0).integers(-largest, largest + 1, (128, 5))
         values[0] = largest
         kernel = (values * np.float32(0.25)).astype(np.float32)
-        quantised = on_device(quantise(kernel, module="up_proj", weights=weights))
+        quantised = on_device(quantise(kernel, module="up_proj", weight_format=weights))
         np.testing.assert_array_equal(dequantise(quantised), kernel)
 
 
@@ -122,11 +124,11 @@ def test_groups_are_the_largest_that_divide(axis, size):
 
 def test_what_cannot_be_quantised_is_refused_in_one_line():
     with pytest.raises(InputError, match=r"groups of 16 to 128 inputs, and 262 .* use int8"):
-        quantise(normal(262, 3), module="up_proj", weights="int4")
+        quantise(normal(262, 3), module="up_proj", weight_format="int4")
     broken = normal(32, 3)
     broken[3, 1] = np.nan
     with pytest.raises(InputError, match="layers 7 has values that are not finite"):
-        quantise(broken, module="up_proj", weights="int8", name="layers 7")
+        quantise(broken, module="up_proj", weight_format="int8", name="layers 7")
 
 
 # ---- products
@@ -139,7 +141,7 @@ def test_weight_only_products_are_those_of_the_dequantised_weights(
     module, shape, inputs, int8_scales, int4_scales, weights, rows
 ):
     del int8_scales, int4_scales
-    kernel = on_device(quantise(normal(*shape), module=module, weights=weights))
+    kernel = on_device(quantise(normal(*shape), module=module, weight_format=weights))
     x = jnp.asarray(normal(rows, 1, *shape[:inputs], seed=2))
     out = product(x, kernel, inputs=inputs, wide=jnp.float32)
     axes = (tuple(range(2, 2 + inputs)), tuple(range(inputs)))
@@ -150,7 +152,7 @@ def test_weight_only_products_are_those_of_the_dequantised_weights(
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_w8a8_is_the_integer_product_exactly(rows):
-    kernel = on_device(quantise(normal(200, 24), module="up_proj", weights="w8a8"))
+    kernel = on_device(quantise(normal(200, 24), module="up_proj", weight_format="w8a8"))
     x = jnp.asarray(normal(rows, 200, seed=3) * np.array([[1], [100], [0.01]])[:rows], jnp.float32)
     quantised, scales = map(np.asarray, quantise_rows(x))
     assert (np.abs(quantised).max(axis=1) == 127).all()
@@ -161,7 +163,7 @@ def test_w8a8_is_the_integer_product_exactly(rows):
 
 
 def test_w8a8_rows_have_scales_of_their_own():
-    kernel = on_device(quantise(normal(64, 8), module="up_proj", weights="w8a8"))
+    kernel = on_device(quantise(normal(64, 8), module="up_proj", weight_format="w8a8"))
     x = normal(2, 64, seed=4)
     alone = product(jnp.asarray(x[:1]), kernel, inputs=1, wide=jnp.float32)
     x[1] *= 1e4
@@ -175,7 +177,7 @@ def test_w8a8_rows_have_scales_of_their_own():
 @pytest.mark.parametrize("rows", [1, 6])
 def test_bfloat16_is_rounded_once(weights, rows):
     """Sums and scales are float32: a bfloat16 result is as close as bfloat16 allows."""
-    kernel = on_device(quantise(normal(256, 32), module="up_proj", weights=weights))
+    kernel = on_device(quantise(normal(256, 32), module="up_proj", weight_format=weights))
     x = jnp.asarray(normal(rows, 256, seed=5), jnp.bfloat16)
     wide = product(x.astype(jnp.float32), kernel, inputs=1, wide=jnp.float32)
     narrow = product(x, kernel, inputs=1, wide=jnp.float32)
@@ -241,7 +243,7 @@ def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp
 
     def logits(weights):
         params = pretrained.load_split_params(folder, heads, weights=weights)
-        assert weight_format(params) == weights
+        assert format_of(params) == weights
         return read(serving(config, heads), params, tokens, chunks=[20])[0]
 
     error = relative_error(logits(weights), logits("model"))
@@ -335,7 +337,7 @@ def test_a_saved_cache_belongs_to_its_format(tmp_path):
     def digest(weights):
         params = pretrained.load_split_params(folder, heads, weights=weights)
         runtime = Runtime(config=serving(config, heads), params=params)
-        assert runtime.weights == weights
+        assert runtime.weight_format == weights
         assert runtime.dtype == np.float32
         return runtime.weights_digest
 

@@ -55,7 +55,7 @@ def written(implementation: str, mode: str):
     last = jnp.where(LENGTHS[:, None] > 16, logits[1], logits[0])
     options = sampling.SamplingConfig().options()
     stops = jnp.zeros(0, jnp.int32)
-    state = decoding.begin(cache, last, decoding.row_keys(0, 2), None, options, stops)
+    state = decoding.begin(cache, last, decoding.row_rng_keys(0, 2), None, options, stops)
     _, new, _ = decoding.decode_segment(
         SPLIT,
         weights(),

@@ -109,6 +109,17 @@ def test_a_cache_loads_into_any_size_that_holds_it(saved):
         cache_files.load(Session(runtime(), max_len=20), saved)
 
 
+def test_the_format_keeps_its_keys(saved):
+    marker = json.loads((saved / "cache.json").read_text())
+    assert (marker["format"], marker["version"]) == ("duo_jax cache", 2)
+    assert marker.keys() == {
+        "format", "version", "model", "dtype", "kv", "sink_size", "recent_size",
+        "retrieval_heads", "prefill_mode", "weights", "lengths", "logits_at", "extra",
+    }  # fmt: skip
+    assert marker["model"]["max_length"] == 128
+    assert marker["model"]["rope"]["original_max_length"] is None
+
+
 def test_only_filled_slots_are_stored(saved):
     sizes = [file.stat().st_size for file in sorted(saved.glob("layer-*"))]
     keys = 4 * 8 * 4  # bytes of a token's keys in one layer
@@ -140,7 +151,7 @@ def test_what_a_cache_does_not_belong_to(saved, changes, message):
 
 def test_another_architecture_is_refused(saved):
     model = runtime()
-    longer = dataclasses.replace(CONFIG, max_length=64)
+    longer = dataclasses.replace(CONFIG, max_positions=64)
     config = dataclasses.replace(model.config, architecture=longer)
     with pytest.raises(InputError, match="another model; read the text again"):
         cache_files.load(Session(dataclasses.replace(model, config=config)), saved)

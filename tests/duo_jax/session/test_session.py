@@ -226,10 +226,10 @@ def test_one_compilation_serves_a_length_bucket(runtime):
 
 
 def test_writing_ends_at_the_model_s_range(runtime):
-    room = CONFIG.max_length - 120
+    room = CONFIG.max_positions - 120
     assert [len(row) for row in read_and_write(runtime, prompt(120), max_new_tokens=50)] == [room]
     session = Session(runtime)
-    session.append([prompt(CONFIG.max_length)])
+    session.append([prompt(CONFIG.max_positions)])
     with pytest.raises(InputError, match=r"128 tokens leave no room.*range is 128"):
         write(session)
 
