@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from duo_jax.cache import live_bytes
 from duo_jax.evaluate.eviction.runner import pad
-from duo_jax.evaluate.passkeys.retrieval import decode_tokens
+from duo_jax.serve.teacher_forcing import decode_tokens
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 
@@ -41,7 +41,7 @@ def predict(
     given, counts = pad(tails, room)
     # The last token of a tail is predicted, not given.
     active = jnp.arange(room)[None, :] < counts[:, None] - 1
-    rest = decode_tokens(
+    rest, _ = decode_tokens(
         runtime.config,
         runtime.params,
         cache,

@@ -16,6 +16,7 @@ from duo_jax.evaluate.eviction.policy import Budget, Policy
 from duo_jax.evaluate.eviction.prompt import read
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.llama import Params
+from duo_jax.serve.teacher_forcing import decode_given
 from duo_jax.session.runtime import Runtime
 
 
@@ -103,9 +104,10 @@ def _decode(
 ) -> Int[Array, "batch length"]:
     """Give the tokens one by one; return the likeliest one after each."""
 
-    def step(pool: Pool, inputs):
-        logits, pool = decode(config, params, policy, pool, state, *inputs)
-        return pool, jnp.argmax(logits, axis=-1)
+    def step(pool: Pool, tokens, active):
+        return decode(config, params, policy, pool, state, tokens, active)
 
-    _, likeliest = jax.lax.scan(step, pool, (tokens.T, active.T))
-    return likeliest.T
+    likeliest, _ = decode_given(
+        step, pool, tokens, active, keep=lambda logits, _: jnp.argmax(logits, axis=-1)
+    )
+    return likeliest

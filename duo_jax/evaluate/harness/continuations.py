@@ -18,6 +18,7 @@ from duo_jax import serve
 from duo_jax.cache import Cache
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.llama import Params
+from duo_jax.serve.teacher_forcing import decode_given
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 from kernels import Implementation
@@ -73,9 +74,8 @@ def read(
     # The session reads the last token itself, a chunk of one, which leaves it the logits.
     decoded = [tail[:-1] for tail in tails]
     if any(decoded):
-        logits = session.ready(room=max(map(len, tails)) + room)
-        counts = np.array([len(tail) for tail in decoded], np.int32)
-        cache, *_ = _follow(runtime, session.take(), logits, decoded, counts)
+        session.ready(room=max(map(len, tails)) + room)
+        cache, *_ = _follow(runtime, session.take(), tails)
         session.give_back(cache, decoded)
     session.append([tail[-1:] for tail in tails], room=room)
     return session
@@ -106,44 +106,49 @@ def score(
     size = min(len(pairs), 1 << (len(contexts) - 1).bit_length())
     contexts += [contexts[0][:1]] * (size - len(contexts))
 
-    fed = np.array([max(0, len(tokens) - 1) for tokens in rows], np.int32)
-    session = read(runtime, contexts, decode_last=decode_last, room=int(fed.max()))
-    logits = session.ready(room=int(fed.max()))
+    room = max(0, max(map(len, rows)) - 1)
+    session = read(runtime, contexts, decode_last=decode_last, room=room)
+    logits = session.ready(room=room)
     cache = session.take()
     if of_context != list(range(size)):
         cache, logits = _rows(cache, logits, jnp.array(of_context, jnp.int32))
     measured = CacheSize(
         row_bytes=caches.live_bytes(cache) // len(rows), row_tokens=session.capacity
     )
-    _, logprobs, greedy = _follow(runtime, cache, logits, rows, fed)
+    first, likeliest = _score(logits, jnp.array([row[0] if row else 0 for row in rows]))
+    _, logprobs, greedy = _follow(runtime, cache, rows)
+    some = np.array([len(row) > 0 for row in rows])
+    logprobs += np.where(some, np.asarray(first, np.float64), 0)
+    greedy &= np.asarray(likeliest) | ~some
     return Scores(logprobs=logprobs, greedy=greedy, cache=measured)
 
 
 def _follow(
-    runtime: Runtime,
-    cache: Cache,
-    logits: Float[Array, "rows vocab"],
-    rows: Sequence[list[int]],
-    num_fed: Int[np.ndarray, " rows"],
+    runtime: Runtime, cache: Cache, rows: Sequence[list[int]]
 ) -> tuple[Cache, Float[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
-    """Score all tokens of every row, and append the first `num_fed` of each to the cache."""
-    counts = np.array([len(row) for row in rows], np.int32)
+    """Decode all tokens of every row but the last; score all but the first.
+
+    Returns:
+      The cache, the log-probability of each row's tokens together, and whether every one of them
+      was the likeliest.
+    """
+    counts = np.array([max(0, len(row) - 1) for row in rows], np.int32)
     logprobs, greedy = np.zeros(len(rows)), np.ones(len(rows), bool)
     for first in range(0, int(counts.max()), _SEGMENT):
-        parts = [row[first : first + _SEGMENT] for row in rows]
-        tokens = np.array([part + [0] * (_SEGMENT - len(part)) for part in parts], np.int32)
-        cache, logits, logprob, likeliest = _segment(
+        parts = [row[first : first + _SEGMENT + 1] for row in rows]
+        tokens = np.array([part + [0] * (_SEGMENT + 1 - len(part)) for part in parts], np.int32)
+        active = np.arange(_SEGMENT) < (counts - first)[:, None]
+        (logprob, likeliest), cache = _segment(
             runtime.config,
             runtime.params,
             cache,
-            logits,
-            jnp.asarray(tokens),
-            jnp.asarray(np.clip(counts - first, 0, _SEGMENT)),
-            jnp.asarray(np.clip(num_fed - first, 0, _SEGMENT)),
+            jnp.asarray(tokens[:, :-1]),
+            jnp.asarray(tokens[:, 1:]),
+            jnp.asarray(active),
             implementation=runtime.implementation,
         )
-        logprobs += np.asarray(logprob, np.float64)
-        greedy &= np.asarray(likeliest)
+        logprobs += np.sum(np.asarray(logprob, np.float64), axis=1, where=active)
+        greedy &= np.all(np.asarray(likeliest), axis=1, where=active)
     return cache, logprobs, greedy
 
 
@@ -152,46 +157,31 @@ def _segment(
     config: DuoConfig,
     params: Params,
     cache: Cache,
-    logits: Float[Array, "rows vocab"],
     tokens: Int[Array, "rows length"],
-    num_scored: Int[Array, " rows"],
-    num_fed: Int[Array, " rows"],
+    targets: Int[Array, "rows length"],
+    active: Bool[Array, "rows length"],
     *,
     implementation: Implementation,
-) -> tuple[Cache, Float[Array, "rows vocab"], Float[Array, " rows"], Bool[Array, " rows"]]:
-    """Score tokens given the logits before them, and decode them; both counts are per row.
+) -> tuple[tuple[Float[Array, "rows length"], Bool[Array, "rows length"]], Cache]:
+    """Decode the active tokens; score the target after each."""
 
-    A row's num_scored is at most num_fed + 1.
+    def step(cache, tokens, active):
+        return serve.decode(config, params, cache, tokens, active, implementation=implementation)
 
-    Returns:
-      The cache, the logits after it, the sum of the log-probabilities, and whether every scored
-      token was the likeliest.
-    """
+    return decode_given(
+        step, cache, tokens, active, keep=lambda logits, t: _score(logits, targets[:, t])
+    )
 
-    def scored(t, logits, logprobs, greedy):
-        logits, token = logits.astype(jnp.float32), tokens[:, t]
-        counts = t < num_scored
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
-        likeliest = jnp.argmax(logits, axis=-1) == token
-        return logprobs + jnp.where(counts, logprob, 0.0), greedy & (likeliest | ~counts)
 
-    def step(t, carry):
-        cache, logits, *marks = carry
-        marks = scored(t, logits, *marks)
-        fed = t < num_fed
-        new, cache = serve.decode(
-            config, params, cache, tokens[:, t], fed, implementation=implementation
-        )
-        return cache, jnp.where(fed[:, None], new, logits), *marks
-
-    batch = tokens.shape[0]
-    nothing = (jnp.zeros(batch, jnp.float32), jnp.ones(batch, bool))
-    steps = jnp.max(num_fed)
-    cache, logits, *marks = jax.lax.fori_loop(0, steps, step, (cache, logits, *nothing))
-    # The last tokens of the longest rows are scored, not decoded.
-    logprobs, greedy = scored(steps, logits, *marks)
-    return cache, logits, logprobs, greedy
+@jax.jit
+def _score(
+    logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]
+) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
+    """Return each token's log-probability, and whether it is the likeliest."""
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)
+    return logprobs, jnp.argmax(logits, axis=-1) == tokens
 
 
 @jax.jit

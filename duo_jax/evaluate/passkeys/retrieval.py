@@ -7,22 +7,17 @@ train/retrieval_test.py: when greedy decoding would write all of it.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Float
 
-from duo_jax import serve
-from duo_jax.cache import Cache, live_bytes
+from duo_jax.cache import live_bytes
 from duo_jax.data.passkeys import Sample
-from duo_jax.heads.split import DuoConfig
-from duo_jax.model.llama import Params
+from duo_jax.serve.teacher_forcing import decode_tokens
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
-from kernels import Implementation
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +51,7 @@ def _batch(runtime: Runtime, samples: Sequence[Sample]) -> Retrieved:
     num_bytes = live_bytes(cache) // len(samples)
     padded = np.stack([np.pad(tail, (0, longest - tail.size)) for tail in tails])
     active = np.arange(longest) < np.array([[tail.size] for tail in tails])
-    logits = decode_tokens(
+    logits, _ = decode_tokens(
         runtime.config,
         runtime.params,
         cache,
@@ -79,53 +74,3 @@ def _batch(runtime: Runtime, samples: Sequence[Sample]) -> Retrieved:
         logits=logits[active],
         cache_bytes=num_bytes,
     )
-
-
-def decode_tokens(
-    config: DuoConfig,
-    params: Params,
-    cache: Cache,
-    tokens: Int[Array, "batch length"],
-    active: Bool[Array, "batch length"],
-    *,
-    keep: Callable[[Array], Array] = jnp.asarray,
-    implementation: Implementation,
-) -> Shaped[Array, "batch length ..."]:
-    """Give tokens one by one to a cache, which is used up.
-
-    Args:
-      config: the split model.
-      params: its parameters.
-      cache: what came before.
-      tokens: what is given to each row.
-      active: which of them count.
-      keep: what is kept of the logits [batch, vocab] after each token; default: all.
-      implementation: of attention, see kernels.dispatch.
-    """
-    kept, _ = _decode_tokens(
-        config, params, cache, tokens, active, keep=keep, implementation=implementation
-    )
-    return kept
-
-
-@functools.partial(
-    jax.jit, static_argnames=("config", "keep", "implementation"), donate_argnames="cache"
-)
-def _decode_tokens(
-    config: DuoConfig,
-    params: Params,
-    cache: Cache,
-    tokens: Int[Array, "batch length"],
-    active: Bool[Array, "batch length"],
-    *,
-    keep: Callable[[Array], Array],
-    implementation: Implementation,
-) -> tuple[Shaped[Array, "batch length ..."], Cache]:
-    """Return the cache too: a donated buffer needs something to become."""
-
-    def step(cache: Cache, inputs):
-        logits, cache = serve.decode(config, params, cache, *inputs, implementation=implementation)
-        return cache, keep(logits)
-
-    cache, kept = jax.lax.scan(step, cache, (tokens.T, active.T))
-    return kept.swapaxes(0, 1), cache

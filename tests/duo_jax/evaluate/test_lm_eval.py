@@ -32,7 +32,7 @@ GATES = Pattern(gates=np.zeros((2, 2)), sink_size=2, recent_size=4)
 @functools.cache
 def plain(folder: pathlib.Path) -> DuoModel:
     """Load with full caches; the sizes that nothing depends on let programs be shared."""
-    return load(folder, pattern="none", sink=2, recent=4, prefill_chunk=16)
+    return load(folder, pattern="none", sink_size=2, recent_size=4, prefill_chunk=16)
 
 
 @functools.cache
