@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Sequence
 
 from duo_jax.errors import InputError
+from duo_jax.files import is_file, is_folder, reading
 
 # Enough for any haystack; reading on would only cost time and memory.
 _MAX_CHARACTERS = 50_000_000
@@ -98,14 +99,15 @@ def _read_source(source: str) -> Iterator[str]:
     if not source:
         raise InputError("--text got an empty name; leave it out for the built-in text")
     path = pathlib.Path(source)
-    if path.is_dir():
-        files = sorted(
-            p for p in path.rglob("*") if p.name.endswith(_TEXT_SUFFIXES) and p.is_file()
-        )
+    if is_folder(path):
+        with reading(path):
+            files = sorted(
+                p for p in path.rglob("*") if p.name.endswith(_TEXT_SUFFIXES) and p.is_file()
+            )
         if not files:
             raise InputError(f"{path} holds no {', '.join(_TEXT_SUFFIXES)} files")
         return itertools.chain.from_iterable(map(_read_file, files))
-    if path.is_file():
+    if is_file(path):
         return _read_file(path)
     if source.count("/") == 1 and not source.startswith((".", "/", "~")):
         return _read_dataset(source)
@@ -113,7 +115,7 @@ def _read_source(source: str) -> Iterator[str]:
 
 
 def _read_file(path: pathlib.Path) -> Iterator[str]:
-    try:
+    with reading(path):
         if path.name.endswith(".jsonl"):
             with path.open(encoding="utf-8") as lines:
                 yield from _json_texts(lines, path)
@@ -121,10 +123,6 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
             yield from _json_texts(_zstd_lines(path), path)
         else:
             yield path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _zstd_lines(path: pathlib.Path) -> Iterator[str]:
