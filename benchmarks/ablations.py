@@ -88,7 +88,7 @@ class AblationsConfig:
 def main(config: AblationsConfig) -> None:
     """Measure, write the results, draw them and print the tables."""
     result = measure(config)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(config.out.parent)
     files.write_text(config.out, json.dumps(result, indent=2) + "\n")
     table = ablations_report.to_markdown(result)
     files.write_text(config.out.with_suffix(".md"), table)

@@ -189,7 +189,7 @@ def measure(config: BudgetConfig) -> None:
         "recent": DUO_3.recent_size,
         "programs": programs,
     }
-    config.out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(config.out)
     files.write_text(config.out / "budgets.json", json.dumps(result, indent=1) + "\n")
     files.write_text(config.out / "budgets.md", to_markdown(result) + "\n")
 

@@ -80,7 +80,7 @@ def main(config: CompiledConfig) -> None:
         "roofline": roofline.rows(config.ops),
     }
     for path in (config.result, config.document):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
     files.write_text(config.result, json.dumps(result, indent=1) + "\n")
     files.write_text(config.document, compiled_report.to_markdown(result))
     print(compiled_report.summary(result))

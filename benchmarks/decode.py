@@ -37,7 +37,7 @@ from benchmarks.serving.decode_parts import StepAndAttention
 from benchmarks.serving.rivals import Rival, RivalError
 from benchmarks.serving.settings import ServingSettings
 from benchmarks.serving.variants import Variant
-from duo_jax import cli
+from duo_jax import cli, files
 from duo_jax.cache import KVFormat, live_bytes
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
@@ -80,7 +80,7 @@ class DecodeConfig(ServingSettings):
 
 def main(config: DecodeConfig) -> None:
     """Measure, print tables, write them, JSON and pictures."""
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(config.out.parent)
     extra = {"read_bandwidth": machine.read_bandwidth}
     if "splits" in config.tables:
         rows_of = functools.partial(_sweep, config)

@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace, *, began: float) -> int:
               "try --smoke", file=sys.stderr)  # fmt: skip
         return 2
     folder = arguments.out
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder)
     header, found = _header(settings), {}
     title = f"{'SMOKE RUN, numbers mean nothing: ' if settings.smoke else ''}{header['hardware']}"
 

@@ -7,7 +7,6 @@ bytes of a decode step, operations of a prompt.
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -17,7 +16,7 @@ from benchmarks.gpu.prefill import Prefill
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.settings import Settings, real
 from benchmarks.serving.variants import Variant
-from duo_jax import cli
+from duo_jax import cli, files
 from duo_jax.errors import InputError
 
 _NOTHING = "not measured yet"
@@ -47,15 +46,15 @@ def read(file: pathlib.Path) -> dict[str, Any] | None:
     Raises:
       InputError: the file cannot be read, or holds a smoke run, whose numbers mean nothing.
     """
-    if not file.exists():
+    if not files.exists(file):
         return None
-    try:
-        result = json.loads(file.read_text(encoding="utf-8"))
-        missing = _NEEDED - result.keys()
-        if missing:
-            raise ValueError(f"there is no {', no '.join(sorted(missing))}")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{file} is not a result of benchmarks.gpu_report: {error}") from None
+    result = files.read_json(file)
+    missing = _NEEDED - result.keys()
+    if missing:
+        raise InputError(
+            f"{file} is not a result of benchmarks.gpu_report: there is no "
+            f"{', no '.join(sorted(missing))}"
+        )
     if result["smoke"]:
         raise InputError(f"{file} holds a smoke run")
     return result

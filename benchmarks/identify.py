@@ -75,7 +75,7 @@ def main(config: BenchmarkConfig) -> None:
         "rows": rows,
     }
     out = pathlib.Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     files.write_text(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
     _plot(result, out.with_suffix(".png"))
     print(to_markdown(result))

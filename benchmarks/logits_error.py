@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import duo_jax
-from duo_jax import cli, serve
+from duo_jax import cli, files, serve
 from duo_jax.api import DuoModel
 from duo_jax.cache import init_cache
 from duo_jax.checkpoints import pretrained
@@ -65,7 +65,7 @@ def by_weights(name: str, formats: Sequence[WeightFormat]) -> dict[str, LogitsEr
     """Return the error of each format on a model that brings a prompt.txt and a pattern."""
     load = functools.partial(duo_jax.load, name)
     own = load()
-    text = (pretrained.resolve(name) / "prompt.txt").read_text(encoding="utf-8")
+    text = files.read_text(pretrained.resolve(name) / "prompt.txt")
     tokens = own.tokenization.encode(text)[:_TOKENS]
     want = logits(own, tokens)
     return {weights: compare(logits(load(weights=weights), tokens), want) for weights in formats}

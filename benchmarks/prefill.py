@@ -22,7 +22,7 @@ from benchmarks.serving import variants as serving
 from benchmarks.serving.rivals import Rival, RivalError
 from benchmarks.serving.settings import ServingSettings
 from benchmarks.serving.variants import Reader, Variant
-from duo_jax import cli
+from duo_jax import cli, files
 from duo_jax.cache import live_bytes
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
@@ -61,7 +61,7 @@ class PrefillConfig(ServingSettings):
 
 def main(config: PrefillConfig) -> None:
     """Measure, print a table, write it, JSON and a picture."""
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(config.out.parent)
     rows_of = functools.partial(_sweep, config)
     result = sweep.measure(config, rows_of, module="benchmarks.prefill", extra={})
     sweep.publish(result, config.out, prefill_report)

@@ -164,7 +164,7 @@ def to_markdown(result: dict[str, Any]) -> str:
 def main(config: QuantisedConfig) -> None:
     """Measure, write JSON and print the table."""
     result = measure(config)
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(config.out.parent)
     files.write_text(config.out, json.dumps(result, indent=2) + "\n")
     print(to_markdown(result))
 

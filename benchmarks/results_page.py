@@ -7,7 +7,6 @@ what. Nothing is measured.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,6 @@ from typing import Any
 from benchmarks import quantised
 from benchmarks.quality import ablations_report, published
 from duo_jax import cli, files
-from duo_jax.errors import InputError
 from duo_jax.evaluate.compare import report as compare_report
 from duo_jax.evaluate.results import describe as settings
 from duo_jax.evaluate.results import heat_map
@@ -108,7 +106,7 @@ def write_page(config: PageConfig) -> None:
     """
     parts = [_HEAD]
     for section in SECTIONS:
-        result = _read(config.results / f"{section.name}.json")
+        result = files.read_json(config.results / f"{section.name}.json")
         parts += [f"## {section.title}\n", f"{section.text}\n", f"{where(result)}\n"]
         parts.append(section.table(result) + "\n")
         if section.picture:
@@ -129,13 +127,6 @@ def where(result: dict[str, Any]) -> str:
     if seed is not None:
         words.append(f"seed {seed}")
     return f"`{result['command']}`; {'; '.join(words)}."
-
-
-def _read(file: pathlib.Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
 
 
 def _without_title(markdown: str) -> str:

@@ -11,10 +11,7 @@ when it is finalized, and the result is one ordinary checkpoint. Two things are 
   also lay out and compress every array as a whole.
 """
 
-import contextlib
-import os
 import pathlib
-import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -48,7 +45,6 @@ def write_params(
 
     Raises:
       InputError: a tensor cannot be read or cast.
-      OSError: it cannot be written.
     """
     from orbax.checkpoint.experimental import v1 as ocp
 
@@ -60,10 +56,10 @@ def write_params(
             arrays = {}
             for tensor in group:
                 arrays |= _stored(tensor, weights.read(tensor), dtype, stored)
-            with _os_errors():
+            with quiet_orbax():
                 ocp.partial.save(path, nested(arrays))
             progress(sum(weights.dtype(tensor).itemsize * tensor.size for tensor in group))
-        with _os_errors():
+        with quiet_orbax():
             ocp.partial.finalize(path)
 
 
@@ -76,19 +72,6 @@ def _stored(
         return {paths[0]: cast(array, dtype or array.dtype, tensor.name)}
     kernel = quantise(array, module=tensor.path[-2], weight_format=stored, name=tensor.name)
     return dict(zip(paths, (kernel.values, kernel.scales), strict=True))
-
-
-@contextlib.contextmanager
-def _os_errors() -> Iterator[None]:
-    """Turn tensorstore's ValueError for a full or failing disk into the OSError it stands for."""
-    try:
-        with quiet_orbax():
-            yield
-    except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1]))) from None
 
 
 def _groups(weights: Weights, dtype: np.dtype | None) -> Iterator[list[Tensor]]:

@@ -39,7 +39,6 @@ def write_params(
 
     Raises:
       InputError: a tensor cannot be read or cast.
-      OSError: it cannot be written.
     """
     tensors = {tensor.name: tensor for tensor in weights.tensors}
     sizes = {

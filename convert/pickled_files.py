@@ -13,6 +13,7 @@ import numpy as np
 from duo_jax.checkpoints.safetensors_files import read_index
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.errors import InputError
+from duo_jax.files import exists
 
 SINGLE_FILE = "pytorch_model.bin"
 INDEX_FILE = "pytorch_model.bin.index.json"
@@ -26,9 +27,9 @@ class PickledFiles:
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
-        if (folder / SINGLE_FILE).exists():
+        if exists(folder / SINGLE_FILE):
             paths = [folder / SINGLE_FILE]
-        elif (folder / INDEX_FILE).exists():
+        elif exists(folder / INDEX_FILE):
             paths = read_index(folder / INDEX_FILE)
         else:
             raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")

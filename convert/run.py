@@ -1,13 +1,15 @@
-"""Convert a model folder: weights one way or the other, everything else copied as it is."""
+"""Convert a model folder: weights one way or the other, other files as they are.
+
+Which files are copied is decided in convert.other_files.
+"""
 
 import json
 import pathlib
-import shutil
 
 import numpy as np
 from tqdm import tqdm
 
-from convert import checkpoint_writer, huggingface_writer
+from convert import checkpoint_writer, huggingface_writer, other_files
 from convert.config import ConvertConfig
 from convert.pickled_files import PickledFiles
 from duo_jax.checkpoints import pretrained
@@ -18,16 +20,10 @@ from duo_jax.checkpoints.orbax_checkpoint import (
     marker_of,
 )
 from duo_jax.checkpoints.safetensors_files import has_safetensors
+from duo_jax.checkpoints.tensor_info import shortened
 from duo_jax.checkpoints.weights import HuggingFaceWeights, Weights, open_weights
 from duo_jax.errors import InputError
-from duo_jax.files import new_folder
-
-COPIED_FILES = (
-    "config.json",
-    "generation_config.json",
-    "identify.json",
-    *pretrained.TOKENIZER_FILES,
-)
+from duo_jax.files import new_folder, read_json
 
 
 def convert(config: ConvertConfig) -> None:
@@ -39,41 +35,43 @@ def convert(config: ConvertConfig) -> None:
       InputError: there is no such model, it cannot be read, or `config.dst` cannot be written.
     """
     source = pretrained.resolve(config.src, allow_pickle=config.allow_pickle)
-    weights = _open(source, allow_pickle=config.allow_pickle)
-    if weights.format != "model":
+    weight_files = _open(source, allow_pickle=config.allow_pickle)
+    if weight_files.format != "model":
         raise InputError(
-            f"{config.src} holds {weights.format} weights, which cannot be converted again: the "
-            "original values are lost; name the model that it was converted from"
+            f"{config.src} holds {weight_files.format} weights, which cannot be converted again: "
+            "the original values are lost; name the model that it was converted from"
         )
     dtype = None if config.dtype is None else np.dtype(config.dtype)
-    total = sum(weights.dtype(tensor).itemsize * tensor.size for tensor in weights.tensors)
-    try:
-        with (
-            new_folder(config.dst) as folder,
-            tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="converting") as bar,
-        ):
-            if config.to_hf:
-                huggingface_writer.write_params(
-                    folder,
-                    weights,
-                    dtype=dtype,
-                    max_shard_size=int(config.max_shard_gb * 1e9),
-                    progress=bar.update,
-                )
-            else:
-                checkpoint_writer.write_params(
-                    folder / PARAMS_FOLDER,
-                    weights,
-                    dtype=dtype,
-                    stored=config.weights,
-                    progress=bar.update,
-                )
-                marker = json.dumps(marker_of(config.weights))
-                (folder / MARKER_FILE).write_text(marker + "\n", encoding="utf-8")
-            _copy_files(source, folder, dtype)
-    except OSError as error:
-        raise InputError(f"{config.dst} cannot be written: {error.strerror or error}") from None
-    print(f"{config.dst} is complete: {len(weights.tensors)} tensors, {total / 1e9:.3g} GB read")
+    tensors = weight_files.tensors
+    total = sum(weight_files.dtype(tensor).itemsize * tensor.size for tensor in tensors)
+    with (
+        new_folder(config.dst) as folder,
+        tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="converting") as bar,
+    ):
+        if config.to_hf:
+            huggingface_writer.write_params(
+                folder,
+                weight_files,
+                dtype=dtype,
+                max_shard_size=int(config.max_shard_gb * 1e9),
+                progress=bar.update,
+            )
+        else:
+            checkpoint_writer.write_params(
+                folder / PARAMS_FOLDER,
+                weight_files,
+                dtype=dtype,
+                stored=config.weights,
+                progress=bar.update,
+            )
+            marker = json.dumps(marker_of(config.weights))
+            (folder / MARKER_FILE).write_text(marker + "\n", encoding="utf-8")
+        left_out = other_files.copy(source, folder)
+        if dtype is not None:
+            _rewrite_dtype(folder / "config.json", dtype)
+    print(f"{config.dst} is complete: {len(tensors)} tensors, {total / 1e9:.3g} GB read")
+    if left_out:
+        print(f"not copied: {shortened(left_out)}")
 
 
 def _open(folder: pathlib.Path, *, allow_pickle: bool) -> Weights:
@@ -83,17 +81,9 @@ def _open(folder: pathlib.Path, *, allow_pickle: bool) -> Weights:
     return open_weights(folder)
 
 
-def _copy_files(source: pathlib.Path, folder: pathlib.Path, dtype: np.dtype | None) -> None:
-    for name in COPIED_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-    if dtype is not None:
-        _rewrite_dtype(folder / "config.json", dtype)
-
-
 def _rewrite_dtype(path: pathlib.Path, dtype: np.dtype) -> None:
     """Make config.json name the new type: transformers loads weights in the type it names."""
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = read_json(path)
     named = [key for key in ("dtype", "torch_dtype") if key in raw]
     raw |= dict.fromkeys(named or ["dtype"], dtype.name)
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,132 @@
-"""Outputs that appear only when they are complete."""
+"""The user's files: read and written with one clear line for what cannot be.
+
+What the operating system refuses for a path that the user named (a missing file, no permission, a
+full disk, a name that is too long) becomes an InputError here. An OSError from anywhere else is a
+defect of ours, and shows a traceback. Outputs appear under their names only when they are complete.
+"""
 
 import contextlib
+import errno
+import json
 import os
 import pathlib
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from duo_jax.errors import InputError
+
+_LONGEST_SHOWN = 200  # characters of a path in a message
+# What a disk or its permissions refuse, wherever in a block of code it happens.
+_REFUSALS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+)
+# tensorstore and safetensors raise errors of their own that only quote the system's.
+_QUOTED_ERRNO = re.compile(r"os_error_code='(\d+)'|\(os error (\d+)\)")
+
+
+def exists(path: str | pathlib.Path) -> bool:
+    """Whether there is anything of this name, links followed.
+
+    Raises:
+      InputError: the system does not say, such as for a name that is too long.
+    """
+    return _mode(path) != 0
+
+
+def is_file(path: str | pathlib.Path) -> bool:
+    """Whether there is a file of this name.
+
+    Raises:
+      InputError: the system does not say, such as for a name that is too long.
+    """
+    return stat.S_ISREG(_mode(path))
+
+
+def is_folder(path: str | pathlib.Path) -> bool:
+    """Whether there is a folder of this name.
+
+    Raises:
+      InputError: the system does not say, such as for a name that is too long.
+    """
+    return stat.S_ISDIR(_mode(path))
+
+
+@contextlib.contextmanager
+def reading(path: str | pathlib.Path) -> Iterator[None]:
+    """Turn errors of a block that only reads `path` into an InputError about it.
+
+    Raises:
+      InputError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise InputError(f"{_shown(path)} is not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{_shown(path)} cannot be read: {error.strerror or error}") from None
+
+
+@contextlib.contextmanager
+def writing(path: str | pathlib.Path) -> Iterator[None]:
+    """Turn errors of a block that only writes `path` into an InputError about it.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        code = _errno(error)
+        if code is None:
+            raise
+        raise _cannot_be_written(path, code) from None
+
+
+def read_text(path: str | pathlib.Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+      InputError: it cannot be read, or is not UTF-8.
+    """
+    with reading(path):
+        return pathlib.Path(path).read_text(encoding="utf-8")
+
+
+def read_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """Read a JSON object from a UTF-8 file; every JSON file of a user is read here.
+
+    Raises:
+      InputError: the file cannot be read, is not JSON, or holds something else than an object.
+    """
+    text = read_text(path)
+    try:
+        values = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{_shown(path)} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{_shown(path)} holds no JSON object")
+    return values
+
+
+def make_folder(path: str | pathlib.Path) -> None:
+    """Make a folder and its parents, where they do not exist.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    with writing(path):
+        pathlib.Path(path).mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
@@ -19,25 +138,28 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
       replace: overwrite an existing folder; otherwise it must not exist or be empty.
 
     Raises:
-      InputError: `path` exists (and `replace` is false), or cannot be written.
+      InputError: `path` exists (and `replace` is false), or cannot be written, by the block either.
     """
     path = pathlib.Path(path)
-    if path.exists() and not path.is_dir():
+    mode = _mode(path)
+    if mode and not stat.S_ISDIR(mode):
         raise InputError(f"{path} is a file; an output folder is needed")
-    if not replace and path.is_dir() and any(path.iterdir()):
-        raise InputError(f"{path} already exists; remove it or choose another name")
-    try:
+    with writing(path):
+        if not replace and mode and any(path.iterdir()):
+            raise InputError(f"{path} already exists; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
     try:
-        yield partial
         try:
+            yield partial
+        except Exception as error:
+            code = _errno(error)
+            if code not in _REFUSALS:  # such as a file that the block expects and does not find
+                raise
+            raise _cannot_be_written(path, code) from None
+        with writing(path):
             partial.chmod(0o755)
             _take_place(partial, path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -60,13 +182,50 @@ def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
     path = pathlib.Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+        with writing(path):
+            partial.write_bytes(content)
+            partial.replace(path)
     finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def append_text(path: str | pathlib.Path, text: str) -> None:
+    """Add text to the end of a file, which is made if it does not exist.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    with writing(path), pathlib.Path(path).open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _mode(path: str | pathlib.Path) -> int:
+    """Return the mode of what is there, links followed; 0 if there is nothing."""
+    with reading(path):
+        try:
+            return os.stat(path).st_mode
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
+            return 0
+
+
+def _shown(path: str | pathlib.Path) -> str:
+    shown = str(path)
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+
+
+def _errno(error: Exception) -> int | None:
+    """Return the system's error number, where an error has one or quotes it."""
+    if isinstance(error, OSError):
+        return error.errno
+    if isinstance(error, InputError):
+        return None
+    quoted = _QUOTED_ERRNO.search(str(error))
+    return int(quoted[1] or quoted[2]) if quoted else None
+
+
+def _cannot_be_written(path: str | pathlib.Path, code: int) -> InputError:
+    return InputError(f"{_shown(path)} cannot be written: {os.strerror(code)}")
 
 
 def _take_place(partial: pathlib.Path, path: pathlib.Path) -> None:

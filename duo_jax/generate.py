@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from duo_jax import cli
+from duo_jax import cli, files
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
@@ -129,7 +129,7 @@ def _prompt(config: GenerateConfig) -> tuple[str | None, str]:
         parts.append(_read_file(pathlib.Path("-")))
     if not parts and config.load_cache is None:
         own = pretrained.resolve(config.model) / _DEMO_PROMPT
-        if not own.is_file():
+        if not files.is_file(own):
             raise InputError("there is no prompt; give --prompt or --prompt-file")
         text = _read_file(own)
         end = text[text.rfind("\n", 0, -_SHOWN) + 1 :]
@@ -142,16 +142,12 @@ def _prompt(config: GenerateConfig) -> tuple[str | None, str]:
 
 
 def _read_file(file: pathlib.Path) -> str:
-    try:
+    with files.reading(file):
         if str(file) != "-":
             return file.read_text(encoding="utf-8-sig")
         if sys.stdin is None:
             raise InputError("standard input is closed")
         return sys.stdin.read()
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _turns(prompt: str | None) -> Iterator[str]:
@@ -228,10 +224,10 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
 
 def _check_new(folder: pathlib.Path) -> None:
     """Refuse, before any work is done, a folder that could not be made afterwards."""
-    if folder.exists():
+    if files.exists(folder):
         raise InputError(f"{folder} already exists; remove it or choose another name")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
-    if not parent.is_dir():
+    parent = next(parent for parent in folder.absolute().parents if files.exists(parent))
+    if not files.is_folder(parent):
         raise InputError(f"{folder} cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{folder} cannot be written: nothing may be made in {parent}")

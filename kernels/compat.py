@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from kernels import offsets
+from kernels.errors import UnsupportedError
 from kernels.gpu import A100, NONE, Gpu
 
 load, store = triton.load, triton.store
@@ -69,11 +70,11 @@ def pallas_call(
     """Return a Pallas kernel for the Triton lowering, or for the interpreter.
 
     Raises:
-      NotImplementedError: an output is too large for its offsets.
+      UnsupportedError: an output is too large for its offsets.
     """
     reason = offsets.too_large(out_shape)
     if reason is not None:
-        raise NotImplementedError(f"{name}: {reason}")
+        raise UnsupportedError(f"{name}: {reason}")
     call = pl.pallas_call(
         kernel,
         name=name,

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from kernels import compat
+from kernels.errors import UnsupportedError
 from kernels.gpu import Gpu
 from kernels.limits import Refusal
 
@@ -30,14 +31,14 @@ def check(implementation: str) -> None:
 
     Raises:
       ValueError: there is no such implementation.
-      NotImplementedError: it cannot run on this device.
+      UnsupportedError: it cannot run on this device.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"{implementation=} is not one of {', '.join(get_args(Implementation))}")
     if implementation == "triton":
         reason = _no_kernels(compat.target_gpu())
         if reason is not None:
-            raise NotImplementedError(f"{implementation=} {reason}")
+            raise UnsupportedError(f"{implementation=} {reason}")
 
 
 def dispatch(
@@ -57,18 +58,18 @@ def dispatch(
 
     Raises:
       ValueError: there is no such implementation.
-      NotImplementedError: it cannot run here; the message says why.
+      UnsupportedError: it cannot run here; the message says why.
     """
     check(implementation)
     if implementation in ("triton", "interpret"):
         if refusal is not None:
-            raise NotImplementedError(f"{implementation=}: {refusal.reason}")
+            raise UnsupportedError(f"{implementation=}: {refusal.reason}")
         return triton(implementation == "interpret")
     if implementation == "xla" or _no_kernels(compat.target_gpu()) is not None:
         return xla()
     if refusal is not None:
         if not refusal.auto_may_use_xla:
-            raise NotImplementedError(f"{implementation=}: {refusal.reason}")
+            raise UnsupportedError(f"{implementation=}: {refusal.reason}")
         return xla()
     # Decided again when the program is lowered: it may be for another device than the default one.
     return jax.lax.platform_dependent(cuda=lambda: triton(False), default=xla)

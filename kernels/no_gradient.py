@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import jax
 
+from kernels.errors import UnsupportedError
+
 Result = TypeVar("Result")
 
 
@@ -23,7 +25,7 @@ def refuse_gradient(function: Callable[..., Result], reason: str) -> Callable[..
       reason: what is said instead, in one line.
 
     Returns:
-      The function, whose derivatives of any kind raise NotImplementedError with the reason.
+      The function, whose derivatives of any kind raise UnsupportedError with the reason.
     """
 
     @jax.custom_jvp
@@ -33,6 +35,6 @@ def refuse_gradient(function: Callable[..., Result], reason: str) -> Callable[..
     @refusing.defjvp
     def refuse(primals, tangents):
         del primals, tangents
-        raise NotImplementedError(reason)
+        raise UnsupportedError(reason)
 
     return refusing

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from kernels.errors import UnsupportedError
+
 # Offsets inside a Triton kernel are 32-bit element counts, even from 64-bit indices: beyond this
 # they wrap around silently.
 MAX_ELEMENTS = 2**31 - 1
@@ -31,7 +33,7 @@ def check_batches(call: Callable[..., Any]) -> Callable[..., Any]:
       call: a kernel.
 
     Returns:
-      The same function; under jax.vmap it may raise NotImplementedError, with the reason.
+      The same function; under jax.vmap it may raise UnsupportedError, with the reason.
     """
 
     @jax.custom_batching.custom_vmap
@@ -45,7 +47,7 @@ def check_batches(call: Callable[..., Any]) -> Callable[..., Any]:
         out = check_batches(jax.vmap(call, axes))(*arrays)  # they may be batched once more
         reason = too_large(arrays, out)
         if reason is not None:
-            raise NotImplementedError(f"under jax.vmap, {reason}")
+            raise UnsupportedError(f"under jax.vmap, {reason}")
         return out, jax.tree.map(lambda _: True, out)
 
     return checked

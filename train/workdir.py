@@ -9,7 +9,7 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -17,9 +17,7 @@ import orbax.checkpoint as ocp
 
 from duo_jax import files
 from duo_jax.checkpoints.orbax_checkpoint import quiet_orbax
-from duo_jax.cli.work_folder import (
-    claim,
-)
+from duo_jax.cli import workdir
 from duo_jax.errors import InputError
 
 
@@ -35,17 +33,20 @@ class WorkDir:
     """A work folder that belongs to exactly one configuration; made if it does not exist.
 
     Raises:
-      InputError: as `duo_jax.cli.work_folder.claim` does.
+      InputError: as `duo_jax.cli.workdir.claim` does.
     """
 
     def __init__(self, path: pathlib.Path, config: Any, *, operational: Sequence[str]) -> None:
-        claim(path, config, operational=operational)
+        workdir.claim(path, config, operational=operational)
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
-        self._checkpoints = ocp.CheckpointManager(
-            (path / "checkpoints").absolute(),
-            options=ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False),
-        )
+        with files.writing(path):
+            self._checkpoints = ocp.CheckpointManager(
+                (path / "checkpoints").absolute(),
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=2, enable_async_checkpointing=False
+                ),
+            )
 
     def restore(self, state: State) -> State:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
@@ -91,7 +92,8 @@ class WorkDir:
         count = itertools.count(2)
         while aside.exists():
             aside = self.path / f"damaged-checkpoint-{step}-{next(count)}"
-        (self._checkpoints.directory / str(step)).rename(aside)
+        with files.writing(aside):
+            (self._checkpoints.directory / str(step)).rename(aside)
         self._checkpoints.reload()
         print(
             f"the checkpoint of step {step} cannot be read ({reason}); it is now in {aside}, and "
@@ -100,18 +102,31 @@ class WorkDir:
         )
 
     def save(self, state: State) -> None:
-        """Write a checkpoint; it counts only once it is complete."""
+        """Write a checkpoint; it counts only once it is complete.
+
+        Raises:
+          InputError: it cannot be written.
+        """
         if self._checkpoints.latest_step() != int(state.step):
-            self._checkpoints.save(
-                int(state.step), args=ocp.args.StandardSave(_named_leaves(state))
-            )
+            with files.writing(self.path):
+                self._checkpoints.save(
+                    int(state.step), args=ocp.args.StandardSave(_named_leaves(state))
+                )
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append a step's metrics.
+
+        Raises:
+          InputError: they cannot be written.
+        """
+        files.append_text(self.metrics_file, json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read the metrics so far, without a last line that a kill cut short."""
         if not self.metrics_file.exists():
             return []
         read = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in files.read_text(self.metrics_file).splitlines():
             try:
                 record = json.loads(line)
             except json.JSONDecodeError:

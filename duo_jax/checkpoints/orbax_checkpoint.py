@@ -12,7 +12,6 @@ layers/0/self_attn/q_proj/kernel to layers/31/... A quantised kernel
 """
 
 import contextlib
-import json
 import logging
 import pathlib
 import sys
@@ -25,6 +24,7 @@ from duo_jax.checkpoints import tensor_info, tensor_names
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.errors import InputError
+from duo_jax.files import exists, read_json
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
@@ -144,7 +144,7 @@ def _is_not_tensorstore(record: logging.LogRecord) -> bool:
 
 def is_checkpoint(folder: pathlib.Path) -> bool:
     """Whether a folder is a converted checkpoint."""
-    return (folder / MARKER_FILE).exists()
+    return exists(folder / MARKER_FILE)
 
 
 def stored_path(tensor: Tensor) -> Path:
@@ -192,11 +192,8 @@ def flattened(tree: dict[str, Any], prefix: Path = ()) -> dict[Path, Any]:
 
 def _read_marker(path: pathlib.Path) -> StoredFormat:
     """Return how weights are stored."""
-    try:
-        marker = json.loads(path.read_text(encoding="utf-8"))
-        found = (marker["format"], marker["version"], marker.get("weights"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+    marker = read_json(path)
+    found = (marker.get("format"), marker.get("version"), marker.get("weights"))
     for stored in get_args(StoredFormat):
         expected = marker_of(stored)
         if found == (expected["format"], expected["version"], expected.get("weights")):

@@ -6,6 +6,7 @@ treat both kinds of folder alike.
 """
 
 import dataclasses
+import importlib.resources
 import os
 import pathlib
 import re
@@ -23,6 +24,7 @@ from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.checkpoints.weights import Weights, open_weights
 from duo_jax.errors import InputError
+from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
 from duo_jax.model.config import ModelConfig, read_config
 from duo_jax.model.quantised_weights import (
@@ -64,11 +66,11 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
       InputError: there is no such model, or it cannot be fetched.
     """
     path = pathlib.Path(name)
-    if str(name) and path.is_dir():  # Path("") would be the current folder
+    if str(name) and is_folder(path):  # Path("") would be the current folder
         return path
     if name == DEMO:
-        return pathlib.Path(__file__).parents[1] / "demo"
-    if path.is_file():
+        return pathlib.Path(str(importlib.resources.files("duo_jax") / "demo"))
+    if is_file(path):
         raise InputError(f"{path} is a file; a model is a folder or a hub name such as org/name")
     if not _HUB_NAME.fullmatch(str(name)):
         raise InputError(
@@ -91,9 +93,9 @@ def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
       InputError: as `resolve`.
     """
     path = pathlib.Path(name)
-    if path.is_file():
+    if is_file(path):
         return path
-    if not path.is_dir() and _HUB_NAME.fullmatch(str(name)):
+    if not is_folder(path) and _HUB_NAME.fullmatch(str(name)):
         return _download(str(name), ["config.json"])
     return resolve(name)
 
@@ -205,7 +207,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     Raises:
       InputError: there are no tokenizer files, or transformers cannot use them.
     """
-    if not any((folder / file).exists() for file in TOKENIZER_FILES):
+    if not any(exists(folder / file) for file in TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
     # Without PyTorch transformers announces that models are missing; here none is wanted of it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

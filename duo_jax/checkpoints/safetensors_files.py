@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo, shortened
 from duo_jax.errors import InputError
+from duo_jax.files import exists, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -51,7 +52,7 @@ class SafetensorsFiles:
 
 def has_safetensors(folder: pathlib.Path) -> bool:
     """Whether a folder holds safetensors weights under the names that transformers uses."""
-    return (folder / SINGLE_FILE).exists() or (folder / INDEX_FILE).exists()
+    return exists(folder / SINGLE_FILE) or exists(folder / INDEX_FILE)
 
 
 def read_index(path: pathlib.Path) -> list[pathlib.Path]:
@@ -60,17 +61,16 @@ def read_index(path: pathlib.Path) -> list[pathlib.Path]:
     Raises:
       InputError: the index cannot be read, or names something that is not a file beside it.
     """
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        outside = [name for name in names if pathlib.PurePath(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path} cannot be read as an index of weight files ({type(error).__name__}: {error})"
-        ) from None
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(name, str) for name in weight_map.values()
+    ):
+        raise InputError(f"{path} is no index of weight files: weight_map must name one per tensor")
+    names = sorted(set(weight_map.values()))
+    outside = [name for name in names if pathlib.PurePath(name).name != name]
     if outside or not names:
         raise InputError(f"{path} must name files beside it, not {outside or 'none'}")
-    missing = [name for name in names if not (path.parent / name).exists()]
+    missing = [name for name in names if not exists(path.parent / name)]
     if missing:
         raise InputError(
             f"{path.parent} lacks {shortened(missing)}, listed in {path.name}; "
@@ -80,9 +80,9 @@ def read_index(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    if (folder / SINGLE_FILE).exists():  # transformers prefers it too
+    if exists(folder / SINGLE_FILE):  # transformers prefers it too
         return [folder / SINGLE_FILE]
-    if (folder / INDEX_FILE).exists():
+    if exists(folder / INDEX_FILE):
         return read_index(folder / INDEX_FILE)
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
     if pickled:

@@ -1,4 +1,4 @@
-"""How every command of this project parses its flags and reports bad input."""
+"""Run a command: flags from a dataclass, and bad input reported in one line."""
 
 import contextlib
 import io
@@ -13,6 +13,7 @@ import jax
 import tyro
 
 from duo_jax.errors import InputError
+from kernels.errors import UnsupportedError
 
 Config = TypeVar("Config")
 
@@ -28,8 +29,9 @@ def run(
 ) -> None:
     """Parse flags into a config dataclass and run `main` on it; never returns on bad input.
 
-    Input that cannot be used prints one line, `error: ...`, and exits with code 2. Ctrl-C prints
-    one line and exits with 130.
+    Input that cannot be used, and what the kernels refuse, prints one line, `error: ...`, and exits
+    with code 2. Ctrl-C prints one line and exits with 130. Anything else is a defect of ours, and
+    shows a traceback.
 
     Args:
       main: the command.
@@ -53,27 +55,46 @@ def run(
         raise
     try:
         main(config)
-    except InputError as error:
+    except (InputError, UnsupportedError) as error:
         fail(error)
     except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_stdout()
         sys.exit(128 + signal.SIGPIPE)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         fail(InputError(f"not enough memory: {str(error).splitlines()[0]}"))
-    except OSError as error:  # a full disk, a name too long, a folder nobody may read
-        where = f"{str(error.filename)[:80]}: " if error.filename else ""
-        fail(InputError(f"{where}{error.strerror or error}"))
+    except OSError as error:
+        if not _stdout_fails():
+            raise
+        _discard_stdout()
+        fail(InputError(f"standard output cannot be written: {error.strerror}"))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-def fail(error: InputError) -> NoReturn:
-    """Report input that cannot be used, and exit."""
+def fail(error: InputError | UnsupportedError) -> NoReturn:
+    """Report in one line what cannot be used, and exit with code 2."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)
+
+
+def _stdout_fails() -> bool:
+    """Whether nothing can be printed, such as into a file on a full disk.
+
+    Prints a line end: of an error before it, nothing may be left in the buffer.
+    """
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _discard_stdout() -> None:
+    """Send the rest of our output nowhere: Python would try once more to write it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unboxed(text: str) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from duo_jax import cli
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
+from duo_jax.files import is_file, read_json
 
 Config = TypeVar("Config")
 
@@ -26,10 +26,10 @@ def load(config: Config, file: pathlib.Path, *, part: str | None = None) -> Conf
     Raises:
       InputError: the file is no JSON object, or holds what the dataclass does not take.
     """
-    if not file.is_file():
+    if not is_file(file):
         return config
+    values = read_json(file)
     try:
-        values = dict(json.loads(file.read_text(encoding="utf-8")))
         return _replace(config, values if part is None else values.get(part, {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not a valid preset: {error}") from None

@@ -94,6 +94,10 @@ class PasskeyConfig(PasskeyTemplates):
             raise InputError(f"num_lengths {self.num_lengths} must be at least 1")
 
 
+class TooShortError(InputError):
+    """The text has fewer tokens than the longest sample needs."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
     """One token sequence, and where its questions and answers are."""
@@ -115,7 +119,8 @@ class PasskeySampler:
       stream: another number gives another sequence of samples for the same seed.
 
     Raises:
-      InputError: max_length has no room for the passkeys, or the text is too short for it.
+      TooShortError: the text is too short for max_length.
+      InputError: max_length has no room for the passkeys, or the tokenizer too few words for them.
     """
 
     def __init__(
@@ -148,7 +153,7 @@ class PasskeySampler:
         shortest = min((self._encode(" " + w) for w in words), key=len)
         needed = self._longest_haystack([shortest * config.passkey_words] * config.num_passkeys)
         if self._text.size < needed:
-            raise InputError(
+            raise TooShortError(
                 f"the text has {self._text.size:,} tokens, samples of {config.max_length:,} need "
                 f"at least {needed:,}; give more with --text, or lower --max-length"
             )
@@ -268,23 +273,24 @@ def _bos(tokenizer) -> list[int]:
 def sampler_of_first(
     texts: Mapping[str, Sequence[str]], config: PasskeyConfig, tokenizer, *, seed: int, stream: int
 ) -> tuple[PasskeySampler, str]:
-    """Return samples of the first text that is long enough, and the name of that text.
+    """Return a sampler of the first text that is long enough, and the name of that text.
 
     Args:
       texts: documents by name, the preferred ones first.
-      config: as of `PasskeySampler`, like the other arguments.
+      config: what samples look like; decides how long a text must be.
       tokenizer: the model's.
       seed: decides every sample, together with the index.
       stream: another number gives other samples.
 
     Raises:
-      InputError: even the last text is too short, or max_length has no room for the passkeys.
+      TooShortError: even the last text is too short.
+      InputError: as `PasskeySampler`.
     """
     *preferred, last = texts
     for name in preferred:
         try:
             return PasskeySampler(config, tokenizer, texts[name], seed=seed, stream=stream), name
-        except InputError:
+        except TooShortError:
             continue
     return PasskeySampler(config, tokenizer, texts[last], seed=seed, stream=stream), last
 

@@ -46,16 +46,11 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
     folder = pathlib.Path(folder)
     gates_file, config_file = folder / _GATES_FILE, folder / _CONFIG_FILE
     for file in (gates_file, config_file):
-        if not file.is_file():
+        if not files.is_file(file):
             raise InputError(f"{file} does not exist; a pattern folder holds {_GATES_FILE} "
                              f"and {_CONFIG_FILE}")  # fmt: skip
-    gates = _parse_gates(_read(gates_file), gates_file)
-    try:
-        config = json.loads(_read(config_file))
-    except json.JSONDecodeError as error:
-        raise InputError(f"{config_file} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{config_file} holds no JSON object")
+    gates = _parse_gates(files.read_text(gates_file), gates_file)
+    config = files.read_json(config_file)
     missing = [key for key in _SMALLEST if key not in config]
     if missing:
         raise InputError(f"{config_file} lacks {', '.join(missing)}")
@@ -111,15 +106,6 @@ def check_fits(pattern: Pattern, *, num_layers: int, num_kv_heads: int) -> None:
             f"pattern has {layers} layers x {heads} KV heads, the model has {num_layers} x "
             f"{num_kv_heads}; was it learned on another model?"
         )
-
-
-def _read(file: pathlib.Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text") from None
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from None
 
 
 def _parse_gates(text: str, file: pathlib.Path) -> Float[np.ndarray, "layers kv_heads"]:

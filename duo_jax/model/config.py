@@ -1,11 +1,11 @@
 """The architecture of a model, read from a Hugging Face config.json (transformers 4 or 5 form)."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+from duo_jax import files
 from duo_jax.errors import InputError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -103,17 +103,11 @@ def read_config(path: str | pathlib.Path) -> ModelConfig:
       InputError: the file is missing or not JSON, or names something that is not supported.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
+    if files.is_folder(path):
         path = path / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; a model folder has a config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path} holds no JSON object; a model's settings are one")
-    return parse_config(raw)
+    if not files.exists(path):
+        raise InputError(f"{path} does not exist; a model folder has a config.json")
+    return parse_config(files.read_json(path))
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:

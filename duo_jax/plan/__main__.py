@@ -64,7 +64,7 @@ class PlanConfig:
             value = getattr(self, name)
             if value is not None and not 1 <= value < 2**31:
                 raise InputError(f"{name} {value} is not from 1 to 2^31")
-        if self.png is not None and not self.png.absolute().parent.is_dir():
+        if self.png is not None and not files.is_folder(self.png.absolute().parent):
             raise InputError(f"{self.png} cannot be written: its folder does not exist")
 
 
@@ -72,7 +72,7 @@ def run(config: PlanConfig) -> None:
     """Print the plan."""
     gpu = gpus.find(config.gpu)
     file = pretrained.resolve_config(config.model)
-    folder = file if file.is_dir() else file.parent
+    folder = file if files.is_folder(file) else file.parent
     split, _ = split_heads(read_config(file), folder, config.pattern, sparsity=config.sparsity)
     workload = Workload(
         config=split, dtype=config.dtype, batch_size=config.batch, chunk=config.chunk

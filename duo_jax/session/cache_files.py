@@ -153,13 +153,10 @@ def _difference(theirs: Any, mine: Any) -> str:
 
 def _read_marker(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / _MARKER
-    try:
-        marker = json.loads(file.read_text(encoding="utf-8"))
-        found = (marker["format"], marker["version"])
-    except FileNotFoundError:
-        raise InputError(f"{folder} is no saved cache: there is no {_MARKER} in it") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file} cannot be read ({type(error).__name__}: {error})") from None
+    if not files.exists(file):
+        raise InputError(f"{folder} is no saved cache: there is no {_MARKER} in it")
+    marker = files.read_json(file)
+    found = (marker.get("format"), marker.get("version"))
     if found != (FORMAT, VERSION):
         raise InputError(
             f"{file} says {found[0]!r}, version {found[1]!r}; this duo_jax reads {FORMAT!r}, "

@@ -1,11 +1,11 @@
 """Text to tokens: prompts, continued prompts and chats, and the tokens that end an answer."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from duo_jax import files
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 
@@ -94,12 +94,9 @@ def load_tokenization(folder: pathlib.Path) -> Tokenization:
 
 
 def _eos_tokens(file: pathlib.Path) -> list[int]:
-    if not file.is_file():
+    if not files.is_file(file):
         return []
-    try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{file} cannot be read as JSON: {error}") from None
+    found = files.read_json(file).get("eos_token_id")
     found = found if isinstance(found, list) else [found]
     if not all(token is None or type(token) is int for token in found):
         raise InputError(f"eos_token_id is {found!r} in {file}, not whole numbers")

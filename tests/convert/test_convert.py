@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 
 import jax
@@ -11,11 +12,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from convert import other_files
 from convert.__main__ import main
 from duo_jax.checkpoints import pretrained
 from duo_jax.checkpoints.orbax_checkpoint import flattened
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError
+from duo_jax.evaluate.passkeys import command as passkeys
 from tests import models
 
 needs_torch = pytest.mark.skipif(
@@ -32,7 +35,28 @@ OTHER_FILES = {
     "tokenizer.model": bytes(range(256)),
     "chat_template.jinja": b"{{ messages }}",
     "identify.json": b'{"sink": 8}',
+    "evaluate.json": b'{"passkeys": {}}',
+    "prompt.txt": b"Once upon a time",
+    "README.md": b"# A model",
+    "pattern/full_attention_heads.tsv": b"1.0\t0.0\n",
+    "pattern/config.json": b"{}",
+    "additional_chat_templates/tools.jinja": b"{{ tools }}",
+    "modelling.py": b"raise SystemExit",
 }
+NOT_COPIED = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "optimizer.pt",
+    "model.Q4_K_M.GGUF",
+    ".gitattributes",
+    ".git/HEAD",
+    ".cache/huggingface/x.lock",
+    "pattern/.DS_Store",
+    "onnx/config.json",
+    "onnx/model.onnx",
+    "checkpoint-5/trainer_state.json",
+    "checkpoint-5/global_step5/mp_rank_00_model_states.pt",
+)
 
 
 def write_random_bits(folder: pathlib.Path, raw: dict, dtype: str) -> pathlib.Path:
@@ -138,19 +162,76 @@ def test_types_may_be_mixed(tmp_path):
 def test_everything_else_is_copied_byte_for_byte(tmp_path):
     folder = models.write_hf(tmp_path / "hf", models.llama())
     (folder / "config.json").write_text(json.dumps(models.llama(), indent=7) + " \n")
-    for name, content in OTHER_FILES.items():
+    for name, content in (OTHER_FILES | dict.fromkeys(NOT_COPIED, b"x")).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    (folder / "unrelated.txt").write_text("stays")
     main([str(folder), str(tmp_path / "checkpoint")])
     main(["--to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")])
     for made, weights in (
         ("checkpoint", {"params", "duo_jax.json"}),
         ("back", {"model.safetensors"}),
     ):
-        names = {path.name for path in (tmp_path / made).iterdir()}
+        files = [path for path in (tmp_path / made).rglob("*") if path.is_file()]
+        names = {str(path.relative_to(tmp_path / made)) for path in files}
+        names = {"params" if name.startswith("params/") else name for name in names}
         assert names == {"config.json", *OTHER_FILES, *weights}
         for name in ("config.json", *OTHER_FILES):
             assert (tmp_path / made / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_odd_things_in_a_folder_are_left_out_and_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(other_files, "_LARGEST", 1000)
+    folder = models.write_hf(tmp_path / "hf", models.llama())
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deep" / "gates.tsv").write_text("1.0")
+    (folder / "data.txt").write_text("x" * 1001)
+    (folder / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / "images" / name).write_text("x" * 600)
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "model.onnx").touch()
+    (folder / "params").mkdir()
+    (folder / "params" / "mine.txt").touch()
+    (folder / "link.txt").symlink_to(folder / "data.txt")
+    (folder / "vocab.json").symlink_to(tmp_path / "elsewhere" / "deep" / "gates.tsv")
+    (folder / "circle").symlink_to(folder)
+    (folder / "dangling.json").symlink_to(folder / "nowhere")
+    (folder / "pattern").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "circle").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "pipe")
+    main([str(folder), str(tmp_path / "out")])
+    left_out = "circle, dangling.json, data.txt, images, link.txt and 2 more"
+    assert capsys.readouterr().out.splitlines()[-1] == f"not copied: {left_out}"
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert copied == {"config.json", "duo_jax.json", "params", "pattern", "vocab.json"}
+    assert not (tmp_path / "out" / "params" / "mine.txt").exists()
+    assert (tmp_path / "out" / "pattern" / "deep" / "gates.tsv").read_text() == "1.0"
+    assert not (tmp_path / "out" / "vocab.json").is_symlink()
+
+
+def test_a_destination_within_the_model_folder(tmp_path):
+    folder = models.write_hf(tmp_path / "hf", models.llama())
+    main([str(folder), str(folder / "converted")])
+    assert params_bits(folder / "converted") == params_bits(folder)
+    main(["--to-hf", str(folder), str(folder / "again")])  # "converted" holds weights
+    again = {path.name for path in (folder / "again").iterdir()}
+    assert again == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
+def test_a_converted_demo_model_evaluates_as_the_original(tmp_path, to_hf):
+    main([*to_hf, "demo", str(tmp_path / "converted")])
+    results = []
+    for model in ("demo", tmp_path / "converted"):
+        words = ["--model", str(model), "--workdir", str(tmp_path / f"run-{len(results)}")]
+        words += ["--lengths", "320", "--samples", "2", "--batch", "2"]
+        passkeys.main(words)
+        results.append(json.loads((tmp_path / f"run-{len(results)}" / "passkeys.json").read_text()))
+    original, converted = results
+    assert converted["rows"] == original["rows"]
+    assert np.mean([row["exact"] for row in original["rows"]]) > 0.8
+    for key in ("task", "sparsity", "sink", "recent", "retrieval_heads"):
+        assert converted[key] == original[key]
 
 
 @pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])

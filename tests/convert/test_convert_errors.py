@@ -205,7 +205,7 @@ CHECKPOINTS = {
     ),
     "broken marker": (
         lambda folder: (folder / "duo_jax.json").write_text("{"),
-        "duo_jax.json cannot be read",
+        "duo_jax.json is not JSON",
     ),
     "another config": (
         lambda folder: (folder / "config.json").write_text(

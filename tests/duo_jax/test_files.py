@@ -1,5 +1,6 @@
-"""Outputs that appear only when they are complete."""
+"""Outputs that appear only when they are complete, and one clear line for what cannot be."""
 
+import errno
 import os
 import pathlib
 
@@ -146,6 +147,97 @@ def test_text_that_cannot_be_written_is_one_clear_line(tmp_path):
         with pytest.raises(InputError, match="cannot be written"):
             files.write_text(path, "x")
     assert listing(tmp_path) == ["file", "folder"]
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+QUOTED = {
+    "safetensors": "Error while serializing: I/O error: No space left on device (os error 28)",
+    "tensorstore": "ENOSPC [source locations='...'] [os_error_code='28']",
+}
+
+
+@pytest.mark.parametrize(
+    "error", [FULL, *map(ValueError, QUOTED.values())], ids=["the system", *QUOTED]
+)
+def test_a_full_disk_is_one_clear_line_wherever_it_is_met(tmp_path, error):
+    message = "out cannot be written: No space left on device$"
+    with pytest.raises(InputError, match=message), files.writing(tmp_path / "out"):
+        raise error
+    with pytest.raises(InputError, match=message), files.new_folder(tmp_path / "out"):
+        raise error
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(2, "no"), ValueError("x"), InputError("x")])
+def test_an_error_of_our_own_stays_what_it_is(tmp_path, error):
+    """A file that a block expects and does not find says nothing about the folder it makes."""
+    with pytest.raises(type(error)) as raised, files.new_folder(tmp_path / "out"):
+        raise error
+    assert raised.value is error
+
+
+def test_text_is_appended_or_one_clear_line(tmp_path):
+    for text in ("a\n", "ü\n"):
+        files.append_text(tmp_path / "log", text)
+    assert (tmp_path / "log").read_text(encoding="utf-8") == "a\nü\n"
+    with pytest.raises(InputError, match="log cannot be written: Not a directory"):
+        files.append_text(tmp_path / "log" / "log", "x")
+    with pytest.raises(InputError, match="full cannot be written: No space left on device"):
+        files.append_text("/dev/full", "x")
+
+
+def test_folders_are_made_with_their_parents_or_one_clear_line(tmp_path):
+    for _ in range(2):
+        files.make_folder(tmp_path / "a" / "b")
+    assert listing(tmp_path) == ["a", "a/b"]
+    with pytest.raises(InputError, match="null/a cannot be written: Not a directory"):
+        files.make_folder("/dev/null/a")
+
+
+def test_what_is_there(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name, kinds in {
+        "file": (True, True, False),
+        "link": (True, True, False),
+        ".": (True, False, True),
+        "dangling": (False, False, False),
+        "file/below": (False, False, False),
+        "a\0b": (False, False, False),
+    }.items():
+        path = tmp_path / name
+        assert (files.exists(path), files.is_file(path), files.is_folder(path)) == kinds
+    for name in ("x" * 5000, "x" * 300):
+        with pytest.raises(InputError, match=r"^x{200}\.\.\. cannot be read: File name too long$"):
+            files.is_folder(name)
+
+
+JSON = {
+    "missing": (None, "cannot be read: No such file or directory"),
+    "not UTF-8": (b'{"a": "\xff"}', "is not UTF-8 text"),
+    "empty": (b"", "is not JSON: Expecting value"),
+    "cut": (b'{"a": ', "is not JSON: Expecting value"),
+    "too deep": (b"[" * 100_000, "is not JSON: maximum recursion depth"),
+    "a list": (b"[1]", "holds no JSON object"),
+    "null": (b"null", "holds no JSON object"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), JSON.values(), ids=JSON.keys())
+def test_json_that_cannot_be_used_is_one_line_that_names_the_file(tmp_path, content, message):
+    path = tmp_path / "settings.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        files.read_json(path)
+    assert str(error.value).startswith(f"{path} {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_json_is_read_as_utf_8(tmp_path):
+    (tmp_path / "a.json").write_bytes('{"a": ["ü", 1, null]}\n'.encode())
+    assert files.read_json(tmp_path / "a.json") == {"a": ["ü", 1, None]}
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -135,8 +135,8 @@ of its vocabulary, of one token each.
 
 Made by `python -m train.demo_model --seed {summary.seed}`: {summary.steps:,} steps, \
 {summary.seconds / 60:.0f} minutes on a CPU, from the language
-reference that comes with Python {platform.python_version()} (`pydoc_data.topics`, every tenth
-topic held out), with jax {importlib.metadata.version("jax")}. Other versions of Python carry
+reference that comes with Python {platform.python_version()} (`pydoc_data.topics`, a tenth
+of it held out), with jax {importlib.metadata.version("jax")}. Other versions of Python carry
 another text, so weights and tokenizer belong together. `identify.json` holds the settings with
 which `python -m train.identify` finds its retrieval heads, `evaluate.json` those of
 `python -m duo_jax.evaluate`. The last two stages of its training round keys and values to 4 bits,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import pathlib
 import tempfile
 import time
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from duo_jax import files
 from duo_jax.checkpoints.pretrained import load_tokenizer
+from duo_jax.cli.workdir import check as check_workdir
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.errors import InputError
 from train import workdir as work
@@ -34,8 +34,8 @@ def train_demo_model(config: DemoConfig) -> None:
       InputError: a folder cannot be used, or the training does not learn to retrieve.
     """
     path, output = pathlib.Path(config.workdir), config.folder()
-    work.check(path, config, operational=_OPERATIONAL)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    check_workdir(path, config, operational=_OPERATIONAL)
+    if files.exists(output) and (not files.is_folder(output) or any(output.iterdir())):
         raise InputError(f"{output} exists already; remove it, or choose another --output")
     training_text, held_out_text = split_held_out(load_documents([]))
     with (
@@ -93,7 +93,7 @@ def _train(config: DemoConfig, tokenizer, text: list[str], workdir: work.WorkDir
         return DocumentSource(stage, tokenizer, text, TEMPLATES, seed=config.seed)
 
     bar = tqdm(initial=int(state.step), desc="demo model", unit="step", disable=None)
-    with bar, workdir.metrics_file.open("a", encoding="utf-8") as log:
+    with bar:
         while int(state.stage) < len(config.curriculum):
             number = int(state.stage)
             stage = config.curriculum[number]
@@ -118,8 +118,7 @@ def _train(config: DemoConfig, tokenizer, text: list[str], workdir: work.WorkDir
                 values = {name: float(value) for name, value in metrics.items()}
                 record = {"step": step + 1, "stage": number + 1, **values, "checked": checked}
                 record["seconds"] = round(time.monotonic() - began, 3)
-                log.write(json.dumps(record) + "\n")
-                log.flush()
+                workdir.log(record)
                 bar.set_postfix(
                     loss=f"{values['loss']:.3f}",
                     right=f"{values['answers_right']:.3f}",

@@ -1,7 +1,6 @@
 """Scores by attention profile, sample after sample, resumed like training."""
 
 import dataclasses
-import json
 import time
 
 import jax
@@ -49,7 +48,7 @@ def profile(
     )
     first, total, durations = int(state.step), config.profile_samples, []
     bar = tqdm(total=total, initial=first, desc="identify", unit="sample", disable=None)
-    with bar, workdir.metrics_file.open("a", encoding="utf-8") as log:
+    with bar:
         for index in range(first, total):
             began = time.monotonic()
             sample = sampler.sample(index)
@@ -71,8 +70,7 @@ def profile(
             state = ProfileState(step=state.step + 1, sums=state.sums + jnp.asarray(scores))
             mean_score = float(kv_scores(model, scores).mean())
             record = {"step": index + 1, "mean_score": mean_score, "length": sample.tokens.size}
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            workdir.log(record)
             bar.update()
             if (index + 1) % config.checkpoint_every == 0:
                 workdir.save(state)

@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from duo_jax import files
 from duo_jax.checkpoints import pretrained
+from duo_jax.cli.workdir import check as check_workdir
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
@@ -52,10 +54,10 @@ def identify(config: IdentifyConfig) -> None:
             f"the tokenizer makes token {sampler.largest_token:,}, the model has "
             f"{model.vocab_size:,}; do they belong together?"
         )
-    work.check(config.folder(), config, operational=_OPERATIONAL)
+    check_workdir(config.folder(), config, operational=_OPERATIONAL)
     report_file = config.folder() / "report.md"
-    if report_file.exists():
-        print(report_file.read_text(encoding="utf-8"))
+    if files.exists(report_file):
+        print(files.read_text(report_file))
         print(f"This run was complete already; all of it is in {config.folder()}")
         return
     params = pretrained.load_params(folder, dtype=jnp.dtype(config.dtype))
@@ -98,7 +100,7 @@ def identify(config: IdentifyConfig) -> None:
         "whole_command": round(time.monotonic() - started, 1),
     }
     report.save(results, workdir.path)
-    print(report_file.read_text(encoding="utf-8"))
+    print(files.read_text(report_file))
     print(f"Pattern, pictures and report are in {workdir.path}")
 
 

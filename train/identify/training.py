@@ -1,7 +1,6 @@
 """Gates by optimisation: one sample a step, from the latest checkpoint to the last step."""
 
 import functools
-import json
 import time
 
 import jax
@@ -49,7 +48,7 @@ def train(
     first, durations = int(state.step), []
     board = summary_writer()(str(workdir.path / "tensorboard")) if config.tensorboard else None
     bar = tqdm(total=config.num_steps, initial=first, desc="identify", unit="step", disable=None)
-    with bar, workdir.metrics_file.open("a", encoding="utf-8") as log:
+    with bar:
         for index in range(first, config.num_steps):
             began = time.monotonic()
             sample = make_sample(index)
@@ -63,8 +62,7 @@ def train(
                     "float16 or bfloat16, try --dtype float32"
                 )
             record = {"step": index + 1, **values, "length": sample.tokens.size}
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+            workdir.log(record)
             if board is not None:
                 for name, value in values.items():
                     board.add_scalar(name, value, index + 1)

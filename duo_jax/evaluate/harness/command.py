@@ -65,7 +65,7 @@ class LmEvalConfig(LmEvalFlags):
         super().__post_init__()
         if self.tasks is None and self.include_path is None:
             raise InputError("name --tasks, or a folder of tasks with --include-path")
-        if self.include_path is not None and not self.include_path.is_dir():
+        if self.include_path is not None and not files.is_folder(self.include_path):
             raise InputError(f"{self.include_path} is not a folder; --include-path takes one")
         for name in ("limit", "num_fewshot", "seed"):
             value, least = getattr(self, name), int(name == "limit")
@@ -84,7 +84,7 @@ def evaluate(config: LmEvalConfig) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError('lm-evaluation-harness is not installed: pip install "duo_jax[eval]"')
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # see _BOOTSTRAPS
-    config.out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(config.out.parent)
     manager, names = _find_tasks(config)
     results = _run(config, manager, _load_tasks(config, manager, names))
     files.write_text(config.out, _to_json(results))

@@ -72,7 +72,9 @@ def evaluate(config: PasskeysConfig) -> None:
     documents = load_documents(config.text)
     split = config.load()
     lengths = config.chosen_lengths(shortest=1, longest=split.config.architecture.max_positions)
-    samplers = {length: _sampler(config, split, documents, length) for length in lengths}
+    samplers, haystacks = {}, {}
+    for length in lengths:
+        samplers[length], haystacks[length] = _sampler(config, split, documents, length)
     rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
     loaders = grid.models(config, split)
     cells = [
@@ -95,11 +97,12 @@ def evaluate(config: PasskeysConfig) -> None:
         "samples": config.samples,
         "sampled": "length",
         "lengths": lengths,
+        "haystacks": [haystacks[length] for length in lengths],
         "depths": [(i + 0.5) / _BINS for i in range(_BINS)],
         "depth_label": "depth of the passkey (tenths)",
         "scores": {"exact": "exact retrieval", "recall": "tokens right"},
         "rows": [
-            dataclasses.asdict(cell) | passkey
+            dataclasses.asdict(cell) | {"haystack": haystacks[cell.length]} | passkey
             for cell in cells
             for passkey in _by_depth(rows[cell.key])
         ],
@@ -109,14 +112,16 @@ def evaluate(config: PasskeysConfig) -> None:
 
 def _sampler(
     config: PasskeysConfig, model: DuoModel, documents: list[str], length: int
-) -> PasskeySampler:
-    """Return samples of one length: of held-out text where that is long enough."""
+) -> tuple[PasskeySampler, str]:
+    """Return a sampler for one length, and the name of the text that it draws from.
+
+    That is held-out text, or all text where the held-out part is too short for the length.
+    """
     templates = dataclasses.asdict(config.data)
     data = PasskeyConfig(**templates, min_length=1, max_length=length)
     _, held_out = split_held_out(documents)
     texts = {"held-out text": held_out, "all text": documents}
-    sampler, _ = sampler_of_first(texts, data, model.tokenizer, seed=config.seed, stream=_STREAM)
-    return sampler
+    return sampler_of_first(texts, data, model.tokenizer, seed=config.seed, stream=_STREAM)
 
 
 def _measure(

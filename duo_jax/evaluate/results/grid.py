@@ -19,6 +19,7 @@ from tqdm import tqdm
 from duo_jax.api import DuoModel
 from duo_jax.cli import presets
 from duo_jax.cli.model_flags import ModelFlags
+from duo_jax.data.documents import split_held_out
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.choose import NO_PATTERN
@@ -176,8 +177,9 @@ def fill(
 
 
 def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
-    """Return all that rows depend on: the flags, and what files hold."""
-    text = hashlib.sha256("\0".join(documents).encode("utf-8", "replace"))
+    """Return all that rows depend on: the flags, what files hold, and which text is held out."""
+    split = itertools.chain.from_iterable(split_held_out(documents))
+    text = hashlib.sha256("\0".join(split).encode("utf-8", "replace"))
     return dataclasses.asdict(flags) | {
         "weights_digest": model.runtime.weights_digest,
         "text_digest": text.hexdigest(),

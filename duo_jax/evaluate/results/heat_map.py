@@ -33,7 +33,8 @@ def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
       result: `settings.describe`, "task", "seed", "samples" per "sampled" (a word), "lengths",
         "depths" and "rows", each with caches, length, depth, the scores "exact" and "recall", and
         cache_bytes; also what the scores are called ("scores") and the depths ("depth_label"),
-        where that differs from needles.
+        where that differs from needles, and the name of the text that each length was read from
+        ("haystacks"), where there are several.
     """
     table = to_markdown(result)
     files.write_text(folder / f"{name}.json", to_json(result))
@@ -58,6 +59,8 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"| {_mean(rows, 'exact'):.1%} | {_mean(rows, 'recall'):.1%} "
             f"| {np.nanmin(cells):.1%} | {max(row['cache_bytes'] for row in rows) / 1e6:,.2f} |"
         )
+    if "haystacks" in result:
+        lines += ["", f"Haystack: {_haystacks(result)}."]
     return "\n".join(lines)
 
 
@@ -87,7 +90,8 @@ def png(result: dict[str, Any]) -> bytes:
     FigureCanvasAgg(figure)
     figure.suptitle(
         f"{result['model']}, {result['task']}, texts per {result['sampled']}: {result['samples']}, "
-        f"seed {result['seed']}\n{settings.in_words(result)}",
+        f"seed {result['seed']}\n{settings.in_words(result)}"
+        + (f"\nhaystack: {_haystacks(result)}" if "haystacks" in result else ""),
         fontsize=10,
     )
     axes = figure.subplots(len(_SCORES), len(measured), squeeze=False)
@@ -146,6 +150,20 @@ def _label(result: Mapping[str, Any], caches: str) -> str:
     if caches != grid.DUO:
         return _NAMES[caches]
     return f"{_NAMES[caches]}, {result['sparsity']:.0%} streaming"
+
+
+def _haystacks(result: Mapping[str, Any]) -> str:
+    """Return which lengths were read from which text."""
+    lengths: dict[str, list[int]] = {}
+    for length, name in zip(result["lengths"], result["haystacks"], strict=True):
+        lengths.setdefault(name, []).append(length)
+    return "; ".join(
+        f"{name}, {_range(found[0], found[-1])} tokens" for name, found in lengths.items()
+    )
+
+
+def _range(first: int, last: int) -> str:
+    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def _tokens(count: int) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from duo_jax import files
-from duo_jax.cli import work_folder
+from duo_jax.cli import workdir
 from duo_jax.errors import InputError
 
 _FILE = "rows.jsonl"
@@ -38,7 +38,7 @@ class Rows:
     def __init__(
         self, folder: pathlib.Path, config: Any, *, operational: Sequence[str] = ()
     ) -> None:
-        work_folder.claim(folder, config, operational=operational)
+        workdir.claim(folder, config, operational=operational)
         self._file = folder / _FILE
         self._rows = _read(self._file)
 
@@ -63,21 +63,22 @@ class Rows:
         """Append a row; it is read back as JSON holds it (tuples become lists).
 
         Raises:
+          InputError: it cannot be written.
           ValueError: there is a row of this key, or the row holds nan or infinity.
         """
         if key in self._rows:
             raise ValueError(f"{key=} has been added already")
         line = json.dumps({"key": key, "row": row}, allow_nan=False)
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        files.append_text(self._file, line + "\n")
         self._rows[key] = json.loads(line)["row"]
 
 
 def _read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Read the rows; a last line that a kill cut short is removed from the file."""
-    if not file.exists():
+    if not files.exists(file):
         return {}
-    text = file.read_bytes()
+    with files.reading(file):
+        text = file.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
     if whole != text:
         files.write_bytes(file, whole)

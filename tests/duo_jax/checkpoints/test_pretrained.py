@@ -219,7 +219,7 @@ BROKEN = {
     "not safetensors": (break_file(SINGLE, b"{" * 999), "model.safetensors is not a complete"),
     "git-lfs": (break_file(SINGLE, b"version https://git-lfs.github.com/spec/v1"), "git lfs pull"),
     "no config": (break_file("config.json", None), "config.json does not exist"),
-    "broken config": (break_file("config.json", b"{"), "config.json cannot be read as JSON"),
+    "broken config": (break_file("config.json", b"{"), "config.json is not JSON"),
     "another family": (
         break_file("config.json", b'{"model_type": "gpt2"}'),
         "model type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3",
@@ -239,7 +239,7 @@ BROKEN_SHARDS = {
     "missing shard": (break_file(SHARDS[1], None), f"lacks {SHARDS[1]}, listed in {INDEX}"),
     "empty shard": (break_file(SHARDS[0], b""), f"{SHARDS[0]} is not a complete safetensors file"),
     "cut shard": (break_file(SHARDS[1], 20_000), f"{SHARDS[1]} is not a complete safetensors"),
-    "broken index": (break_file(INDEX, b"{}"), f"{INDEX} cannot be read as an index"),
+    "broken index": (break_file(INDEX, b"{}"), f"{INDEX} is no index of weight files"),
     "index to elsewhere": (
         break_file(INDEX, b'{"weight_map": {"a": "../model.safetensors"}}'),
         "must name files beside it, not .'../model.safetensors'.",

@@ -90,20 +90,52 @@ def test_characters_are_capped_over_all_sources(tmp_path, monkeypatch):
     assert load_documents([*sources, late]) == ["abcd", "abcd", "ab"]
 
 
-def test_held_out_documents_are_every_tenth():
-    documents = [str(i) for i in range(25)]
+def characters(documents: list[str]) -> int:
+    return sum(map(len, documents))
+
+
+def test_held_out_text_is_a_tenth_of_the_characters():
+    documents = load_documents(())
     training, held_out = split_held_out(documents)
-    assert held_out == ["9", "19"]
-    assert sorted(training + held_out) == sorted(documents)
+    assert 0.1 <= characters(held_out) / characters(documents) < 0.11
+    assert characters(training) + characters(held_out) == characters(documents)
     assert split_held_out(documents) == (training, held_out)
+    # At most one document is cut, into two parts that start where a paragraph does.
+    cut = [document for document in documents if document not in training + held_out]
+    assert len(cut) <= 1
+    for document in cut:
+        (start,), (end,) = (
+            [part for part in parts if part not in documents] for parts in (training, held_out)
+        )
+        assert start + end == document
+        assert start.endswith("\n\n")
 
 
-@pytest.mark.parametrize("count", [1, 9])
-def test_of_few_documents_the_last_tenth_is_held_out(count):
-    documents = [str(i) * 100 for i in range(count)]
-    (training,), (held_out,) = split_held_out(documents)
-    assert training + held_out == "\n\n".join(documents)
-    assert len(held_out) == pytest.approx(len(training) / 9, abs=1)
+def test_every_tenth_document_is_held_out_first():
+    """All that was held out when the demo model was trained."""
+    documents = load_documents(())
+    training, held_out = split_held_out(documents)
+    assert set(documents[9::10]) <= set(held_out)
+    assert not set(documents[9::10]) & set(training)
+
+
+HELD_OUT = {
+    "every tenth is a tenth": ([f"{i:02d}" for i in range(30)], ["09", "19", "29"]),
+    "then every ninth": (["a" * 4] * 8 + ["b", "c"], ["aa", "b", "c"]),
+    "the last of a few": (["a" * 100, "b" * 100, "c" * 10], ["b" * 11, "c" * 10]),
+    "from a word on": (["a" * 90 + " " + "b" * 11], ["b" * 11]),
+    "from a line on": (["word " * 100 + "\n" + "end " * 15], ["end " * 15]),
+    "from a paragraph on": (["word " * 100 + "\n\n" + "end\n" * 15], ["end\n" * 15]),
+    "no words": (["a" * 100], ["a" * 10]),
+    "next to nothing": (["ab"], ["b"]),
+}
+
+
+@pytest.mark.parametrize(("documents", "held_out"), HELD_OUT.values(), ids=HELD_OUT.keys())
+def test_what_is_held_out(documents, held_out):
+    training, found = split_held_out(documents)
+    assert found == held_out
+    assert characters(training) + characters(found) == characters(documents)
 
 
 PACKED = zstandard.ZstdCompressor().compress(json_lines() * 2000)

@@ -10,7 +10,14 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax.data.documents import load_documents
-from duo_jax.data.passkeys import NATO, ORDINALS, PasskeyConfig, PasskeySampler
+from duo_jax.data.passkeys import (
+    NATO,
+    ORDINALS,
+    PasskeyConfig,
+    PasskeySampler,
+    TooShortError,
+    sampler_of_first,
+)
 from duo_jax.errors import InputError
 from tests import models
 
@@ -364,6 +371,28 @@ def test_where_only_some_samples_have_room_none_is_wrong(make, coarse_tokenizer)
 def test_text_too_short_names_the_two_ways_out(make):
     with pytest.raises(InputError, match=r"the text has \d+ tokens.*--text, or lower --max-length"):
         make(text=["Too short a text for that."])
+
+
+def test_the_first_text_that_is_long_enough_is_taken_and_named(tokenizer):
+    texts = {"short": ["Too short."], "long": load_documents(())[:12], "longer": load_documents(())}
+    sampler, name = sampler_of_first(texts, SMALL, tokenizer, seed=0, stream=2)
+    assert name == "long"
+    expected = PasskeySampler(SMALL, tokenizer, texts["long"], seed=0, stream=2)
+    assert same(sampler.sample(3), expected.sample(3))
+    with pytest.raises(TooShortError):
+        sampler_of_first({"a": [], "b": ["Too short."]}, SMALL, tokenizer, seed=0, stream=2)
+
+
+def test_only_a_text_that_is_too_short_is_passed_over(tokenizer):
+    """Another error would be the same for every text, or hide what is wrong with the first."""
+
+    class Broken(list):
+        def __iter__(self):
+            raise InputError("the first text cannot be read")
+
+    texts = {"broken": Broken(), "long": load_documents(())[:12]}
+    with pytest.raises(InputError, match="the first text cannot be read"):
+        sampler_of_first(texts, SMALL, tokenizer, seed=0, stream=2)
 
 
 def test_text_just_long_enough_serves_every_sample(make, coarse_tokenizer):

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import duo_jax
 from duo_jax.data.documents import load_documents, split_held_out
@@ -39,7 +40,10 @@ def test_rows_are_those_of_served_retrieval(folder, tmp_path, capsys):
     assert len(result["rows"]) == 2 * 2 * 3 * 3  # caches, lengths, texts, passkeys
     assert result["kv"] == "int8"
     assert (tmp_path / "a" / "passkeys.png").read_bytes().startswith(b"\x89PNG")
-    assert "| full caches |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| full caches |" in printed
+    assert "Haystack: held-out text, 256 to 400 tokens." in printed
+    assert {row["haystack"] for row in result["rows"]} == {"held-out text"}
     model = duo_jax.load(folder, kv="int8")
     data = PasskeyConfig(num_passkeys=3, passkey_words=4, min_length=1, max_length=256)
     _, held_out = split_held_out(load_documents(()))
@@ -68,6 +72,25 @@ def test_the_demo_finds_its_passkeys_and_not_while_streaming(tmp_path):
 
     assert exact("--sparsity", "0.5") > 0.85
     assert exact("--sparsity", "1") < 0.2
+
+
+def test_each_length_says_which_text_it_was_read_from(folder, tmp_path, capsys, monkeypatch):
+    """The held-out tenth is long enough for the shorter length only."""
+    text = tmp_path / "text.txt"
+    text.write_text("passkeys hidden in it\n" * 250)
+    titles = []
+    draw = Figure.suptitle
+    monkeypatch.setattr(
+        Figure, "suptitle", lambda self, t, **more: titles.append(t) or draw(self, t, **more)
+    )
+    result = run(folder, tmp_path / "a", "--text", str(text), "--no-full", "--samples", "1")
+    haystacks = {row["length"]: row["haystack"] for row in result["rows"]}
+    assert haystacks == {256: "held-out text", 400: "all text"}
+    assert result["haystacks"] == list(haystacks.values())
+    words = "held-out text, 256 tokens; all text, 400 tokens"
+    assert f"Haystack: {words}." in capsys.readouterr().out
+    assert f"Haystack: {words}." in (tmp_path / "a" / "passkeys.md").read_text()
+    assert words in titles[0]
 
 
 def test_a_second_start_measures_nothing(folder, tmp_path, monkeypatch):

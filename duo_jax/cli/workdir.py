@@ -24,20 +24,20 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
     Raises:
       InputError: the folder cannot be written, or holds a run of another configuration.
     """
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
+    existing = next(p for p in (path, *path.absolute().parents) if files.exists(p))
+    if not files.is_folder(existing) or not os.access(existing, os.W_OK):
         raise InputError(f"workdir {path} cannot be written")
     file = path / _CONFIG_FILE
-    if not file.exists():
-        # A kill may have left our own temporary file.
-        if path.exists() and any(not p.name.startswith(".config") for p in path.iterdir()):
+    if not files.exists(file):
+        with files.reading(path):
+            # A kill may have left our own temporary file.
+            others = existing == path and any(
+                not other.name.startswith(".config") for other in path.iterdir()
+            )
+        if others:
             raise InputError(f"workdir {path} holds other files; choose an empty or new folder")
         return
-    try:
-        theirs = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file} cannot be read: {error}") from None
-    before, after = _flat(theirs), _flat(_as_json(config))
+    before, after = _flat(files.read_json(file)), _flat(_as_json(config))
     changed = [
         f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())
@@ -57,10 +57,7 @@ def claim(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
       InputError: as `check` does, or the folder cannot be made.
     """
     check(path, config, operational=operational)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"workdir {path} cannot be written: {error.strerror}") from None
+    files.make_folder(path)
     files.write_text(path / _CONFIG_FILE, json.dumps(_as_json(config), indent=2) + "\n")
 
 

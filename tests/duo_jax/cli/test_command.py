@@ -1,0 +1,115 @@
+"""What becomes of a command's errors: one line for what it refuses, a traceback for a defect."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kernels
+from duo_jax import cli
+from duo_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """Flags of a command."""
+
+    number: int = 1
+    """A number."""
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise InputError("number must not be negative")
+
+
+def run(main, *args: str) -> None:
+    cli.run(main, Flags, prog="python -m test", description="A test.", args=args)
+
+
+def error_line(capsys, main, *args: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        run(main, *args)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    return line
+
+
+def test_flags_reach_the_command():
+    seen = []
+    run(seen.append, "--number", "3")
+    assert seen == [Flags(number=3)]
+
+
+def refuse(_: Flags) -> None:
+    raise InputError("two\nlines")
+
+
+def too_large_for_a_kernel(_: Flags) -> None:
+    """Trace attention over more elements than a kernel can address."""
+    outs = jax.ShapeDtypeStruct((2, 2**21, 8, 128), jnp.bfloat16)
+    lses = jax.ShapeDtypeStruct((2, 2**21, 8), jnp.float32)
+    jax.eval_shape(lambda *x: kernels.merge_lse(*x, implementation="interpret"), outs, lses)
+
+
+def gpu_wanted(_: Flags) -> None:
+    kernels.merge_lse(jnp.ones((2, 1, 1, 16)), jnp.ones((2, 1, 1)), implementation="triton")
+
+
+@pytest.mark.parametrize(
+    ("main", "args", "message"),
+    [
+        (refuse, [], "two lines"),
+        (refuse, ["--number", "-1"], "number must not be negative"),
+        (refuse, ["--numer", "1"], "(see python -m test --help)"),
+        (too_large_for_a_kernel, [], "4,294,967,296 elements; offsets inside a kernel end at"),
+        (gpu_wanted, [], "implementation='triton' needs an NVIDIA GPU"),
+    ],
+)
+def test_refusals_are_one_line_and_exit_code_2(capsys, main, args, message):
+    line = error_line(capsys, main, *args)
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(2, "No such file or directory", "ours.txt"),
+        NotImplementedError("a lowering rule that jax lacks"),
+        ValueError("a bug"),
+        KeyError("a bug"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_defect_of_ours_is_no_mistake_of_the_user(capsys, error):
+    def main(_: Flags) -> None:
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        run(main)
+    assert raised.value is error
+    assert capsys.readouterr().err == ""
+
+
+PRINTS = """
+from duo_jax import cli
+from tests.duo_jax.cli.test_command import Flags
+cli.run(lambda _: print("x" * 100_000), Flags, prog="test", description="A test.", args=[])
+"""
+
+
+def test_output_that_cannot_be_written_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line == "error: standard output cannot be written: No space left on device"
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
