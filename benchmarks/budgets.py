@@ -1,17 +1,14 @@
 """Compile whole programs of published models for one A100-80G, and tell what memory they need.
 
 Nothing is executed and no GPU is needed (kernels.aot); the compiler lays out all buffers, so the
-peak is that of the program. Every program gets a process of its own: some compilers abort.
+peak is that of the program.
 """
 
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +24,7 @@ from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.reports import machine
 from duo_jax.serve import ahead_of_time as compiled
 from kernels import aot
+from kernels.aot_process import Compiler
 from train.distillation import Batch, Mixing
 from train.optimisation import StepConfig, init_state, train_step
 
@@ -170,16 +168,14 @@ class BudgetConfig:
 
 def measure(config: BudgetConfig) -> None:
     """Compile one program and print its bytes, or all and write them."""
-    if config.program is not None:
-        program = PROGRAMS[config.program]
-        if config.layers is not None:
-            program = SERVING[config.program].of_layers(slice(*config.layers))
-        print(json.dumps(needs(program())))
-        return
-    programs = {}
-    for name in PROGRAMS:
-        programs[name] = in_own_process(name)
-        print(f"{name}: {programs[name]['peak'] / 1e9:.2f} GB", flush=True)
+    with Compiler() as compiler:
+        if config.program is not None:
+            print(json.dumps(compiler.call(compile_program, config.program, config.layers)))
+            return
+        programs = {}
+        for name in PROGRAMS:
+            programs[name] = compiler.call(compile_program, name)
+            print(f"{name}: {programs[name]['peak'] / 1e9:.2f} GB", flush=True)
     result = {
         "command": machine.command("benchmarks.budgets"),
         "jax": jax.__version__,
@@ -194,26 +190,11 @@ def measure(config: BudgetConfig) -> None:
     files.write_text(config.out / "budgets.md", to_markdown(result) + "\n")
 
 
-def in_own_process(name: str, *flags: str) -> dict[str, int]:
-    """Compile a program in a new process; return what `needs` says of it.
-
-    Args:
-      name: of the program.
-      *flags: more of the command line's.
-
-    Raises:
-      RuntimeError: it does not compile; with the end of what the compiler printed.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.budgets", "--program", name, *flags],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{name} does not compile:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def compile_program(name: str, layers: Sequence[int] | None = None) -> dict[str, int]:
+    """Return what `needs` says of a program; of `layers` (first and end) only, if given."""
+    if layers is None:
+        return needs(PROGRAMS[name]())
+    return needs(SERVING[name].of_layers(slice(*layers))())
 
 
 def needs(program: jax.stages.Compiled) -> dict[str, int]:

@@ -9,11 +9,9 @@ is counted. Nothing is executed. It needs what kernels.aot needs: jax's CUDA plu
 
 import dataclasses
 import json
-import os
 import pathlib
 import re
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,14 +21,14 @@ import jax
 from tqdm import tqdm
 
 from benchmarks.compile import report as compiled_report
-from benchmarks.compile import roofline
+from benchmarks.compile import roofline, worker
 from duo_jax import cli, files
 from duo_jax.errors import InputError
 from duo_jax.reports import machine
 from kernels import aot, compat
 from kernels.all_cases import CASES
+from kernels.aot_process import Compiler, CompilerError
 
-_ROOT = pathlib.Path(__file__).parents[1]
 RESULT = pathlib.Path("benchmarks/results/compiled.json")
 DOCUMENT = pathlib.Path("docs/kernels.md")
 
@@ -87,46 +85,21 @@ def main(config: CompiledConfig) -> None:
 
 
 def compile_all(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, Any]]:
-    """Yield a row per case; a case that ends its process gets a row that says so."""
-    left = list(jobs)
-    while left:
-        for row in _worker(tuple(left), target):
-            yield row | {"real_size": CASES[row["op"]][row["case"]].compile_only}
-            left.pop(0)
-
-
-def _worker(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, Any]]:
-    """Compile in a new process, up to the first case that ends it: XLA may abort."""
-    with tempfile.TemporaryDirectory() as scratch:
-        dump, log, todo = (pathlib.Path(scratch) / name for name in ("dump", "stderr", "todo"))
-        dump.mkdir()
-        todo.write_text("".join(json.dumps(job) + "\n" for job in jobs), encoding="utf-8")
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",  # a GPU at hand may be another one
-            "TF_CPP_MIN_LOG_LEVEL": "2",
-            "XLA_FLAGS": compat.ptx_dump_flags(str(dump)),
-        }
-        done = 0
-        with (
-            log.open("w") as stderr,
-            todo.open() as stdin,
-            subprocess.Popen(
-                _command(target, dump), cwd=_ROOT, env=environment, text=True,
-                stdin=stdin, stdout=subprocess.PIPE, stderr=stderr,
-            ) as process,
-        ):  # fmt: skip
-            for line in process.stdout:
-                yield json.loads(line)
-                done += 1
-        if done < len(jobs):
-            op, case = jobs[done]
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            error = f"the process ended with code {process.returncode}: {(said or ['silent'])[-1]}"
-            yield {"op": op, "case": case, "target": target, "error": error, "kernels": []}
-
-
-def _command(target: aot.Target, dump: pathlib.Path) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.compile.worker", target, str(dump)]
+    """Yield a row per case; a case that ends the compiler's process gets a row that says so."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Compiler(xla_flags=compat.ptx_dump_flags(folder)) as compiler,
+    ):
+        for op, case in jobs:
+            try:
+                row = compiler.call(worker.compile_case, op, case, target, folder)
+            except CompilerError as error:
+                end, *_, last = str(error).split("\n")
+                row = {"error": end if end == last else f"{end} ... {last}", "kernels": []}
+            yield {
+                "op": op, "case": case, "target": target, **row,
+                "real_size": CASES[op][case].compile_only,
+            }  # fmt: skip
 
 
 def _ptxas_version() -> str:

@@ -4,6 +4,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +21,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
 
 import jax
 import pytest
+
+if TYPE_CHECKING:
+    from kernels.aot_process import Compiler
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -57,3 +61,16 @@ def gpu_compiler() -> None:
     reason = aot.unavailable()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def compiler(gpu_compiler: None) -> Iterator["Compiler"]:
+    """Compile for GPUs in a process that all tests share; skip where nothing can be compiled.
+
+    Without the flags above: kernels that are not optimised do spill.
+    """
+    from kernels.aot_process import Compiler
+
+    del gpu_compiler
+    with Compiler() as shared:
+        yield shared

@@ -1,17 +1,8 @@
-"""Compiles cases for one GPU, one after the other; benchmarks.compiled runs it as a process.
-
-    python -m benchmarks.compile.worker TARGET FOLDER < cases
-
-XLA_FLAGS must dump into FOLDER. Every line of the input names a case as JSON [op, name]; for each
-of them a line of JSON goes out. A bad configuration can abort the process: then the next line is
-missing.
-"""
+"""One case compiled for one GPU and described; a job of kernels.aot_process."""
 
 import dataclasses
-import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,25 +17,22 @@ _NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 _OURS = "duo_"
 
 
-def main(target: aot.Target, folder: pathlib.Path) -> None:
-    """Compile the cases that stand on stdin."""
-    limit = occupancy.limits(target)
-    for line in sys.stdin:
-        op, name = json.loads(line)
-        row = compile_case(CASES[op][name], target, limit, folder)
-        print(json.dumps({"op": op, "case": name, "target": target, **row}), flush=True)
-
-
-def compile_case(
-    case: Case, target: aot.Target, limit: occupancy.Limits, folder: pathlib.Path
-) -> dict[str, Any]:
-    """Compile one case and describe its kernels.
+def compile_case(op: str, name: str, target: aot.Target, dump: str) -> dict[str, Any]:
+    """Compile one case and describe its kernels, as JSON holds them.
 
     A case that spills is compiled again with spilling allowed, so that its row has numbers too.
+
+    Args:
+      op: of kernels.all_cases.
+      name: of the case.
+      target: the GPU.
+      dump: the folder into which XLA_FLAGS of this process dump.
     """
+    case, folder = CASES[op][name], pathlib.Path(dump)
     error = _compile(case, target, _NO_SPILLS, folder)
     if error is not None and "spill" in error:
         _compile(case, target, {}, folder)
+    limit = occupancy.limits(target)
     return {"error": error, "kernels": list(_kernels(case, limit, folder))}
 
 
@@ -104,7 +92,3 @@ def block_sizes(sizes: Any, kernel: str) -> dict[str, int]:
     if hasattr(sizes, "forward"):
         sizes = sizes.backward if kernel.endswith(("_dq", "_dkv", "_dsink")) else sizes.forward
     return dataclasses.asdict(sizes)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], pathlib.Path(sys.argv[2]))

@@ -1,14 +1,6 @@
-"""Compiles cases for one GPU, in a process of its own: some bad tile sizes abort the compiler.
-
-python -m tests.kernels.compile_worker TARGET NAME...
-
-Every name is one of `all_names`. Prints one JSON list per case: its name, and null or the
-compiler's complaint.
-"""
+"""Cases that kernels must compile for, and what the compiler has against one of them."""
 
 import itertools
-import json
-import sys
 
 from kernels import aot
 from kernels.all_cases import CASES
@@ -61,8 +53,14 @@ def hopeless() -> dict[str, tuple[Case, Config]]:
     }
 
 
-def complaint(target: aot.Target, case: Case, block_sizes=None) -> str | None:
+def all_cases() -> dict[str, tuple[Case, Config | None]]:
+    """Return all cases and the tile sizes to compile them with; None: the op's own."""
+    return {name: (case, None) for name, case in {**named_cases(), **grid()}.items()} | hopeless()
+
+
+def complaint(target: aot.Target, name: str) -> str | None:
     """Return what the compiler has against a case; None if it is compiled without spilling."""
+    case, block_sizes = all_cases()[name]
 
     def run(*arguments):
         return case.run(*arguments, implementation="triton", block_sizes=block_sizes)
@@ -72,15 +70,3 @@ def complaint(target: aot.Target, case: Case, block_sizes=None) -> str | None:
     except Exception as error:  # whatever it is, it is this case's result
         return " ".join(str(error).split())[-500:]
     return None
-
-
-def main(target: aot.Target, names: list[str]) -> None:
-    """Compile the named cases one after the other."""
-    cases = {name: (case, None) for name, case in {**named_cases(), **grid()}.items()}
-    cases |= hopeless()
-    for name in names:
-        print(json.dumps([name, complaint(target, *cases[name])]), flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])

@@ -1,7 +1,6 @@
 """The planner's estimates against what the compiler lays out for an A100."""
 
 import json
-import os
 import pathlib
 import re
 import shutil
@@ -128,9 +127,7 @@ def test_where_nothing_can_be_compiled_verify_says_why(folder, monkeypatch, caps
     (plugin / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: jax-cuda12-plugin\nVersion: 0.0.1"
     )
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
-    )
+    monkeypatch.syspath_prepend(folder)
     with pytest.raises(SystemExit) as exit_:
         command.main(["--model", str(folder), "--pattern", "none", "--kv", "int8", "--verify"])
     error = capsys.readouterr().err
