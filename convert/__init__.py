@@ -1,1 +1,4 @@
-"""Hugging Face weights in and out, without torch."""
+"""Hugging Face weights in and out, without torch.
+
+Part of duo_jax.
+"""

@@ -2,12 +2,15 @@
 
 import importlib.metadata
 
-from duo_jax.api import DuoModel, load
-from duo_jax.errors import InputError
-from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern
-from duo_jax.heads.split import DuoConfig
-from duo_jax.serve.sampling import SamplingConfig
-from duo_jax.session.conversation import Conversation
+from duo_jax.errors import InputError, check_packages
+
+check_packages()  # before the imports that another package named `kernels` would break
+
+from duo_jax.api import DuoModel, load  # noqa: E402
+from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern  # noqa: E402
+from duo_jax.heads.split import DuoConfig  # noqa: E402
+from duo_jax.serve.sampling import SamplingConfig  # noqa: E402
+from duo_jax.session.conversation import Conversation  # noqa: E402
 
 __all__ = [
     "Conversation",

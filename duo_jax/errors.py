@@ -1,4 +1,8 @@
-"""The one exception for input that cannot be used."""
+"""Errors with a line for the user: input that cannot be used, an environment that cannot work."""
+
+import importlib.metadata
+import importlib.util
+import pathlib
 
 
 class InputError(ValueError):
@@ -7,3 +11,65 @@ class InputError(ValueError):
     The message is one line for the person who gave it: what was wrong, and what is accepted.
     Command lines print it and exit with code 2; anything else is a defect and shows a traceback.
     """
+
+
+# Files of ours that hold this mark: those that Python imports first, and those of the same path in
+# Hugging Face's package `kernels`. Whichever package is installed last overwrites them.
+_MARK = "Part of duo_jax."
+_MARKED = {
+    "kernels": ("__init__.py", "compat.py"),
+    "train": ("__init__.py",),
+    "convert": ("__init__.py",),
+}
+_INSTALLED = {"site-packages", "dist-packages"}  # folders that pip installs into
+
+
+def check_packages() -> None:
+    """Refuse an environment where another package has taken the place of one of ours.
+
+    Our packages `kernels`, `train` and `convert` have names that others use too. Checks what lies
+    beside duo_jax, and what Python finds under these names. A `train` or `convert` found anywhere
+    but where pip installs packages is accepted: people have a train.py beside their scripts, and
+    duo_jax imports neither of the two.
+
+    Raises:
+      ImportError: names the package, its path and the ways out, in one line.
+    """
+    for name, files in _MARKED.items():
+        folders = [pathlib.Path(__file__).parents[1] / name]
+        found = _found(name)
+        if found is not None and (name == "kernels" or _INSTALLED & set(found.parts)):
+            folders.append(found)
+        for folder in folders:
+            for file in files:
+                _check(name, folder, file)
+
+
+def _found(name: str) -> pathlib.Path | None:
+    """Return the folder, or the file, that Python imports under a name, without importing it."""
+    spec = importlib.util.find_spec(name)
+    if spec is None:
+        return None
+    if spec.submodule_search_locations:
+        return pathlib.Path(next(iter(spec.submodule_search_locations)))
+    return pathlib.Path(spec.origin) if spec.origin else None
+
+
+def _check(name: str, found: pathlib.Path, file: str) -> None:
+    """Refuse a file without our mark; `found` is the package's folder, or a module's one file."""
+    try:
+        text = (found if found.is_file() else found / file).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if not found.exists():  # not installed, or imported from an archive
+            return
+        text = ""
+    if _MARK not in text:
+        installed = importlib.metadata.packages_distributions().get(name, [])
+        others = [other for other in installed if other != "duo_jax"]
+        raise ImportError(
+            f"another package named {name!r} ({', '.join(others) or 'not installed by pip'}) is at "
+            f"{found}, where duo_jax needs its own: give duo_jax an environment of its own (python "
+            "-m venv), or remove that package and reinstall duo_jax",
+            name=name,
+            path=str(found),
+        )

@@ -1,4 +1,7 @@
-"""The operations DuoAttention needs: masks and attention. Knows nothing of models."""
+"""The operations DuoAttention needs: masks and attention. Knows nothing of models.
+
+Part of duo_jax.
+"""
 
 from kernels.decode import decode
 from kernels.dispatch import Implementation

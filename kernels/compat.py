@@ -3,6 +3,8 @@
 Pallas has two lowerings for GPUs. Only the Triton one has matrix instructions on A100 (sm_80); it
 is chosen by its compiler parameters, since a bare pallas_call means Mosaic on jax 0.10 and Triton
 from 0.11 on. Works with jax 0.10.2, 0.11.2 and 0.12.0.
+
+Part of duo_jax.
 """
 
 import functools

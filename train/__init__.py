@@ -1,1 +1,4 @@
-"""Learning which KV heads are retrieval heads."""
+"""Learning which KV heads are retrieval heads.
+
+Part of duo_jax.
+"""
