@@ -111,7 +111,7 @@ def measure(config: AblationsConfig) -> dict[str, Any]:
     preset = dataclasses.asdict(lab.preset)
     return {
         "command": machine.command("benchmarks.ablations"),
-        "settings": machine.plain(config),
+        "settings": machine.to_json(config),
         **environment,
         "model": config.model,
         "layers": lab.model.num_layers,

@@ -109,7 +109,7 @@ def measure(config: QuantisedConfig) -> dict[str, Any]:
         rows.append(dataclasses.asdict(setting) | numbers(found, None if setting.full else base))
     return {
         "command": machine.command("benchmarks.quantised"),
-        "settings": machine.plain(config),
+        "settings": machine.to_json(config),
         **environment,
         "model": pretrained.DEMO,
         "dtype": str(model.runtime.dtype),

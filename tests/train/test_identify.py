@@ -1,6 +1,7 @@
 """The whole command: outputs, resuming, presets, and input that cannot be used."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -49,6 +50,15 @@ def test_writes_pattern_pictures_metrics_and_report(finished):
     metrics = [json.loads(row) for row in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == list(range(1, 25))
     np.testing.assert_allclose(metrics[-1]["mean_gate"], pattern.gates.mean(), rtol=1e-6)
+
+
+def test_pictures_are_drawn_without_pyplot(finished, tmp_path, monkeypatch):
+    """Importing train in a notebook must not take its plots away."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now fails
+    plots = importlib.reload(importlib.import_module("train.identify.plots"))
+    plots.save_gates(load_pattern(finished / "pattern"), tmp_path / "gates.png", title="tiny")
+    with Image.open(tmp_path / "gates.png") as image:
+        assert min(image.size) > 300
 
 
 def test_report_counts_what_it_claims(finished):

@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
+from duo_jax.reports import markdown
 from train.demo_model.config import PRESET, TEMPLATES
 from train.retrieval_test import RetrievalTest
 
@@ -100,13 +101,11 @@ def _cases(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 def to_markdown(results: list[Retrieval]) -> str:
     """Write the table that the command prints and the model card shows."""
-    depths = " | ".join(f"{10 * i}-{10 * i + 10}%" for i in range(10))
-    lines = [
-        f"| length | passkeys per text | tested | full attention | all streaming | {depths} |",
-        "|" + "---|" * 15,
+    columns = ["length", "passkeys per text", "tested", "full attention", "all streaming"]
+    depths = [f"{10 * i}-{10 * i + 10}%" for i in range(10)]
+    rows = [
+        [f"{r.length:,}", r.per_sample, r.passkeys, f"{r.full:.1%}", f"{r.streaming:.1%}"]
+        + ["-" if np.isnan(x) else f"{x:.1%}" for x in r.by_depth]
+        for r in results
     ]
-    for r in results:
-        cells = " | ".join("-" if np.isnan(x) else f"{x:.1%}" for x in r.by_depth)
-        shape = f"{r.length:,} | {r.per_sample} | {r.passkeys}"
-        lines.append(f"| {shape} | {r.full:.1%} | {r.streaming:.1%} | {cells} |")
-    return "\n".join(lines)
+    return markdown.table(columns + depths, rows)

@@ -1,14 +1,10 @@
 """What a pattern is worth: retrieval with it and without, beside random patterns."""
 
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 from tqdm import tqdm
@@ -17,6 +13,7 @@ from duo_jax import files
 from duo_jax.heads.pattern import Pattern, choose_retrieval_heads
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
+from duo_jax.reports import machine, markdown
 from train.retrieval_test import RetrievalTest
 
 
@@ -59,7 +56,7 @@ def make(
             "above_half_per_layer": (gates > 0.5).sum(axis=1).tolist(),
         },
         "retrieval": [],
-        "environment": _environment(),
+        "environment": machine.environment(),
         "config": config,
     }
     if test is not None:
@@ -99,7 +96,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     ]
     if report["retrieval"]:
         samples = report["samples"]
-        rows = [("heads", "streaming", "retrieval heads", "KV kept", "exact retrieval")]
+        columns = ("heads", "streaming", "retrieval heads", "KV kept", "exact retrieval")
+        rows = []
         for r in report["retrieval"]:
             spread = ""
             if r["runs"] > 1:
@@ -118,14 +116,16 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"{samples['passkeys']} passkeys of {config['data']['passkey_words']} words; "
             f"haystack: {samples['haystack']}.",
             "",
-            *_table(rows),
+            markdown.table(columns, rows, aligned=True),
             "",
             "Exact retrieval: every token of the passkey right, as greedy decoding would write it. "
             "KV kept: bytes of",
             "both caches at this length, against full caches for all heads.",
             "",
         ]
-    environment = ", ".join(f"{k} {v}" for k, v in report["environment"].items())
+    environment = ", ".join(
+        f"{k} {v}" for k, v in report["environment"].items() if k != "load_before"
+    )
     seconds = report.get("seconds", {})
     for key, what in (("per_training_step", "training step"), ("per_sample", "sample")):
         if seconds.get(key):
@@ -186,22 +186,3 @@ def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_s
                 }
             )
     return rows
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
-
-
-def _environment() -> dict[str, str]:
-    device = jax.devices()[0]
-    return {
-        "device": f"{device.device_kind} ({os.cpu_count()} host cores)",
-        "jax": jax.__version__,
-        "flax": importlib.metadata.version("flax"),
-        "python": platform.python_version(),
-    }
