@@ -50,7 +50,7 @@ def batch(index: int = 0, *, length: int = 48) -> Batch:
 
 @functools.cache
 def compiled(config: StepConfig):
-    step = functools.partial(train_step, model=MODEL, config=config)
+    step = functools.partial(train_step, architecture=MODEL, step=config)
     return jax.jit(step, compiler_options=QUICK_COMPILE)
 
 

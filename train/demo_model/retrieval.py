@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.reports import markdown
-from train.demo_model.config import PRESET, TEMPLATES
+from train.demo_model.presets import PRESET, TEMPLATES
 from train.retrieval_test import RetrievalTest
 
 _PASSKEY_WORDS = 8
@@ -42,9 +43,9 @@ class Retrieval:
 
 
 def test(
-    model: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
-    tokenizer,
+    tokenizer: Any,
     training_text: list[str],
     held_out_text: list[str],
     *,
@@ -65,10 +66,10 @@ def test(
         samples = RetrievalTest(
             data, tokenizer, training_text, held_out_text, num_samples=num_samples, seed=seed
         )
-        shape = (model.num_layers, model.num_kv_heads)
+        shape = (architecture.num_layers, architecture.num_kv_heads)
         full, streaming = (
             samples.accuracy(
-                model, params, heads, sink_size=PRESET["sink"], recent_size=PRESET["recent"]
+                architecture, params, heads, sink_size=PRESET["sink"], recent_size=PRESET["recent"]
             )
             for heads in (np.ones(shape, bool), np.zeros(shape, bool))
         )

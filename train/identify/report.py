@@ -1,4 +1,4 @@
-"""What a pattern is worth: retrieval with it and without, beside random patterns."""
+"""The report of an identification: retrieval with the pattern, without it, and with random ones."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ from train.retrieval_test import RetrievalTest
 def make(
     *,
     config: dict[str, Any],
-    model: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     pattern: Pattern,
     test: RetrievalTest | None,
@@ -30,8 +30,8 @@ def make(
     """Measure a pattern.
 
     Args:
-      config: the run's settings, repeated in the report.
-      model: the model.
+      config: the run's flags, repeated in the report.
+      architecture: the model.
       params: its parameters.
       pattern: the gates (or scores) and the streaming sizes they were found with.
       test: held-out samples; None leaves the retrieval table empty.
@@ -42,11 +42,11 @@ def make(
     report = {
         "model": {
             "name": config["model"],
-            "family": model.family,
-            "layers": model.num_layers,
-            "kv_heads": model.num_kv_heads,
-            "q_heads": model.num_q_heads,
-            "head_dim": model.head_dim,
+            "family": architecture.family,
+            "layers": architecture.num_layers,
+            "kv_heads": architecture.num_kv_heads,
+            "q_heads": architecture.num_q_heads,
+            "head_dim": architecture.head_dim,
         },
         "gates": {
             "mean": float(gates.mean()),
@@ -68,7 +68,7 @@ def make(
         }
         name = "profiled" if config["method"] == "profile" else "learned"
         report["retrieval"] = _retrieval(
-            name, model, params, pattern, test, sparsities, random_seeds
+            name, architecture, params, pattern, test, sparsities, random_seeds
         )
     return report
 
@@ -144,7 +144,16 @@ def _how(config: dict[str, Any]) -> str:
     return f"{objective}{config['num_steps']} steps, mixing {config['mixing']}"
 
 
-def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_seeds):
+def _retrieval(
+    name: str,
+    architecture: ModelConfig,
+    params: llama.Params,
+    pattern: Pattern,
+    test: RetrievalTest,
+    sparsities: Sequence[float],
+    random_seeds: int,
+) -> list[dict[str, Any]]:
+    """Test the pattern and its rivals; return a row for each."""
     shape = pattern.gates.shape
     trials: list[tuple[str, float, list[Bool[np.ndarray, "layers kv_heads"]]]] = [
         ("all retrieval (the model itself)", 0.0, [np.ones(shape, bool)])
@@ -167,7 +176,7 @@ def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_s
         for heads_of, sparsity, masks in trials:
             scores = []
             for heads in masks:
-                scores.append(float(test.accuracy(model, params, heads, **sizes).mean()))
+                scores.append(float(test.accuracy(architecture, params, heads, **sizes).mean()))
                 bar.update()
             kept = int(masks[0].sum())
             streaming_share = min(1.0, (pattern.sink_size + pattern.recent_size) / test.length)
