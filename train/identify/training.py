@@ -31,18 +31,7 @@ def train(
     Raises:
       InputError: the loss is not finite.
     """
-    step = StepConfig(
-        num_steps=flags.num_steps,
-        learning_rate=flags.learning_rate,
-        reg_weight=flags.reg_weight,
-        target_sparsity=flags.target_sparsity,
-        sink_size=flags.sink,
-        recent_size=flags.recent,
-        mixing=flags.mixing,
-        tail_size=min(sampler.longest_tail(), flags.data.max_length),
-        objective="cross_entropy" if flags.method == "lm" else "distillation",
-        implementation=flags.implementation,
-    )
+    step = step_config(flags, tail_size=min(sampler.longest_tail(), flags.data.max_length))
     update = jax.jit(functools.partial(train_step, architecture=architecture, step=step))
     make_sample = sampler.plain_text if flags.method == "lm" else sampler.sample
     board = summary_writer()(str(workdir.path / "tensorboard")) if flags.tensorboard else None
@@ -77,6 +66,27 @@ def train(
         shown=("loss", "mean_gate"),
     )
     return np.asarray(state.gates), seconds
+
+
+def step_config(flags: IdentifyConfig, *, tail_size: int) -> StepConfig:
+    """Return what a training step is compiled for.
+
+    Args:
+      flags: the command's.
+      tail_size: positions that distillation compares.
+    """
+    return StepConfig(
+        num_steps=flags.num_steps,
+        learning_rate=flags.learning_rate,
+        reg_weight=flags.reg_weight,
+        target_sparsity=flags.target_sparsity,
+        sink_size=flags.sink,
+        recent_size=flags.recent,
+        mixing=flags.mixing,
+        tail_size=tail_size,
+        objective="cross_entropy" if flags.method == "lm" else "distillation",
+        implementation=flags.implementation,
+    )
 
 
 def summary_writer() -> Any:
