@@ -40,7 +40,7 @@ from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.reports import machine
 from train.identify import IdentifyConfig, default_config, profile, training
-from train.identify.config import Method
+from train.identify.flags import Method
 from train.retrieval_test import RetrievalTest
 from train.workdir import WorkDir
 
@@ -111,7 +111,7 @@ def measure(config: AblationsConfig) -> dict[str, Any]:
     preset = dataclasses.asdict(lab.preset)
     return {
         "command": machine.command("benchmarks.ablations"),
-        "settings": machine.plain(config),
+        "settings": machine.to_json(config),
         **environment,
         "model": config.model,
         "layers": lab.model.num_layers,

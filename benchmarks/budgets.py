@@ -52,7 +52,7 @@ def identification(length: int, mixing: Mixing = "teacher") -> jax.stages.Compil
     batch = jax.eval_shape(
         lambda: Batch(tokens=jnp.zeros((1, length), jnp.int32), tail_start=row, total_length=row)
     )
-    function = functools.partial(train_step, model=LLAMA_3_8B.model, config=step)
+    function = functools.partial(train_step, architecture=LLAMA_3_8B.model, step=step)
     return aot.compile_for("a100", function, state, params, batch)
 
 

@@ -146,7 +146,7 @@ def _measure(config: BenchmarkConfig, model: ModelConfig, params, length: int) -
         total_length=jnp.array([length]),
     )
     forward = jax.jit(lambda params, tokens: llama.hidden_states(model, params, tokens)[0])
-    step = jax.jit(functools.partial(train_step, model=model, config=step_config))
+    step = jax.jit(functools.partial(train_step, architecture=model, step=step_config))
     state = init_state(model, step_config)
     calls = {
         "forward_s": lambda: forward(params, batch.tokens),

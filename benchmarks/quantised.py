@@ -31,7 +31,7 @@ from duo_jax.evaluate.passkeys.retrieval import Retrieved
 from duo_jax.heads.choose import DEFAULT_SPARSITY, NO_PATTERN
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.reports import machine
-from train.demo_model.config import TEMPLATES
+from train.demo_model.presets import TEMPLATES
 from train.retrieval_test import RetrievalTest
 
 
@@ -109,7 +109,7 @@ def measure(config: QuantisedConfig) -> dict[str, Any]:
         rows.append(dataclasses.asdict(setting) | numbers(found, None if setting.full else base))
     return {
         "command": machine.command("benchmarks.quantised"),
-        "settings": machine.plain(config),
+        "settings": machine.to_json(config),
         **environment,
         "model": pretrained.DEMO,
         "dtype": str(model.runtime.dtype),

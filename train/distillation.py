@@ -5,21 +5,20 @@ output of the final norm in float32, at the positions of the questions and answe
 
     distillation = mean over supervised tokens, mean over channels of (H_teacher - H_student)^2
 
-The penalty on the gates that is added to it belongs to the optimiser (`train.optimisation`).
+The whole loss, with the penalty on the gates, is in `train.loss`.
 
-mixing="teacher" (as the reference code): the student's full term is the teacher's attention output,
-a constant. The teacher runs first, without gradient, and leaves its attention outputs behind
-([layers, batch, length, q_heads, head_dim]); the student then needs streaming attention only.
+mixing="teacher" (as in the reference code): the student's full term is the teacher's attention
+output, a constant. The teacher runs first, without gradient, and reports its attention outputs,
+[layers, batch, length, q_heads, head_dim]; the student then computes streaming attention only.
 mixing="self" (the paper's formula): both terms come from the student's own queries, keys, values.
 """
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
@@ -42,7 +41,7 @@ class Batch:
 
 def distillation_loss(
     gates: Float[Array, "layers kv_heads"],
-    config: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     batch: Batch,
     *,
@@ -59,7 +58,7 @@ def distillation_loss(
 
     Args:
       gates: one per layer and KV head, in [0, 1], float32.
-      config: the model.
+      architecture: the model.
       params: its frozen parameters.
       batch: the samples.
       sink_size: sinks of the streaming term.
@@ -69,14 +68,14 @@ def distillation_loss(
       implementation: of attention, see kernels.dispatch.
     """
 
-    def final(x):
+    def final(x: Float[Array, "batch length embed"]) -> Float[Array, "batch tail embed"]:
         tail = tail_of(x, batch, tail_size)
         wide = tail.astype(accumulator(tail.dtype))
-        return llama.final_norm(config, params, wide)
+        return llama.final_norm(architecture, params, wide)
 
     teacher, student = teacher_and_student(
         gates,
-        config,
+        architecture,
         params,
         batch,
         sink_size=sink_size,
@@ -93,7 +92,7 @@ def distillation_loss(
 
 def teacher_and_student(
     gates: Float[Array, "layers kv_heads"],
-    config: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     batch: Batch,
     *,
@@ -102,17 +101,19 @@ def teacher_and_student(
     mixing: Mixing,
     implementation: Implementation,
 ) -> tuple[Float[Array, "batch length embed"], Float[Array, "batch length embed"]]:
-    """Return both residual streams after the last layer; arguments as of `distillation_loss`.
+    """Return both residual streams after the last layer; arguments as in `distillation_loss`.
 
-    The teacher's has no gradient. Whoever does not use it does not pay for it with mixing="self"
-    (a compiler drops it); with mixing="teacher" the student needs the teacher's attention.
+    The teacher's has no gradient. With mixing="self" a teacher that nobody uses costs nothing, as
+    the compiler drops it; with mixing="teacher" the student needs the teacher's attention.
     """
-    options = {"implementation": implementation}
-    sizes = {"sink_size": sink_size, "recent_size": recent_size} | options
+    mixed = gated.teacher_mixed_attention if mixing == "teacher" else gated.self_mixed_attention
+    full = gated.teacher_attention(implementation=implementation)
 
-    def run(attend, layer_inputs, *, remat):
+    def run(
+        attend: llama.Attend, layer_inputs: PyTree, *, remat: bool
+    ) -> tuple[Float[Array, "batch length embed"], PyTree]:
         return llama.hidden_states(
-            config,
+            architecture,
             params,
             batch.tokens,
             attend=attend,
@@ -121,21 +122,17 @@ def teacher_and_student(
             remat=remat,
         )
 
-    plain = gated.teacher if mixing == "teacher" else llama.attend_full
     with jax.named_scope("teacher"):
-        teacher, full = jax.lax.stop_gradient(
-            run(functools.partial(plain, **options), None, remat=False)
-        )
+        teacher, outputs = jax.lax.stop_gradient(run(full, None, remat=False))
     with jax.named_scope("student"):
-        if mixing == "teacher":
-            student, _ = run(gated.teacher_mixed(**sizes), (gates, full), remat=True)
-        else:
-            student, _ = run(gated.self_mixed(**sizes), gates, remat=True)
+        attend = mixed(sink_size=sink_size, recent_size=recent_size, implementation=implementation)
+        layer_inputs = (gates, outputs) if mixing == "teacher" else gates
+        student, _ = run(attend, layer_inputs, remat=True)
     return teacher, student
 
 
 def tail_positions(batch: Batch, tail_size: int) -> Int[Array, "batch tail"]:
-    """Return which positions `tail_of` cuts out: the tail's, or earlier ones at the very end."""
+    """Return the positions that `tail_of` cuts out; near the end they begin before the tail."""
     start = jnp.minimum(batch.tail_start, batch.tokens.shape[1] - tail_size)
     return start[:, None] + jnp.arange(tail_size)[None, :]
 

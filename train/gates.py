@@ -2,12 +2,12 @@
 
     attention[head] = gate * full_attention[head] + (1 - gate) * streaming_attention[head]
 
-(DuoAttention, section 2.2). The gate of a KV head acts on all query heads that read it. During
-identification the full term may come from another stream, the teacher; see `train.distillation`.
+(DuoAttention, section 2.2). The gate of a KV head acts on all query heads that read it. The full
+term is the layer's own, or that of another stream, the teacher (`train.distillation`).
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from duo_jax.model import llama
 from kernels import Implementation, full_attention, streaming_attention
@@ -27,7 +27,7 @@ def mix(
     return mixed.astype(full.dtype)
 
 
-def self_mixed(
+def self_mixed_attention(
     *, sink_size: int, recent_size: int, implementation: Implementation = "auto"
 ) -> llama.Attend:
     """Return an attention that mixes both terms from the layer's own queries, keys and values.
@@ -36,24 +36,44 @@ def self_mixed(
     attention of a deployed pattern.
     """
 
-    def attend(q, k, v, gates):
-        options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-        full = full_attention(q, k, v, **options)
+    def attend(
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        layer_input: Float[Array, " kv_heads"],
+    ) -> tuple[Float[Array, "batch length q_heads head_dim"], None]:
+        softmax_scale = q.shape[-1] ** -0.5
+        full = full_attention(q, k, v, softmax_scale=softmax_scale, implementation=implementation)
         streaming, _ = streaming_attention(
-            q, k, v, sink_size=sink_size, recent_size=recent_size, **options
+            q,
+            k,
+            v,
+            sink_size=sink_size,
+            recent_size=recent_size,
+            softmax_scale=softmax_scale,
+            implementation=implementation,
         )
-        return mix(gates, full, streaming), None
+        return mix(layer_input, full, streaming), None
 
     return attend
 
 
-def teacher(q, k, v, layer_input, *, implementation: Implementation = "auto"):
-    """Attend causally and report the output, for `teacher_mixed` to use."""
-    out, _ = llama.attend_full(q, k, v, layer_input, implementation=implementation)
-    return out, out
+def teacher_attention(*, implementation: Implementation = "auto") -> llama.Attend:
+    """Return full attention that reports its output, for `teacher_mixed_attention` to use."""
+
+    def attend(
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        layer_input: PyTree,
+    ) -> tuple[Float[Array, "batch length q_heads head_dim"], Array]:
+        out, _ = llama.attend_full(q, k, v, layer_input, implementation=implementation)
+        return out, out
+
+    return attend
 
 
-def teacher_mixed(
+def teacher_mixed_attention(
     *, sink_size: int, recent_size: int, implementation: Implementation = "auto"
 ) -> llama.Attend:
     """Return an attention whose full term is the teacher's output of the same layer.
@@ -62,7 +82,14 @@ def teacher_mixed(
     Only streaming attention is computed, so nothing quadratic is differentiated.
     """
 
-    def attend(q, k, v, layer_input):
+    def attend(
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        layer_input: tuple[
+            Float[Array, " kv_heads"], Float[Array, "batch length q_heads head_dim"]
+        ],
+    ) -> tuple[Float[Array, "batch length q_heads head_dim"], None]:
         gates, full = layer_input
         streaming, _ = streaming_attention(
             q,

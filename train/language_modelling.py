@@ -4,14 +4,14 @@ The student, with gate-mixed attention, predicts the next token of ordinary text
 
     cross_entropy = mean over tokens 1, 2, ... of -log p_student(token | tokens before it)
 
-There are no passkeys in it, and few tokens of a text need to be looked up far back, so it says
-little about which heads can (DuoAttention, section 3.5). Mixing and penalty are those of
-distillation (`train.distillation`, `train.optimisation`).
+The text has no passkeys, and few of its tokens depend on something far back, so this loss says
+little about which heads can retrieve (DuoAttention, section 3.5). Mixing and penalty are those of
+distillation (`train.distillation`, `train.loss`).
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
@@ -19,13 +19,13 @@ from kernels import Implementation
 from kernels.precision import accumulator
 from train.distillation import Batch, Mixing, teacher_and_student
 
-# Positions whose logits exist at the same time: 0.26 GB for a vocabulary of 128,000.
+# Positions whose logits exist at the same time: 0.26 GB in float32 for a vocabulary of 128,000.
 _BLOCK = 512
 
 
 def language_modelling_loss(
     gates: Float[Array, "layers kv_heads"],
-    config: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     batch: Batch,
     *,
@@ -36,12 +36,12 @@ def language_modelling_loss(
 ) -> Float[Array, ""]:
     """Return the student's mean cross entropy over the real tokens, in nats.
 
-    Differentiable in `gates`; arguments as of train.distillation.distillation_loss. Of the batch,
-    `tail_start` is not read: all tokens but the first are predicted.
+    Differentiable in `gates`; arguments as in train.distillation.distillation_loss. All tokens but
+    the first are predicted: `batch.tail_start` is not read.
     """
     _, x = teacher_and_student(
         gates,
-        config,
+        architecture,
         params,
         batch,
         sink_size=sink_size,
@@ -52,8 +52,12 @@ def language_modelling_loss(
     predicted = jnp.arange(1, batch.tokens.shape[1])[None] < batch.total_length[:, None]
 
     @jax.checkpoint
-    def block_loss(x, targets, weights):
-        logits = llama.logits(config, params, x)
+    def block_loss(
+        x: Float[Array, "batch block embed"],
+        targets: Int[Array, "batch block"],
+        weights: Bool[Array, "batch block"],
+    ) -> Float[Array, ""]:
+        logits = llama.logits(architecture, params, x)
         log_p = jax.nn.log_softmax(logits.astype(accumulator(logits.dtype)), axis=-1)
         log_p = jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
         return -jnp.sum(log_p * weights.astype(log_p.dtype))

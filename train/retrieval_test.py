@@ -1,18 +1,19 @@
 """Exact passkey retrieval under a pattern, on samples that training never saw.
 
-A passkey counts when every one of its tokens is the model's most likely next token given the true
-ones before it; that is the case exactly when greedy decoding would write the whole passkey.
-Every KV head runs as retrieval or streaming head by mask: the same numbers that a split cache gives.
-"""  # noqa: E501
+A passkey counts when each of its tokens is the model's most likely next token after the true ones
+before it, which is the case exactly when greedy decoding would write the whole passkey. Masks make
+every KV head a retrieval or a streaming head; a split cache gives the same numbers.
+"""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from duo_jax.data.passkeys import PasskeyConfig, sampler_of_first
+from duo_jax.data.passkeys import PasskeyConfig, Sample, sampler_of_first
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from kernels import Implementation
@@ -23,16 +24,25 @@ _TOKENS_PER_BATCH = 4096
 
 
 class RetrievalTest:
-    """A fixed set of held-out samples of the longest length.
+    """A fixed set of samples of the longest length.
 
-    The haystacks are held-out text; where that is too short for the length, training text is used
+    Passkeys are hidden in held-out text, or in training text where the held-out part is too short
     (`haystack` says which). The passkeys are new in either case.
+
+    Args:
+      data: passkeys, templates and length.
+      tokenizer: the model's, as transformers loads it.
+      training_text: documents that identification reads.
+      held_out_text: documents that it does not read.
+      num_samples: how many samples.
+      seed: decides every sample, together with its index.
+      implementation: of attention, see kernels.dispatch.
     """
 
     def __init__(
         self,
-        config: PasskeyConfig,
-        tokenizer,
+        data: PasskeyConfig,
+        tokenizer: Any,
         training_text: list[str],
         held_out_text: list[str],
         *,
@@ -45,15 +55,15 @@ class RetrievalTest:
             "held-out text": held_out_text,
             "training text (the held-out part is shorter than the length)": training_text,
         }
-        sampler, self.haystack = sampler_of_first(texts, config, tokenizer, seed=seed, stream=1)
-        self.samples = [sampler.sample(i, length=config.max_length) for i in range(num_samples)]
+        sampler, self.haystack = sampler_of_first(texts, data, tokenizer, seed=seed, stream=1)
+        self.samples = [sampler.sample(i, length=data.max_length) for i in range(num_samples)]
         self.length = max(s.tokens.size for s in self.samples)
         self._tail_size = max(s.tokens.size - s.tail_start for s in self.samples)
         self._rows = max(1, min(num_samples, _TOKENS_PER_BATCH // self.length))
 
     def accuracy(
         self,
-        model: ModelConfig,
+        architecture: ModelConfig,
         params: llama.Params,
         heads: Bool[np.ndarray, "layers kv_heads"],
         *,
@@ -71,7 +81,7 @@ class RetrievalTest:
                     params,
                     gates,
                     batch,
-                    model=model,
+                    architecture=architecture,
                     sink_size=sink_size,
                     recent_size=recent_size,
                     tail_size=self._tail_size,
@@ -88,7 +98,7 @@ class RetrievalTest:
                 )
         return np.array(right, np.float64)
 
-    def _batch(self, rows) -> Batch:
+    def _batch(self, rows: list[Sample]) -> Batch:
         rows = rows + rows[:1] * (self._rows - len(rows))
         tokens = [np.pad(s.tokens, (0, self.length - s.tokens.size)) for s in rows]
         return Batch(
@@ -99,28 +109,29 @@ class RetrievalTest:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "sink_size", "recent_size", "tail_size", "implementation")
+    jax.jit,
+    static_argnames=("architecture", "sink_size", "recent_size", "tail_size", "implementation"),
 )
 def _predict_tail(
-    params,
+    params: llama.Params,
     gates: Float[Array, "layers kv_heads"],
     batch: Batch,
     *,
-    model: ModelConfig,
+    architecture: ModelConfig,
     sink_size: int,
     recent_size: int,
     tail_size: int,
     implementation: Implementation,
 ) -> Int[Array, "batch tail"]:
-    attend = gated.self_mixed(
+    attend = gated.self_mixed_attention(
         sink_size=sink_size, recent_size=recent_size, implementation=implementation
     )
     x, _ = llama.hidden_states(
-        model,
+        architecture,
         params,
         batch.tokens,
         attend=attend,
         layer_inputs=gates,
         total_length=jnp.max(batch.total_length),
     )
-    return jnp.argmax(llama.logits(model, params, tail_of(x, batch, tail_size)), axis=-1)
+    return jnp.argmax(llama.logits(architecture, params, tail_of(x, batch, tail_size)), axis=-1)

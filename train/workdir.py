@@ -1,4 +1,4 @@
-"""The work folder of a long run: its config, metrics and checkpoints, and how a run resumes.
+"""The work folder of a long run: its settings, metrics and checkpoints.
 
 A step's result depends only on the state before it and on the step's number, and a checkpoint
 holds the whole state, so a killed run that is started again ends with the same bits.
@@ -22,22 +22,27 @@ from duo_jax.errors import InputError
 
 
 @runtime_checkable
-class _HasStep(Protocol):
-    step: Any
+class HasStep(Protocol):
+    """A pytree that counts the steps it has seen."""
+
+    @property
+    def step(self) -> Any:
+        """Steps that are done, an integer scalar."""
+        ...
 
 
-State = TypeVar("State", bound=_HasStep)
+State = TypeVar("State", bound=HasStep)
 
 
 class WorkDir:
-    """A work folder that belongs to exactly one configuration; made if it does not exist.
+    """A work folder that belongs to exactly one run's settings; made if it does not exist.
 
     Raises:
       InputError: as `duo_jax.cli.workdir.claim` does.
     """
 
-    def __init__(self, path: pathlib.Path, config: Any, *, operational: Sequence[str]) -> None:
-        workdir.claim(path, config, operational=operational)
+    def __init__(self, path: pathlib.Path, settings: Any, *, operational: Sequence[str]) -> None:
+        workdir.claim(path, settings, operational=operational)
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         with files.writing(path):
@@ -101,7 +106,7 @@ class WorkDir:
             file=sys.stderr,
         )
 
-    def save(self, state: State) -> None:
+    def save(self, state: HasStep) -> None:
         """Write a checkpoint; it counts only once it is complete.
 
         Raises:

@@ -46,7 +46,7 @@ def measure(
                     rows.append(row)
     return {
         "command": machine.command(module),
-        "settings": machine.plain(config),
+        "settings": machine.to_json(config),
         **environment,
         **{name: measured() for name, measured in extra.items()},
         "rival_versions": versions,

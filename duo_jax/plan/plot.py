@@ -1,17 +1,15 @@
 """Memory against context, for all settings of a plan."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from duo_jax.plan.gpus import PlannedGpu
 from duo_jax.plan.rows import Row
+from duo_jax.reports import figures
 
 _COLOURS = {
     "model": "tab:red",
@@ -30,10 +28,10 @@ def png(rows: Sequence[Row], gpu: PlannedGpu, *, title: str) -> bytes:
     """Draw a panel for full caches and one for split ones; return the file's bytes."""
     rows = [row for row in rows if row.estimate is not None]
     panels = sorted({row.setting.duo for row in rows})
-    figure = Figure(figsize=(1.5 + 5.5 * len(panels), 5.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure, (axes,) = figures.new_figure(
+        1.5 + 5.5 * len(panels), 5.6, ncols=len(panels), sharey=True, squeeze=False
+    )
     figure.suptitle(title, fontsize=11)
-    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     last = max(row.longest or _FIRST for row in rows)
     contexts = np.unique(np.geomspace(_FIRST, 2 * max(last, 2 * _FIRST), _POINTS).astype(int))
     for panel, duo in zip(axes, panels, strict=True):
@@ -57,9 +55,7 @@ def png(rows: Sequence[Row], gpu: PlannedGpu, *, title: str) -> bytes:
         panel.grid(alpha=0.3)
     axes[0].set_ylabel("peak memory (GB)")
     figure.legend(handles=_legend(rows), loc="outside right center", fontsize=9, frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=100, format="png")
-    return file.getvalue()
+    return figures.png(figure)
 
 
 def _draw(panel: Any, row: Row, contexts: np.ndarray) -> None:

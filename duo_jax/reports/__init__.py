@@ -1,1 +1,1 @@
-"""What every result and report shares."""
+"""Tables, figures, errors of means and the machine's description, for every result and report."""

@@ -26,7 +26,8 @@ def new_figure(width: float, height: float, **subplots: Any) -> tuple[Figure, An
 def png(figure: Figure, *, dpi: int = 100) -> bytes:
     """Return the figure as the content of a PNG file."""
     file = io.BytesIO()
-    figure.savefig(file, dpi=dpi, format="png")
+    # Without matplotlib's version in it: equal pictures are equal files.
+    figure.savefig(file, dpi=dpi, format="png", metadata={"Software": None})
     return file.getvalue()
 
 

@@ -30,10 +30,10 @@ def command(module: str) -> str:
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 
-def plain(config: Any) -> dict[str, Any]:
+def to_json(flags: Any) -> dict[str, Any]:
     """Return the fields of a flags dataclass as JSON holds them."""
-    settings = dataclasses.asdict(config)
-    return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in settings.items()}
+    values = dataclasses.asdict(flags)
+    return {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in values.items()}
 
 
 def cores() -> int:

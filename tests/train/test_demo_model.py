@@ -15,8 +15,10 @@ from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
 from duo_jax.errors import InputError
 from duo_jax.model import llama
 from train.demo_model import run
-from train.demo_model.config import MODEL, PRESET, TEMPLATES, DemoConfig, Stage
+from train.demo_model.curriculum import MODEL, Stage, drawn_stage, learning_rate
 from train.demo_model.documents import DocumentSource
+from train.demo_model.flags import DemoConfig
+from train.demo_model.presets import PRESET, TEMPLATES
 from train.retrieval_test import RetrievalTest
 
 
@@ -85,36 +87,35 @@ def test_transformers_computes_the_same_logits(demo):
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
 
 
-TINY = DemoConfig(
-    model=dataclasses.replace(
-        MODEL, embed_size=16, mlp_size=16, num_layers=1, num_q_heads=2, num_kv_heads=1, head_dim=8
-    ),
-    curriculum=(
-        Stage(
-            length=64,
-            batch_size=2,
-            num_passkeys=(2,),
-            passkey_words=(3,),
-            repeat=0.5,
-            learning_rate=1e-2,
-            threshold=0.0,  # reached at the first check
-        ),
-        Stage(
-            length=64,
-            batch_size=2,
-            num_passkeys=(2,),
-            passkey_words=(3, 4),
-            rehearse=0.5,
-            learning_rate=1e-2,
-            final_learning_rate=1e-3,
-            max_steps=5,
-        ),
-    ),
-    check_every=3,
-    checkpoint_every=2,
-    test_samples=1,
-    test_lengths=(64,),
+TINY = dataclasses.replace(
+    MODEL, embed_size=16, mlp_size=16, num_layers=1, num_q_heads=2, num_kv_heads=1, head_dim=8
 )
+STAGES = (
+    Stage(
+        length=64,
+        batch_size=2,
+        num_passkeys=(2,),
+        passkey_words=(3,),
+        repeat=0.5,
+        learning_rate=1e-2,
+        threshold=0.0,  # reached at the first check
+    ),
+    Stage(
+        length=64,
+        batch_size=2,
+        num_passkeys=(2,),
+        passkey_words=(3, 4),
+        rehearse=0.5,
+        learning_rate=1e-2,
+        final_learning_rate=1e-3,
+        max_steps=5,
+    ),
+)
+FLAGS = DemoConfig(check_every=3, checkpoint_every=2, test_samples=1, test_lengths=(64,))
+
+
+def train(flags: DemoConfig, stages: tuple[Stage, ...] = STAGES) -> None:
+    run.train_demo_model(flags, architecture=TINY, stages=stages)
 
 
 class _KilledError(Exception):
@@ -133,13 +134,13 @@ def little_text():
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, little_text):  # noqa: ARG001
-    config = dataclasses.replace(TINY, workdir=str(tmp_path_factory.mktemp("demo") / "run"))
-    run.train_demo_model(config)
+    config = dataclasses.replace(FLAGS, workdir=str(tmp_path_factory.mktemp("demo") / "run"))
+    train(config)
     return config
 
 
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, uninterrupted):
-    config = dataclasses.replace(TINY, workdir=str(tmp_path / "run"))
+    config = dataclasses.replace(FLAGS, workdir=str(tmp_path / "run"))
     train_step = run.train_step
 
     def die_after(state, *args, **kwargs):
@@ -149,10 +150,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, uninterrup
 
     monkeypatch.setattr(run, "train_step", die_after)
     with pytest.raises(_KilledError):
-        run.train_demo_model(config)
+        train(config)
     assert not config.folder().exists()
     monkeypatch.setattr(run, "train_step", train_step)
-    run.train_demo_model(config)
+    train(config)
 
     first, second = (
         {f.name: f.read_bytes() for f in c.folder().iterdir()} for c in (uninterrupted, config)
@@ -170,24 +171,24 @@ def test_another_configuration_is_refused(uninterrupted):
         uninterrupted, filler_weight=0.1, output=uninterrupted.folder().with_name("other")
     )
     with pytest.raises(InputError, match=r"filler_weight was 0.2, is 0.1"):
-        run.train_demo_model(changed)
+        train(changed)
 
 
 def test_a_finished_model_is_not_overwritten(uninterrupted):
     with pytest.raises(InputError, match="exists already"):
-        run.train_demo_model(uninterrupted)
+        train(uninterrupted)
 
 
 def test_a_stage_that_is_not_learned_is_reported(tmp_path, little_text):  # noqa: ARG001
-    stage = dataclasses.replace(TINY.curriculum[0], threshold=1.0, max_steps=3)
-    config = dataclasses.replace(TINY, workdir=str(tmp_path / "run"), curriculum=(stage,))
+    stage = dataclasses.replace(STAGES[0], threshold=1.0, max_steps=3)
+    config = dataclasses.replace(FLAGS, workdir=str(tmp_path / "run"))
     with pytest.raises(InputError, match=r"stage 1 predicts .* after 3 steps"):
-        run.train_demo_model(config)
+        train(config, (stage,))
     assert not config.folder().exists()
 
 
 def test_weights_mark_exactly_what_can_be_predicted(demo):
-    stage = dataclasses.replace(TINY.curriculum[0], length=96, batch_size=16)
+    stage = dataclasses.replace(STAGES[0], length=96, batch_size=16)
     training, _ = split_held_out(load_documents([]))
     batch = DocumentSource(stage, demo[3], training, TEMPLATES, seed=0).training_batch(0)
     again = DocumentSource(stage, demo[3], training, TEMPLATES, seed=0).training_batch(0)
@@ -213,15 +214,17 @@ def test_weights_mark_exactly_what_can_be_predicted(demo):
 
 
 def test_learning_rate_warms_up_and_decays():
-    steady, decaying = TINY.curriculum
-    config = dataclasses.replace(TINY, warmup_steps=10)
-    assert run._learning_rate(config, steady, 0, 0) == pytest.approx(1e-3)
-    assert run._learning_rate(config, steady, 9, 9) == pytest.approx(1e-2)
-    assert run._learning_rate(config, decaying, 20, 0) == pytest.approx(1e-2)
-    assert run._learning_rate(config, decaying, 24, 4) == pytest.approx(2.8e-3)
+    def rate(stage: Stage, step: int, stage_step: int) -> float:
+        return learning_rate(stage, step=step, stage_step=stage_step, warmup_steps=10)
+
+    steady, decaying = STAGES
+    assert rate(steady, 0, 0) == pytest.approx(1e-3)
+    assert rate(steady, 9, 9) == pytest.approx(1e-2)
+    assert rate(decaying, 20, 0) == pytest.approx(1e-2)
+    assert rate(decaying, 24, 4) == pytest.approx(2.8e-3)
 
 
 def test_rehearsal_draws_earlier_stages():
-    drawn = [run._drawn_stage(TINY, 1, step) for step in range(200)]
+    drawn = [drawn_stage(STAGES, 1, step=step, seed=0) for step in range(200)]
     assert 0.35 < np.mean([number == 0 for number in drawn]) < 0.65
-    assert {run._drawn_stage(TINY, 0, step) for step in range(20)} == {0}
+    assert {drawn_stage(STAGES, 0, step=step, seed=0) for step in range(20)} == {0}

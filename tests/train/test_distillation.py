@@ -79,7 +79,7 @@ def test_self_mixing_with_binary_gates_masks_head_by_head():
     q = jax.random.normal(jax.random.key(1), shape)
     k = jax.random.normal(jax.random.key(2), (1, 40, config.num_kv_heads, config.head_dim))
     v = jax.random.normal(jax.random.key(3), k.shape)
-    out, _ = gated.self_mixed(**SIZES)(q, k, v, jnp.array([0.0, 1.0]))
+    out, _ = gated.self_mixed_attention(**SIZES)(q, k, v, jnp.array([0.0, 1.0]))
     scale = config.head_dim**-0.5
     streaming, _ = streaming_attention(q, k, v, softmax_scale=scale, **SIZES)
     np.testing.assert_array_equal(out[:, :, :2], streaming[:, :, :2])
@@ -108,7 +108,9 @@ def test_teacher_mixing_is_the_formula_with_a_constant_full_term():
     """Two layers by hand: the second layer's full term must come from the teacher's stream."""
     config, params = model()
     data, gates = batch(), some_gates()
-    _, teacher_out = llama.hidden_states(config, params, data.tokens, attend=gated.teacher)
+    _, teacher_out = llama.hidden_states(
+        config, params, data.tokens, attend=gated.teacher_attention()
+    )
 
     def student(q, k, v, layer_input):
         gate, full = layer_input
@@ -170,7 +172,7 @@ def test_student_backward_holds_nothing_quadratic():
             config,
             params,
             data.tokens,
-            attend=gated.teacher_mixed(**SIZES),
+            attend=gated.teacher_mixed_attention(**SIZES),
             layer_inputs=(gates, full),
             remat=True,
         )
@@ -187,7 +189,11 @@ def test_student_backward_holds_nothing_quadratic():
 
     def self_student(gates):  # the check itself must be able to fail
         x, _ = llama.hidden_states(
-            config, params, data.tokens, attend=gated.self_mixed(**SIZES), layer_inputs=gates
+            config,
+            params,
+            data.tokens,
+            attend=gated.self_mixed_attention(**SIZES),
+            layer_inputs=gates,
         )
         return jnp.sum(x)
 

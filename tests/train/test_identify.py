@@ -1,14 +1,15 @@
 """The whole command: outputs, resuming, presets, and input that cannot be used."""
 
 import dataclasses
+import importlib
 import json
-import os
 import pathlib
 import signal
 import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +19,8 @@ from tests import models
 from tests.train.conftest import TINY_FLAGS
 from train.identify import IdentifyConfig, default_config
 from train.identify.__main__ import main
+from train.identify.training import step_config
+from train.loss import StepConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -51,6 +54,15 @@ def test_writes_pattern_pictures_metrics_and_report(finished):
     np.testing.assert_allclose(metrics[-1]["mean_gate"], pattern.gates.mean(), rtol=1e-6)
 
 
+def test_pictures_are_drawn_without_pyplot(finished, tmp_path, monkeypatch):
+    """Importing train in a notebook must not take its plots away."""
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it now fails
+    plots = importlib.reload(importlib.import_module("train.identify.plots"))
+    plots.save_gates(load_pattern(finished / "pattern"), tmp_path / "gates.png", title="tiny")
+    with Image.open(tmp_path / "gates.png") as image:
+        assert min(image.size) > 300
+
+
 def test_report_counts_what_it_claims(finished):
     report = json.loads((finished / "report.json").read_text())
     rows = {(r["heads"], r["sparsity"]): r for r in report["retrieval"]}
@@ -75,26 +87,25 @@ def test_a_finished_run_is_not_repeated(finished, tiny_model, capsys):
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_killed_twice_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path):
-    """SIGKILL before the first checkpoint (5 steps) and, resumed, between later ones."""
+def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path):
+    """SIGKILL between checkpoints; test_loop.py has a kill at every step, the first ones too."""
     workdir = tmp_path / "killed"
     metrics = workdir / "metrics.jsonl"
     command = [sys.executable, "-m", "train.identify", "--model", str(tiny_model)]
-    for lines in (3, 12):
-        process = subprocess.Popen(
-            [*command, "--workdir", str(workdir), *TINY_FLAGS],
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.read_text().count("\n") >= lines):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not (workdir / "report.md").exists()
+    process = subprocess.Popen(
+        [*command, "--workdir", str(workdir), *TINY_FLAGS],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 12):
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (workdir / "report.md").exists()
 
     run(tiny_model, workdir)
     assert gates_bytes(workdir) == gates_bytes(finished)
@@ -130,40 +141,53 @@ def test_defaults_are_the_papers(tmp_path):
     assert (config.dtype, config.data.max_length) == ("bfloat16", 32_000)
 
 
-SHORT = ("--num-steps", "4", "--eval-samples", "0")
-SETTINGS = [
-    ("--method", "lm"),
-    ("--learning-rate", "0.05"),
-    ("--reg-weight", "2.0"),
-    ("--target-sparsity", "0.9"),
-    ("--mixing", "self"),
-    ("--sink", "1"),
-    ("--recent", "3"),
-    ("--dtype", "bfloat16"),
-    ("--seed", "1"),
-    ("--num-steps", "3"),
-    ("--max-length", "208"),
-]
+# By the field of StepConfig that they change; tests/train/test_optimisation.py sees that each field
+# changes the gates.
+STEP_FLAGS = {
+    "num_steps": {"num_steps": 7},
+    "learning_rate": {"learning_rate": 0.05},
+    "reg_weight": {"reg_weight": 2.0},
+    "target_sparsity": {"target_sparsity": 0.9},
+    "sink_size": {"sink": 1},
+    "recent_size": {"recent": 3},
+    "mixing": {"mixing": "self"},
+    "objective": {"method": "lm"},
+    "implementation": {"implementation": "interpret"},
+}
 
 
-@pytest.mark.parametrize("flags", SETTINGS, ids=lambda flags: flags[0])
-def test_every_setting_changes_the_gates(tiny_model, tmp_path, flags):
-    base = _gates_once(tiny_model, tmp_path / "base", SHORT)
-    assert _gates_once(tiny_model, tmp_path / "changed", (*SHORT, *flags)) != base
+@pytest.mark.parametrize("field", STEP_FLAGS)
+def test_a_flag_changes_its_field_of_the_step(field):
+    before, after = (
+        dataclasses.asdict(step_config(IdentifyConfig(**changes), tail_size=8))
+        for changes in ({}, STEP_FLAGS[field])
+    )
+    assert {name for name in before if before[name] != after[name]} == {field}
 
 
-def _gates_once(model, workdir, flags, *, cache={}) -> bytes:  # noqa: B006
-    if flags not in cache:
-        run(model, workdir, *flags)
-        cache[flags] = gates_bytes(workdir)
-    return cache[flags]
+def test_every_field_of_a_step_has_its_flag():
+    fields = {field.name for field in dataclasses.fields(StepConfig)}
+    assert fields - STEP_FLAGS.keys() == {"tail_size"}  # which the samples decide
 
 
-def test_text_changes_the_gates_and_is_read_from_files(tiny_model, tmp_path):
+@pytest.mark.parametrize("method", ["optimise", "profile"])
+def test_flags_decide_weights_and_samples(tiny_model, tmp_path, given_to_the_search, method):
     book = tmp_path / "book.txt"
     book.write_text("It was a dark night and the vault was open. " * 300)
-    changed = _gates_once(tiny_model, tmp_path / "text", (*SHORT, "--text", str(book)))
-    assert changed != _gates_once(tiny_model, tmp_path / "base", SHORT)
+    flags = ["--model", str(tiny_model), "--method", method]
+    flags += "--dtype float32 --min-length 40 --max-length 256 --num-passkeys 3".split()
+    flags += "--passkey-words 4 --eval-samples 0".split()
+
+    def look(*more: str) -> tuple[np.dtype, list[int]]:
+        given = given_to_the_search(*flags, *more)
+        return given.params["norm"]["scale"].dtype, given.sampler.sample(0).tokens.tolist()
+
+    dtype, tokens = look()
+    assert dtype == np.float32
+    assert look("--dtype", "bfloat16") == (jnp.bfloat16, tokens)
+    for more in (("--seed", "1"), ("--max-length", "208"), ("--text", str(book))):
+        assert look(*more)[0] == np.float32
+        assert look(*more)[1] != tokens
 
 
 @pytest.mark.parametrize(
@@ -230,15 +254,11 @@ def test_damaged_weights_leave_no_workdir_results(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_help_reads_well():
-    shown = subprocess.run(
-        [sys.executable, "-m", "train.identify", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "100"},
-        check=True,
-    ).stdout
+def test_help_names_every_flag(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
     for flag in dataclasses.fields(IdentifyConfig):
         if flag.name != "data":
             assert "--" + flag.name.replace("_", "-") in shown

@@ -1,7 +1,7 @@
 """Command line of the demo model's training."""
 
 from duo_jax import cli
-from train.demo_model.config import DemoConfig
+from train.demo_model.flags import DemoConfig
 from train.demo_model.run import train_demo_model
 
 _DESCRIPTION = """\

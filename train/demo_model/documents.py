@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler, Sample
-from train.demo_model.config import Stage
+from train.demo_model.curriculum import Stage
 
 _SHORTEST_BLOCK = 6
 _CHECK_DOCUMENTS = 24

@@ -16,7 +16,7 @@ from duo_jax import files
 from duo_jax.checkpoints import tensor_names
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
-from train.demo_model.config import EVALUATION, PRESET, TEMPLATES
+from train.demo_model.presets import EVALUATION, PRESET, TEMPLATES
 from train.demo_model.tokenizer import write_tokenizer
 
 

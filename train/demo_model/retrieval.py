@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
-from train.demo_model.config import PRESET, TEMPLATES
+from duo_jax.reports import markdown
+from train.demo_model.presets import PRESET, TEMPLATES
 from train.retrieval_test import RetrievalTest
 
 _PASSKEY_WORDS = 8
@@ -41,9 +43,9 @@ class Retrieval:
 
 
 def test(
-    model: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
-    tokenizer,
+    tokenizer: Any,
     training_text: list[str],
     held_out_text: list[str],
     *,
@@ -64,10 +66,10 @@ def test(
         samples = RetrievalTest(
             data, tokenizer, training_text, held_out_text, num_samples=num_samples, seed=seed
         )
-        shape = (model.num_layers, model.num_kv_heads)
+        shape = (architecture.num_layers, architecture.num_kv_heads)
         full, streaming = (
             samples.accuracy(
-                model, params, heads, sink_size=PRESET["sink"], recent_size=PRESET["recent"]
+                architecture, params, heads, sink_size=PRESET["sink"], recent_size=PRESET["recent"]
             )
             for heads in (np.ones(shape, bool), np.zeros(shape, bool))
         )
@@ -100,13 +102,11 @@ def _cases(lengths: Sequence[int]) -> list[tuple[int, int]]:
 
 def to_markdown(results: list[Retrieval]) -> str:
     """Write the table that the command prints and the model card shows."""
-    depths = " | ".join(f"{10 * i}-{10 * i + 10}%" for i in range(10))
-    lines = [
-        f"| length | passkeys per text | tested | full attention | all streaming | {depths} |",
-        "|" + "---|" * 15,
+    columns = ["length", "passkeys per text", "tested", "full attention", "all streaming"]
+    depths = [f"{10 * i}-{10 * i + 10}%" for i in range(10)]
+    rows = [
+        [f"{r.length:,}", r.per_sample, r.passkeys, f"{r.full:.1%}", f"{r.streaming:.1%}"]
+        + ["-" if np.isnan(x) else f"{x:.1%}" for x in r.by_depth]
+        for r in results
     ]
-    for r in results:
-        cells = " | ".join("-" if np.isnan(x) else f"{x:.1%}" for x in r.by_depth)
-        shape = f"{r.length:,} | {r.per_sample} | {r.passkeys}"
-        lines.append(f"| {shape} | {r.full:.1%} | {r.streaming:.1%} | {cells} |")
-    return "\n".join(lines)
+    return markdown.table(columns + depths, rows)

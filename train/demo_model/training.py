@@ -24,25 +24,25 @@ class TrainState:
     """Everything that changes during training; what a checkpoint holds."""
 
     params: PyTree
-    optimizer: PyTree
+    optimiser: PyTree
     step: Int[Array, ""]  # optimisation steps done
     stage: Int[Array, ""]  # of the curriculum
     stage_start: Int[Array, ""]  # value of `step` when the stage began
 
 
-def init_state(model: ModelConfig, *, seed: int, weight_decay: float) -> TrainState:
+def init_state(architecture: ModelConfig, *, seed: int, weight_decay: float) -> TrainState:
     """Draw initial weights.
 
     Output projections are scaled down by sqrt(2 * layers). Queries start as a copy of their keys
     plus half a random matrix: a head then prefers keys that resemble the query, which is most of
     what induction needs.
     """
-    params = llama.init_params(model, jax.random.key(seed))
+    params = llama.init_params(architecture, jax.random.key(seed))
     layers = dict(params["layers"])
     attention, mlp = dict(layers["self_attn"]), dict(layers["mlp"])
-    damp = 1 / math.sqrt(2 * model.num_layers)
+    damp = 1 / math.sqrt(2 * architecture.num_layers)
     query, key = attention["q_proj"]["kernel"], attention["k_proj"]["kernel"]
-    attention["q_proj"] = {"kernel": jnp.repeat(key, model.q_per_kv, axis=2) + 0.5 * query}
+    attention["q_proj"] = {"kernel": jnp.repeat(key, architecture.q_per_kv, axis=2) + 0.5 * query}
     attention["o_proj"] = {"kernel": damp * attention["o_proj"]["kernel"]}
     mlp["down_proj"] = {"kernel": damp * mlp["down_proj"]["kernel"]}
     embedding = params["embed_tokens"]["embedding"]
@@ -53,7 +53,7 @@ def init_state(model: ModelConfig, *, seed: int, weight_decay: float) -> TrainSt
     }
     return TrainState(
         params=params,
-        optimizer=_optimizer(weight_decay).init(params),
+        optimiser=_optimiser(weight_decay).init(params),
         step=jnp.zeros((), jnp.int32),
         stage=jnp.zeros((), jnp.int32),
         stage_start=jnp.zeros((), jnp.int32),
@@ -64,7 +64,7 @@ def loss(
     params: PyTree,
     documents: Documents,
     *,
-    model: ModelConfig,
+    architecture: ModelConfig,
     filler_weight: float,
     rounded_kv: bool = False,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -74,7 +74,7 @@ def loss(
     With `rounded_kv`, keys and values are what a 4-bit cache returns.
     """
     attend = _attend_rounded if rounded_kv else llama.attend_full
-    x, _ = llama.hidden_states(model, params, documents.tokens, attend=attend)
+    x, _ = llama.hidden_states(architecture, params, documents.tokens, attend=attend)
     x = x[:, :-1].reshape(-1, x.shape[-1])
     targets = documents.tokens[:, 1:].reshape(-1)
     answer, filler = (w[:, 1:].reshape(-1) for w in (documents.answer, documents.filler))
@@ -82,7 +82,7 @@ def loss(
     @jax.checkpoint
     def chunk_sums(chunk):
         x, targets, answer, filler = chunk
-        logits = llama.logits(model, params, x[None])[0]
+        logits = llama.logits(architecture, params, x[None])[0]
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         right = (jnp.argmax(logits, axis=-1) == targets).astype(answer.dtype)
         return answer @ cross_entropy, filler @ cross_entropy, answer @ right
@@ -113,14 +113,14 @@ def _attend_rounded(q, k, v, layer_input):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "filler_weight", "weight_decay", "rounded_kv")
+    jax.jit, static_argnames=("architecture", "filler_weight", "weight_decay", "rounded_kv")
 )
 def train_step(
     state: TrainState,
     documents: Documents,
     learning_rate: Float[Array, ""],
     *,
-    model: ModelConfig,
+    architecture: ModelConfig,
     filler_weight: float,
     weight_decay: float,
     rounded_kv: bool = False,
@@ -130,32 +130,34 @@ def train_step(
     (value, accuracy), gradient = grad(
         state.params,
         documents,
-        model=model,
+        architecture=architecture,
         filler_weight=filler_weight,
         rounded_kv=rounded_kv,
     )
     # optax mixes its integer step count with floats; our own code promotes nothing silently.
     with jax.numpy_dtype_promotion("standard"):
-        updates, optimizer = _optimizer(weight_decay).update(
-            gradient, state.optimizer, state.params
+        updates, optimiser = _optimiser(weight_decay).update(
+            gradient, state.optimiser, state.params
         )
     updates = jax.tree.map(lambda u: -learning_rate * u, updates)
     state = dataclasses.replace(
         state,
         params=optax.apply_updates(state.params, updates),
-        optimizer=optimizer,
+        optimiser=optimiser,
         step=state.step + 1,
     )
     return state, {"loss": value, "answers_right": accuracy}
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def answers_right(params: PyTree, documents: Documents, *, model: ModelConfig) -> Float[Array, ""]:
+@functools.partial(jax.jit, static_argnames=("architecture",))
+def answers_right(
+    params: PyTree, documents: Documents, *, architecture: ModelConfig
+) -> Float[Array, ""]:
     """Return the fraction of answer tokens that are predicted."""
-    return loss(params, documents, model=model, filler_weight=0.0)[1]
+    return loss(params, documents, architecture=architecture, filler_weight=0.0)[1]
 
 
-def _optimizer(weight_decay: float) -> optax.GradientTransformation:
+def _optimiser(weight_decay: float) -> optax.GradientTransformation:
     """Adam without its learning rate, which the curriculum decides step by step."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),

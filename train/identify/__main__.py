@@ -2,7 +2,7 @@
 
 from duo_jax import cli
 from duo_jax.cli import presets
-from train.identify.config import IdentifyConfig, default_config
+from train.identify.flags import IdentifyConfig, default_config
 from train.identify.run import identify
 
 _DESCRIPTION = """\

@@ -1,16 +1,16 @@
-"""Samples as the compiled programs take them: padded to a few lengths, each compiled once."""
+"""Samples padded to one of a few lengths, so that few programs are compiled."""
 
 import jax.numpy as jnp
 import numpy as np
 
 from duo_jax.data.passkeys import Sample
 from train.distillation import Batch
-from train.identify.config import IdentifyConfig
+from train.identify.flags import IdentifyConfig
 
 
-def padded_length(sample: Sample, config: IdentifyConfig) -> int:
+def padded_length(sample: Sample, flags: IdentifyConfig) -> int:
     """Return the length of the sample's bucket."""
-    width = -(-config.data.max_length // config.length_buckets)
+    width = -(-flags.data.max_length // flags.length_buckets)
     return -(-sample.tokens.size // width) * width
 
 

@@ -4,15 +4,11 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed to write a file
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from duo_jax.heads.pattern import Pattern
+from duo_jax.reports import figures
 
 # What the curve of an objective is called, by its name in the metrics.
 _OBJECTIVES = {
@@ -36,7 +32,7 @@ def save_gates(
     layers, heads = gates.shape
     width = min(14.0, max(5.0, 2.2 + 0.36 * layers))
     height = min(9.0, max(2.6, 1.5 + 0.36 * heads))
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    figure, axes = figures.new_figure(width, height)
     image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
     figure.colorbar(image, ax=axes, label=value)
     axes.set_xlabel("layer")
@@ -52,16 +48,14 @@ def save_gates(
         for (layer, head), gate in np.ndenumerate(gates):
             colour = "white" if gate > 0.6 else "black"
             axes.text(layer, head, f"{gate:.2f}", ha="center", va="center", color=colour, size=8)
-    _save(figure, path)
+    figures.save(figure, path, dpi=150)
 
 
 def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
     """Draw the loss without its penalty, and the gates, against the step."""
     steps = [m["step"] for m in metrics]
     objective = next(name for name in _OBJECTIVES if name in metrics[0])
-    figure, (above, below) = plt.subplots(
-        2, 1, sharex=True, figsize=(7.0, 4.8), layout="constrained"
-    )
+    figure, (above, below) = figures.new_figure(7.0, 4.8, nrows=2, sharex=True)
     above.plot(steps, [m[objective] for m in metrics], color="tab:blue", linewidth=1.0)
     if objective == "distillation":
         above.set_ylim(bottom=0)
@@ -77,11 +71,4 @@ def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    _save(figure, path)
-
-
-def _save(figure, path: pathlib.Path) -> None:
-    partial = path.with_name("." + path.name)
-    figure.savefig(partial, dpi=150, format="png")
-    plt.close(figure)
-    partial.replace(path)
+    figures.save(figure, path, dpi=150)

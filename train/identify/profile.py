@@ -1,7 +1,7 @@
-"""Scores by attention profile, sample after sample, resumed like training."""
+"""Scores by attention profile: one sample a step."""
 
 import dataclasses
-import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from duo_jax.heads.attention_profile import kv_scores, sample_profile
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.llama import Params
 from train.identify.batches import padded_length
-from train.identify.config import IdentifyConfig
+from train.identify.flags import IdentifyConfig
+from train.loop import run_steps
 from train.workdir import WorkDir
 
 
@@ -29,8 +30,8 @@ class ProfileState:
 
 
 def profile(
-    config: IdentifyConfig,
-    model: ModelConfig,
+    flags: IdentifyConfig,
+    architecture: ModelConfig,
     params: Params,
     sampler: PasskeySampler,
     workdir: WorkDir,
@@ -40,41 +41,41 @@ def profile(
     Raises:
       InputError: a score is not finite.
     """
-    state = workdir.restore(
-        ProfileState(
-            step=jnp.zeros((), jnp.int32),
-            sums=jnp.zeros((model.num_layers, model.num_q_heads), jnp.float32),
+
+    def one_sample(state: ProfileState) -> tuple[ProfileState, dict[str, Any]]:
+        index = int(state.step)
+        sample = sampler.sample(index)
+        scores = sample_profile(
+            architecture,
+            params,
+            sample,
+            length=padded_length(sample, flags),
+            sink_size=flags.sink,
+            recent_size=flags.recent,
+            implementation=flags.implementation,
         )
-    )
-    first, total, durations = int(state.step), config.profile_samples, []
-    bar = tqdm(total=total, initial=first, desc="identify", unit="sample", disable=None)
-    with bar:
-        for index in range(first, total):
-            began = time.monotonic()
-            sample = sampler.sample(index)
-            scores = sample_profile(
-                model,
-                params,
-                sample,
-                length=padded_length(sample, config),
-                sink_size=config.sink,
-                recent_size=config.recent,
-                implementation=config.implementation,
+        if not np.isfinite(scores).all():
+            raise InputError(
+                f"the attention is not finite in sample {index}; if the model is float16 or "
+                "bfloat16, try --dtype float32"
             )
-            durations.append(time.monotonic() - began)
-            if not np.isfinite(scores).all():
-                raise InputError(
-                    f"the attention is not finite in sample {index}; if the model is float16 or "
-                    "bfloat16, try --dtype float32"
-                )
-            state = ProfileState(step=state.step + 1, sums=state.sums + jnp.asarray(scores))
-            mean_score = float(kv_scores(model, scores).mean())
-            record = {"step": index + 1, "mean_score": mean_score, "length": sample.tokens.size}
-            workdir.log(record)
-            bar.update()
-            if (index + 1) % config.checkpoint_every == 0:
-                workdir.save(state)
-    workdir.save(state)
-    scores = kv_scores(model, np.asarray(state.sums) / total)
-    # The median leaves out the samples that compiled.
-    return scores, float(np.median(durations)) if durations else None
+        mean_score = float(kv_scores(architecture, scores).mean())
+        state = ProfileState(step=state.step + 1, sums=state.sums + jnp.asarray(scores))
+        return state, {"mean_score": mean_score, "length": sample.tokens.size}
+
+    total = flags.profile_samples
+    start = ProfileState(
+        step=jnp.zeros((), jnp.int32),
+        sums=jnp.zeros((architecture.num_layers, architecture.num_q_heads), jnp.float32),
+    )
+    state = workdir.restore(start)
+    bar = tqdm(total=total, initial=int(state.step), desc="identify", unit="sample", disable=None)
+    state, seconds = run_steps(
+        workdir,
+        state,
+        one_sample,
+        bar,
+        finished=lambda state: int(state.step) >= total,
+        checkpoint_every=flags.checkpoint_every,
+    )
+    return kv_scores(architecture, np.asarray(state.sums) / total), seconds

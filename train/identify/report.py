@@ -1,14 +1,10 @@
-"""What a pattern is worth: retrieval with it and without, beside random patterns."""
+"""The report of an identification: retrieval with the pattern, without it, and with random ones."""
 
-import importlib.metadata
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Bool
 from tqdm import tqdm
@@ -17,13 +13,14 @@ from duo_jax import files
 from duo_jax.heads.pattern import Pattern, choose_retrieval_heads
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
+from duo_jax.reports import machine, markdown
 from train.retrieval_test import RetrievalTest
 
 
 def make(
     *,
     config: dict[str, Any],
-    model: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     pattern: Pattern,
     test: RetrievalTest | None,
@@ -33,8 +30,8 @@ def make(
     """Measure a pattern.
 
     Args:
-      config: the run's settings, repeated in the report.
-      model: the model.
+      config: the run's flags, repeated in the report.
+      architecture: the model.
       params: its parameters.
       pattern: the gates (or scores) and the streaming sizes they were found with.
       test: held-out samples; None leaves the retrieval table empty.
@@ -45,11 +42,11 @@ def make(
     report = {
         "model": {
             "name": config["model"],
-            "family": model.family,
-            "layers": model.num_layers,
-            "kv_heads": model.num_kv_heads,
-            "q_heads": model.num_q_heads,
-            "head_dim": model.head_dim,
+            "family": architecture.family,
+            "layers": architecture.num_layers,
+            "kv_heads": architecture.num_kv_heads,
+            "q_heads": architecture.num_q_heads,
+            "head_dim": architecture.head_dim,
         },
         "gates": {
             "mean": float(gates.mean()),
@@ -59,7 +56,7 @@ def make(
             "above_half_per_layer": (gates > 0.5).sum(axis=1).tolist(),
         },
         "retrieval": [],
-        "environment": _environment(),
+        "environment": machine.environment(),
         "config": config,
     }
     if test is not None:
@@ -71,7 +68,7 @@ def make(
         }
         name = "profiled" if config["method"] == "profile" else "learned"
         report["retrieval"] = _retrieval(
-            name, model, params, pattern, test, sparsities, random_seeds
+            name, architecture, params, pattern, test, sparsities, random_seeds
         )
     return report
 
@@ -99,7 +96,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     ]
     if report["retrieval"]:
         samples = report["samples"]
-        rows = [("heads", "streaming", "retrieval heads", "KV kept", "exact retrieval")]
+        columns = ("heads", "streaming", "retrieval heads", "KV kept", "exact retrieval")
+        rows = []
         for r in report["retrieval"]:
             spread = ""
             if r["runs"] > 1:
@@ -118,14 +116,16 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"{samples['passkeys']} passkeys of {config['data']['passkey_words']} words; "
             f"haystack: {samples['haystack']}.",
             "",
-            *_table(rows),
+            markdown.table(columns, rows, aligned=True),
             "",
             "Exact retrieval: every token of the passkey right, as greedy decoding would write it. "
             "KV kept: bytes of",
             "both caches at this length, against full caches for all heads.",
             "",
         ]
-    environment = ", ".join(f"{k} {v}" for k, v in report["environment"].items())
+    environment = ", ".join(
+        f"{k} {v}" for k, v in report["environment"].items() if k != "load_before"
+    )
     seconds = report.get("seconds", {})
     for key, what in (("per_training_step", "training step"), ("per_sample", "sample")):
         if seconds.get(key):
@@ -144,7 +144,16 @@ def _how(config: dict[str, Any]) -> str:
     return f"{objective}{config['num_steps']} steps, mixing {config['mixing']}"
 
 
-def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_seeds):
+def _retrieval(
+    name: str,
+    architecture: ModelConfig,
+    params: llama.Params,
+    pattern: Pattern,
+    test: RetrievalTest,
+    sparsities: Sequence[float],
+    random_seeds: int,
+) -> list[dict[str, Any]]:
+    """Test the pattern and its rivals; return a row for each."""
     shape = pattern.gates.shape
     trials: list[tuple[str, float, list[Bool[np.ndarray, "layers kv_heads"]]]] = [
         ("all retrieval (the model itself)", 0.0, [np.ones(shape, bool)])
@@ -167,7 +176,7 @@ def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_s
         for heads_of, sparsity, masks in trials:
             scores = []
             for heads in masks:
-                scores.append(float(test.accuracy(model, params, heads, **sizes).mean()))
+                scores.append(float(test.accuracy(architecture, params, heads, **sizes).mean()))
                 bar.update()
             kept = int(masks[0].sum())
             streaming_share = min(1.0, (pattern.sink_size + pattern.recent_size) / test.length)
@@ -186,22 +195,3 @@ def _retrieval(name, model, params, pattern: Pattern, test, sparsities, random_s
                 }
             )
     return rows
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-    return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
-
-
-def _environment() -> dict[str, str]:
-    device = jax.devices()[0]
-    return {
-        "device": f"{device.device_kind} ({os.cpu_count()} host cores)",
-        "jax": jax.__version__,
-        "flax": importlib.metadata.version("flax"),
-        "python": platform.python_version(),
-    }

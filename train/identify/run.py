@@ -15,16 +15,16 @@ from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, save_pattern
-from train import workdir as work
 from train.identify import plots, profile, report, training
-from train.identify.config import IdentifyConfig, default_config
+from train.identify.flags import IdentifyConfig, default_config
 from train.retrieval_test import RetrievalTest
+from train.workdir import WorkDir
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
 
 
-def identify(config: IdentifyConfig) -> None:
+def identify(flags: IdentifyConfig) -> None:
     """Find the retrieval heads of a model and write everything a person wants to see of them.
 
     Writes to the work folder: config.json, metrics.jsonl, checkpoints/, pattern/ (gates in the
@@ -36,67 +36,65 @@ def identify(config: IdentifyConfig) -> None:
       InputError: anything in the configuration cannot be used.
     """
     started = time.monotonic()
-    if config.tensorboard:
+    if flags.tensorboard:
         training.summary_writer()
-    folder = pretrained.resolve(config.model)
-    config.check_method(default_config(config.model, folder))
-    model = pretrained.load_config(folder)
-    if config.data.max_length > model.max_positions:
+    folder = pretrained.resolve(flags.model)
+    flags.check_method(default_config(flags.model, folder))
+    architecture = pretrained.load_config(folder)
+    if flags.data.max_length > architecture.max_positions:
         raise InputError(
-            f"max_length {config.data.max_length:,} is beyond the model's range of "
-            f"{model.max_positions:,} tokens; lower --max-length"
+            f"max_length {flags.data.max_length:,} is beyond the model's range of "
+            f"{architecture.max_positions:,} tokens; lower --max-length"
         )
     tokenizer = pretrained.load_tokenizer(folder)
-    training_text, held_out_text = split_held_out(load_documents(config.text))
-    sampler = PasskeySampler(config.data, tokenizer, training_text, seed=config.seed)
-    if sampler.largest_token >= model.vocab_size:
+    training_text, held_out_text = split_held_out(load_documents(flags.text))
+    sampler = PasskeySampler(flags.data, tokenizer, training_text, seed=flags.seed)
+    if sampler.largest_token >= architecture.vocab_size:
         raise InputError(
             f"the tokenizer makes token {sampler.largest_token:,}, the model has "
-            f"{model.vocab_size:,}; do they belong together?"
+            f"{architecture.vocab_size:,}; do they belong together?"
         )
-    check_workdir(config.folder(), config, operational=_OPERATIONAL)
-    report_file = config.folder() / "report.md"
+    check_workdir(flags.folder(), flags, operational=_OPERATIONAL)
+    report_file = flags.folder() / "report.md"
     if files.exists(report_file):
         print(files.read_text(report_file))
-        print(f"This run was complete already; all of it is in {config.folder()}")
+        print(f"This run was complete already; all of it is in {flags.folder()}")
         return
-    params = pretrained.load_params(folder, dtype=jnp.dtype(config.dtype))
+    params = pretrained.load_params(folder, dtype=jnp.dtype(flags.dtype))
     test = None
-    if config.eval_samples:
+    if flags.eval_samples:
         test = RetrievalTest(
-            config.data,
+            flags.data,
             tokenizer,
             training_text,
             held_out_text,
-            num_samples=config.eval_samples,
-            seed=config.seed,
-            implementation=config.implementation,
+            num_samples=flags.eval_samples,
+            seed=flags.seed,
+            implementation=flags.implementation,
         )
-    with contextlib.closing(
-        work.WorkDir(config.folder(), config, operational=_OPERATIONAL)
-    ) as workdir:
-        find = profile.profile if config.method == "profile" else training.train
-        gates, step_seconds = find(config, model, params, sampler, workdir)
+    with contextlib.closing(WorkDir(flags.folder(), flags, operational=_OPERATIONAL)) as workdir:
+        find = profile.profile if flags.method == "profile" else training.train
+        gates, step_seconds = find(flags, architecture, params, sampler, workdir)
         metrics = workdir.metrics()
-    pattern = _pattern(config, gates)
+    pattern = _pattern(flags, gates)
     save_pattern(pattern, workdir.path / "pattern")
-    pictures = {"title": config.model}
-    if config.method == "profile":
+    pictures = {"title": flags.model}
+    if flags.method == "profile":
         pictures["value"] = "attention far back (1: retrieval head)"
     else:
-        plots.save_history(metrics, workdir.path / "history.png", title=config.model)
+        plots.save_history(metrics, workdir.path / "history.png", title=flags.model)
     plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
     results = report.make(
-        config=dataclasses.asdict(config),
-        model=model,
+        config=dataclasses.asdict(flags),
+        architecture=architecture,
         params=params,
         pattern=pattern,
         test=test,
-        sparsities=config.eval_sparsities,
-        random_seeds=config.eval_random_seeds,
+        sparsities=flags.eval_sparsities,
+        random_seeds=flags.eval_random_seeds,
     )
     results["seconds"] = {
-        "per_sample" if config.method == "profile" else "per_training_step": step_seconds,
+        "per_sample" if flags.method == "profile" else "per_training_step": step_seconds,
         "whole_command": round(time.monotonic() - started, 1),
     }
     report.save(results, workdir.path)
@@ -104,27 +102,27 @@ def identify(config: IdentifyConfig) -> None:
     print(f"Pattern, pictures and report are in {workdir.path}")
 
 
-def _pattern(config: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"]) -> Pattern:
+def _pattern(flags: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"]) -> Pattern:
     training = {
-        "lr": config.learning_rate,
-        "reg_weight": config.reg_weight,
-        "target_sparsity": config.target_sparsity,
-        "mixing": config.mixing,
-        "num_steps": config.num_steps,
+        "lr": flags.learning_rate,
+        "reg_weight": flags.reg_weight,
+        "target_sparsity": flags.target_sparsity,
+        "mixing": flags.mixing,
+        "num_steps": flags.num_steps,
     }
-    samples = {"num_samples": config.profile_samples}
+    samples = {"num_samples": flags.profile_samples}
     return Pattern(
         gates=np.asarray(gates, np.float64),
-        sink_size=config.sink,
-        recent_size=config.recent,
+        sink_size=flags.sink,
+        recent_size=flags.recent,
         extra={
-            "model_name": config.model,
-            "method": config.method,
-            **(samples if config.method == "profile" else training),
-            "context_length_min": config.data.min_length,
-            "context_length_max": config.data.max_length,
-            "num_passkeys": config.data.num_passkeys,
-            "seed": config.seed,
+            "model_name": flags.model,
+            "method": flags.method,
+            **(samples if flags.method == "profile" else training),
+            "context_length_min": flags.data.min_length,
+            "context_length_max": flags.data.max_length,
+            "num_passkeys": flags.data.num_passkeys,
+            "seed": flags.seed,
             "made_by": "duo_jax",
         },
     )

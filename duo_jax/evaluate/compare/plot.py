@@ -1,14 +1,12 @@
 """The picture of a comparison: accuracy against bytes, a panel per task."""
 
-import io
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from duo_jax.evaluate.compare.points import Point, points
 from duo_jax.evaluate.results import describe as settings
+from duo_jax.reports import figures
 
 # Split heads are drawn through, evicted tokens dashed; the colours differ to colour-blind eyes too.
 _STYLES = {
@@ -32,8 +30,9 @@ _NAMES = {
 def png(result: dict[str, Any]) -> bytes:
     """Draw it."""
     tasks = result["tasks"]
-    figure = Figure(figsize=(4.6 * len(tasks) + 2.6, 4.9), layout="constrained")
-    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    figure, (panels,) = figures.new_figure(
+        4.6 * len(tasks) + 2.6, 4.9, ncols=len(tasks), sharey=True, squeeze=False
+    )
     for axes, (task, about) in zip(panels, tasks.items(), strict=True):
         found = points(result, task)
         for method in dict.fromkeys(point.method for point in found):
@@ -52,10 +51,7 @@ def png(result: dict[str, Any]) -> bytes:
         f"{result['length']:,} tokens\n{settings.in_words(result)}",
         fontsize=10,
     )
-    FigureCanvasAgg(figure)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return figures.png(figure, dpi=150)
 
 
 def _draw(axes, method: str, found: list[Point]) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from duo_jax.reports.statistics import standard_error
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
@@ -44,11 +46,6 @@ def differences(
             continue
         change = point.texts - rival.texts
         yield budget, float(change.mean()), standard_error(change)
-
-
-def standard_error(texts: Float[np.ndarray, " texts"]) -> float:
-    """Return that of the mean over texts."""
-    return float(texts.std(ddof=1) / np.sqrt(texts.size)) if texts.size > 1 else 0.0
 
 
 def _point(method: str, budget: float, rows: Sequence[dict[str, Any]]) -> Point:

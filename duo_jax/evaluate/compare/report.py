@@ -11,6 +11,7 @@ from duo_jax.evaluate.compare import plot as compare_plot
 from duo_jax.evaluate.compare.points import Point, differences, points
 from duo_jax.evaluate.results import describe as settings
 from duo_jax.evaluate.results.result_json import to_json
+from duo_jax.reports import markdown
 
 
 def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
@@ -44,14 +45,13 @@ def _table(found: Sequence[Point]) -> str:
     budgets = sorted({point.budget for point in found})
     methods = list(dict.fromkeys(point.method for point in found))
     by_place = {(point.method, point.budget): point for point in found}
-    lines = [
-        "| exact retrieval | " + " | ".join(f"{budget:.0%}" for budget in budgets) + " |",
-        "|---|" + "---|" * len(budgets),
-    ]
-    for method in methods:
-        cells = [_cell(by_place.get((method, budget))) for budget in budgets]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return markdown.table(
+        ["exact retrieval", *(f"{budget:.0%}" for budget in budgets)],
+        [
+            [method, *(_cell(by_place.get((method, budget))) for budget in budgets)]
+            for method in methods
+        ],
+    )
 
 
 def _cell(point: Point | None) -> str:

@@ -1,19 +1,17 @@
 """What is found at which length and depth: JSON, a table, and the well-known picture."""
 
-import io
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from duo_jax import files
 from duo_jax.evaluate.results import describe as settings
 from duo_jax.evaluate.results import grid
 from duo_jax.evaluate.results.result_json import to_json
+from duo_jax.reports import figures, markdown
 
 _SCORES = {"exact": "exact match", "recall": "word recall"}
 _NAMES = {
@@ -47,21 +45,25 @@ def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
 def to_markdown(result: dict[str, Any]) -> str:
     """Write the means over all cells, and the worst cell, of each kind of cache."""
     exact, recall = _score_names(result).values()
-    lines = [
-        f"| caches | cells | {exact} | {recall} | worst cell | cache MB, longest text |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for caches in _measured(result):
         rows = _rows(result, caches)
         cells = table(result, caches, "recall")
         lines.append(
-            f"| {_label(result, caches)} | {np.isfinite(cells).sum()} "
-            f"| {_mean(rows, 'exact'):.1%} | {_mean(rows, 'recall'):.1%} "
-            f"| {np.nanmin(cells):.1%} | {max(row['cache_bytes'] for row in rows) / 1e6:,.2f} |"
+            (
+                _label(result, caches),
+                np.isfinite(cells).sum(),
+                f"{_mean(rows, 'exact'):.1%}",
+                f"{_mean(rows, 'recall'):.1%}",
+                f"{np.nanmin(cells):.1%}",
+                f"{max(row['cache_bytes'] for row in rows) / 1e6:,.2f}",
+            )
         )
+    columns = ("caches", "cells", exact, recall, "worst cell", "cache MB, longest text")
+    found = markdown.table(columns, lines)
     if "haystacks" in result:
-        lines += ["", f"Haystack: {_haystacks(result)}."]
-    return "\n".join(lines)
+        found += f"\n\nHaystack: {_haystacks(result)}."
+    return found
 
 
 def table(
@@ -84,22 +86,23 @@ def png(result: dict[str, Any]) -> bytes:
     measured = _measured(result)
     lengths, depths = result["lengths"], result["depths"]
     width, height = 1.0 + 0.4 * max(len(lengths), 8), 0.9 + 0.3 * max(len(depths), 5)
-    figure = Figure(
-        figsize=(0.8 + width * len(measured), 1.0 + height * len(_SCORES)), layout="constrained"
+    figure, axes = figures.new_figure(
+        0.8 + width * len(measured),
+        1.0 + height * len(_SCORES),
+        nrows=len(_SCORES),
+        ncols=len(measured),
+        squeeze=False,
     )
-    FigureCanvasAgg(figure)
     figure.suptitle(
         f"{result['model']}, {result['task']}, texts per {result['sampled']}: {result['samples']}, "
         f"seed {result['seed']}\n{settings.in_words(result)}"
         + (f"\nhaystack: {_haystacks(result)}" if "haystacks" in result else ""),
         fontsize=10,
     )
-    axes = figure.subplots(len(_SCORES), len(measured), squeeze=False)
-    image = None
     for panels, (score, words) in zip(axes, _score_names(result).items(), strict=True):
         for panel, caches in zip(panels, measured, strict=True):
             values = table(result, caches, score)
-            image = panel.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            panel.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
             panel.set_title(
                 f"{_label(result, caches)}: {words} {_mean(_rows(result, caches), score):.1%}",
                 fontsize=9,
@@ -113,12 +116,10 @@ def png(result: dict[str, Any]) -> bytes:
         panels[0].set_ylabel(result.get("depth_label", "depth of the needle"), fontsize=8)
     for panel in axes[-1]:
         panel.set_xlabel("text (tokens)", fontsize=8)
-    bar = figure.colorbar(image, ax=axes, shrink=0.6, pad=0.01)
+    bar = figure.colorbar(axes[0, 0].images[0], ax=axes, shrink=0.6, pad=0.01)
     bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     bar.ax.tick_params(labelsize=7)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=110, format="png")
-    return file.getvalue()
+    return figures.png(figure, dpi=110)
 
 
 def _number(panel: Any, values: np.ndarray) -> None:

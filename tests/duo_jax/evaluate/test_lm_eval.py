@@ -16,7 +16,7 @@ from duo_jax.errors import InputError
 from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.heads.pattern import Pattern
 from duo_jax.model.llama import hidden_states, logits
-from train.gates import self_mixed
+from train.gates import self_mixed_attention
 
 pytestmark = pytest.mark.usefixtures("offline", "quick_compile")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -100,7 +100,11 @@ def masked_logprobs(folder: pathlib.Path, pairs: list[tuple[list[int], list[int]
     def logprobs(tokens):
         sizes = {"sink_size": GATES.sink_size, "recent_size": GATES.recent_size}
         x, _ = hidden_states(
-            config, params, tokens, attend=self_mixed(**sizes), layer_inputs=jnp.zeros((2, 2))
+            config,
+            params,
+            tokens,
+            attend=self_mixed_attention(**sizes),
+            layer_inputs=jnp.zeros((2, 2)),
         )
         return jax.nn.log_softmax(logits(config, params, x))
 

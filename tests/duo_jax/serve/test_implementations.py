@@ -91,7 +91,7 @@ def trained(implementation: str, mixing: str):
         tail_size=24,
         implementation=implementation,
     )
-    run = jax.jit(functools.partial(train_step, model=CONFIG, config=step))
+    run = jax.jit(functools.partial(train_step, architecture=CONFIG, step=step))
     state = init_state(CONFIG, step)
     for seed in range(3):
         batch = Batch(

@@ -1,30 +1,16 @@
-"""The settings of `python -m train.demo_model`: architecture, curriculum, optimiser."""
+"""The demo model's architecture, and the stages that it is trained in."""
 
 import dataclasses
-import pathlib
+from collections.abc import Sequence
 
-import tyro
+import numpy as np
 
-from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig, RopeConfig
 
-VOCAB_SIZE = 1024
-
-# What documents and questions look like. The word before a passkey names it, in the text as in the
-# question, so that looking a passkey up is plain induction: find what followed this word before.
-TEMPLATES = PasskeyConfig(
-    words="vocabulary",
-    intro="Remember this.\n",
-    needle="\nPasskey {name}{passkey}.\n",
-    closing="\nRepeat this.\n",
-    question="Passkey {name}",
-    separator=".\n",
-)
-
 MODEL = ModelConfig(
     family="llama",
-    vocab_size=VOCAB_SIZE,
+    vocab_size=1024,
     embed_size=128,
     mlp_size=256,
     num_layers=4,
@@ -36,53 +22,6 @@ MODEL = ModelConfig(
     rope=RopeConfig(theta=500_000.0),
     tie_embeddings=True,
 )
-
-_ANSWERS = {"num_passkeys": 8, "passkey_words": 8}
-_TEMPLATES = {
-    "words": TEMPLATES.words,
-    "intro": TEMPLATES.intro,
-    "needle": TEMPLATES.needle,
-    "closing": TEMPLATES.closing,
-    "question": TEMPLATES.question,
-    "separator": TEMPLATES.separator,
-}
-
-# What `python -m train.identify` uses for this model: heads stream with few tokens, because the
-# texts are short, and the penalty is large, because the steps are few.
-PRESET = {
-    "sink": 16,
-    "recent": 96,
-    "num_steps": 150,
-    "reg_weight": 0.4,
-    "dtype": "float32",
-    "length_buckets": 2,
-    "eval_samples": 32,
-    "data": {
-        **_ANSWERS,
-        "min_length": 128,
-        "max_length": 512,
-        "num_lengths": 4,
-        **_TEMPLATES,
-    },
-}
-
-# What `python -m duo_jax.evaluate` uses for this model, by task.
-EVALUATION = {
-    "needle": {
-        "batch": 10,
-        "max_new_tokens": _ANSWERS["passkey_words"],
-        "needle": {
-            "intro": TEMPLATES.intro,
-            "needle": TEMPLATES.needle.format(name=ORDINALS[0], passkey=" {answer}"),
-            "answer": "{words}",
-            "answer_words": _ANSWERS["passkey_words"],
-            "words": TEMPLATES.words,
-            "question": TEMPLATES.closing + TEMPLATES.question.format(name=ORDINALS[0]),
-        },
-    },
-    "passkeys": {"batch": 8, "min_length": 320, "data": _ANSWERS | _TEMPLATES},
-    "compare": {"data": _ANSWERS | _TEMPLATES},
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,41 +141,17 @@ CURRICULUM = (
 )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Flags of the command."""
+def drawn_stage(curriculum: Sequence[Stage], number: int, *, step: int, seed: int) -> int:
+    """Return the stage that a step's documents come from: the present one, or an earlier one."""
+    rng = np.random.default_rng([seed, step])
+    if rng.random() < curriculum[number].rehearse:
+        return int(rng.integers(number))
+    return number
 
-    workdir: str = "runs/demo-model"
-    """Checkpoints and metrics; started again, the command resumes from here."""
-    output: pathlib.Path | None = None
-    """The model folder to make; must not exist, or be empty. Default: model/ in the workdir."""
-    seed: int = 0
-    """Decides initial weights and every document."""
-    checkpoint_every: int = 25
-    """Steps between checkpoints."""
-    filler_weight: float = 0.2
-    """Weight of ordinary text in the loss, next to 1 for the answers."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    warmup_steps: int = 50
-    """Steps over which the learning rate rises at the very start."""
-    check_every: int = 20
-    """Steps between checks whether a stage's threshold is reached."""
-    test_samples: int = 64
-    """Held-out documents per length for the table at the end."""
-    test_lengths: tuple[int, ...] = (256, 512, 1024)
-    """Lengths of the table at the end, in tokens."""
-    model: tyro.conf.Suppress[ModelConfig] = MODEL
-    curriculum: tyro.conf.Suppress[tuple[Stage, ...]] = CURRICULUM
 
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "check_every", "warmup_steps", "test_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "filler_weight", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative")
-
-    def folder(self) -> pathlib.Path:
-        """Return the folder of the finished model."""
-        return self.output or pathlib.Path(self.workdir) / "model"
+def learning_rate(stage: Stage, *, step: int, stage_step: int, warmup_steps: int) -> float:
+    """Return the rate at `stage_step` of a stage, which is `step` of the whole training."""
+    rate = stage.learning_rate
+    if stage.final_learning_rate is not None:
+        rate += (stage.final_learning_rate - rate) * stage_step / stage.max_steps
+    return rate * min(1.0, (step + 1) / warmup_steps)

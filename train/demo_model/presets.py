@@ -1,0 +1,61 @@
+"""What the demo model reads and is asked, and the presets that ship with it."""
+
+from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
+
+# What documents and questions look like. The word before a passkey names it, in the text as in the
+# question, so that looking a passkey up is plain induction: find what followed this word before.
+TEMPLATES = PasskeyConfig(
+    words="vocabulary",
+    intro="Remember this.\n",
+    needle="\nPasskey {name}{passkey}.\n",
+    closing="\nRepeat this.\n",
+    question="Passkey {name}",
+    separator=".\n",
+)
+
+_ANSWERS = {"num_passkeys": 8, "passkey_words": 8}
+_TEMPLATES = {
+    "words": TEMPLATES.words,
+    "intro": TEMPLATES.intro,
+    "needle": TEMPLATES.needle,
+    "closing": TEMPLATES.closing,
+    "question": TEMPLATES.question,
+    "separator": TEMPLATES.separator,
+}
+
+# What `python -m train.identify` uses for this model: heads stream with few tokens, because the
+# texts are short, and the penalty is large, because the steps are few.
+PRESET = {
+    "sink": 16,
+    "recent": 96,
+    "num_steps": 150,
+    "reg_weight": 0.4,
+    "dtype": "float32",
+    "length_buckets": 2,
+    "eval_samples": 32,
+    "data": {
+        **_ANSWERS,
+        "min_length": 128,
+        "max_length": 512,
+        "num_lengths": 4,
+        **_TEMPLATES,
+    },
+}
+
+# What `python -m duo_jax.evaluate` uses for this model, by task.
+EVALUATION = {
+    "needle": {
+        "batch": 10,
+        "max_new_tokens": _ANSWERS["passkey_words"],
+        "needle": {
+            "intro": TEMPLATES.intro,
+            "needle": TEMPLATES.needle.format(name=ORDINALS[0], passkey=" {answer}"),
+            "answer": "{words}",
+            "answer_words": _ANSWERS["passkey_words"],
+            "words": TEMPLATES.words,
+            "question": TEMPLATES.closing + TEMPLATES.question.format(name=ORDINALS[0]),
+        },
+    },
+    "passkeys": {"batch": 8, "min_length": 320, "data": _ANSWERS | _TEMPLATES},
+    "compare": {"data": _ANSWERS | _TEMPLATES},
+}
