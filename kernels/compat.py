@@ -2,22 +2,55 @@
 
 Pallas has two lowerings for GPUs. Only the Triton one has matrix instructions on A100 (sm_80); it
 is chosen by its compiler parameters, since a bare pallas_call means Mosaic on jax 0.10 and Triton
-from 0.11 on. Works with jax 0.10.2, 0.11.2 and 0.12.0.
+from 0.11 on. Tested with jax 0.10.2, 0.11.2 and 0.12.0. A later jax will drop that lowering, so it
+is imported when a kernel is traced; everything else works without it.
 """
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jaxtyping import Array, Bool
 
 from kernels import offsets
 from kernels.errors import UnsupportedError
 from kernels.gpu import A100, NONE, Gpu
 
-load, store = triton.load, triton.store
+TESTED = "jax>=0.10.2,<0.13"  # as in pyproject.toml
+
+
+@functools.cache
+def _triton() -> types.ModuleType | None:
+    """Import Pallas' Triton lowering; None if this jax does not have what kernels use of it."""
+    try:
+        from jax.experimental.pallas import triton
+        from jax.experimental.pallas.triton import CompilerParams, load, store  # noqa: F401
+    except ImportError:
+        return None
+    return triton
+
+
+def no_triton() -> str | None:
+    """Return why no kernel can be traced, not even for the interpreter; None if kernels can be."""
+    if _triton() is not None:
+        return None
+    return (
+        f"needs Pallas' Triton lowering, which jax {jax.__version__} does not have; "
+        f"run pip install '{TESTED}', or choose implementation='xla'"
+    )
+
+
+def load(at: Any, *, mask: Bool[Array, "..."], other: int) -> Array:
+    """Read a tile of a ref; `other` where the mask is False."""
+    return _triton().load(at, mask=mask, other=other)
+
+
+def store(at: Any, value: Array, *, mask: Bool[Array, "..."]) -> None:
+    """Write a tile of a ref where the mask is True."""
+    _triton().store(at, value, mask=mask)
 
 
 def target_gpu() -> Gpu | None:
@@ -82,7 +115,7 @@ def pallas_call(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=_triton().CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
     )
     return offsets.check_batches(call)
