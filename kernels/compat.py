@@ -15,9 +15,9 @@ import jax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool
 
-from kernels import offsets
+from kernels import address_limit
 from kernels.errors import UnsupportedError
-from kernels.gpu import A100, NONE, Gpu
+from kernels.gpu import A100, INTERPRETER, Gpu
 
 TESTED = "jax>=0.10.2,<0.13"  # as in pyproject.toml
 
@@ -56,8 +56,8 @@ def store(at: Any, value: Array, *, mask: Bool[Array, "..."]) -> None:
 def target_gpu() -> Gpu | None:
     """Return the NVIDIA GPU that tracing now is for, or None if it is for something else.
 
-    That is the device of the abstract mesh, where programs are compiled for a GPU that is not
-    there (jax.experimental.topologies), else the default backend's first device.
+    That is the device of the abstract mesh, if one is set to compile for a GPU that is not there
+    (jax.experimental.topologies), else the default backend's first device.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
@@ -69,7 +69,7 @@ def target_gpu() -> Gpu | None:
 
 def tile_gpu() -> Gpu:
     """Return the GPU that tile sizes are chosen for: the target, else the interpreter's."""
-    return target_gpu() or NONE
+    return target_gpu() or INTERPRETER
 
 
 @functools.cache
@@ -78,7 +78,7 @@ def _present_gpu() -> Gpu | None:
         return None
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
-    # AMD's begin with "gfx"; names of old NVIDIA GPUs do not tell whose they are ("Tesla T4").
+    # AMD's capabilities begin with "gfx"; old NVIDIA GPUs lack "NVIDIA" in the name ("Tesla T4").
     if "NVIDIA" not in device.device_kind and not capability[:1].isdigit():
         return None
     return Gpu(
@@ -103,9 +103,9 @@ def pallas_call(
     """Return a Pallas kernel for the Triton lowering, or for the interpreter.
 
     Raises:
-      UnsupportedError: an output is too large for its offsets.
+      NotImplementedError: an output has more elements than a kernel can address.
     """
-    reason = offsets.too_large(out_shape)
+    reason = address_limit.too_large(out_shape)
     if reason is not None:
         raise UnsupportedError(f"{name}: {reason}")
     call = pl.pallas_call(
@@ -118,12 +118,12 @@ def pallas_call(
         compiler_params=_triton().CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
     )
-    return offsets.check_batches(call)
+    return address_limit.check_batches(call)
 
 
 def ptx_dump_flags(folder: str) -> str:
     """Return the XLA_FLAGS with which a process leaves the PTX of all kernels in a folder."""
     flags = f"--xla_dump_to={folder}"
-    if jax.__version_info__ >= (0, 11):  # there it is written on request only
+    if jax.__version_info__ >= (0, 11):  # where PTX is written on request only
         flags += " --xla_dump_emitter_re=ptx"
     return flags

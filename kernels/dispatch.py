@@ -1,9 +1,9 @@
 """Which implementation of an op runs.
 
-- "xla": plain jax.numpy, on any device; the oracle of the tests.
+- "xla": jax.numpy, on any device; the reference of the kernels.
 - "triton": the Pallas kernel through its Triton lowering, on NVIDIA GPUs from A100 on (compute
   capability 8.0).
-- "interpret": the same kernel run by Pallas' interpreter, on any device; slow, for tests.
+- "interpret": the same kernel in Pallas' interpreter, on any device; slow, for tests.
 - "auto": "triton" where the program runs on such a GPU, else "xla".
 
 A named choice is obeyed or refused, never replaced. "auto" takes "xla" where jax has no Triton
@@ -74,7 +74,7 @@ def dispatch(
         if not refusal.auto_may_use_xla:
             raise UnsupportedError(f"{implementation=}: {refusal.reason}")
         return xla()
-    # Decided again when the program is lowered: it may be for another device than the default one.
+    # Decided again when the program is lowered, maybe for another device than the default one.
     return jax.lax.platform_dependent(cuda=lambda: triton(False), default=xla)
 
 

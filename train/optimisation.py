@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
-from kernels import Implementation
+from kernels import Implementation, pytree
 from train.distillation import Batch, Mixing, distillation_loss
 from train.language_modelling import language_modelling_loss
 
@@ -50,7 +50,7 @@ class StepConfig:
     implementation: Implementation = "auto"
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateState:
     """All that changes from step to step, and all that a checkpoint holds."""

@@ -152,13 +152,13 @@ def unpack(
     return (grouped * scale + zero).reshape(packed.shape).astype(dtype)
 
 
-def tokens(
+def read_slots(
     x: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     first: Int[Array, ""] | int,
     size: int,
     dtype: DTypeLike,
 ) -> Float[Array, "batch kv_heads size head_dim"]:
-    """Return `size` consecutive tokens of an array that may be packed; whole blocks of it."""
+    """Return `size` consecutive slots of an array, unpacked; whole blocks of a packed array."""
     if not isinstance(x, Packed):
         return jax.lax.dynamic_slice_in_dim(x, first, size, axis=2)
 
@@ -167,6 +167,11 @@ def tokens(
         return jax.lax.dynamic_slice_in_dim(leaf, first // ratio, size // ratio, axis=2)
 
     return unpack(jax.tree.map(part, x), dtype)
+
+
+def layout_of(x: Array | Packed) -> Layout | None:
+    """Return the layout of an array that may be packed; None if it is not."""
+    return x.layout if isinstance(x, Packed) else None
 
 
 def _check(slots: int, head_dim: int, layout: Layout) -> None:

@@ -1,4 +1,4 @@
-"""Streaming attention through XLA: the oracle, and what runs where there is no kernel.
+"""Streaming attention through XLA: the reference, and what runs where there is no kernel.
 
 Queries are cut into blocks; all of them meet the sinks and, shift by shift, the few key blocks that
 their windows can reach, so only a band along the diagonal is ever computed. Scores and softmax are
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from kernels import masks, online_softmax
 from kernels.heads import over_kv_heads
 from kernels.streaming.past import Past, nothing
-from kernels.tiles import power_of_two
+from kernels.tile_io import power_of_two
 
 
 def streaming_attention(

@@ -20,20 +20,21 @@ import jax
 import jax.numpy as jnp
 
 import duo_jax
-import duo_jax.runtime
-from kernels import decode, dispatch
+import duo_jax.session.runtime
+from kernels import decode_attention, dispatch
 
 q, kv, lengths = jnp.ones((1, 4, 16)), jnp.ones((1, 2, 8, 16)), jnp.array([5])
-out, lse = decode(q, kv, kv, lengths, softmax_scale=0.25)
+out, lse = decode_attention(q, kv, kv, lengths, softmax_scale=0.25)
 assert jnp.allclose(out, 1.0) and out.shape == q.shape
 a100 = jax.sharding.AbstractDevice(device_kind="NVIDIA A100", num_cores=108, platform="gpu")
 with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=a100)):
-    jaxpr = str(jax.make_jaxpr(lambda *x: decode(*x, softmax_scale=0.25))(q, kv, kv, lengths))
+    attend = lambda *x: decode_attention(*x, softmax_scale=0.25)
+    jaxpr = str(jax.make_jaxpr(attend)(q, kv, kv, lengths))
     assert "pallas_call" not in jaxpr
 for name in ("triton", "interpret"):
     for call in (
         lambda: dispatch.check(name),
-        lambda: decode(q, kv, kv, lengths, softmax_scale=0.25, implementation=name),
+        lambda: decode_attention(q, kv, kv, lengths, softmax_scale=0.25, implementation=name),
     ):
         try:
             call()
