@@ -13,7 +13,7 @@ from kernels import dense, packed
 from kernels.case import AttentionCase, to_numpy
 from kernels.packed import INT2_KEYS, INT2_VALUES, INT4, INT8, Layout, Packed
 
-# Of keys and values, by bits.
+# Layouts of keys and values, by bits.
 LAYOUTS: dict[int, tuple[Layout, Layout]] = {
     8: (INT8, INT8),
     4: (INT4, INT4),

@@ -125,7 +125,7 @@ class Case(abc.ABC):
     ) -> tuple[Any, ...]:
         """Return arguments with stale keys and values in all slots that no query sees.
 
-        Of packed ones the scales are stale, whatever the numbers.
+        Packed keys and values get stale scales instead.
         """
         del keys, values
         return arguments

@@ -103,8 +103,10 @@ def streaming_attention(
     )
 
 
-def _fit_length(x, *, before: int | None = None, after: int | None = None):
-    """Bring axis 1 to a length by cutting or padding with zeros, at its start or at its end."""
+def _fit_length(
+    x: Float[Array, "batch length ..."], *, before: int | None = None, after: int | None = None
+) -> Float[Array, "batch fitted ..."]:
+    """Bring axis 1 to a length: cut or pad with zeros at its start, or pad at its end."""
     if before is not None:
         x = x[:, max(0, x.shape[1] - before) :]
         pad = (before - x.shape[1], 0)

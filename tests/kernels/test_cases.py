@@ -16,7 +16,7 @@ from kernels.all_cases import AWKWARD, named
 SMALL = {name: case for name, case in named().items() if not case.compile_only}
 LENGTHS = named(AWKWARD)
 
-# Of results of size 1. XLA adds in another order, and may be luckier.
+# Results are of size 1. XLA adds in another order, and may be luckier.
 FLOOR = 2e-6
 
 
@@ -59,10 +59,10 @@ def check_xla(case, arguments, results, wanted):
 def check_kernel(case, results, xla, wanted):
     """The kernel errs at most twice as much as XLA."""
     check_types(case, results, wanted)
-    # In 2 bits the queries are multiplied with the scales of channels, and rounded again; in the
-    # lse of a few queries nothing averages that out. Nor over three tokens what the backward pass
-    # loses: it takes sum(p * d_p) from the output that the forward pass rounded, as in
-    # FlashAttention-2, XLA from its own float32.
+    # The backward pass takes sum(p * d_p) from the output that the forward pass rounded, as in
+    # FlashAttention-2, XLA from its own float32; over three tokens nothing averages that out. In
+    # 2 bits the queries are multiplied with the scales of channels, and rounded again; in the lse
+    # of a few queries nothing averages that out either.
     times = 4.0 if case.gradient and case.length < 16 else 2.0
     for index, (got, other, want) in enumerate(zip(results, xla, wanted, strict=True)):
         if index == 1 and not case.gradient and case.bits != 2:

@@ -134,7 +134,7 @@ def expected_tiles(case, tiles) -> int:
         return (j <= i) & (i - j < recent)
 
     def both(chunk_keys, size):
-        """Of whole sequences: sinks, and the window, where sinks are masked."""
+        """Count the walks over whole sequences: the sinks, then the window, sinks included."""
         queries = padded(case.length, size[0])
         sinks = visible_tiles(np.greater_equal, queries, np.arange(sink), *size)
         return sinks + visible_tiles(window, queries, chunk_keys, *size)
