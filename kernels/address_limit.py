@@ -33,7 +33,7 @@ def check_batches(call: Callable[..., Any]) -> Callable[..., Any]:
       call: a kernel, a function of arrays.
 
     Returns:
-      The same function; under jax.vmap it raises NotImplementedError where an array is too large.
+      The same function; under jax.vmap it raises UnsupportedError where an array is too large.
     """
 
     @jax.custom_batching.custom_vmap

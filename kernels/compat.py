@@ -103,7 +103,7 @@ def pallas_call(
     """Return a Pallas kernel for the Triton lowering, or for the interpreter.
 
     Raises:
-      NotImplementedError: an output has more elements than a kernel can address.
+      UnsupportedError: an output has more elements than a kernel can address.
     """
     reason = address_limit.too_large(out_shape)
     if reason is not None:

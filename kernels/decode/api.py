@@ -47,7 +47,7 @@ def decode_attention(
       with which parts of a cache can be merged.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case; the message says why.
+      UnsupportedError: the named implementation cannot run this case; the message says why.
       ValueError: the arrays do not fit one another.
     """
     limits.check_shapes(q, k, v, kv_heads_axis=1)

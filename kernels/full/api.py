@@ -39,7 +39,7 @@ def full_attention(
       The output in the dtype of `q`.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case, or is asked for a second
+      UnsupportedError: the named implementation cannot run this case, or is asked for a second
         derivative that its kernels do not have; or an array is larger than kernels can address
         ("auto" too, see kernels.dispatch). The message says why.
       ValueError: the arrays do not fit one another.

@@ -34,7 +34,7 @@ def merge_lse(
       output has the dtype of `outs`, the lse is float32 (float64 for float64).
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case, or is asked for a gradient
+      UnsupportedError: the named implementation cannot run this case, or is asked for a gradient
         that its kernel does not have; the message says why.
       ValueError: the arrays do not fit one another.
     """

@@ -46,7 +46,7 @@ def prefill_attention(
       The output in the dtype of `q`, and its lse (natural logarithm, float32; float64 for float64).
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case; the message says why.
+      UnsupportedError: the named implementation cannot run this case; the message says why.
       ValueError: the arrays do not fit one another.
     """
     limits.check_shapes(q, k, v, kv_heads_axis=1)

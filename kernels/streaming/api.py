@@ -48,7 +48,7 @@ def streaming_attention(
       which is not differentiable.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case, or is asked for a gradient
+      UnsupportedError: the named implementation cannot run this case, or is asked for a gradient
         that its kernels do not have; or an array is larger than kernels can address ("auto" too,
         see kernels.dispatch), such as the gradient's sums over many sinks. The message says why.
       ValueError: the arrays or the past do not fit one another, or a size is impossible.
