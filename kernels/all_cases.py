@@ -1,20 +1,36 @@
 """The named cases of all ops."""
 
-from kernels.case import Case
-from kernels.decode.cases import CASES as DECODE
-from kernels.full.cases import CASES as FULL
-from kernels.merge.cases import CASES as MERGE
-from kernels.packed.cases import DECODE as DECODE_PACKED
-from kernels.packed.cases import PREFILL as PREFILL_PACKED
-from kernels.prefill.cases import CASES as PREFILL
-from kernels.streaming.cases import CASES as STREAMING
+from collections.abc import Mapping
 
-CASES: dict[str, dict[str, Case]] = {
-    "decode": dict(DECODE),
-    "decode_packed": dict(DECODE_PACKED),
-    "full": dict(FULL),
-    "merge": dict(MERGE),
-    "prefill": dict(PREFILL),
-    "prefill_packed": dict(PREFILL_PACKED),
-    "streaming": dict(STREAMING),
+from kernels.case import Case
+from kernels.decode import cases as decode
+from kernels.full import cases as full
+from kernels.merge import cases as merge
+from kernels.prefill import cases as prefill
+from kernels.streaming import cases as streaming
+
+Cases = Mapping[str, Mapping[str, Case]]  # by op and name
+
+# Run by the tests, compiled for every GPU, checked on one.
+CASES: Cases = {
+    "decode": decode.CASES,
+    "decode_packed": decode.PACKED,
+    "full": full.CASES,
+    "merge": merge.CASES,
+    "prefill": prefill.CASES,
+    "prefill_packed": prefill.PACKED,
+    "streaming": streaming.CASES,
 }
+# Lengths where blocks and windows begin and end, in float32; run by the tests only.
+AWKWARD: Cases = {
+    "decode": decode.AWKWARD,
+    "full": full.AWKWARD,
+    "merge": merge.AWKWARD,
+    "prefill": prefill.AWKWARD,
+    "streaming": streaming.AWKWARD,
+}
+
+
+def named(cases: Cases = CASES) -> dict[str, Case]:
+    """Return cases by "op: name"."""
+    return {f"{op}: {name}": case for op, some in cases.items() for name, case in some.items()}

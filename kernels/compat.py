@@ -2,31 +2,64 @@
 
 Pallas has two lowerings for GPUs. Only the Triton one has matrix instructions on A100 (sm_80); it
 is chosen by its compiler parameters, since a bare pallas_call means Mosaic on jax 0.10 and Triton
-from 0.11 on. Works with jax 0.10.2, 0.11.2 and 0.12.0.
+from 0.11 on. Tested with jax 0.10.2, 0.11.2 and 0.12.0. A later jax will drop that lowering, so it
+is imported when a kernel is traced; everything else works without it.
 
 Part of duo_jax.
 """
 
 import functools
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+from jaxtyping import Array, Bool
 
-from kernels import offsets
+from kernels import address_limit
 from kernels.errors import UnsupportedError
-from kernels.gpu import A100, NONE, Gpu
+from kernels.gpu import A100, INTERPRETER, Gpu
 
-load, store = triton.load, triton.store
+TESTED = "jax>=0.10.2,<0.13"  # as in pyproject.toml
+
+
+@functools.cache
+def _triton() -> types.ModuleType | None:
+    """Import Pallas' Triton lowering; None if this jax does not have what kernels use of it."""
+    try:
+        from jax.experimental.pallas import triton
+        from jax.experimental.pallas.triton import CompilerParams, load, store  # noqa: F401
+    except ImportError:
+        return None
+    return triton
+
+
+def no_triton() -> str | None:
+    """Return why no kernel can be traced, not even for the interpreter; None if kernels can be."""
+    if _triton() is not None:
+        return None
+    return (
+        f"needs Pallas' Triton lowering, which jax {jax.__version__} does not have; "
+        f"run pip install '{TESTED}', or choose implementation='xla'"
+    )
+
+
+def load(at: Any, *, mask: Bool[Array, "..."], other: int) -> Array:
+    """Read a tile of a ref; `other` where the mask is False."""
+    return _triton().load(at, mask=mask, other=other)
+
+
+def store(at: Any, value: Array, *, mask: Bool[Array, "..."]) -> None:
+    """Write a tile of a ref where the mask is True."""
+    _triton().store(at, value, mask=mask)
 
 
 def target_gpu() -> Gpu | None:
     """Return the NVIDIA GPU that tracing now is for, or None if it is for something else.
 
-    That is the device of the abstract mesh, where programs are compiled for a GPU that is not
-    there (jax.experimental.topologies), else the default backend's first device.
+    That is the device of the abstract mesh, if one is set to compile for a GPU that is not there
+    (jax.experimental.topologies), else the default backend's first device.
     """
     described = jax.sharding.get_abstract_mesh().abstract_device
     if described is not None:
@@ -38,7 +71,7 @@ def target_gpu() -> Gpu | None:
 
 def tile_gpu() -> Gpu:
     """Return the GPU that tile sizes are chosen for: the target, else the interpreter's."""
-    return target_gpu() or NONE
+    return target_gpu() or INTERPRETER
 
 
 @functools.cache
@@ -47,7 +80,7 @@ def _present_gpu() -> Gpu | None:
         return None
     device = jax.devices()[0]
     capability = str(getattr(device, "compute_capability", ""))
-    # AMD's begin with "gfx"; names of old NVIDIA GPUs do not tell whose they are ("Tesla T4").
+    # AMD's capabilities begin with "gfx"; old NVIDIA GPUs lack "NVIDIA" in the name ("Tesla T4").
     if "NVIDIA" not in device.device_kind and not capability[:1].isdigit():
         return None
     return Gpu(
@@ -72,9 +105,9 @@ def pallas_call(
     """Return a Pallas kernel for the Triton lowering, or for the interpreter.
 
     Raises:
-      UnsupportedError: an output is too large for its offsets.
+      UnsupportedError: an output has more elements than a kernel can address.
     """
-    reason = offsets.too_large(out_shape)
+    reason = address_limit.too_large(out_shape)
     if reason is not None:
         raise UnsupportedError(f"{name}: {reason}")
     call = pl.pallas_call(
@@ -84,15 +117,15 @@ def pallas_call(
         in_specs=in_specs,
         out_specs=out_specs,
         out_shape=out_shape,
-        compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=_triton().CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
     )
-    return offsets.check_batches(call)
+    return address_limit.check_batches(call)
 
 
 def ptx_dump_flags(folder: str) -> str:
     """Return the XLA_FLAGS with which a process leaves the PTX of all kernels in a folder."""
     flags = f"--xla_dump_to={folder}"
-    if jax.__version_info__ >= (0, 11):  # there it is written on request only
+    if jax.__version_info__ >= (0, 11):  # where PTX is written on request only
         flags += " --xla_dump_emitter_re=ptx"
     return flags

@@ -1,16 +1,16 @@
 """Which implementation of an op runs.
 
-- "xla": plain jax.numpy, on any device; the oracle of the tests.
+- "xla": jax.numpy, on any device; the reference of the kernels.
 - "triton": the Pallas kernel through its Triton lowering, on NVIDIA GPUs from A100 on (compute
   capability 8.0).
-- "interpret": the same kernel run by Pallas' interpreter, on any device; slow, for tests.
+- "interpret": the same kernel in Pallas' interpreter, on any device; slow, for tests.
 - "auto": "triton" where the program runs on such a GPU, else "xla".
 
-A named choice is obeyed or refused, never replaced. On a GPU with kernels "auto" takes "xla" for
-what no kernel here is written for: other dtypes (float64, or keys of another dtype than queries)
-and a head_dim above 256. An array of 2^31 elements or more is another matter: it is meant for the
-kernel, which cannot address it, and XLA may need many times its memory. So "auto" refuses it too;
-who wants XLA there names it.
+A named choice is obeyed or refused, never replaced. "auto" takes "xla" where jax has no Triton
+lowering and, on a GPU with kernels, for what no kernel here is written for: other dtypes (float64,
+or keys of another dtype than queries) and a head_dim above 256. "auto" also refuses arrays of 2^31
+elements or more: kernels cannot address them, and XLA may need many times their memory. Pass
+implementation="xla" to run them.
 """
 
 from collections.abc import Callable
@@ -35,10 +35,13 @@ def check(implementation: str) -> None:
     """
     if implementation not in get_args(Implementation):
         raise ValueError(f"{implementation=} is not one of {', '.join(get_args(Implementation))}")
+    reason = None
     if implementation == "triton":
         reason = _no_kernels(compat.target_gpu())
-        if reason is not None:
-            raise UnsupportedError(f"{implementation=} {reason}")
+    elif implementation == "interpret":
+        reason = compat.no_triton()
+    if reason is not None:
+        raise UnsupportedError(f"{implementation=} {reason}")
 
 
 def dispatch(
@@ -71,12 +74,14 @@ def dispatch(
         if not refusal.auto_may_use_xla:
             raise UnsupportedError(f"{implementation=}: {refusal.reason}")
         return xla()
-    # Decided again when the program is lowered: it may be for another device than the default one.
+    # Decided again when the program is lowered, maybe for another device than the default one.
     return jax.lax.platform_dependent(cuda=lambda: triton(False), default=xla)
 
 
 def _no_kernels(gpu: Gpu | None) -> str | None:
     """Return why kernels cannot run on a device; None if they can."""
+    if compat.no_triton() is not None:
+        return compat.no_triton()
     if gpu is None:
         return f"needs an NVIDIA GPU, and this process runs on {jax.default_backend()}"
     if gpu.is_too_old:

@@ -1,18 +1,39 @@
 """A loop over KV heads for attention that is written for one of them."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-# Scores of as many KV heads as fit in this many bytes are computed together.
+# The scores of as many KV heads as fit into this many bytes are computed together.
 _SCORE_BYTES = 2**25
 
 
-def over_kv_heads(one_kv_head, q, k, v, *, head_major=(), scores_per_query: int):
+def over_kv_heads(
+    one_kv_head: Callable[..., Any],
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    head_major: Sequence[Any] = (),
+    scores_per_query: int,
+) -> Any:
     """Apply a function of one KV head and its query group to all of them, some at a time.
 
-    `one_kv_head` takes q [batch, length, group, head_dim], k and v [batch, length, head_dim], then
-    the slice of every tree in `head_major` (leading axis: KV heads). It returns arrays
-    [batch, length, group, ...]; they come back as [batch, length, q_heads, ...].
+    Args:
+      one_kv_head: takes q [batch, length, group, head_dim], k and v [batch, length, head_dim], then
+        one head's slice of every tree in `head_major`; returns a tree of arrays
+        [batch, length, group, ...].
+      q: queries.
+      k: keys.
+      v: values.
+      head_major: more trees of arrays, whose leading axis is kv_heads.
+      scores_per_query: keys that a query meets at once.
+
+    Returns:
+      The tree of `one_kv_head`, with arrays [batch, length, q_heads, ...].
     """
     batch, length, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[2]

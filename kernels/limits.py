@@ -1,11 +1,11 @@
-"""What every Triton kernel here needs of its arguments."""
+"""What every op and every Triton kernel here requires of its arguments."""
 
 import dataclasses
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from kernels import offsets
+from kernels import address_limit
 from kernels.packed import Packed
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -24,8 +24,8 @@ def check_shapes(q: Array, k: Array | Packed, v: Array | Packed, *, kv_heads_axi
     """Refuse keys and values that do not fit the queries.
 
     Raises:
-      ValueError: sizes differ, an array is empty, KV heads do not divide the query heads, or the
-        numbers are whole ones.
+      ValueError: sizes differ, an array is empty, KV heads do not divide the query heads, or a
+        dtype is not floating-point.
     """
     for what, x in (("queries", q), ("keys", k), ("values", v)):
         if not isinstance(x, Packed) and not jnp.issubdtype(x.dtype, jnp.floating):
@@ -47,7 +47,7 @@ def check_sequences(q: Array, k: Array, v: Array) -> None:
     """Refuse keys and values [batch, length, kv_heads, head_dim] that do not fit the queries.
 
     Raises:
-      ValueError: as `check_shapes`, or the lengths differ.
+      ValueError: for the reasons of `check_shapes`, or the lengths differ.
     """
     check_shapes(q, k, v, kv_heads_axis=2)
     if q.shape[1] != k.shape[1]:
@@ -58,7 +58,7 @@ def check_parts(outs: Array, lses: Array) -> None:
     """Refuse logarithms [parts, *rows] that do not fit outputs [parts, *rows, head_dim].
 
     Raises:
-      ValueError: the shapes differ, an array is empty, or the numbers are whole ones.
+      ValueError: the shapes differ, an array is empty, or a dtype is not floating-point.
     """
     if outs.shape[:-1] != lses.shape or outs.ndim < 2:
         raise ValueError(f"outputs {outs.shape} and logarithms {lses.shape} do not fit")
@@ -70,21 +70,21 @@ def check_parts(outs: Array, lses: Array) -> None:
 
 
 def check_rows(what: str, numbers: Array, batch: int) -> None:
-    """Refuse anything but one whole number per row.
+    """Refuse anything but one integer per row.
 
     Raises:
       ValueError: another shape or dtype.
     """
     if numbers.shape != (batch,) or not jnp.issubdtype(numbers.dtype, jnp.integer):
-        raise ValueError(f"{what} are {numbers.dtype} {numbers.shape}, not {batch} whole numbers")
+        raise ValueError(f"{what} are {numbers.dtype} {numbers.shape}, not {batch} integers")
 
 
 def refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
     """Return why no kernel can take these arrays, the queries first; None if one can."""
     if q.dtype not in _DTYPES:
         return Refusal(reason=f"kernels take bfloat16, float16 and float32, not {q.dtype}")
-    plain = [x for x in operands if not isinstance(x, Packed)]
-    other = [x.dtype for x in plain if x.dtype != q.dtype]
+    unpacked = [x for x in operands if not isinstance(x, Packed)]
+    other = [x.dtype for x in unpacked if x.dtype != q.dtype]
     if other:
         return Refusal(reason=f"queries are {q.dtype}, keys and values {other[0]}")
     if q.shape[-1] > _MAX_HEAD_DIM:
@@ -93,6 +93,6 @@ def refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
 
 
 def too_large(*arrays: Array | Packed) -> Refusal | None:
-    """Return that one of some arrays has more elements than a kernel can address, or None."""
-    reason = offsets.too_large(arrays)
+    """Return a refusal if one of some arrays has more elements than a kernel can address."""
+    reason = address_limit.too_large(arrays)
     return None if reason is None else Refusal(reason=reason, auto_may_use_xla=False)

@@ -1,6 +1,6 @@
-"""Kernels that cannot be differentiated say so.
+"""Refusal of derivatives that kernels do not have.
 
-Left alone, jax differentiates the inside of a kernel and fails there, with an empty message.
+Without it, jax differentiates the inside of a kernel and fails there, with an empty message.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Result = TypeVar("Result")
 def refuse_gradient(function: Callable[..., Result], reason: str) -> Callable[..., Result]:
     """Return a function that computes the same and refuses to be differentiated.
 
-    Only derivatives by its arguments are noticed, so all arrays that it uses must be arguments
-    (trees of arrays, by position); everything else is bound beforehand. Arguments that are not
-    differentiated, as under jax.lax.stop_gradient, are let through by every transformation.
+    Only derivatives with respect to its arguments are noticed, so all arrays that it uses must be
+    arguments (trees of arrays, by position); everything else is bound beforehand. Arguments that
+    are not differentiated, as under jax.lax.stop_gradient, pass through every transformation.
 
     Args:
       function: of trees of arrays.
-      reason: what is said instead, in one line.
+      reason: the message of the error, in one line.
 
     Returns:
       The function, whose derivatives of any kind raise UnsupportedError with the reason.

@@ -7,11 +7,13 @@ After any number of blocks, for every row of queries and the keys s seen so far,
     summed  = sum_s exp(score[s] - maximum) v[s]
 
 so that out = summed / total and lse = maximum + log(total). Everything is held in float32
-(float64 for float64 inputs).
+(float64 for float64 inputs). Kernels that hold `summed` in another form share `start_rows`,
+`rescale` and `finish_rows`.
 """
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from kernels.precision import accumulator
@@ -30,11 +32,22 @@ State = tuple[
 def start(q: Float[Array, "*batch rows head_dim"]) -> State:
     """Return the state before the first block."""
     wide = accumulator(q.dtype)
-    return (
-        jnp.full(q.shape[:-1], _LOWEST, wide),
-        jnp.zeros(q.shape[:-1], wide),
-        jnp.zeros(q.shape, wide),
-    )
+    return *start_rows(q.shape[:-1], wide), jnp.zeros(q.shape, wide)
+
+
+def start_rows(
+    shape: tuple[int, ...], dtype: DTypeLike
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Return the maximum and the total before the first block."""
+    return jnp.full(shape, _LOWEST, dtype), jnp.zeros(shape, dtype)
+
+
+def rescale(
+    maximum: Float[Array, "*rows"], block_maximum: Float[Array, "*rows"]
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Return the maximum after one more block, and the factor on all sums before it."""
+    new_maximum = jnp.maximum(maximum, block_maximum)
+    return new_maximum, jnp.exp(maximum - new_maximum)
 
 
 def add_block(
@@ -52,9 +65,8 @@ def add_block(
     scores = _product(q, k, maximum.dtype) * softmax_scale
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    new_maximum = jnp.maximum(maximum, jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - new_maximum[..., None])
-    shrink = jnp.exp(maximum - new_maximum)
+    maximum, shrink = rescale(maximum, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - maximum[..., None])
     seen = jax.lax.dot_general(
         weights.astype(v.dtype),
         v,
@@ -62,7 +74,7 @@ def add_block(
         preferred_element_type=maximum.dtype,
     )
     return (
-        new_maximum,
+        maximum,
         total * shrink + jnp.sum(weights, axis=-1),
         summed * shrink[..., None] + seen,
     )
@@ -73,16 +85,29 @@ def finish(
 ) -> tuple[Float[Array, "*batch rows head_dim"], Float[Array, "*batch rows"]]:
     """Return output and lse; a row that saw no key gets output 0 and lse -inf."""
     maximum, total, summed = state
+    divisor, lse = finish_rows(maximum, total)
+    return summed / divisor[..., None], lse
+
+
+def finish_rows(
+    maximum: Float[Array, "*rows"], total: Float[Array, "*rows"]
+) -> tuple[Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """Return what the sums are divided by, and lse; 1 and -inf for a row that saw no key."""
     empty = total == 0
-    out = summed / jnp.where(empty, 1, total)[..., None]
-    return out, jnp.where(empty, -jnp.inf, maximum + jnp.log(jnp.where(empty, 1, total)))
+    divisor = jnp.where(empty, 1, total)
+    return divisor, jnp.where(empty, -jnp.inf, maximum + jnp.log(divisor))
 
 
-def _product(q, k, dtype) -> Float[Array, "*batch rows block"]:
+def _product(
+    q: Float[Array, "*batch rows head_dim"],
+    k: Float[Array, "*batch block head_dim"],
+    dtype: DTypeLike,
+) -> Float[Array, "*batch rows block"]:
     """Return q k^T.
 
-    XLA's CPU matmul is at its best with many rows: a few queries (decoding) go second, which is
-    worth a quarter; many queries (prefill) go first, which saves the transposition, half the time.
+    XLA's CPU matmul is fastest with many rows. A few queries (decoding) go second, which saves a
+    quarter of the time; many queries (prefill) go first, which saves the transposition, half the
+    time.
     """
     batch = tuple(range(q.ndim - 2))
     dimensions = (((q.ndim - 1,), (q.ndim - 1,)), (batch, batch))

@@ -1,4 +1,4 @@
-"""In which dtype things are added up."""
+"""The dtype of sums."""
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike

@@ -12,9 +12,9 @@ T = TypeVar("T")
 def register(cls: type[T]) -> type[T]:
     """Register a dataclass with jax. Its fields are subtrees; those marked static are constants.
 
-    Marked as for jax.tree_util.register_dataclass: dataclasses.field(metadata={"static": True}).
-    Unlike jax.tree_util.register_dataclass this does not construct: jax also makes trees of shapes,
-    of shardings and of stacked arrays, which a type checker of the fields would refuse.
+    Mark them as for jax.tree_util.register_dataclass: dataclasses.field(metadata={"static": True}).
+    That function calls the constructor for every tree that jax makes, trees of shapes, of shardings
+    and of stacked arrays too, which the type checker of the tests refuses. This one does not.
     """
     fields = dataclasses.fields(cls)
     names = tuple(field.name for field in fields if not field.metadata.get("static"))

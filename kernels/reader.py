@@ -1,8 +1,8 @@
-"""How the kernels of decode and prefill read a cache, whatever numbers it stores.
+"""How the kernels of decode and prefill read a cache, in whatever format it is stored.
 
 Both ops share out the work, and walk a head's keys block by block, in one way for all caches. What
-a block does to its queries' running softmax depends on the stored numbers; that is a Reader:
-`PlainReader` here, kernels.packed.reader.PackedReader for packed numbers.
+a block does to its queries' running softmax depends on the format; that is a Reader:
+`UnpackedReader` here, kernels.packed.reader.PackedReader for packed numbers.
 """
 
 import dataclasses
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels import online_softmax, tiles
+from kernels import online_softmax, tile_io
+from kernels.tile_io import Scalar
+from kernels.tiles import AttentionTiles, DecodeTiles
 
 Mask = Callable[[Int[Array, " positions"]], Bool[Array, "#rows positions"]]
 
@@ -31,7 +33,7 @@ class Reader(Protocol):
         """Slots of the cache."""
         ...
 
-    def load_queries(self, ref: jax.Ref, rows: Int[Array, " rows"], *, end: Any) -> Any:
+    def load_queries(self, ref: jax.Ref, rows: Int[Array, " rows"], *, end: Scalar) -> Any:
         """Read the rows before `end` of a ref [length, head_dim]."""
         ...
 
@@ -40,7 +42,7 @@ class Reader(Protocol):
         ...
 
     def add_block(
-        self, index: Any, state: Any, queries: Any, mask: Mask | None, *, end: Any
+        self, index: Scalar, state: Any, queries: Any, mask: Mask | None, *, end: Scalar
     ) -> Any:
         """Let every row see the keys of block `index` that its mask allows.
 
@@ -56,7 +58,7 @@ class Reader(Protocol):
         lse_ref: jax.Ref,
         rows: Int[Array, " rows"],
         *,
-        end: Any,
+        end: Scalar,
     ) -> None:
         """Write output and lse of the rows before `end`."""
         ...
@@ -64,18 +66,18 @@ class Reader(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operands:
-    """What a kernel is given of a cache."""
+    """A cache as inputs of a kernel: arrays, their block specs, and the reader of their refs."""
 
     arrays: Sequence[Array]
     specs: Sequence[pl.BlockSpec]  # of one row and head
     reader: Callable[..., Reader]  # takes the refs, block_kv and softmax_scale
-    name: str  # of the kernels that read it
+    name: str  # of the kernel that reads them
 
-    def read_with(self, block_sizes: Any, softmax_scale: float) -> Callable[..., Reader]:
-        """Return what makes a reader of the refs, given the kernel's tile sizes."""
-        return functools.partial(
-            self.reader, block_kv=block_sizes.block_kv, softmax_scale=softmax_scale
-        )
+    def read_with(
+        self, tiles: AttentionTiles | DecodeTiles, softmax_scale: float
+    ) -> Callable[[Sequence[jax.Ref]], Reader]:
+        """Return a function that makes a reader of the refs, given the kernel's tile sizes."""
+        return functools.partial(self.reader, block_kv=tiles.block_kv, softmax_scale=softmax_scale)
 
 
 def operands(
@@ -86,14 +88,14 @@ def operands(
     name: str,
     heads_first: bool = True,
 ) -> Operands:
-    """Describe keys and values that are stored as they are.
+    """Describe keys and values that are not packed.
 
     Args:
       k: keys [batch, kv_heads, slots, head_dim], or [batch, slots, kv_heads, head_dim].
       v: values.
       index_map: returns row and KV head of a program, given its place in the grid.
       name: of the kernel.
-      heads_first: how they lie.
+      heads_first: whether kv_heads is axis 1, not 2.
     """
     if heads_first:
         block = (None, None, *k.shape[2:])
@@ -105,12 +107,12 @@ def operands(
             return row, 0, head, 0
 
         spec = pl.BlockSpec((None, k.shape[1], None, k.shape[3]), between)
-    return Operands(arrays=(k, v), specs=(spec, spec), reader=PlainReader, name=name)
+    return Operands(arrays=(k, v), specs=(spec, spec), reader=UnpackedReader, name=name)
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainReader:
-    """Keys and values that are stored as they are."""
+class UnpackedReader:
+    """Keys and values that are not packed."""
 
     refs: Sequence[jax.Ref]  # keys and values, [slots, head_dim] each
     _: dataclasses.KW_ONLY
@@ -122,15 +124,25 @@ class PlainReader:
     def slots(self) -> int:
         return self.refs[0].shape[0]
 
-    def load_queries(self, ref, rows, *, end):
-        return tiles.load(ref, rows, end=end)
+    def load_queries(
+        self, ref: jax.Ref, rows: Int[Array, " rows"], *, end: Scalar
+    ) -> Float[Array, "rows width"]:
+        return tile_io.load(ref, rows, end=end)
 
-    def start(self, queries):
+    def start(self, queries: Float[Array, "rows width"]) -> online_softmax.State:
         return online_softmax.start(queries)
 
-    def add_block(self, index, state, queries, mask: Mask | None, *, end):
-        positions = tiles.indices(self.block_kv, index * self.block_kv)
-        k, v = (tiles.load(ref, positions, end=end) for ref in self.refs)
+    def add_block(
+        self,
+        index: Scalar,
+        state: online_softmax.State,
+        queries: Float[Array, "rows width"],
+        mask: Mask | None,
+        *,
+        end: Scalar,
+    ) -> online_softmax.State:
+        positions = tile_io.indices(self.block_kv, index * self.block_kv)
+        k, v = (tile_io.load(ref, positions, end=end) for ref in self.refs)
         visible = None
         if mask is not None:
             visible = jnp.broadcast_to(mask(positions), (queries.shape[0], self.block_kv))
@@ -138,7 +150,15 @@ class PlainReader:
             state, queries, k, v, visible, softmax_scale=self.softmax_scale
         )
 
-    def store(self, state, out_ref, lse_ref, rows, *, end):
+    def store(
+        self,
+        state: online_softmax.State,
+        out_ref: jax.Ref,
+        lse_ref: jax.Ref,
+        rows: Int[Array, " rows"],
+        *,
+        end: Scalar,
+    ) -> None:
         out, lse = online_softmax.finish(state)
-        tiles.store(out_ref, rows, out, end=end)
-        tiles.store_vector(lse_ref, rows, lse, end=end)
+        tile_io.store(out_ref, rows, out, end=end)
+        tile_io.store_vector(lse_ref, rows, lse, end=end)

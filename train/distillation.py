@@ -22,14 +22,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
-from kernels import Implementation
+from kernels import Implementation, pytree
 from kernels.precision import accumulator
 from train import gates as gated
 
 Mixing = Literal["teacher", "self"]
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
     """Token sequences of one padded length, and the supervised part of each."""

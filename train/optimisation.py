@@ -14,11 +14,12 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
+from kernels import pytree
 from train.distillation import Batch
 from train.loss import StepConfig, loss, next_multiplier
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GateState:
     """All that changes from step to step, and all that a checkpoint holds."""

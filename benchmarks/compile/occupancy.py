@@ -21,7 +21,7 @@ import re
 from kernels.aot import Target, description
 from kernels.gpu import A100, H200, Gpu
 
-GPUS: dict[Target, Gpu] = {"a100": A100, "h200": H200}
+_GPUS: dict[Target, Gpu] = {"a100": A100, "h200": H200}
 
 _WARP = 32
 _PARTS = 4  # of a core
@@ -53,7 +53,7 @@ def limits(target: Target) -> Limits:
         shared_memory=number("shared_memory_per_core"),
         shared_memory_per_program=number("shared_memory_per_block_optin"),
         threads=number("threads_per_core_limit"),
-        gpu=GPUS[target],
+        gpu=_GPUS[target],
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from benchmarks.compile import occupancy, roofline
 from kernels import aot
+from kernels.gpu import GPUS
 
 _GPUS: dict[aot.Target, str] = {"a100": "A100 (sm_80)", "h200": "H200 (sm_90a)"}
 _INTRODUCTION = """\
@@ -54,16 +55,13 @@ loads overlap by stages, not by many warps.
 _ROOFLINE = """\
 ## How fast they could be at best
 
-Counted, not measured. "Must" is the least that any kernel moves and multiplies: inputs and outputs
-once, visible (query, key) pairs only; for gradients, the forward pass and then the backward pass,
-which reads all of it again. "Does" is what our kernels' programs load, store and multiply, as a
-multiple of "must": masked parts of tiles are multiplied too, and programs load what others have
-loaded. Many of those repeated loads are served by the L2 cache, so more bytes need not mean more
-time. Decode's splits depend on the number of cores: here that of an A100. A test runs the small
-cases with a counter in every load and product, and finds these counts.
+Counted, not measured: the least that any kernel moves and multiplies. Inputs and outputs count
+once, and of (query, key) pairs only the visible ones; for gradients, the forward pass and then the
+backward pass, which reads all of it again. Our kernels multiply whole tiles, masked pairs included:
+a test counts that they walk exactly the tiles that hold a visible pair.
 
-The floor is the longer of must-bytes at full bandwidth and must-operations at full rate, from data
-sheets (dense bfloat16, memory), which no kernel reaches:
+The floor is the longer of these bytes at full bandwidth and these operations at full rate, from
+data sheets (dense bfloat16, memory), which no kernel reaches:
 
 {sheets}
 """
@@ -95,8 +93,9 @@ def summary(result: dict[str, Any]) -> str:
 def to_markdown(result: dict[str, Any]) -> str:
     """Write the whole document."""
     sheets = "\n".join(
-        f"- {gpu.name}: {gpu.flops / 1e12:,.0f} TFLOP/s, {gpu.bandwidth / 1e9:,.0f} GB/s"
-        for gpu in roofline.GPUS
+        f"- {name.upper()}: {GPUS[name].flops / 1e12:,.0f} TFLOP/s, "
+        f"{GPUS[name].bandwidth / 1e9:,.0f} GB/s"
+        for name in roofline.SHOWN
     )
     parts = [
         _INTRODUCTION.format(
@@ -173,16 +172,13 @@ def _tile(sizes: dict[str, int]) -> str:
 
 
 def _roofline_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["case", "must GFLOP", "does GFLOP", "must MB", "does MB"]
-    header += [f"{gpu.name} floor" for gpu in roofline.GPUS]
+    header = ["case", "GFLOP", "MB", *(f"{name.upper()} floor" for name in roofline.SHOWN)]
     lines = [
         [
             f"{row['op']}: {row['case']}",
             _number(row["flops"] / 1e9),
-            _ratio(row["scheduled_flops"] / row["flops"]),
             _number(row["num_bytes"] / 1e6),
-            _ratio(row["scheduled_bytes"] / row["num_bytes"]),
-            *(_floor(row["floors"][gpu.name]) for gpu in roofline.GPUS),
+            *(_floor(row["floors"][name]) for name in roofline.SHOWN),
         ]
         for row in rows
     ]
@@ -209,10 +205,6 @@ def _product(grid: Sequence[int]) -> int:
 def _number(value: float) -> str:
     """Write a number with three digits, or all of those before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _ratio(value: float) -> str:
-    return f"{value:,.0f} x" if value >= 10 else f"{value:.2f} x"
 
 
 def _floor(floor: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def _kernels(case: Case, limit: occupancy.Limits, folder: pathlib.Path) -> Itera
     launches: dict[str, ptx.Launch] = {}
     for file in sorted(folder.glob("*.thunk_sequence.txt")):
         launches |= ptx.launches(file.read_text(encoding="utf-8"))
-    sizes = case.block_sizes(gpu=limit.gpu)
+    sizes = case.tiles(gpu=limit.gpu)
     found = {}
     for file in sorted(folder.glob("*.ptx")):
         text = file.read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ import time
 from benchmarks.gpu import checks
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table
+from kernels.all_cases import named
 
 
 def run(settings: Settings, table: Table) -> None:
@@ -22,10 +23,9 @@ def run(settings: Settings, table: Table) -> None:
         "rule": f"error at most {checks.MAX_RATIO} x XLA's in the same dtype; poisoned outputs",
     }
     print(f"checks: seed {seed}, {table.notes['run_by']}", flush=True)
-    cases = {
-        f"{op}: {name}": case for op, of in settings.checks.items() for name, case in of.items()
-    }
-    cases = dict(sorted(cases.items(), key=lambda item: item[1].compile_only))  # stable
+    cases = dict(
+        sorted(named(settings.checks).items(), key=lambda item: item[1].compile_only)
+    )  # stable
     with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
         programs = {
             name: pool.submit(checks.compiled, case, settings.check_implementation)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import arrays, references
+from benchmarks.gpu import arrays
 from kernels import compat
 from kernels.case import Case
 from kernels.dispatch import Implementation
@@ -61,7 +61,7 @@ def compiled(case: Case, implementation: Implementation) -> Programs:
     outputs = jax.eval_shape(lambda *arguments: kernel(None, *arguments), *shapes)
     program = jax.jit(kernel, donate_argnums=0, keep_unused=True).lower(outputs, *shapes).compile()
     plain, exact = [], []
-    for piece in references.pieces(case):
+    for piece in case.pieces():
         arguments = jax.eval_shape(piece.arguments, *shapes)
         with _same_products(case):
             plain.append(_xla(piece.case, arguments))
@@ -92,9 +92,7 @@ def run(case: Case, programs: Programs, *, seed: int) -> dict[str, Any]:
     del runs
 
     errors = [(0.0, 0.0)] * len(outs)
-    for piece, plain, exact in zip(
-        references.pieces(case), programs.plain, programs.exact, strict=True
-    ):
+    for piece, plain, exact in zip(case.pieces(), programs.plain, programs.exact, strict=True):
         mine = piece.arguments(*arguments)
         xla = jax.tree.leaves(plain(*mine))
         expected = jax.tree.leaves(exact(*arrays.upcast(mine)))
@@ -110,7 +108,7 @@ def run(case: Case, programs: Programs, *, seed: int) -> dict[str, Any]:
         "problems": problems,
         "errors": [pair[0] for pair in errors],
         "xla_errors": [pair[1] for pair in errors],
-        "compared": [piece.name for piece in references.pieces(case)],
+        "compared": [piece.name for piece in case.pieces()],
         "outputs": len(outs),
         "outputs_in_poisoned_buffers": len(outs) - len(unpoisoned),
         "seed": seed,

@@ -6,8 +6,8 @@ from typing import Any
 from benchmarks.gpu import arrays, ceilings, rivals, timers
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table, reason
-from kernels import compat
 from kernels.case import Case
+from kernels.equivalent import UnsuitableError
 
 
 def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
@@ -28,7 +28,7 @@ def _row(settings: Settings, case: Case, limits: tuple[float | None, float | Non
     arguments = arrays.draw(case, 0)
     ours = functools.partial(case.run, implementation=settings.implementation)
     time = timers.of_function(ours, *arguments, seconds=settings.seconds_per_row)
-    cost = case.cost(gpu=compat.tile_gpu())
+    cost = case.cost()
     row: dict[str, Any] = {
         "seconds": time,
         "flops": cost.flops,
@@ -46,14 +46,14 @@ def _row(settings: Settings, case: Case, limits: tuple[float | None, float | Non
 
 def _rivals(settings: Settings, case: Case, arguments, seconds: float) -> dict[str, Any]:
     try:
-        work = rivals.equivalent(case, arguments)
-    except rivals.UnsuitableError as error:
+        work = case.equivalent(arguments)
+    except UnsuitableError as error:
         return {name: {"skipped": str(error)} for name in rivals.TIMERS}
     answers = {}
     for name, measure in rivals.TIMERS.items():
         try:
             time = measure(case, work, seconds=settings.seconds_per_row)
-        except rivals.UnsuitableError as error:
+        except UnsuitableError as error:
             answers[name] = {"skipped": str(error)}
         except Exception as error:  # theirs; ours is measured
             answers[name] = {"skipped": reason(error)}

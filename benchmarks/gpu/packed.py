@@ -4,7 +4,7 @@ import dataclasses
 
 from benchmarks.gpu.settings import DECODE_500K, packed_name
 from benchmarks.gpu.tables import Table
-from kernels.packed.cases import LAYOUTS
+from kernels.cached_case import LAYOUTS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
 """The same attention by other libraries, each in the layout it likes, put there beforehand."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,76 +9,7 @@ import jax.numpy as jnp
 
 from benchmarks.gpu import timers
 from kernels.case import Case
-from kernels.decode.cases import DecodeCase
-from kernels.full.cases import FullCase
-from kernels.merge.cases import MergeCase
-from kernels.packed import Packed
-from kernels.prefill.cases import PrefillCase
-from kernels.streaming.cases import StreamingCase
-
-
-class UnsuitableError(Exception):
-    """The library cannot do this case; the message says why."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """One call of an attention function on arrays [batch, length, heads, head_dim]."""
-
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    causal: bool
-    window: int | None = None  # tokens that a query sees, its own included; None: all
-    d_out: jax.Array | None = None  # gradients are wanted too
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Equivalent:
-    """Calls that together do the work of a case, and how they differ from it."""
-
-    calls: list[Call]
-    note: str = ""
-
-
-def equivalent(case: Case, arguments: tuple[Any, ...]) -> Equivalent:
-    """Put a case's arguments in the layout that other libraries take.
-
-    Raises:
-      UnsuitableError: no such calls do its work.
-    """
-    if isinstance(case, MergeCase):
-        raise UnsuitableError("they do not merge")
-    q, k, v, *rest = arguments
-    if isinstance(k, Packed):
-        raise UnsuitableError("they do not read packed keys")
-    if isinstance(case, DecodeCase):
-        if len(set(case.lengths)) > 1:
-            raise UnsuitableError("rows have different lengths")
-        k, v = (_tokens_first(x[:, :, : case.lengths[0]]) for x in (k, v))
-        return Equivalent(calls=[Call(q=q[:, None], k=k, v=v, causal=False)])
-    d_out = rest[0] if getattr(case, "gradient", False) else None
-    if isinstance(case, StreamingCase):
-        call = Call(q=q, k=k, v=v, causal=True, window=case.recent, d_out=d_out)
-        return Equivalent(calls=[call], note="a sliding window only: no sinks, no past")
-    if isinstance(case, FullCase):
-        return Equivalent(calls=[Call(q=q, k=k, v=v, causal=True, d_out=d_out)])
-    if not isinstance(case, PrefillCase) or len(case.offsets) > 1:
-        raise UnsuitableError("not a call of theirs")
-    offset, end = case.offsets[0], case.offsets[0] + case.length
-    calls = [
-        Call(
-            q=q,
-            k=_tokens_first(k[:, :, offset:end]),
-            v=_tokens_first(v[:, :, offset:end]),
-            causal=True,
-        )
-    ]
-    if not offset:
-        return Equivalent(calls=calls)
-    past = [_tokens_first(x[:, :, :offset]) for x in (k, v)]
-    calls.append(Call(q=q, k=past[0], v=past[1], causal=False))
-    return Equivalent(calls=calls, note="the past without mask and the chunk, not merged")
+from kernels.equivalent import Call, Equivalent, UnsuitableError
 
 
 def masking(call: Call) -> dict[str, Any]:
@@ -168,7 +98,3 @@ def _refuse_large_scores(work: Equivalent) -> None:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     if limit is not None and needed > limit / 2:
         raise UnsuitableError(f"its scores would take {needed / 1e9:,.0f} GB")
-
-
-def _tokens_first(x: jax.Array) -> jax.Array:
-    return jax.block_until_ready(jnp.swapaxes(x, 1, 2))

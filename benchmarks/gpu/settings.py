@@ -2,22 +2,19 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
 
 import jax
 
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Published
 from benchmarks.serving import shapes
 from duo_jax.serve import PrefillMode
-from kernels.all_cases import CASES
+from kernels.all_cases import CASES, Cases
+from kernels.cached_case import LAYOUTS
 from kernels.case import Case
 from kernels.decode.cases import DecodeCase
 from kernels.dispatch import Implementation
-from kernels.packed.cases import LAYOUTS, PackedDecodeCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
-
-Cases = Mapping[str, Mapping[str, Case]]
 
 # The same heads and tokens, full and streaming: what the streaming kernel saves.
 FULL_32K = "llama-3-8b, all heads, first 32K"
@@ -99,7 +96,7 @@ def smoke() -> Settings:
     )  # fmt: skip
     decode = DecodeCase(lengths=(33,), slots=64, **tiny)
     packed = {
-        packed_name(bits): PackedDecodeCase(bits=bits, lengths=(33,), slots=64, **tiny)
+        packed_name(bits): DecodeCase(bits=bits, lengths=(33,), slots=64, **tiny)
         for bits in LAYOUTS
     }
     return Settings(
@@ -107,14 +104,18 @@ def smoke() -> Settings:
         checks={
             "decode": {"odd length": decode},
             "decode_packed": {packed_name(4): packed[packed_name(4)]},
-            "streaming": {"odd length": StreamingCase(length=19, sink=2, recent=8, **tiny)},
+            "streaming": {
+                "odd length": StreamingCase(length=19, sink_size=2, recent_size=8, **tiny)
+            },
         },
         check_implementation="interpret",
         timed={
             "decode": {DECODE_500K: decode},
             "decode_packed": packed,
-            "prefill": {FULL_32K: PrefillCase(offsets=(0,), length=32, slots=32, **tiny)},
-            "streaming": {STREAMING_32K: StreamingCase(length=32, sink=2, recent=8, **tiny)},
+            "prefill": {FULL_32K: PrefillCase(starts=(0,), length=32, slots=32, **tiny)},
+            "streaming": {
+                STREAMING_32K: StreamingCase(length=32, sink_size=2, recent_size=8, **tiny)
+            },
         },
         implementation="xla",
         models=(

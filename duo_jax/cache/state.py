@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Int
 
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
-from kernels import offsets, packed, pytree
+from kernels import address_limit, packed, pytree
 from kernels.packed import Layout, Packed
 
 KVFormat = Literal["model", "bf16", "int8", "int4", "int2"]
@@ -212,4 +212,4 @@ def _whole_blocks(max_len: int, kv: str) -> int:
 def _heads_per_buffer(one_head: Any) -> int:
     """Return how many full heads a buffer may hold so that kernels can address all of it."""
     largest = max(leaf.size for leaf in jax.tree.leaves(one_head))
-    return max(1, offsets.MAX_ELEMENTS // largest)
+    return max(1, address_limit.MAX_ELEMENTS // largest)

@@ -1,8 +1,6 @@
 """GPUs by name: how much memory they have, how fast it is, and how they are compiled for.
 
-Memory is what the driver reports, as XLA's descriptions of these devices give it (kernels/
-gpu_targets has two of them; the others lie in openxla/xla, target_config/specs); bandwidth is
-NVIDIA's data sheets': A100 80GB SXM 2,039 GB/s, A100 40GB 1,555, H100 SXM 3,352, H200 4,800.
+The figures are those of kernels.gpu.
 """
 
 import dataclasses
@@ -10,6 +8,7 @@ import re
 
 from duo_jax.errors import InputError
 from kernels.aot import Target
+from kernels.gpu import GPUS as KNOWN
 
 # A program shares the memory with the driver, the libraries and the allocator's gaps: of an
 # A100-80G this leaves 83e9 bytes.
@@ -32,13 +31,13 @@ class PlannedGpu:
 
 
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        PlannedGpu(name="a100-40g", memory=42_331_013_120, bandwidth=1555e9, target="a100"),
-        PlannedGpu(name="a100-80g", memory=85_100_068_864, bandwidth=2039e9, target="a100"),
-        PlannedGpu(name="h100-80g", memory=84_942_979_072, bandwidth=3352e9, target="h200"),
-        PlannedGpu(name="h200", memory=151_397_597_184, bandwidth=4800e9, target="h200"),
+    name: PlannedGpu(
+        name=name,
+        memory=gpu.memory,
+        bandwidth=gpu.bandwidth,
+        target="h200" if gpu.is_hopper else "a100",
     )
+    for name, gpu in KNOWN.items()
 }
 _GIGABYTES = re.compile(r"(\d+(?:\.\d+)?)(?:gb?)?", re.IGNORECASE)
 _MOST_GIGABYTES = 10_000

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 
 from duo_jax.cache import KVCache, LayerCache, update
 from duo_jax.heads.split import DuoConfig
-from kernels import Implementation, merge_lse, streaming_attention
-from kernels import decode as decode_attention
-from kernels import prefill as prefill_attention
+from kernels import (
+    Implementation,
+    decode_attention,
+    merge_lse,
+    prefill_attention,
+    streaming_attention,
+)
 from kernels.packed import BLOCK
 
 PrefillMode = Literal["exact", "chunk"]

@@ -6,16 +6,16 @@ from jaxtyping import Array, Float, Int
 
 from kernels import compat, limits
 from kernels.decode import triton, xla
-from kernels.decode.config import BlockSizes, heuristic
+from kernels.decode.heuristic import choose_tiles
 from kernels.dispatch import Implementation, dispatch
 from kernels.no_gradient import refuse_gradient
-from kernels.packed import Packed
-from kernels.packed import config as packed_config
+from kernels.packed import Packed, layout_of
+from kernels.tiles import DecodeTiles
 
-_NO_GRADIENT = "decode has no gradient; full_attention and streaming_attention have"
+_NO_GRADIENT = "decode_attention has no gradient; full_attention and streaming_attention have"
 
 
-def decode(
+def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
     k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
@@ -23,7 +23,7 @@ def decode(
     *,
     softmax_scale: float,
     implementation: Implementation = "auto",
-    block_sizes: BlockSizes | None = None,
+    tiles: DecodeTiles | None = None,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
     """Attend with one query per row to the first `lengths[b]` slots of row b.
 
@@ -34,43 +34,43 @@ def decode(
 
     Args:
       q: the rotated query of every row.
-      k: cached keys, already rotated; packed ones are read as they are.
-      v: cached values; finite in slots beyond `lengths` too, which count 0 times.
+      k: cached keys, already rotated; packed keys are read without unpacking the cache.
+      v: cached values. Slots beyond `lengths` have weight 0 and must hold finite numbers.
       lengths: filled slots per row, the new token's own included; a row of 0 gets output 0.
       softmax_scale: factor on the scores.
       implementation: see kernels.dispatch.
-      block_sizes: tile sizes of the kernel; the XLA version has its own. Default: chosen from the
-        shapes and the GPU.
+      tiles: tile sizes of the kernel; the XLA version has its own. Default: chosen from the shapes
+        and the GPU.
 
     Returns:
-      The output in the dtype of `q`, and its lse (natural logarithm, float32), with which parts of
-      a cache can be merged.
+      The output in the dtype of `q`, and its lse (natural logarithm, float32; float64 for float64),
+      with which parts of a cache can be merged.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case; the message says why.
+      UnsupportedError: the named implementation cannot run this case; the message says why.
+      ValueError: the arrays do not fit one another.
     """
     limits.check_shapes(q, k, v, kv_heads_axis=1)
     limits.check_rows("lengths", lengths, q.shape[0])
 
-    sizes = {"batch": q.shape[0], "kv_heads": k.shape[1], "slots": k.shape[2]}
-    sizes |= {"head_dim": q.shape[2]}
-
     def run_triton(interpret: bool):
-        gpu = compat.tile_gpu()
-        if isinstance(k, Packed):
-            chosen = block_sizes or packed_config.decode_heuristic(
-                **sizes, dtype=q.dtype, layout=k.layout, gpu=gpu
-            )
-        else:
-            chosen = block_sizes or heuristic(**sizes, dtype=k.dtype, gpu=gpu)
+        chosen = tiles or choose_tiles(
+            batch=q.shape[0],
+            kv_heads=k.shape[1],
+            slots=k.shape[2],
+            head_dim=q.shape[2],
+            dtype=q.dtype,
+            gpu=compat.tile_gpu(),
+            layout=layout_of(k),
+        )
         kernel = functools.partial(
-            triton.decode, softmax_scale=softmax_scale, block_sizes=chosen, interpret=interpret
+            triton.decode_attention, softmax_scale=softmax_scale, tiles=chosen, interpret=interpret
         )
         return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, lengths)
 
     return dispatch(
         implementation,
-        xla=lambda: xla.decode(q, k, v, lengths, softmax_scale=softmax_scale),
+        xla=lambda: xla.decode_attention(q, k, v, lengths, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
     )

@@ -2,49 +2,47 @@
 
 Program (s, k, b) owns split s of the cache of KV head k in row b, for the whole group of query
 heads that reads it, padded to 16 rows, the smallest tile of a matrix instruction. So each key and
-value is read once. A row's filled slots are shared out evenly among its splits at run time: short
+value is read once. A row's filled slots are divided evenly among its splits at run time, so short
 texts in long caches keep all programs busy too. Query, running maximum, sum and output stay in
-registers (float32); splits are merged by their lse outside. How tiles are read and multiplied is
-the reader's matter (kernels.reader).
+registers (float32); splits are merged by their lse outside the kernel. The cache's reader
+(kernels.reader) reads and multiplies the tiles.
 
 Measured: not yet.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels import compat, reader, tiles
-from kernels.decode.config import BlockSizes
+from kernels import compat, reader, tile_io
 from kernels.merge import merge_lse
 from kernels.packed import Packed
 from kernels.packed.reader import operands
+from kernels.tiles import DecodeTiles
 
 
-def decode(
+def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
     k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     lengths: Int[Array, " batch"],
     *,
     softmax_scale: float,
-    block_sizes: BlockSizes,
+    tiles: DecodeTiles,
     interpret: bool,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """See kernels.decode."""
+    """See kernels.decode_attention."""
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
     group = num_q_heads // num_kv_heads
-    num_splits = block_sizes.num_splits
+    num_splits = tiles.num_splits
     cache = operands(k, v, lambda s, k, b: (b, k), name="duo_decode")
     out, lse = compat.pallas_call(
-        functools.partial(
-            _kernel, read=cache.read_with(block_sizes, softmax_scale), block_sizes=block_sizes
-        ),
+        functools.partial(_kernel, read=cache.read_with(tiles, softmax_scale), tiles=tiles),
         name=cache.name,
         grid=(num_splits, num_kv_heads, batch),
         in_specs=[
@@ -60,8 +58,8 @@ def decode(
             jax.ShapeDtypeStruct((num_splits, batch, num_kv_heads, group, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((num_splits, batch, num_kv_heads, group), jnp.float32),
         ],
-        num_warps=block_sizes.num_warps,
-        num_stages=block_sizes.num_stages,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         interpret=interpret,
     )(
         q.reshape(batch, num_kv_heads, group, head_dim),
@@ -74,18 +72,18 @@ def decode(
 
 def _kernel(
     q_ref,  # [group, head_dim]
-    *refs,  # of the cache, for its reader; length []; out [group, head_dim]; lse [group]
-    read: Callable[..., reader.Reader],
-    block_sizes: BlockSizes,
+    *refs,  # the cache's, for its reader; length []; out [group, head_dim]; lse [group]
+    read: Callable[[Sequence[jax.Ref]], reader.Reader],
+    tiles: DecodeTiles,
 ):
     *cached, length_ref, out_ref, lse_ref = refs
     cache = read(cached)
     group = q_ref.shape[0]
     length = jnp.minimum(length_ref[...], cache.slots)
-    num_blocks = tiles.cdiv(length, block_sizes.block_kv)
-    per_split = tiles.cdiv(num_blocks, block_sizes.num_splits)
+    num_blocks = tile_io.cdiv(length, tiles.block_kv)
+    per_split = tile_io.cdiv(num_blocks, tiles.num_splits)
     first = pl.program_id(0) * per_split
-    rows = tiles.indices(max(tiles.MIN_ROWS, tiles.power_of_two(group)))
+    rows = tile_io.indices(max(tile_io.MIN_ROWS, tile_io.power_of_two(group)))
     queries = cache.load_queries(q_ref, rows, end=group)
 
     def filled(positions):

@@ -1,4 +1,4 @@
-"""Decode attention through XLA: the oracle, and what runs where there is no kernel."""
+"""Decode attention through XLA: the reference, and what runs where there is no kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from kernels.packed import Packed
 _BLOCK_KV = 512
 
 
-def decode(
+def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
     k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
@@ -21,10 +21,10 @@ def decode(
     *,
     softmax_scale: float,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
-    """See kernels.decode.
+    """See kernels.decode_attention.
 
-    A cache that is at least half full is read whole; of an emptier or packed one, only blocks up to
-    the longest row.
+    A cache that is at least half full is read whole; an emptier or packed one in blocks, up to the
+    longest row.
     """
     batch, num_q_heads, head_dim = q.shape
     num_kv_heads, slots = k.shape[1], k.shape[2]
@@ -48,14 +48,14 @@ def decode(
         def add_block(index, state):
             first = index * block
             at = jnp.minimum(first, slots - block)  # the last block may reach back
-            parts = [packed.tokens(x, at, block, q.dtype) for x in (k, v)]
+            parts = [packed.read_slots(x, at, block, q.dtype) for x in (k, v)]
             return add(state, *parts, at, first)
 
         start = online_softmax.start(grouped)
         return jax.lax.fori_loop(0, (longest + block - 1) // block, add_block, start)
 
-    # Also where it hardly matters, for short rings: a product that XLA sees next to the cache's
-    # update wants the cache in another layout, and copies it.
+    # Short rings take the branch too, although it saves them little: where XLA sees the product
+    # next to the cache's update, it wants the cache in another layout, and copies it.
     if isinstance(k, Packed):
         state = in_blocks()
     else:

@@ -1,4 +1,4 @@
-"""Causal attention of whole sequences: what training and plain models use."""
+"""Causal attention of whole sequences, for training and for models without a cache."""
 
 from kernels.full.api import full_attention
 

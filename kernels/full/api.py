@@ -1,12 +1,13 @@
-"""Causal attention of whole sequences: what training and plain models use."""
+"""Causal attention of whole sequences, for training and for models without a cache."""
 
 from jaxtyping import Array, Float
 
 from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
 from kernels.full import triton, xla
-from kernels.full.config import heuristic
-from kernels.streaming.config import Config
+from kernels.full.heuristic import choose_tiles
+from kernels.streaming.options import StreamingOptions
+from kernels.tiles import ForwardBackwardTiles
 
 
 def full_attention(
@@ -16,14 +17,14 @@ def full_attention(
     *,
     softmax_scale: float,
     implementation: Implementation = "auto",
-    config: Config | None = None,
+    tiles: ForwardBackwardTiles | None = None,
 ) -> Float[Array, "batch length q_heads head_dim"]:
     """Attend causally: token i sees tokens 0..i.
 
         out[t] = sum_s softmax_s(softmax_scale * q[t] . k[s] + mask[t, s]) v[s]
 
-    Differentiable; the kernels once, in reverse mode (jax refuses forward mode with a TypeError),
-    with memory that grows with the length only. Query head i reads KV head i // group.
+    Differentiable, with memory that grows linearly with the length; the kernels once, in reverse
+    mode (jax refuses forward mode with a TypeError). Query head i reads KV head i // group.
 
     Args:
       q: queries, already rotated.
@@ -31,14 +32,14 @@ def full_attention(
       v: values.
       softmax_scale: factor on the scores, usually head_dim ** -0.5.
       implementation: see kernels.dispatch.
-      config: tile sizes of the kernels; the XLA version has its own. Default: chosen from the
-        shapes.
+      tiles: tile sizes of the kernels; the XLA version has its own. Default: chosen from the shapes
+        and the GPU.
 
     Returns:
       The output in the dtype of `q`.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case, or is asked for a second
+      UnsupportedError: the named implementation cannot run this case, or is asked for a second
         derivative that its kernels do not have; or an array is larger than kernels can address
         ("auto" too, see kernels.dispatch). The message says why.
       ValueError: the arrays do not fit one another.
@@ -46,11 +47,17 @@ def full_attention(
     limits.check_sequences(q, k, v)
 
     def run_triton(interpret: bool):
-        chosen = config or heuristic(
-            length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
+        options = StreamingOptions(
+            sink_size=0,
+            recent_size=q.shape[1],
+            softmax_scale=softmax_scale,
+            tiles=tiles
+            or choose_tiles(
+                length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
+            ),
+            interpret=interpret,
         )
-        static = triton.Static(softmax_scale=softmax_scale, config=chosen, interpret=interpret)
-        return triton.full_attention(static, q, k, v)
+        return triton.full_attention(options, q, k, v)
 
     return dispatch(
         implementation,

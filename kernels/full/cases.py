@@ -1,74 +1,80 @@
 """Named cases of full attention, and of its gradients."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
+import numpy as np
+from jaxtyping import Array, Float
 
-from kernels.case import Case, Cost
+from kernels import dense
+from kernels.case import AttentionCase, Cost
+from kernels.dispatch import Implementation
+from kernels.equivalent import Call, Equivalent
 from kernels.full.api import full_attention
-from kernels.full.config import heuristic
+from kernels.full.heuristic import choose_tiles
 from kernels.gpu import Gpu
-from kernels.prefill.cases import PrefillCase
-from kernels.streaming.cases import schedule_of, with_gradient
-from kernels.streaming.config import Config
+from kernels.tiles import LONG_WALKS, SHORT_WALKS, ForwardBackwardTiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FullCase(Case):
+class FullCase(AttentionCase):
     """`batch` whole sequences of `length` tokens."""
 
     length: int
     batch: int = 1
     gradient: bool = False  # run returns the gradients of q, k and v instead
+    returns_lse: ClassVar[bool] = False
 
-    def shapes(self):
+    def shapes(self) -> tuple[Any, ...]:
         q = self.array(self.batch, self.length, self.q_heads, self.head_dim)
         kv = self.array(self.batch, self.length, self.kv_heads, self.head_dim)
         return (q, kv, kv, q) if self.gradient else (q, kv, kv)
 
-    def integers(self):
+    def integers(self) -> list[np.ndarray]:
         return []
 
-    def run(self, q, k, v, *d_out, implementation, block_sizes=None):
+    def run(
+        self,
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        *d_out: Float[Array, "batch length q_heads head_dim"],
+        implementation: Implementation,
+        tiles: ForwardBackwardTiles | None = None,
+    ) -> tuple[jax.Array, ...]:
         def attend(q, k, v):
-            return full_attention(
-                q,
-                k,
-                v,
-                softmax_scale=self.softmax_scale,
-                implementation=implementation,
-                config=block_sizes,
-            )
+            options = {"implementation": implementation, "tiles": tiles}
+            return full_attention(q, k, v, softmax_scale=self.softmax_scale, **options)
 
         if not self.gradient:
             return (attend(q, k, v),)
         _, pull_back = jax.vjp(attend, q, k, v)
         return pull_back(*d_out)
 
-    def block_sizes(self, *, gpu: Gpu) -> Config:
-        return heuristic(length=self.length, head_dim=self.head_dim, dtype=self.dtype, gpu=gpu)
+    def tiles(self, *, gpu: Gpu) -> ForwardBackwardTiles:
+        return choose_tiles(length=self.length, head_dim=self.head_dim, dtype=self.dtype, gpu=gpu)
 
-    def cost(self, *, gpu: Gpu) -> Cost:
-        cost = self.as_prefill().cost(gpu=gpu)
-        if not self.gradient:
-            lse_bytes = 4.0 * self.batch * self.length * self.q_heads
-            # The kernel writes an lse that nobody asked for: scheduled, but not needed.
-            return dataclasses.replace(cost, num_bytes=cost.num_bytes - lse_bytes)
-        schedule = schedule_of(self, length=self.length, sink=0, recent=self.length)
-        return with_gradient(cost, schedule, self.block_sizes(gpu=gpu).backward, batch=self.batch)
+    def other_tiles(self, *, gpu: Gpu) -> Sequence[ForwardBackwardTiles]:
+        chosen = self.tiles(gpu=gpu)
+        if self.gradient:
+            return [dataclasses.replace(chosen, backward=tiles) for tiles in SHORT_WALKS]
+        return [dataclasses.replace(chosen, forward=tiles) for tiles in LONG_WALKS]
 
-    def as_prefill(self) -> PrefillCase:
-        """Return the same work, forward, as a prefill from position 0, whose kernel does it."""
-        return PrefillCase(
-            offsets=(0,) * self.batch,
-            length=self.length,
-            slots=self.length,
-            q_heads=self.q_heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            compile_only=self.compile_only,
-        )
+    def cost(self) -> Cost:
+        tokens = self.batch * self.length
+        return self.cost_of(pairs=tokens * (self.length + 1) // 2, queries=tokens, keys=tokens)
+
+    def parts(self, arguments: tuple[Any, ...]) -> list[dense.Part]:
+        k, v = (np.moveaxis(x, 2, 1) for x in arguments[1:3])
+        mask = dense.causal_mask(np.zeros(self.batch, int), self.length, self.length)
+        return [dense.Part(keys=k, values=v, mask=mask)]
+
+    def equivalent(self, arguments: tuple[Any, ...]) -> Equivalent:
+        q, k, v, *d_out = arguments
+        call = Call(q=q, k=k, v=v, causal=True, d_out=d_out[0] if self.gradient else None)
+        return Equivalent(calls=[call])
 
 
 CASES: dict[str, FullCase] = {
@@ -101,4 +107,19 @@ CASES: dict[str, FullCase] = {
     "llama-3-8b, gradient at 32K": FullCase(
         length=32_000, q_heads=32, kv_heads=8, gradient=True, compile_only=True
     ),
+}
+
+_TINY = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "batch": 2, "dtype": "float32"}
+AWKWARD: dict[str, FullCase] = {
+    "one token": FullCase(length=1, **_TINY),
+    "three tokens": FullCase(length=3, **_TINY),
+    "28 tokens": FullCase(length=28, **_TINY),
+    "odd length, group of 7": FullCase(length=97, **_TINY | {"q_heads": 7, "kv_heads": 1}),
+    "several blocks, group of 1": FullCase(length=300, **_TINY | {"q_heads": 3, "kv_heads": 3}),
+    "head_dim 80": FullCase(length=65, **_TINY | {"head_dim": 80}),
+    "four blocks, head_dim 128": FullCase(length=515, **_TINY | {"head_dim": 128, "batch": 1}),
+    "gradient, odd length, group of 7": FullCase(
+        length=97, gradient=True, **_TINY | {"q_heads": 7, "kv_heads": 1}
+    ),
+    "gradient, 29 tokens": FullCase(length=29, gradient=True, **_TINY),
 }

@@ -1,10 +1,9 @@
-"""Full attention by kernels of other ops.
+"""Full attention by the kernels of other ops.
 
 Forward it is a prefill that reads the sequence as its own cache; backward it is streaming attention
-whose window never ends.
+whose window is the whole sequence.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -15,32 +14,23 @@ from kernels import reader
 from kernels.no_gradient import refuse_gradient
 from kernels.prefill import triton as prefill
 from kernels.streaming import backward as streaming
-from kernels.streaming.config import Config
+from kernels.streaming.options import StreamingOptions
 
 _NO_SECOND = "the kernels of full_attention have no second derivatives; implementation='xla' has"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Static:
-    """What a call needs beside its arrays."""
-
-    softmax_scale: float
-    config: Config
-    interpret: bool
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def full_attention(
-    static: Static,
+    options: StreamingOptions,
     q: Float[Array, "batch length q_heads head_dim"],
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads head_dim"],
 ) -> Float[Array, "batch length q_heads head_dim"]:
     """See kernels.full_attention; differentiable once, in reverse mode."""
-    return _with_lse(static, q, k, v)[0]
+    return _with_lse(options, q, k, v)[0]
 
 
-def _with_lse(static: Static, q, k, v):
+def _with_lse(options: StreamingOptions, q, k, v):
     group = q.shape[2] // k.shape[2]
     return prefill.attend(
         q,
@@ -48,28 +38,20 @@ def _with_lse(static: Static, q, k, v):
             k, v, lambda i, n, b: (b, n // group), name="duo_prefill", heads_first=False
         ),
         jnp.zeros(q.shape[0], jnp.int32),
-        softmax_scale=static.softmax_scale,
-        block_sizes=static.config.forward,
-        interpret=static.interpret,
+        softmax_scale=options.softmax_scale,
+        tiles=options.tiles.forward,
+        interpret=options.interpret,
     )
 
 
-def _forward(static: Static, q, k, v):
-    out, lse = refuse_gradient(functools.partial(_with_lse, static), _NO_SECOND)(q, k, v)
+def _forward(options: StreamingOptions, q, k, v):
+    out, lse = refuse_gradient(functools.partial(_with_lse, options), _NO_SECOND)(q, k, v)
     return out, (q, k, v, out, lse)
 
 
-def _backward(static: Static, residuals, gradient):
-    backward = functools.partial(
-        streaming.backward,
-        sink_size=0,
-        recent_size=residuals[0].shape[1],
-        softmax_scale=static.softmax_scale,
-        block_sizes=static.config.backward,
-        interpret=static.interpret,
-        name="duo_full",
-    )
-    return refuse_gradient(backward, _NO_SECOND)(*residuals, gradient)
+def _backward(options: StreamingOptions, residuals, d_out):
+    backward = functools.partial(streaming.backward, options=options, name="duo_full")
+    return refuse_gradient(backward, _NO_SECOND)(*residuals, d_out)
 
 
 full_attention.defvjp(_forward, _backward)

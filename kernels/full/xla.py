@@ -1,4 +1,4 @@
-"""Full attention through XLA: the oracle, and what runs where there is no kernel.
+"""Full attention through XLA: the reference, and what runs where there is no kernel.
 
 Queries go in blocks, so the half above the diagonal is never multiplied. Scores and softmax are
 float32 (float64 for float64 inputs). The backward pass recomputes one block's scores at a time.

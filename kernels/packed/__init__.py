@@ -8,8 +8,9 @@ from kernels.packed.layout import (
     INT8,
     Layout,
     Packed,
+    layout_of,
     pack,
-    tokens,
+    read_slots,
     unpack,
     zeros,
 )
@@ -22,8 +23,9 @@ __all__ = [
     "INT8",
     "Layout",
     "Packed",
+    "layout_of",
     "pack",
-    "tokens",
+    "read_slots",
     "unpack",
     "zeros",
 ]

@@ -5,20 +5,20 @@ A group of numbers x is stored as whole codes (asymmetric quantisation; KIVI, ar
     zero = min(x),  scale = (max(x) - min(x)) / (2^bits - 1),  code = round((x - zero) / scale)
 
 with scale and zero in float16; the codes are those of the rounded scale and zero. A number is
-within half a scale of code * scale + zero, plus what float16 rounds off zero and scale.
+within half a scale of code * scale + zero, plus the rounding of zero and scale to float16.
 
-Which numbers share a scale:
+These numbers share a scale:
 
     INT8, INT4    all channels of one token of one head (QServe's and DuoAttention's choice)
     INT2_VALUES   64 channels of one token of one head
     INT2_KEYS     64 consecutive tokens of one channel of one head: keys have channels that are
                   large in every token, which would drown the others (KIVI, section 3)
 
-head_dim not a multiple of 64 makes one group. A word holds `fields` channels that are `words`
+A head_dim that is no multiple of 64 is one group. A word holds `fields` channels that are `words`
 apart, so that a tile of words gives tiles of neighbouring channels without shuffling: channel
-f * words + w is in field f of word w, fields from the lowest bits up. In 2 bits a field of 4 bits
-holds the channel of two tokens that are 32 apart, the earlier one in the lower bits: whole blocks
-of 64 tokens are stored.
+f * words + w is in field f of word w, counted from the lowest bits. In 2 bits a field of 4 bits
+holds one channel of two tokens that are 32 apart, the earlier one in the lower bits, so tokens are
+stored in whole blocks of 64.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Float16, Int, UInt32
 
 from kernels import pytree
 
-BLOCK = 64  # tokens or channels that share a scale where not all channels do
+BLOCK = 64  # tokens or channels that share a scale, in 2 bits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class Layout:
     """How numbers become codes, and codes words."""
 
     bits: Literal[2, 4, 8]
-    by: Literal["token", "channel"]  # whose numbers share a scale
+    by: Literal["token", "channel"]  # numbers of one token, or of one channel, share a scale
 
     @property
     def fields(self) -> int:
@@ -152,13 +152,13 @@ def unpack(
     return (grouped * scale + zero).reshape(packed.shape).astype(dtype)
 
 
-def tokens(
+def read_slots(
     x: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     first: Int[Array, ""] | int,
     size: int,
     dtype: DTypeLike,
 ) -> Float[Array, "batch kv_heads size head_dim"]:
-    """Return `size` consecutive tokens of an array that may be packed; whole blocks of it."""
+    """Return `size` consecutive slots of an array, unpacked; whole blocks of a packed array."""
     if not isinstance(x, Packed):
         return jax.lax.dynamic_slice_in_dim(x, first, size, axis=2)
 
@@ -167,6 +167,11 @@ def tokens(
         return jax.lax.dynamic_slice_in_dim(leaf, first // ratio, size // ratio, axis=2)
 
     return unpack(jax.tree.map(part, x), dtype)
+
+
+def layout_of(x: Array | Packed) -> Layout | None:
+    """Return the layout of an array that may be packed; None if it is not."""
+    return x.layout if isinstance(x, Packed) else None
 
 
 def _check(slots: int, head_dim: int, layout: Layout) -> None:

@@ -1,18 +1,19 @@
 """Attention over tiles of packed keys and values, in the registers of a Triton kernel.
 
-The softmax is that of kernels.online_softmax, with scores and sums taken of codes c. With the scale
-a and zero z of a token's key, and of a token's value,
+The softmax is that of kernels.online_softmax; scores and sums are computed from the codes c. With
+the scale a and zero z of a token's key, and of a token's value,
 
     score = scale * q (a c + z) = scale * (a (q c) + z sum(q))
     sum_t p_t v_t               = sum_t (p_t a_t) c_t + sum_t p_t z_t
 
-so no number is ever dequantised: scales go to the scores and into the weights. Keys whose scales
-belong to channels have them multiplied into the queries instead, once per block. A tile of words
-gives one matrix product per field: 8 of head_dim / 8 channels in 4 bits.
+so no number is ever dequantised: scales multiply scores and weights. Where the scales of keys
+belong to channels, they multiply the queries instead, once per block. A tile of words gives one
+matrix product per field: in 4 bits, 8 products of head_dim / 8 channels each.
 
-A code becomes a bfloat16 by its bits: 0x4300 | c is 128 + c. The 128 is taken out with the sums of
-what the codes are multiplied with. So is the middle of the codes, where that is rounded to the
-queries' dtype (weights times scales, queries times scales): codes around 0 make less of its error.
+A code becomes a bfloat16 by its bits: 0x4300 | c is 128 + c. That bias of 128 times the sum of the
+other factor is subtracted afterwards. Where the other factor was rounded to the queries' dtype
+(weights times scales, queries times scales), so is the middle of the codes: its rounding error
+weighs less when codes lie around 0.
 """
 
 import dataclasses
@@ -26,11 +27,10 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from kernels import compat, reader, tiles
+from kernels import compat, online_softmax, reader, tile_io
 from kernels.packed.layout import BLOCK, Layout, Packed
 from kernels.reader import Mask, Operands
-
-_LOWEST = -1e30  # see kernels.online_softmax
+from kernels.tile_io import Scalar
 
 
 class _Operand(NamedTuple):
@@ -43,11 +43,11 @@ class _Operand(NamedTuple):
 
 
 class State(NamedTuple):
-    """What is known after some blocks, per row of queries."""
+    """Running softmax per row of queries: `summed` of kernels.online_softmax is sums + added."""
 
     maximum: Float[Array, " rows"]
     total: Float[Array, " rows"]
-    added: tuple[Float[Array, " rows"], ...]  # per group of value channels: to all of its sums
+    added: tuple[Float[Array, " rows"], ...]  # per group of value channels
     sums: tuple[Float[Array, "rows words"], ...]  # per field
 
 
@@ -61,7 +61,7 @@ def operands(
     *,
     name: str,
 ) -> Operands:
-    """Describe keys and values, packed or not; arguments as of kernels.reader.operands."""
+    """Describe keys and values, packed or not; arguments as in kernels.reader.operands."""
     if not isinstance(k, Packed):
         return reader.operands(k, v, index_map, name=name)
     leaves = (*k.leaves, *v.leaves)
@@ -85,7 +85,7 @@ class PackedReader:
     layouts: tuple[Layout, Layout]
     block_kv: int
     softmax_scale: float
-    # A mask is little beside unpacking, and a second loop would double the code.
+    # A mask costs little compared with unpacking, and a second loop would double the code.
     masks_every_tile: ClassVar[bool] = True
 
     @property
@@ -100,29 +100,30 @@ class PackedReader:
     def _values(self) -> _Operand:
         return _Operand(*self.refs[3:], self.layouts[1])
 
-    def load_queries(self, ref, rows: Int[Array, " rows"], *, end) -> Queries:
+    def load_queries(self, ref: jax.Ref, rows: Int[Array, " rows"], *, end: Scalar) -> Queries:
         """Read a tile per field."""
         words = ref.shape[-1] // self.layouts[0].fields
         return tuple(
-            tiles.load(ref, rows, end=end, columns=(field * words, words))
+            tile_io.load(ref, rows, end=end, columns=(field * words, words))
             for field in range(self.layouts[0].fields)
         )
 
     def start(self, queries: Queries) -> State:
-        rows = queries[0].shape[0]
-        zero = jnp.zeros(rows, jnp.float32)
+        maximum, total = online_softmax.start_rows(queries[0].shape[:1], jnp.float32)
         return State(
-            maximum=jnp.full(rows, _LOWEST, jnp.float32),
-            total=zero,
-            added=(zero,) * self._values.scales.shape[1],
+            maximum=maximum,
+            total=total,
+            added=(total,) * self._values.scales.shape[1],
             sums=tuple(jnp.zeros(part.shape, jnp.float32) for part in queries),
         )
 
-    def add_block(self, index, state: State, queries: Queries, mask: Mask, *, end) -> State:
+    def add_block(
+        self, index: Scalar, state: State, queries: Queries, mask: Mask, *, end: Scalar
+    ) -> State:
         """Let every row see the keys of block `index` that its mask allows.
 
-        In 2 bits a block is at most half of the tokens that were packed together: all at once would
-        be twice the products, and spill.
+        In 2 bits a block is at most half of the tokens that share words: all of them at once would
+        take twice the products, and spill.
         """
         keys, values = self._keys, self._values
         first = index * self.block_kv
@@ -131,15 +132,14 @@ class PackedReader:
             block, at = jax.lax.div(first, BLOCK), jax.lax.rem(first, BLOCK)
             half, at = jax.lax.div(at, BLOCK // 2).astype(jnp.uint32), jax.lax.rem(at, BLOCK // 2)
             first_word = block * (BLOCK // 2) + at
-        positions = tiles.indices(self.block_kv, first)
-        rows = tiles.indices(self.block_kv, first_word)
+        positions = tile_io.indices(self.block_kv, first)
+        rows = tile_io.indices(self.block_kv, first_word)
         word_end = end + (first_word - first)  # of the words of tokens before `end`
-        key_words, value_words = (tiles.load(x.words, rows, end=word_end) for x in (keys, values))
+        key_words, value_words = (tile_io.load(x.words, rows, end=word_end) for x in (keys, values))
         scores = _scores(block, queries, keys, key_words, half, positions, end)
         scores = scores * self.softmax_scale
         scores = jnp.where(jnp.broadcast_to(mask(positions), scores.shape), scores, -jnp.inf)
-        maximum = jnp.maximum(state.maximum, jnp.max(scores, axis=-1))
-        shrink = jnp.exp(state.maximum - maximum)
+        maximum, shrink = online_softmax.rescale(state.maximum, jnp.max(scores, axis=-1))
         weights = jnp.exp(scores - maximum[:, None])
         added, sums = [], []
         dtype, per_group = queries[0].dtype, len(state.sums) // len(state.added)
@@ -147,11 +147,11 @@ class PackedReader:
             scale, zero = _load_numbers(values, positions, end, group)
             scaled = (weights * scale[None, :]).astype(dtype)
             for field in range(group * per_group, (group + 1) * per_group):
-                codes, offset = _codes(value_words, values.layout, field, half, dtype)
+                codes, bias = _codes(value_words, values.layout, field, half, dtype)
                 sums.append(state.sums[field] * shrink[:, None] + _dot(scaled, codes, 0))
             middle = values.layout.middle
             lift = jnp.sum(weights * (zero + middle * scale)[None, :], axis=-1)
-            lift = lift - (offset + middle) * jnp.sum(scaled.astype(jnp.float32), axis=-1)
+            lift = lift - (bias + middle) * jnp.sum(scaled.astype(jnp.float32), axis=-1)
             added.append(already * shrink + lift)
         return State(
             maximum=maximum,
@@ -160,20 +160,26 @@ class PackedReader:
             sums=tuple(sums),
         )
 
-    def store(self, state: State, out_ref, lse_ref, rows: Int[Array, " rows"], *, end) -> None:
+    def store(
+        self,
+        state: State,
+        out_ref: jax.Ref,
+        lse_ref: jax.Ref,
+        rows: Int[Array, " rows"],
+        *,
+        end: Scalar,
+    ) -> None:
         """Write output and lse; rows that saw no key get output 0 and lse -inf."""
-        empty = state.total == 0
-        total = jnp.where(empty, 1.0, state.total)
+        divisor, lse = online_softmax.finish_rows(state.maximum, state.total)
         per_group = len(state.sums) // len(state.added)
         outs = [
-            (x + state.added[field // per_group][:, None]) / total[:, None]
+            (x + state.added[field // per_group][:, None]) / divisor[:, None]
             for field, x in enumerate(state.sums)
         ]
-        lse = jnp.where(empty, -jnp.inf, state.maximum + jnp.log(total))
         words = out_ref.shape[-1] // len(outs)
         for field, out in enumerate(outs):
-            tiles.store(out_ref, rows, out, end=end, columns=(field * words, words))
-        tiles.store_vector(lse_ref, rows, lse, end=end)
+            tile_io.store(out_ref, rows, out, end=end, columns=(field * words, words))
+        tile_io.store_vector(lse_ref, rows, lse, end=end)
 
 
 def _scores(block, queries: Queries, keys: _Operand, words, half, positions, end):
@@ -182,13 +188,13 @@ def _scores(block, queries: Queries, keys: _Operand, words, half, positions, end
     by_channel = keys.layout.by == "channel"
     scaled, constant = _into_queries(block, queries, keys) if by_channel else (queries, 0.0)
     for field, part in enumerate(scaled):
-        codes, offset = _codes(words, keys.layout, field, half, dtype)
+        codes, bias = _codes(words, keys.layout, field, half, dtype)
         products = products + _dot(part, codes, 1)
     total = sum(jnp.sum(part.astype(jnp.float32), axis=-1) for part in scaled)
     if by_channel:
-        return products + (constant - (offset + keys.layout.middle) * total)[:, None]
+        return products + (constant - (bias + keys.layout.middle) * total)[:, None]
     scale, zero = _load_numbers(keys, positions, end, 0)
-    return products * scale[None, :] + total[:, None] * (zero - offset * scale)[None, :]
+    return products * scale[None, :] + total[:, None] * (zero - bias * scale)[None, :]
 
 
 def _into_queries(block, queries: Queries, keys: _Operand):
@@ -196,7 +202,7 @@ def _into_queries(block, queries: Queries, keys: _Operand):
     num_words = keys.words.shape[1]
     scaled, constant = [], 0.0
     for field, part in enumerate(queries):
-        columns = tiles.indices(tiles.width(num_words), field * num_words)
+        columns = tile_io.indices(tile_io.width(num_words), field * num_words)
         inside = columns < (field + 1) * num_words
         scale, zero = (
             compat.load(ref.at[block, columns], mask=inside, other=0).astype(jnp.float32)
@@ -218,7 +224,7 @@ def _load_numbers(operand: _Operand, positions, end, group: int):
 
 
 def _codes(words, layout: Layout, field: int, half, dtype: DTypeLike):
-    """Return codes plus an offset as floating-point numbers, and the offset."""
+    """Return codes plus a bias as floating-point numbers, and the bias."""
     shift = jnp.uint32(layout.shift(field, 0))
     if layout.tokens_per_word > 1:
         shift = shift + half * jnp.uint32(layout.bits)

@@ -1,105 +1,194 @@
 """Named cases of prefill attention."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import numpy as np
 
-from kernels.case import Case, Cost, per_row
+from kernels import dense
+from kernels.cached_case import CachedCase, per_format
+from kernels.case import Cost, Piece, per_row
+from kernels.dispatch import Implementation
+from kernels.equivalent import Call, Equivalent, UnsuitableError, tokens_first
 from kernels.gpu import Gpu
-from kernels.prefill.api import prefill
-from kernels.prefill.config import heuristic
-from kernels.tiles import BlockSizes, cdiv
+from kernels.prefill.api import prefill_attention
+from kernels.prefill.heuristic import choose_tiles
+from kernels.tiles import LONG_WALKS, AttentionTiles
+
+_MOST_PAIRS = 2**30  # queries x keys of one head, for which XLA's loop on a GPU takes seconds
+_PIECE = 256  # queries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillCase(Case):
-    """`length` new tokens per row, at `offsets`, over `slots` slots."""
+class PrefillCase(CachedCase):
+    """`length` new tokens per row, at positions from `starts` on, over `slots` slots."""
 
-    offsets: tuple[int, ...]
+    starts: tuple[int, ...]
     length: int
-    slots: int
 
-    def shapes(self):
-        batch = len(self.offsets)
-        kv = self.array(batch, self.kv_heads, self.slots, self.head_dim)
+    def shapes(self) -> tuple[Any, ...]:
+        batch = len(self.starts)
         q = self.array(batch, self.length, self.q_heads, self.head_dim)
-        return q, kv, kv, per_row(batch)
+        return q, *self.cache(batch), per_row(batch)
 
-    def integers(self):
-        return [np.array(self.offsets)]
+    def integers(self) -> list[np.ndarray]:
+        return [np.array(self.starts)]
 
-    def run(self, *arguments, implementation, block_sizes=None):
-        return prefill(
+    def run(
+        self, *arguments: Any, implementation: Implementation, tiles: AttentionTiles | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        return prefill_attention(
             *arguments,
             softmax_scale=self.softmax_scale,
             implementation=implementation,
-            block_sizes=block_sizes,
+            tiles=tiles,
         )
 
-    def block_sizes(self, *, gpu: Gpu) -> BlockSizes:
-        return heuristic(length=self.length, head_dim=self.head_dim, dtype=self.dtype, gpu=gpu)
-
-    def cost(self, *, gpu: Gpu) -> Cost:
-        sizes = self.block_sizes(gpu=gpu)
-        pairs = sum(
-            self.length * offset + self.length * (self.length + 1) // 2 for offset in self.offsets
+    def tiles(self, *, gpu: Gpu) -> AttentionTiles:
+        return choose_tiles(
+            length=self.length,
+            head_dim=self.head_dim,
+            dtype=self.dtype,
+            gpu=gpu,
+            layout=self.layout,
         )
-        # Ends of all the key tiles that the programs of one head load, the last one's past slots.
-        ends = [
-            cdiv(min(offset + first + sizes.block_q, self.slots), sizes.block_kv) * sizes.block_kv
-            for offset in self.offsets
-            for first in range(0, self.length, sizes.block_q)
+
+    def other_tiles(self, *, gpu: Gpu) -> list[AttentionTiles]:
+        return self.only_suitable(LONG_WALKS, self.tiles(gpu=gpu).block_kv)
+
+    def cost(self) -> Cost:
+        seen = [np.maximum(start + 1 + np.arange(self.length), 0) for start in self.starts]
+        return self.cost_of(
+            pairs=int(sum(x.sum() for x in seen)),
+            queries=len(self.starts) * self.length,
+            keys=int(sum(x.max() for x in seen)),
+        )
+
+    def parts(self, arguments: tuple[Any, ...]) -> list[dense.Part]:
+        _, k, v, starts = arguments
+        mask = dense.causal_mask(starts, self.length, self.slots)
+        return [dense.Part(keys=k, values=v, mask=mask)]
+
+    def equivalent(self, arguments: tuple[Any, ...]) -> Equivalent:
+        if self.bits is not None:
+            raise UnsuitableError("they do not read packed keys")
+        if len(self.starts) > 1:
+            raise UnsuitableError("not a call of theirs")
+        (start,) = self.starts
+        q, k, v, _ = arguments
+        chunk, past = (
+            [tokens_first(x[:, :, part]) for x in (k, v)]
+            for part in (slice(start, start + self.length), slice(start))
+        )
+        calls = [Call(q=q, k=chunk[0], v=chunk[1], causal=True)]
+        if not start:
+            return Equivalent(calls=calls)
+        calls.append(Call(q=q, k=past[0], v=past[1], causal=False))
+        return Equivalent(calls=calls, note="the past without mask and the chunk, not merged")
+
+    def pieces(self) -> list[Piece]:
+        """Return the first, middle and last queries where XLA would take minutes for all."""
+        pairs = self.length * (max(self.starts) + self.length)
+        if self.length <= 3 * _PIECE or pairs <= _MOST_PAIRS:
+            return super().pieces()
+        middle = (self.length - _PIECE) // 2 + 1  # not at the edge of a tile
+        return [
+            Piece(
+                name=f"queries {first} to {first + _PIECE - 1}",
+                case=dataclasses.replace(
+                    self, length=_PIECE, starts=tuple(start + first for start in self.starts)
+                ),
+                first=first,
+                end=first + _PIECE,
+            )
+            for first in (0, middle, self.length - _PIECE)
         ]
-        loaded = self.q_heads * sum(
-            self.loaded_bytes(min(end, self.slots), sizes.block_kv) for end in ends
-        )
-        vectors = len(self.offsets) * self.length * self.q_heads
-        seen = sum(offset + self.length for offset in self.offsets)
-        outputs = vectors * (2 * self.vector_bytes + 4)
-        return Cost(
-            flops=4.0 * pairs * self.q_heads * self.head_dim,
-            num_bytes=outputs + seen * self.kv_heads * self.kv_bytes,
-            scheduled_flops=4.0 * sum(ends) * sizes.block_q * self.q_heads * self.columns,
-            scheduled_bytes=outputs + loaded,
-        )
 
 
 CASES: dict[str, PrefillCase] = {
-    "one token": PrefillCase(offsets=(0,), length=1, slots=40, q_heads=4, kv_heads=2, head_dim=64),
+    "one token": PrefillCase(starts=(0,), length=1, slots=40, q_heads=4, kv_heads=2, head_dim=64),
     "three tokens, ragged": PrefillCase(
-        offsets=(0, 30, 37), length=3, slots=40, q_heads=4, kv_heads=2, head_dim=64
+        starts=(0, 30, 37), length=3, slots=40, q_heads=4, kv_heads=2, head_dim=64
     ),
     "group of 7, odd length": PrefillCase(
-        offsets=(5, 0), length=97, slots=102, q_heads=14, kv_heads=2, head_dim=64
+        starts=(5, 0), length=97, slots=102, q_heads=14, kv_heads=2, head_dim=64
     ),
     "group of 1, head_dim 80": PrefillCase(
-        offsets=(31,), length=65, slots=128, q_heads=3, kv_heads=3, head_dim=80
+        starts=(31,), length=65, slots=128, q_heads=3, kv_heads=3, head_dim=80
     ),
     "more than one block": PrefillCase(
-        offsets=(150, 3), length=259, slots=500, q_heads=8, kv_heads=2
+        starts=(150, 3), length=259, slots=500, q_heads=8, kv_heads=2
     ),
     "float16": PrefillCase(
-        offsets=(64,), length=129, slots=256, q_heads=4, kv_heads=1, dtype="float16"
+        starts=(64,), length=129, slots=256, q_heads=4, kv_heads=1, dtype="float16"
     ),
     "float32": PrefillCase(
-        offsets=(64,), length=129, slots=256, q_heads=4, kv_heads=1, dtype="float32"
+        starts=(64,), length=129, slots=256, q_heads=4, kv_heads=1, dtype="float32"
     ),
     "float32, head_dim 64, odd length": PrefillCase(
-        offsets=(0,), length=1001, slots=1001, q_heads=1, kv_heads=1, head_dim=64, dtype="float32"
+        starts=(0,), length=1001, slots=1001, q_heads=1, kv_heads=1, head_dim=64, dtype="float32"
     ),
     "head_dim 96": PrefillCase(
-        offsets=(10,), length=70, slots=80, q_heads=4, kv_heads=1, head_dim=96
+        starts=(10,), length=70, slots=80, q_heads=4, kv_heads=1, head_dim=96
     ),
     "head_dim 256": PrefillCase(
-        offsets=(10,), length=70, slots=80, q_heads=8, kv_heads=1, head_dim=256
+        starts=(10,), length=70, slots=80, q_heads=8, kv_heads=1, head_dim=256
     ),
     "llama-3-8b, all heads, first 32K": PrefillCase(
-        offsets=(0,), length=32_000, slots=32_000, q_heads=32, kv_heads=8, compile_only=True
+        starts=(0,), length=32_000, slots=32_000, q_heads=32, kv_heads=8, compile_only=True
     ),
     "llama-3-8b, 4 retrieval heads, 32K at 288K": PrefillCase(
-        offsets=(288_000,), length=32_000, slots=320_000, q_heads=16, kv_heads=4, compile_only=True
+        starts=(288_000,), length=32_000, slots=320_000, q_heads=16, kv_heads=4, compile_only=True
     ),
     "llama-2-7b, 8 retrieval heads, 10K at 90K": PrefillCase(
-        offsets=(90_000,), length=10_000, slots=100_000, q_heads=8, kv_heads=8, compile_only=True
+        starts=(90_000,), length=10_000, slots=100_000, q_heads=8, kv_heads=8, compile_only=True
     ),
+}
+
+PACKED: dict[str, PrefillCase] = per_format(
+    {
+        "three tokens, one before the start": PrefillCase(
+            starts=(-1, 30, 61), length=3, slots=64, q_heads=4, kv_heads=2, head_dim=64
+        ),
+        "group of 7, head_dim 80": PrefillCase(
+            starts=(31, 0), length=65, slots=128, q_heads=7, kv_heads=1, head_dim=80
+        ),
+        "more than one block": PrefillCase(
+            starts=(150,), length=131, slots=320, q_heads=4, kv_heads=2
+        ),
+        "head_dim 256, float16": PrefillCase(
+            starts=(10,), length=70, slots=128, q_heads=2, kv_heads=1, head_dim=256, dtype="float16"
+        ),
+        "float32": PrefillCase(
+            starts=(64,), length=97, slots=192, q_heads=4, kv_heads=1, dtype="float32"
+        ),
+        "llama-3-8b, 4 retrieval heads, 32K at 288K": PrefillCase(
+            starts=(288_000,), length=32_000, slots=320_000, q_heads=16, kv_heads=4,
+            compile_only=True,
+        ),
+    }
+)  # fmt: skip
+
+_TINY = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
+AWKWARD: dict[str, PrefillCase] = {
+    "one token in one slot": PrefillCase(length=1, slots=1, starts=(0,), **_TINY),
+    "one token": PrefillCase(length=1, slots=40, starts=(0, 39, 11), **_TINY),
+    "three tokens": PrefillCase(length=3, slots=40, starts=(0, 37), **_TINY),
+    "three tokens in four slots": PrefillCase(length=3, slots=4, starts=(0, 1), **_TINY),
+    "28 tokens": PrefillCase(length=28, slots=60, starts=(0, 28, 32), **_TINY),
+    "29 tokens": PrefillCase(length=29, slots=60, starts=(0, 28, 31), **_TINY),
+    "odd length, group of 7": PrefillCase(
+        length=97, slots=200, starts=(3, 0), **_TINY | {"q_heads": 14}
+    ),
+    "group of 1, head_dim 80": PrefillCase(
+        length=97, slots=97, starts=(0,), q_heads=3, kv_heads=3, head_dim=80, dtype="float32"
+    ),
+    "group of 4, head_dim 96": PrefillCase(
+        length=65, slots=97, starts=(32, 0), q_heads=8, kv_heads=2, head_dim=96, dtype="float32"
+    ),
+    "exactly one block of slots": PrefillCase(length=512, slots=512, starts=(0,), **_TINY),
+    "one slot past a block": PrefillCase(length=97, slots=513, starts=(416, 415, 0), **_TINY),
+    "one slot past two blocks": PrefillCase(length=300, slots=1025, starts=(725, 300, 0), **_TINY),
+    "rows far apart": PrefillCase(length=20, slots=1700, starts=(0, 1680, 500), **_TINY),
 }

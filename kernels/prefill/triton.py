@@ -1,65 +1,61 @@
 """Causal attention of a chunk over a long cache, for the Triton lowering.
 
 Program (i, n, b) owns block_q queries of query head n in row b, the last block first, since it has
-the most keys to walk. Keys and values of the head's KV head come in tiles, read and multiplied by
-their reader (kernels.reader); plain ones that all queries of the block see are not masked. Query,
-running maximum, sum and output stay in registers (float32). The programs of one head run side by
-side, and so do the heads of one group: they find each other's tiles in the L2 cache.
+the most keys to walk. The cache's reader (kernels.reader) reads and multiplies tiles of the head's
+keys and values; unpacked tiles that all queries of the block see are not masked. Query, running
+maximum, sum and output stay in registers (float32). The programs of one head run side by side, and
+so do the heads of one group: they find each other's tiles in the L2 cache.
 
-Offsets are read at run time: one compilation serves every chunk of its length.
+Starts are read at run time: one compilation serves every chunk of its length.
 
 Measured: not yet.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels import compat, masks, reader, tiles
+from kernels import compat, masks, reader, tile_io
 from kernels.packed import Packed
 from kernels.packed.reader import operands
-from kernels.tiles import BlockSizes
+from kernels.tiles import AttentionTiles
 
 
-def prefill(
+def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
     k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
-    offsets: Int[Array, " batch"],
+    starts: Int[Array, " batch"],
     *,
     softmax_scale: float,
-    block_sizes: BlockSizes,
+    tiles: AttentionTiles,
     interpret: bool,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """See kernels.prefill."""
+    """See kernels.prefill_attention."""
     group = q.shape[2] // k.shape[1]
     cache = operands(k, v, lambda i, n, b: (b, n // group), name="duo_prefill")
-    return attend(
-        q, cache, offsets, softmax_scale=softmax_scale, block_sizes=block_sizes, interpret=interpret
-    )
+    return attend(q, cache, starts, softmax_scale=softmax_scale, tiles=tiles, interpret=interpret)
 
 
 def attend(
     q: Float[Array, "batch length q_heads head_dim"],
     cache: reader.Operands,
-    offsets: Int[Array, " batch"],
+    starts: Int[Array, " batch"],
     *,
     softmax_scale: float,
-    block_sizes: BlockSizes,
+    tiles: AttentionTiles,
     interpret: bool,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """Attend to keys and values that lie in any way; programs are (block, query head, row)."""
+    """Attend to a cache in any format; its index map takes (query block, query head, row)."""
     batch, length, num_q_heads, head_dim = q.shape
-    num_blocks = tiles.cdiv(length, block_sizes.block_q)
+    num_blocks = tile_io.cdiv(length, tiles.block_q)
     q_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
     out, lse = compat.pallas_call(
-        functools.partial(
-            _kernel, read=cache.read_with(block_sizes, softmax_scale), block_sizes=block_sizes
-        ),
+        functools.partial(_kernel, read=cache.read_with(tiles, softmax_scale), tiles=tiles),
         name=cache.name,
         grid=(num_blocks, num_q_heads, batch),
         in_specs=[q_spec, *cache.specs, pl.BlockSpec((None,), lambda i, n, b: (b,))],
@@ -68,27 +64,27 @@ def attend(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, num_q_heads, length), jnp.float32),
         ],
-        num_warps=block_sizes.num_warps,
-        num_stages=block_sizes.num_stages,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
         interpret=interpret,
-    )(q, *cache.arrays, offsets.astype(jnp.int32))
+    )(q, *cache.arrays, starts.astype(jnp.int32))
     return out, jnp.swapaxes(lse, 1, 2)
 
 
 def _kernel(
     q_ref,  # [length, head_dim]
-    *refs,  # of the cache, for its reader; offset []; out [length, head_dim]; lse [length]
-    read: Callable[..., reader.Reader],
-    block_sizes: BlockSizes,
+    *refs,  # the cache's, for its reader; start []; out [length, head_dim]; lse [length]
+    read: Callable[[Sequence[jax.Ref]], reader.Reader],
+    tiles: AttentionTiles,
 ):
-    *cached, offset_ref, out_ref, lse_ref = refs
+    *cached, start_ref, out_ref, lse_ref = refs
     cache = read(cached)
-    block_q, block_kv = block_sizes.block_q, block_sizes.block_kv
+    block_q, block_kv = tiles.block_q, tiles.block_kv
     length, slots = q_ref.shape[0], cache.slots
     first_row = (pl.num_programs(0) - 1 - pl.program_id(0)) * block_q
-    rows = tiles.indices(block_q, first_row)
-    first_position = offset_ref[...] + first_row
-    q_positions = tiles.indices(block_q, first_position)
+    rows = tile_io.indices(block_q, first_row)
+    first_position = start_ref[...] + first_row
+    q_positions = tile_io.indices(block_q, first_position)
     queries = cache.load_queries(q_ref, rows, end=length)
 
     def visible(positions):
@@ -100,7 +96,7 @@ def _kernel(
 
         return jax.lax.fori_loop(first, end, add_block, state)
 
-    end = tiles.cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
+    end = tile_io.cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
     state, seen_by_all = cache.start(queries), 0
     if not cache.masks_every_tile:
         seen_by_all = jnp.clip(first_position, 0, slots) // block_kv

@@ -1,4 +1,4 @@
-"""Prefill attention through XLA: the oracle, and what runs where there is no kernel."""
+"""Prefill attention through XLA: the reference, and what runs where there is no kernel."""
 
 import math
 
@@ -10,24 +10,24 @@ from kernels import masks, online_softmax, packed
 from kernels.packed import Packed
 
 _BLOCK_KV = 512
-# Scores of one block of queries with one block of keys, over all rows and heads, take at most
-# this many bytes. Measured on two CPU cores: 8 to 64 MB are equally fast, 4 MB is not.
+# The most bytes that the scores of one block of queries and one block of keys take, over all rows
+# and heads. Measured on two CPU cores: 8 to 64 MB are equally fast, 4 MB is slower.
 _SCORE_BYTES = 2**24
 
 
-def prefill(
+def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
     k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
     v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
-    offsets: Int[Array, " batch"],
+    starts: Int[Array, " batch"],
     *,
     softmax_scale: float,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """See kernels.prefill."""
+    """See kernels.prefill_attention."""
     batch, length, num_q_heads, head_dim = q.shape
     num_kv_heads, slots = k.shape[1], k.shape[2]
     group = num_q_heads // num_kv_heads
-    offsets = offsets.astype(int)  # as jnp.arange
+    starts = starts.astype(int)  # as jnp.arange
     block_kv = min(_BLOCK_KV, slots)
     block_q = _SCORE_BYTES // (4 * batch * num_q_heads * block_kv)
     block_q = min(length, max(16, 1 << (max(block_q, 1).bit_length() - 1)))
@@ -41,7 +41,7 @@ def prefill(
 
     def one_block(index_and_q):
         index, q = index_and_q
-        q_positions = offsets[:, None] + index * block_q + jnp.arange(block_q)[None, :]
+        q_positions = starts[:, None] + index * block_q + jnp.arange(block_q)[None, :]
 
         def add_block(kv_index, state):
             first = kv_index * block_kv
@@ -52,8 +52,8 @@ def prefill(
             return online_softmax.add_block(
                 state,
                 q,
-                packed.tokens(k, at, block_kv, q.dtype),
-                packed.tokens(v, at, block_kv, q.dtype),
+                packed.read_slots(k, at, block_kv, q.dtype),
+                packed.read_slots(v, at, block_kv, q.dtype),
                 jnp.repeat(mask, group, axis=1)[:, None],
                 softmax_scale=softmax_scale,
             )

@@ -5,8 +5,10 @@ from jaxtyping import Array, Float
 from kernels import compat, limits
 from kernels.dispatch import Implementation, dispatch
 from kernels.streaming import triton, xla
-from kernels.streaming.config import Config, heuristic
+from kernels.streaming.heuristic import choose_tiles
+from kernels.streaming.options import StreamingOptions
 from kernels.streaming.past import Past
+from kernels.tiles import ForwardBackwardTiles
 
 
 def streaming_attention(
@@ -19,54 +21,55 @@ def streaming_attention(
     softmax_scale: float,
     past: Past | None = None,
     implementation: Implementation = "auto",
-    config: Config | None = None,
+    tiles: ForwardBackwardTiles | None = None,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """Attend with the streaming mask: token i sees the sinks and its `recent_size` latest tokens.
 
-    O(length * (sink + recent)) work; blocks of keys that nobody sees are not loaded. Differentiable
-    with memory that grows with the length only; the kernels without `past`, once and in reverse
-    mode (jax refuses forward mode with a TypeError). Query head i reads KV head i // group.
+    O(length * (sink_size + recent_size)) work; blocks of keys that no query sees are not loaded.
+    Differentiable, with memory that grows linearly with the length; the kernels only without
+    `past`, once and in reverse mode (jax refuses forward mode with a TypeError). Query head i reads
+    KV head i // group.
 
     Args:
       q: queries, already rotated.
       k: keys, already rotated.
       v: values.
-      sink_size: first tokens of the sequence every query sees; 0 or more.
-      recent_size: latest tokens a query sees, its own included; at least 1.
+      sink_size: first tokens of the sequence that every query sees; 0 or more.
+      recent_size: latest tokens that a query sees, its own included; at least 1.
       softmax_scale: factor on the scores.
-      past: what came before the chunk; its sinks must hold those of the chunk's own tokens that
-        are sinks. Default: the chunk begins the sequence.
+      past: the cached tokens before the chunk; its sinks must include those of the chunk's own
+        tokens that are sinks. Default: the chunk begins the sequence.
       implementation: see kernels.dispatch.
-      config: tile sizes of the kernels; the XLA version has its own. Default: chosen from the
-        shapes.
+      tiles: tile sizes of the kernels; the XLA version has its own. Default: chosen from the shapes
+        and the GPU.
 
     Returns:
       The output in the dtype of `q`, and its lse (natural logarithm, float32; float64 for float64),
       which is not differentiable.
 
     Raises:
-      NotImplementedError: the named implementation cannot run this case, or is asked for a gradient
+      UnsupportedError: the named implementation cannot run this case, or is asked for a gradient
         that its kernels do not have; or an array is larger than kernels can address ("auto" too,
-        see kernels.dispatch), be it the gradient's sums over many sinks. The message says why.
+        see kernels.dispatch), such as the gradient's sums over many sinks. The message says why.
       ValueError: the arrays or the past do not fit one another, or a size is impossible.
     """
     if sink_size < 0 or recent_size < 1:
         raise ValueError(f"{sink_size=} must be at least 0 and {recent_size=} at least 1")
     limits.check_sequences(q, k, v)
     if past is None:
-        recent_size = min(recent_size, q.shape[1])  # more is the same, and may overflow
+        recent_size = min(recent_size, q.shape[1])  # a longer window is the same, and may overflow
     else:
         past.check(k, sink_size=sink_size)
     sizes = {"sink_size": sink_size, "recent_size": recent_size, "softmax_scale": softmax_scale}
 
     def run_triton(interpret: bool):
-        chosen = config or heuristic(
+        chosen = tiles or choose_tiles(
             length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
         )
-        static = triton.Static(**sizes, config=chosen, interpret=interpret)
+        options = StreamingOptions(**sizes, tiles=chosen, interpret=interpret)
         if past is None:
-            return triton.whole_sequence(static, q, k, v)
-        return triton.behind(past, static, q, k, v)
+            return triton.whole_sequence(options, q, k, v)
+        return triton.after(past, options, q, k, v)
 
     return dispatch(
         implementation,

@@ -1,4 +1,4 @@
-"""What a chunk's streaming heads need of the tokens before it."""
+"""The cached tokens before a chunk that its streaming heads need."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from kernels import limits, pytree
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Past:
-    """What a chunk's streaming heads still hold of the tokens before it, in order of position."""
+    """Sinks and recent tokens before a chunk, in order of position."""
 
     sink_keys: Float[Array, "batch kv_heads sink head_dim"]  # position = index; may be unfilled
     sink_values: Float[Array, "batch kv_heads sink head_dim"]
@@ -44,7 +44,7 @@ def nothing(
     *,
     sink_size: int,
 ) -> Past:
-    """Return the past of a chunk that begins its sequence: only its own sinks."""
+    """Return the past of a chunk that begins its sequence: its own sinks, no recent tokens."""
     sink_keys, sink_values = (jnp.moveaxis(x[:, :sink_size], 2, 1) for x in (k, v))
     empty = jnp.zeros((*sink_keys.shape[:2], 0, k.shape[3]), k.dtype)
     return Past(

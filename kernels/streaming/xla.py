@@ -1,4 +1,4 @@
-"""Streaming attention through XLA: the oracle, and what runs where there is no kernel.
+"""Streaming attention through XLA: the reference, and what runs where there is no kernel.
 
 Queries are cut into blocks; all of them meet the sinks and, shift by shift, the few key blocks that
 their windows can reach, so only a band along the diagonal is ever computed. Scores and softmax are
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 from kernels import masks, online_softmax
 from kernels.heads import over_kv_heads
 from kernels.streaming.past import Past, nothing
-from kernels.tiles import power_of_two
+from kernels.tile_io import power_of_two
 
 
 def streaming_attention(
@@ -103,8 +103,10 @@ def streaming_attention(
     )
 
 
-def _fit_length(x, *, before: int | None = None, after: int | None = None):
-    """Bring axis 1 to a length by cutting or padding with zeros, at its start or at its end."""
+def _fit_length(
+    x: Float[Array, "batch length ..."], *, before: int | None = None, after: int | None = None
+) -> Float[Array, "batch fitted ..."]:
+    """Bring axis 1 to a length: cut or pad with zeros at its start, or pad at its end."""
     if before is not None:
         x = x[:, max(0, x.shape[1] - before) :]
         pad = (before - x.shape[1], 0)

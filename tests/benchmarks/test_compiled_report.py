@@ -21,6 +21,7 @@ from benchmarks.compile import (
     worker as compiled_worker,
 )
 from kernels.all_cases import CASES
+from kernels.gpu import Gpu
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -133,7 +134,7 @@ def test_programs_at_once(target, registers, shared_memory, threads, programs):
 
 
 def test_floor_is_the_longer_of_the_two():
-    gpu = roofline.Gpu(name="any", flops=100.0, bandwidth=10.0)
+    gpu = Gpu(kind="any", num_cores=1, flops=100.0, bandwidth=10.0)
     assert roofline.floor(gpu, 300.0, 10.0) == {"seconds": 3.0, "bound": "compute"}
     assert roofline.floor(gpu, 300.0, 40.0) == {"seconds": 4.0, "bound": "memory"}
 
@@ -217,7 +218,7 @@ def test_results_cover_exactly_the_cases(committed):
 def test_results_are_of_the_current_tile_sizes(committed):
     for row in committed["rows"]:
         case = CASES[row["op"]][row["case"]]
-        sizes = case.block_sizes(gpu=occupancy.limits(row["target"]).gpu)
+        sizes = case.tiles(gpu=occupancy.limits(row["target"]).gpu)
         for kernel in row["kernels"]:
             assert kernel["block_sizes"] == compiled_worker.block_sizes(sizes, kernel["name"]), row
         assert row["real_size"] == case.compile_only

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from benchmarks.gpu import arrays, block_sweep, checks, references, rivals
+from benchmarks.gpu import arrays, checks, rivals
 from benchmarks.gpu.settings import real
 from kernels.decode.cases import DecodeCase
+from kernels.equivalent import UnsuitableError
 from kernels.full.cases import FullCase
 from kernels.gpu import H200
-from kernels.packed.cases import PackedDecodeCase
+from kernels.prefill import cases as prefill_cases
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 
@@ -29,8 +30,8 @@ class Broken(DecodeCase):
 
     fault: str
 
-    def run(self, *arguments, implementation, block_sizes=None):
-        out, lse = super().run(*arguments, implementation="xla", block_sizes=block_sizes)
+    def run(self, *arguments, implementation, tiles=None):
+        out, lse = super().run(*arguments, implementation="xla", tiles=tiles)
         if implementation == "xla":
             return out, lse
         if self.fault == "wrong":
@@ -94,13 +95,13 @@ def test_memory_is_poisoned_with_two_numbers_before_the_kernel_runs(monkeypatch)
 
 
 def test_packed_caches_are_checked_as_they_are():
-    case = PackedDecodeCase(bits=2, lengths=(70, 0), slots=128, dtype="float32", **SMALL)
+    case = DecodeCase(bits=2, lengths=(70, 0), slots=128, dtype="float32", **SMALL)
     result = checks.check(case, seed=3, implementation="interpret")
     assert result["passed"], result
-    assert block_sweep.candidates(case, gpu=H200)[0] == case.block_sizes(gpu=H200)
-    assert {x.block_kv for x in block_sweep.candidates(case, gpu=H200)} == {16, 32}
-    with pytest.raises(rivals.UnsuitableError, match="packed"):
-        rivals.equivalent(case, arrays.draw(case, 0))
+    assert case.candidates(gpu=H200)[0] == case.tiles(gpu=H200)
+    assert {x.block_kv for x in case.candidates(gpu=H200)} == {16, 32}
+    with pytest.raises(UnsuitableError, match="packed"):
+        case.equivalent(arrays.draw(case, 0))
 
 
 def test_an_output_outside_its_poisoned_buffer_fails():
@@ -128,12 +129,12 @@ def test_drawn_numbers_are_fresh_and_integers_are_the_cases_own():
 
 
 def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
-    monkeypatch.setattr(references, "_MOST_PAIRS", 1)
-    monkeypatch.setattr(references, "_QUERIES", 8)
-    case = PrefillCase(offsets=(5,), length=40, slots=50, dtype="float32", **SMALL)
+    monkeypatch.setattr(prefill_cases, "_MOST_PAIRS", 1)
+    monkeypatch.setattr(prefill_cases, "_PIECE", 8)
+    case = PrefillCase(starts=(5,), length=40, slots=50, dtype="float32", **SMALL)
     arguments = arrays.draw(case, 0)
     whole = case.run(*arguments, implementation="xla")
-    pieces = references.pieces(case)
+    pieces = case.pieces()
     assert [piece.first for piece in pieces] == [0, 17, 32]
     for piece in pieces:
         part = piece.case.run(*piece.arguments(*arguments), implementation="xla")
@@ -146,14 +147,14 @@ def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
     [
         DecodeCase(lengths=(33,), slots=40, dtype="float32", **SMALL),
         FullCase(length=20, batch=2, dtype="float32", **SMALL),
-        PrefillCase(offsets=(0,), length=20, slots=30, dtype="float32", **SMALL),
-        StreamingCase(length=20, sink=0, recent=7, dtype="float32", **SMALL),
+        PrefillCase(starts=(0,), length=20, slots=30, dtype="float32", **SMALL),
+        StreamingCase(length=20, sink_size=0, recent_size=7, dtype="float32", **SMALL),
     ],
     ids=["decode", "full", "prefill", "streaming without sinks"],
 )
 def test_other_libraries_are_given_the_same_work(case):
     arguments = arrays.draw(case, 0)
-    (call,) = rivals.equivalent(case, arguments).calls
+    (call,) = case.equivalent(arguments).calls
     attend = functools.partial(
         jax.nn.dot_product_attention,
         scale=case.softmax_scale,
@@ -167,17 +168,17 @@ def test_other_libraries_are_given_the_same_work(case):
 
 
 def test_a_chunk_behind_a_past_is_two_calls_of_theirs():
-    case = PrefillCase(offsets=(30,), length=10, slots=64, **SMALL)
-    work = rivals.equivalent(case, arrays.draw(case, 0))
+    case = PrefillCase(starts=(30,), length=10, slots=64, **SMALL)
+    work = case.equivalent(arrays.draw(case, 0))
     assert [(call.k.shape[1], call.causal) for call in work.calls] == [(10, True), (30, False)]
     assert "not merged" in work.note
-    with pytest.raises(rivals.UnsuitableError, match="different lengths"):
-        rivals.equivalent(DECODE, arrays.draw(DECODE, 0))
+    with pytest.raises(UnsuitableError, match="different lengths"):
+        DECODE.equivalent(arrays.draw(DECODE, 0))
 
 
 @pytest.mark.parametrize("op", ["decode", "full", "merge", "prefill", "streaming"])
 def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
     for case in real().timed[op].values():
-        found = block_sweep.candidates(case, gpu=H200)
-        assert found[0] == case.block_sizes(gpu=H200)
+        found = case.candidates(gpu=H200)
+        assert found[0] == case.tiles(gpu=H200)
         assert len(set(found)) == len(found) >= 10

@@ -8,7 +8,14 @@ import re
 
 import jax.numpy as jnp
 
-from kernels import Past, decode, full_attention, merge_lse, prefill, streaming_attention
+from kernels import (
+    Past,
+    decode_attention,
+    full_attention,
+    merge_lse,
+    prefill_attention,
+    streaming_attention,
+)
 
 Q = jnp.ones((2, 20, 4, 16))
 KV = jnp.ones((2, 20, 2, 16))  # of a whole sequence
@@ -33,20 +40,25 @@ def merging(outs, lses, *, softmax_scale, implementation):
 
 REFUSED = {
     "decode, fewer values than keys": (
-        lambda **o: decode(Q[:, 0], CACHE, CACHE[:, :, 1:], ROWS, **o),
+        lambda **o: decode_attention(Q[:, 0], CACHE, CACHE[:, :, 1:], ROWS, **o),
         "do not fit",
     ),
-    "decode, another batch": (lambda **o: decode(Q[:1, 0], CACHE, CACHE, ROWS[:1], **o), "not fit"),
+    "decode, another batch": (
+        lambda **o: decode_attention(Q[:1, 0], CACHE, CACHE, ROWS[:1], **o),
+        "not fit",
+    ),
     "decode, one length for two rows": (
-        lambda **o: decode(Q[:, 0], CACHE, CACHE, ROWS[:1], **o),
-        r"lengths are int32 \(1,\), not 2 whole numbers",
+        lambda **o: decode_attention(Q[:, 0], CACHE, CACHE, ROWS[:1], **o),
+        r"lengths are int32 \(1,\), not 2 integers",
     ),
     "decode, lengths with a fraction": (
-        lambda **o: decode(Q[:, 0], CACHE, CACHE, ROWS / 2, **o),
+        lambda **o: decode_attention(Q[:, 0], CACHE, CACHE, ROWS / 2, **o),
         "lengths are float32",
     ),
     "decode, whole numbers": (
-        lambda **o: decode(Q[:, 0], CACHE.astype(jnp.int32), CACHE.astype(jnp.int32), ROWS, **o),
+        lambda **o: decode_attention(
+            Q[:, 0], CACHE.astype(jnp.int32), CACHE.astype(jnp.int32), ROWS, **o
+        ),
         "keys are int32, not floating-point numbers",
     ),
     "full, booleans": (
@@ -63,10 +75,13 @@ REFUSED = {
         "outputs are int32",
     ),
     "prefill, 3 query heads": (
-        lambda **o: prefill(Q[:, :, :3], CACHE, CACHE, ROWS, **o),
+        lambda **o: prefill_attention(Q[:, :, :3], CACHE, CACHE, ROWS, **o),
         "3 query heads are not a multiple of 2 KV heads",
     ),
-    "prefill, no tokens": (lambda **o: prefill(Q[:, :0], CACHE, CACHE, ROWS, **o), "are empty"),
+    "prefill, no tokens": (
+        lambda **o: prefill_attention(Q[:, :0], CACHE, CACHE, ROWS, **o),
+        "are empty",
+    ),
     "full, fewer keys": (lambda **o: full_attention(Q, KV[:, 1:], KV[:, 1:], **o), "19 keys"),
     "streaming, fewer keys": (streaming(k=KV[:, 1:], v=KV[:, 1:]), "20 queries and 19 keys"),
     "streaming, another head_dim": (streaming(q=Q[..., :8]), "do not fit"),

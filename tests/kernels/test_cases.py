@@ -1,4 +1,8 @@
-"""Every named case, run by Pallas' interpreter, against float64 numpy and against XLA."""
+"""The ladder: XLA against float64 numpy, then the kernel in Pallas' interpreter against XLA.
+
+In every slot that no query sees, there are stale numbers. Compiling for GPUs (test_compiled.py) and
+running on one (test_gpu.py) are the next rungs.
+"""
 
 import functools
 
@@ -7,30 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.all_cases import CASES
-from tests.kernels import oracle
+from kernels.all_cases import AWKWARD, named
 
-INTERPRETED = {
-    f"{op}, {name}": case
-    for op, cases in CASES.items()
-    for name, case in cases.items()
-    if not case.compile_only
-}
-every_case = pytest.mark.parametrize("case", INTERPRETED.values(), ids=INTERPRETED.keys())
+SMALL = {name: case for name, case in named().items() if not case.compile_only}
+LENGTHS = named(AWKWARD)
 
-# Where the kernel's own number type is not the point, but its loops are.
-AWKWARD = [
-    "decode, one token", "decode, empty rows", "decode, group of 7, odd length",
-    "decode, group of 1, head_dim 80",
-    "full, group of 7, odd length", "full, group of 1, head_dim 80",
-    "merge, empty parts and rows", "merge, odd number of rows, head_dim 80",
-    "prefill, three tokens, ragged", "prefill, group of 7, odd length", "prefill, head_dim 96",
-    "streaming, one token before the sinks' end", "streaming, sink + recent + 1",
-    "streaming, odd length, rows of many pasts", "streaming, a chunk shorter than the window",
-    "streaming, gradient, three tokens", "streaming, gradient, no sinks",
-]  # fmt: skip
-
-# Of results of size 1. XLA adds in another order, and may be luckier.
+# Results are of size 1. XLA adds in another order, and may be luckier.
 FLOOR = 2e-6
 
 
@@ -38,48 +24,69 @@ def run(case, arguments, implementation):
     return jax.jit(functools.partial(case.run, implementation=implementation))(*arguments)
 
 
-def allowed(case) -> float:
-    """Return how many times XLA's error the kernel's may be."""
-    # The backward pass takes sum(p * d_p) from the output that the forward pass rounded, as in
-    # FlashAttention-2, XLA from its own float32; over three tokens nothing averages that out.
-    return 4.0 if getattr(case, "gradient", False) and case.length < 16 else 2.0
-
-
 def error(got, want) -> float:
     got = np.asarray(got, np.float64)
     return np.abs(np.subtract(got, want, out=np.zeros_like(got), where=got != want)).max()  # -inf
 
 
-def dtypes(results) -> list[str]:
-    return [str(x.dtype) for x in results]
+def check_types(case, results, wanted):
+    """Outputs and gradients have the case's dtype, the lse is float32; shapes are as wanted."""
+    dtypes = [jnp.dtype(case.dtype)] * len(results)
+    if not case.gradient and len(results) == 2:
+        dtypes[1] = jnp.dtype(jnp.float32)
+    assert [x.dtype for x in results] == dtypes
+    assert [x.shape for x in results] == [x.shape for x in wanted]
 
 
-@every_case
-def test_the_kernel_errs_at_most_twice_as_much_as_xla(case):
-    """Gradients too; in every slot that nobody sees, there are stale numbers."""
-    arguments = oracle.draw(case)
-    want = oracle.expected(case, arguments)
-    kernel, xla = (run(case, arguments, name) for name in ("interpret", "xla"))
-    assert dtypes(kernel) == dtypes(xla)
-    for index, (got, other, wanted) in enumerate(zip(kernel, xla, want, strict=True)):
-        assert got.shape == other.shape == wanted.shape
-        # In 2 bits the queries are multiplied with the scales of channels, and rounded again.
-        rounded = getattr(case, "gradient", False) or getattr(case, "bits", None) == 2
-        if index == 1 and not rounded:  # lse
-            # Products of two half-precision numbers are exact in float32.
-            np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=2e-6)
+def check_lse(got, wanted):
+    # Products of two half-precision numbers are exact in float32.
+    np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=2e-6)
+
+
+def check_xla(case, arguments, results, wanted):
+    """XLA is as close to float64 as its dtype allows."""
+    check_types(case, results, wanted)
+    if case.dtype == "float32":
+        tolerance = {"atol": 2e-5 if case.gradient else 2e-6, "rtol": 2e-5}
+        for got, want in zip(results, wanted, strict=True):
+            np.testing.assert_allclose(got, want, **tolerance)
+    elif not case.gradient:
+        rounded = case.expected(arguments, rounded_to=case.dtype)
+        for got, other, want in zip(results, rounded, wanted, strict=True):
+            assert error(got, want) <= 2 * error(other, want) + FLOOR
+
+
+def check_kernel(case, results, xla, wanted):
+    """The kernel errs at most twice as much as XLA."""
+    check_types(case, results, wanted)
+    # The backward pass takes sum(p * d_p) from the output that the forward pass rounded, as in
+    # FlashAttention-2, XLA from its own float32; over three tokens nothing averages that out. In
+    # 2 bits the queries are multiplied with the scales of channels, and rounded again; in the lse
+    # of a few queries nothing averages that out either.
+    times = 4.0 if case.gradient and case.length < 16 else 2.0
+    for index, (got, other, want) in enumerate(zip(results, xla, wanted, strict=True)):
+        if index == 1 and not case.gradient and case.bits != 2:
+            check_lse(got, want)
         else:
-            # In 2 bits the lse of a few queries is rounded, and nothing averages that out.
-            times = 4.0 if index == 1 and getattr(case, "bits", None) == 2 else allowed(case)
-            assert error(got, wanted) <= times * error(other, wanted) + FLOOR
+            allowed = 4.0 if index == 1 and case.bits == 2 else times
+            assert error(got, want) <= allowed * error(other, want) + FLOOR
 
 
-@pytest.mark.parametrize("name", AWKWARD)
-def test_the_kernel_in_float32_matches_float64(name):
-    case = INTERPRETED[name]
-    arguments = oracle.cast(oracle.draw(case), jnp.float32)
-    want = oracle.expected(case, arguments)
-    results = run(case, arguments, "interpret")
-    assert set(dtypes(results)) == {"float32"}
-    for got, wanted in zip(results, want, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5, rtol=2e-5)
+@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
+def test_xla_matches_float64_and_the_kernel_matches_xla(case):
+    arguments = case.draw()
+    wanted = case.expected(arguments)
+    xla = run(case, arguments, "xla")
+    check_xla(case, arguments, xla, wanted)
+    check_kernel(case, run(case, arguments, "interpret"), xla, wanted)
+
+
+@pytest.mark.parametrize("case", LENGTHS.values(), ids=LENGTHS.keys())
+def test_both_match_float64_where_blocks_and_windows_meet(case):
+    arguments = case.draw()
+    wanted = case.expected(arguments)
+    check_xla(case, arguments, run(case, arguments, "xla"), wanted)
+    kernel = run(case, arguments, "interpret")
+    check_types(case, kernel, wanted)
+    for got, want in zip(kernel, wanted, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5, rtol=2e-5)

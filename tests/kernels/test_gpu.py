@@ -11,9 +11,9 @@ import jax
 import pytest
 
 from benchmarks.gpu import checks
-from kernels.all_cases import CASES
+from kernels.all_cases import named
 
-NAMED = {f"{op}: {name}": case for op, cases in CASES.items() for name, case in cases.items()}
+NAMED = named()
 
 
 @pytest.mark.gpu

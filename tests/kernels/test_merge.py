@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import decode
+from kernels import decode_attention, dense
 from kernels import merge_lse as any_merge
 from kernels.gpu import A100
-from kernels.merge.config import BlockSizes, heuristic
-from tests.kernels import oracle
+from kernels.merge.heuristic import choose_tiles
+from kernels.tiles import MergeTiles
 
 
 @pytest.fixture(params=["xla", "interpret"])
@@ -24,7 +24,7 @@ def attend(scores, values):
     """Return softmax attention and its lse in float64; scores [rows, keys], values [keys, h]."""
     if not scores.shape[1]:
         return np.zeros((len(scores), values.shape[1])), np.full(len(scores), -np.inf)
-    weights, lse = oracle.softmax(scores)
+    weights, lse = dense.softmax(scores)
     return weights @ values, lse
 
 
@@ -121,7 +121,7 @@ def test_a_ring_and_a_cache_merge_to_attention_over_both(merge_lse):
     def part(start, end, implementation):
         lengths = jnp.full(2, end - start, jnp.int32)
         kv = k[:, :, start:end], v[:, :, start:end]
-        return decode(q, *kv, lengths, softmax_scale=0.25, implementation=implementation)
+        return decode_attention(q, *kv, lengths, softmax_scale=0.25, implementation=implementation)
 
     parts = [part(0, 20, "interpret"), part(20, 50, "xla")]
     out, lse = merge_lse(*(jnp.stack(x) for x in zip(*parts, strict=True)))
@@ -148,17 +148,17 @@ def test_any_tiles_give_the_same(block_rows):
     rng = np.random.default_rng(0)
     outs = jnp.asarray(rng.standard_normal((3, 7, 5, 24)), jnp.float32)
     lses = jnp.asarray(rng.standard_normal((3, 7, 5)), jnp.float32)
-    sizes = BlockSizes(block_rows=block_rows, num_warps=4, num_stages=1)
-    got = any_merge(outs, lses, implementation="interpret", block_sizes=sizes)
+    tiles = MergeTiles(block_rows=block_rows, num_warps=4, num_stages=1)
+    got = any_merge(outs, lses, implementation="interpret", tiles=tiles)
     for x, y in zip(got, any_merge(outs, lses), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_few_rows_have_a_program_each_and_many_share_one():
-    of = functools.partial(heuristic, head_dim=128, gpu=A100)
+    of = functools.partial(choose_tiles, head_dim=128, gpu=A100)
     assert of(rows=32).block_rows == 1
     assert of(rows=1_000_000).block_rows == 16
-    assert heuristic(rows=1_000_000, head_dim=256, gpu=A100).block_rows == 8
+    assert choose_tiles(rows=1_000_000, head_dim=256, gpu=A100).block_rows == 8
 
 
 REFUSED = {

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Past, decode, full_attention, merge_lse, prefill, streaming_attention
+from kernels import (
+    Past,
+    decode_attention,
+    full_attention,
+    merge_lse,
+    prefill_attention,
+    streaming_attention,
+)
 from kernels.no_gradient import refuse_gradient
 from kernels.packed import INT4, pack
 
@@ -76,10 +83,10 @@ def test_what_is_not_differentiated_is_let_through():
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
-def test_gradients_behind_a_past_are_refused(wrap):
-    with pytest.raises(NotImplementedError, match=r"no gradient behind a past; .*'xla' has(\n|$)"):
+def test_gradients_with_a_past_are_refused(wrap):
+    with pytest.raises(NotImplementedError, match=r"no gradient with a past; .*'xla' has(\n|$)"):
         gradient(wrap(functools.partial(streaming, past=PAST)))(Q)
-    with pytest.raises(NotImplementedError, match="no gradient behind a past"):
+    with pytest.raises(NotImplementedError, match="no gradient with a past"):
         # Nor by the past itself, which a tree of arrays holds.
         gradient(lambda x: streaming(Q, PAST.__class__(**{**vars(PAST), "sink_keys": x})))(CACHED)
 
@@ -105,12 +112,12 @@ def test_derivatives_of_the_merging_kernel_are_refused(derive):
     np.testing.assert_allclose(shares, 1 / 3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("is_packed", [False, True], ids=["plain", "packed"])
-@pytest.mark.parametrize("op", [decode, prefill], ids=["decode", "prefill"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["unpacked", "packed"])
+@pytest.mark.parametrize("op", [decode_attention, prefill_attention], ids=["decode", "prefill"])
 def test_gradients_of_attention_over_caches_are_refused(op, is_packed):
     cache = jnp.ones((1, 2, 64, 16))
     cache = pack(cache, INT4) if is_packed else cache
-    q = jnp.ones((1, 4, 16) if op is decode else (1, 3, 4, 16))
+    q = jnp.ones((1, 4, 16) if op is decode_attention else (1, 3, 4, 16))
 
     def loss(q):
         options = {"softmax_scale": 0.25, "implementation": "interpret"}

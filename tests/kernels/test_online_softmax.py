@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import online_softmax
-from tests.kernels import oracle
+from kernels import dense, online_softmax
 
 BATCH, KV_HEADS, ROWS, KEYS, HEAD_DIM = 2, 2, 5, 60, 8
 SCALE = HEAD_DIM**-0.5
@@ -26,7 +25,7 @@ def draw(dtype=np.float32):
 def at_once(q, k, v, mask):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     scores = np.where(mask, SCALE * np.einsum("bkrh,bksh->bkrs", q, k), -np.inf)
-    weights, lse = oracle.softmax(scores)
+    weights, lse = dense.softmax(scores)
     return np.einsum("bkrs,bksh->bkrh", weights, v), lse
 
 

@@ -53,7 +53,7 @@ def test_every_number_is_within_half_a_step(layout, head_dim, size):
 
 @every_layout
 def test_what_is_already_a_code_stays(layout):
-    """Of numbers on a grid whose scale float16 holds, every bit comes back."""
+    """Numbers on a grid whose scale float16 holds come back bit for bit."""
     steps = 2**layout.bits - 1
     codes = np.random.default_rng(0).integers(0, steps + 1, (1, 1, 128, 64))
     codes[:, :, ::64], codes[:, :, 1::64] = 0, steps  # every channel's and ...
@@ -128,12 +128,14 @@ def test_the_published_int4_format_takes_68_bytes_per_token_and_head():
 
 
 @every_layout
-def test_tokens_cuts_out_whole_blocks(layout):
+def test_read_slots_cuts_out_whole_blocks(layout):
     stored = pack(numbers(64), layout)
-    got = packed.tokens(stored, jnp.int32(64), 64, jnp.float32)
+    got = packed.read_slots(stored, jnp.int32(64), 64, jnp.float32)
     np.testing.assert_array_equal(got, unpack(stored)[:, :, 64:128])
-    plain = unpack(stored)
-    np.testing.assert_array_equal(packed.tokens(plain, 3, 5, jnp.float32), plain[:, :, 3:8])
+    unpacked = unpack(stored)
+    np.testing.assert_array_equal(
+        packed.read_slots(unpacked, 3, 5, jnp.float32), unpacked[:, :, 3:8]
+    )
 
 
 @pytest.mark.parametrize(

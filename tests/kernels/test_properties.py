@@ -1,4 +1,4 @@
-"""What holds for any input: splits and tiles change nothing, vmap works, lengths do not retrace."""
+"""Properties of any input: tiles and splits, rows, stale slots, dtypes, vmap, retracing."""
 
 import dataclasses
 import functools
@@ -9,54 +9,96 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import offsets
+from kernels import address_limit
 from kernels.all_cases import CASES
 from kernels.decode.cases import DecodeCase
-from kernels.decode.config import BlockSizes
 from kernels.prefill.cases import PrefillCase
-from kernels.prefill.config import BlockSizes as PrefillBlockSizes
-from tests.kernels import oracle
+from kernels.streaming import cases as streaming
+from kernels.tiles import AttentionTiles, DecodeTiles
 
 DECODE = DecodeCase(
     lengths=(97, 1, 0), slots=130, q_heads=4, kv_heads=2, head_dim=16, dtype="float32"
 )
 PREFILL = PrefillCase(
-    offsets=(5, 0), length=33, slots=70, q_heads=4, kv_heads=2, head_dim=16, dtype="float32"
+    starts=(5, 0), length=33, slots=70, q_heads=4, kv_heads=2, head_dim=16, dtype="float32"
 )
+# Several of XLA's blocks, and three rows.
+LONG = {
+    "decode": dataclasses.replace(DECODE, lengths=(600, 1000, 3), slots=1025),
+    "prefill": dataclasses.replace(PREFILL, starts=(700, 100, 0), length=40, slots=1025),
+    "chunk": streaming.AWKWARD["chunk one past sink + recent"],
+}
+every_long_case = pytest.mark.parametrize("case", LONG.values(), ids=LONG.keys())
 
 
-def run(case, arguments, block_sizes=None):
-    call = functools.partial(case.run, implementation="interpret", block_sizes=block_sizes)
+def run(case, arguments, tiles=None, implementation="interpret"):
+    call = functools.partial(case.run, implementation=implementation, tiles=tiles)
     return jax.jit(call)(*arguments)
 
 
-def assert_close(results, wanted):
+def assert_close(results, wanted, *, atol=5e-6, rtol=2e-5):
     for got, want in zip(results, wanted, strict=True):
-        np.testing.assert_allclose(got, want, atol=5e-6, rtol=2e-5)
+        np.testing.assert_allclose(got, want, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 50])
 @pytest.mark.parametrize("block_kv", [16, 64])
 def test_any_splits_and_tiles_give_the_same_decode(num_splits, block_kv):
-    arguments = oracle.draw(DECODE)
-    sizes = BlockSizes(block_kv=block_kv, num_splits=num_splits, num_warps=4, num_stages=1)
-    assert_close(run(DECODE, arguments, sizes), oracle.expected(DECODE, arguments))
+    arguments = DECODE.draw()
+    tiles = DecodeTiles(block_kv=block_kv, num_splits=num_splits, num_warps=4, num_stages=1)
+    assert_close(run(DECODE, arguments, tiles), DECODE.expected(arguments))
 
 
 @pytest.mark.parametrize(("block_q", "block_kv"), [(16, 16), (16, 64), (64, 16)])
 def test_any_tiles_give_the_same_prefill(block_q, block_kv):
-    arguments = oracle.draw(PREFILL)
-    sizes = PrefillBlockSizes(block_q=block_q, block_kv=block_kv, num_warps=4, num_stages=1)
-    assert_close(run(PREFILL, arguments, sizes), oracle.expected(PREFILL, arguments))
+    arguments = PREFILL.draw()
+    tiles = AttentionTiles(block_q=block_q, block_kv=block_kv, num_warps=4, num_stages=1)
+    assert_close(run(PREFILL, arguments, tiles), PREFILL.expected(arguments))
+
+
+@every_long_case
+def test_rows_do_not_see_each_other(case):
+    arguments = case.draw()
+    results = run(case, arguments, implementation="xla")
+    spoilt = jax.tree.map(
+        lambda x: x.at[1].set(jnp.nan) if jnp.issubdtype(x.dtype, jnp.floating) else x, arguments
+    )
+    for got, before in zip(run(case, spoilt, implementation="xla"), results, strict=True):
+        assert np.isnan(got[1]).all()
+        for row in (0, 2):
+            np.testing.assert_array_equal(got[row], before[row])
+
+
+@every_long_case
+@pytest.mark.parametrize("keys", [0.0, 1e9, jnp.nan, jnp.inf])
+def test_what_unseen_slots_hold_changes_no_bit(case, keys):
+    arguments = case.draw()
+    stale = case.with_stale(arguments, keys=keys, values=-1e30 if keys == 1e9 else 0.0)
+    stale = jax.tree.map(jnp.asarray, stale)
+    pairs = zip(*map(jax.tree.leaves, (arguments, stale)), strict=True)
+    assert any(not jnp.array_equal(x, y) for x, y in pairs)
+    results = [run(case, x, implementation="xla") for x in (arguments, stale)]
+    for got, want in zip(*results, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+@every_long_case
+def test_float64_stays_float64(case):
+    with jax.enable_x64(True):
+        case = dataclasses.replace(case, dtype="float64")
+        arguments = case.draw()
+        results = run(case, arguments, implementation="xla")
+        assert {x.dtype for x in results} == {jnp.dtype(jnp.float64)}
+        assert_close(results, case.expected(arguments), atol=1e-13, rtol=1e-13)
 
 
 def test_kernels_can_be_vmapped():
-    drawn = [oracle.draw(DECODE, seed) for seed in range(3)]
+    drawn = [DECODE.draw(seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
     call = jax.jit(jax.vmap(functools.partial(DECODE.run, implementation="interpret")))
     results = call(*stacked)
     for index, arguments in enumerate(drawn):
-        assert_close([x[index] for x in results], oracle.expected(DECODE, arguments))
+        assert_close([x[index] for x in results], DECODE.expected(arguments))
 
 
 GRADIENT = CASES["streaming"]["gradient, three tokens"]
@@ -77,7 +119,7 @@ def test_batches_that_no_kernel_can_address_are_refused(case, inner):
         ))  # fmt: skip
 
     largest = max(math.prod((*inner, *x.shape)) for x in jax.tree.leaves(case.shapes()))
-    most = offsets.MAX_ELEMENTS // largest
+    most = address_limit.MAX_ELEMENTS // largest
     evaluate(most)
     with pytest.raises(NotImplementedError, match=r"^under jax.vmap, an array of shape .* end at"):
         evaluate(most + 1)
@@ -85,12 +127,12 @@ def test_batches_that_no_kernel_can_address_are_refused(case, inner):
 
 @pytest.mark.parametrize(
     ("case", "field", "values"),
-    [(DECODE, "lengths", [(97, 1, 0), (3, 130, 64)]), (PREFILL, "offsets", [(5, 0), (0, 37)]),
+    [(DECODE, "lengths", [(97, 1, 0), (3, 130, 64)]), (PREFILL, "starts", [(5, 0), (0, 37)]),
      (dataclasses.replace(CASES["streaming"]["a chunk shorter than the window"], dtype="float32"),
       "lengths", [(150, 12), (0, 3)])],
     ids=["decode", "prefill", "streaming"],
 )  # fmt: skip
-def test_lengths_and_offsets_are_run_time_values(case, field, values):
+def test_lengths_and_starts_are_run_time_values(case, field, values):
     traces = []
 
     @jax.jit
@@ -100,6 +142,6 @@ def test_lengths_and_offsets_are_run_time_values(case, field, values):
 
     for value in values:
         other = dataclasses.replace(case, **{field: value})
-        arguments = oracle.draw(other)
-        assert_close(call(*arguments), oracle.expected(other, arguments))
+        arguments = other.draw()
+        assert_close(call(*arguments), other.expected(arguments))
     assert len(traces) == 1

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from duo_jax.errors import InputError
+from kernels import pytree
 from train.workdir import WorkDir
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True)
 class State:
     step: jax.Array
@@ -78,7 +79,7 @@ def test_where_none_can_be_read_nothing_is_touched(folder):
 
 
 def test_checkpoints_of_another_state_are_not_damaged_ones(folder):
-    @jax.tree_util.register_dataclass
+    @pytree.register
     @dataclasses.dataclass(frozen=True)
     class Larger:
         step: jax.Array

@@ -6,12 +6,12 @@ A batch is a pure function of (stage, tokenizer, text, seed, index).
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler, Sample
+from kernels import pytree
 from train.demo_model.curriculum import Stage
 
 _SHORTEST_BLOCK = 6
@@ -19,7 +19,7 @@ _CHECK_DOCUMENTS = 24
 _CHECK_STREAM = 2  # other passkeys than training's
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Documents:
     """A batch. Token t + 1 is the target of position t; the weights are those of the targets.

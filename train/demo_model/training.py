@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
+from kernels import pytree
 from kernels.packed import INT4, pack, unpack
 from train.demo_model.documents import Documents
 
@@ -18,7 +19,7 @@ _LOGIT_ROWS = 1024  # positions whose logits exist at one time
 _EMBEDDING_STD = 0.08
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
     """Everything that changes during training; what a checkpoint holds."""

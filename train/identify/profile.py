@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -14,13 +13,14 @@ from duo_jax.errors import InputError
 from duo_jax.heads.attention_profile import kv_scores, sample_profile
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.llama import Params
+from kernels import pytree
 from train.identify.batches import padded_length
 from train.identify.flags import IdentifyConfig
 from train.loop import run_steps
 from train.workdir import WorkDir
 
 
-@jax.tree_util.register_dataclass
+@pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileState:
     """All that a checkpoint holds."""

@@ -13,7 +13,7 @@ from duo_jax.cache import cache_shapes, grow, init_cache
 from duo_jax.heads.split import DuoConfig, duo_config, split_params
 from duo_jax.model.config import parse_config
 from duo_jax.serve import ahead_of_time
-from kernels import offsets
+from kernels import address_limit
 from tests import models
 from tests.params import random_params
 
@@ -31,7 +31,7 @@ def heads_per_buffer(cache) -> list[int]:
 @pytest.fixture
 def small_buffers(monkeypatch):
     """As if kernels could address two heads of 200 tokens, or one of more."""
-    monkeypatch.setattr(offsets, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
+    monkeypatch.setattr(address_limit, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
 
 
 def logits_after(implementation: str):
@@ -49,7 +49,7 @@ def logits_after(implementation: str):
 def test_several_buffers_give_what_one_gives(monkeypatch, implementation):
     expected, cache = logits_after("xla")
     assert heads_per_buffer(cache) == [3]
-    monkeypatch.setattr(offsets, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
+    monkeypatch.setattr(address_limit, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
     logits, cache = logits_after(implementation)
     assert heads_per_buffer(cache) == [1, 1, 1]  # it grew beyond two heads a buffer
     np.testing.assert_allclose(logits, expected, atol=2e-5)
@@ -74,18 +74,18 @@ def compile_a_layer_at_four_million_tokens() -> list[int]:
 
 def test_a_layer_of_retrieval_heads_only_compiles_at_four_million_tokens(compiler):
     sizes = compiler.call(compile_a_layer_at_four_million_tokens)
-    assert max(sizes) <= offsets.MAX_ELEMENTS
-    assert sum(sizes) > 3 * offsets.MAX_ELEMENTS
+    assert max(sizes) <= address_limit.MAX_ELEMENTS
+    assert sum(sizes) > 3 * address_limit.MAX_ELEMENTS
 
 
 def test_a_buffer_that_kernels_cannot_address_is_refused():
-    from kernels import decode
+    from kernels import decode_attention
 
     def of(slots):
         kv = jax.ShapeDtypeStruct((1, 1, slots, 128), jnp.bfloat16)
         q = jax.ShapeDtypeStruct((1, 4, 128), jnp.bfloat16)
         lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
-        run = functools.partial(decode, softmax_scale=1.0, implementation="interpret")
+        run = functools.partial(decode_attention, softmax_scale=1.0, implementation="interpret")
         return jax.eval_shape(run, q, kv, kv, lengths)
 
     assert of(2**24 - 1)[0].shape == (1, 4, 128)

@@ -1,4 +1,4 @@
-"""The largest array that a Triton kernel can address."""
+"""The limit of 32 bits on the arrays that a Triton kernel can address."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +7,13 @@ import jax
 
 from kernels.errors import UnsupportedError
 
-# Offsets inside a Triton kernel are 32-bit element counts, even from 64-bit indices: beyond this
-# they wrap around silently.
+# Offsets inside a Triton kernel are 32-bit element counts, even from 64-bit indices. Larger ones
+# wrap around silently.
 MAX_ELEMENTS = 2**31 - 1
 
 
 def too_large(*trees: Any) -> str | None:
-    """Return that the largest array of some trees has more elements than that, or None."""
+    """Return why the largest array of some trees cannot be addressed; None if it can."""
     largest = max(jax.tree.leaves(trees), key=lambda x: x.size)
     if largest.size <= MAX_ELEMENTS:
         return None
@@ -24,16 +24,16 @@ def too_large(*trees: Any) -> str | None:
 
 
 def check_batches(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function of arrays that refuses to be batched beyond what kernels can address.
+    """Return a kernel that refuses to be batched beyond what it can address.
 
-    Ops look at the shapes that they are given. Those are of one example under jax.vmap, which adds
-    the batch to the arrays of the kernel.
+    Under jax.vmap, ops see the shapes of one example, while the arrays of the kernel have the whole
+    batch.
 
     Args:
-      call: a kernel.
+      call: a kernel, a function of arrays.
 
     Returns:
-      The same function; under jax.vmap it may raise UnsupportedError, with the reason.
+      The same function; under jax.vmap it raises UnsupportedError where an array is too large.
     """
 
     @jax.custom_batching.custom_vmap
@@ -44,7 +44,7 @@ def check_batches(call: Callable[..., Any]) -> Callable[..., Any]:
     def batched(axis_size, in_batched, *arrays):
         del axis_size
         axes = [0 if is_batched else None for is_batched in in_batched]
-        out = check_batches(jax.vmap(call, axes))(*arrays)  # they may be batched once more
+        out = check_batches(jax.vmap(call, axes))(*arrays)  # a vmap of the vmap is checked too
         reason = too_large(arrays, out)
         if reason is not None:
             raise UnsupportedError(f"under jax.vmap, {reason}")

@@ -1,0 +1,83 @@
+"""Cases over a KV cache, as it is or packed."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels import dense, packed
+from kernels.case import AttentionCase, to_numpy
+from kernels.packed import INT2_KEYS, INT2_VALUES, INT4, INT8, Layout, Packed
+
+# Layouts of keys and values, by bits.
+LAYOUTS: dict[int, tuple[Layout, Layout]] = {
+    8: (INT8, INT8),
+    4: (INT4, INT4),
+    2: (INT2_KEYS, INT2_VALUES),
+}
+_STALE_SCALE = 100.0  # in float16, 255 times this number is finite
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CachedCase(AttentionCase):
+    """A call on queries, keys, values and one integer per row."""
+
+    slots: int
+    bits: int | None = None  # of packed keys and values; None: they are not packed
+
+    @property
+    def kv_bytes(self) -> float:
+        if self.bits is None:
+            return super().kv_bytes
+        return sum(layout.bytes_per_token(self.head_dim) for layout in LAYOUTS[self.bits])
+
+    @property
+    def layout(self) -> Layout | None:
+        """The layout of keys, on which tile sizes depend."""
+        return None if self.bits is None else LAYOUTS[self.bits][0]
+
+    def cache(self, batch: int) -> tuple[Any, Any]:
+        """Return descriptions of keys and values."""
+        shape = (batch, self.kv_heads, self.slots, self.head_dim)
+        if self.bits is None:
+            return self.array(*shape), self.array(*shape)
+        return tuple(
+            jax.eval_shape(functools.partial(packed.zeros, shape, layout))
+            for layout in LAYOUTS[self.bits]
+        )
+
+    def with_stale(
+        self, arguments: tuple[Any, ...], *, keys: float = dense.STALE, values: float = -dense.STALE
+    ) -> tuple[Any, ...]:
+        q, k, v, integers = arguments
+        (part,) = self.parts(to_numpy(arguments))
+        if self.bits is None:
+            return q, *part.stale(keys, values), integers
+        return q, *(_with_stale_scales(x, part.mask.any(axis=1)) for x in (k, v)), integers
+
+    def only_suitable(self, tiles: Sequence[Any], block_kv: int) -> list[Any]:
+        """Return the tile sizes that packed keys can be read with, given the op's own choice."""
+        # In 2 bits a tile has at most 32 tokens: the words of a block of 64 hold two each.
+        return [x for x in tiles if self.bits is None or x.block_kv in (block_kv, 32)]
+
+
+def _with_stale_scales(x: Packed, seen: np.ndarray) -> Packed:
+    """Return packed numbers with stale scales where no query sees any number of theirs."""
+    of_scales = seen.reshape(len(seen), x.scales.shape[2], -1).any(axis=2)[:, None, :, None]
+    scales, zeros = (
+        jnp.where(of_scales, y, jnp.float16(_STALE_SCALE)) for y in (x.scales, x.zeros)
+    )
+    return dataclasses.replace(x, scales=scales, zeros=zeros)
+
+
+def per_format(cases: dict[str, CachedCase]) -> dict[str, CachedCase]:
+    """Return the cases with keys and values in 8, 4 and 2 bits."""
+    return {
+        f"int{bits}, {name}": dataclasses.replace(case, bits=bits)
+        for bits in LAYOUTS
+        for name, case in cases.items()
+    }
