@@ -20,8 +20,7 @@ from typing import Any, get_args
 import jax
 from tqdm import tqdm
 
-from benchmarks.compile import report as compiled_report
-from benchmarks.compile import roofline, worker
+from benchmarks.compile import report, roofline, worker
 from duo_jax import cli, files
 from duo_jax.errors import InputError
 from duo_jax.reports import machine
@@ -80,8 +79,8 @@ def main(config: CompiledConfig) -> None:
     for path in (config.result, config.document):
         files.make_folder(path.parent)
     files.write_text(config.result, json.dumps(result, indent=1) + "\n")
-    files.write_text(config.document, compiled_report.to_markdown(result))
-    print(compiled_report.summary(result))
+    files.write_text(config.document, report.to_markdown(result))
+    print(report.summary(result))
 
 
 def compile_all(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, Any]]:
@@ -95,11 +94,10 @@ def compile_all(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, A
                 row = compiler.call(worker.compile_case, op, case, target, folder)
             except CompilerError as error:
                 end, *_, last = str(error).split("\n")
-                row = {"error": end if end == last else f"{end} ... {last}", "kernels": []}
-            yield {
-                "op": op, "case": case, "target": target, **row,
-                "real_size": CASES[op][case].compile_only,
-            }  # fmt: skip
+                said = end if end == last else f"{end} ... {last}"
+                row = {"error": said, "text": None, "kernels": []}
+            real_size = CASES[op][case].compile_only
+            yield {"op": op, "case": case, "target": target, **row, "real_size": real_size}
 
 
 def _ptxas_version() -> str:

@@ -1,4 +1,4 @@
-"""Compile for a GPU that is not there: what fits, and how a kernel comes out, known on a laptop.
+"""Ahead-of-time compilation for a described GPU, on a machine without one.
 
 Needs jax's CUDA plugin of the same version as jax, without the CUDA libraries (the extra "aot"),
 and ptxas and nvlink, on PATH or from the same extra. Nothing is executed, and there is no
@@ -6,13 +6,15 @@ autotuning. The GPUs are described by the files in kernels/gpu_targets, as XLA's
 them for a device.
 """
 
+import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import importlib.resources
 import importlib.util
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -55,34 +57,63 @@ def unavailable() -> str | None:
     return None
 
 
+def lower_for(
+    target: Target,
+    function: Callable[..., Any],
+    *args: Any,
+    donate_argnums: tuple[int, ...] = (),
+) -> jax.stages.Lowered:
+    """Lower a function of arrays for one GPU.
+
+    Args:
+      target: the GPU.
+      function: what to lower.
+      *args: trees of jax.ShapeDtypeStruct or arrays.
+      donate_argnums: arguments that are updated in place.
+    """
+    mesh = _mesh(target)
+    sharding = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _no_source_lines():
+        return jax.jit(function, donate_argnums=donate_argnums).lower(*args)
+
+
+def compile_lowered(
+    lowered: jax.stages.Lowered, *, options: Mapping[str, Any] | None = None
+) -> jax.stages.Compiled:
+    """Compile what `lower_for` returned.
+
+    Args:
+      lowered: the program.
+      options: more options of XLA's compiler.
+
+    Returns:
+      The program; its memory_analysis().peak_memory_in_bytes is the peak on that GPU.
+    """
+    tools = {}
+    if shutil.which("ptxas") is None and _toolkit() is not None:
+        tools = {"xla_gpu_cuda_data_dir": str(_toolkit())}
+    return lowered.compile(compiler_options={**COMPILER_OPTIONS, **tools, **(options or {})})
+
+
 def compile_for(
     target: Target,
     function: Callable[..., Any],
     *args: Any,
     donate_argnums: tuple[int, ...] = (),
-    options: Mapping[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-    """Compile a function of arrays for one GPU.
+    """Lower and compile; arguments as in `lower_for`, result as in `compile_lowered`."""
+    return compile_lowered(lower_for(target, function, *args, donate_argnums=donate_argnums))
 
-    Args:
-      target: the GPU.
-      function: what to compile.
-      *args: trees of jax.ShapeDtypeStruct or arrays.
-      donate_argnums: arguments that are updated in place.
-      options: of XLA's compiler.
 
-    Returns:
-      The program; its memory_analysis().peak_memory_in_bytes is the peak on that GPU.
+def fingerprint(target: Target, lowered: jax.stages.Lowered) -> str:
+    """Return a hash of a program's text and its GPU; the same text compiles to the same kernels.
+
+    It depends on the version of jax, but not on the folder of this repository, nor on lines that
+    move within a file.
     """
-    mesh = _mesh(target)
-    sharding = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        lowered = jax.jit(function, donate_argnums=donate_argnums).lower(*args)
-        tools = {}
-        if shutil.which("ptxas") is None and _toolkit() is not None:
-            tools = {"xla_gpu_cuda_data_dir": str(_toolkit())}
-        return lowered.compile(compiler_options={**COMPILER_OPTIONS, **tools, **(options or {})})
+    text = "\n".join((lowered.as_text(), description(target), str(COMPILER_OPTIONS)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def ptxas() -> str:
@@ -109,6 +140,17 @@ def description(target: Target) -> str:
     """Return what XLA is told of a GPU: a text protocol buffer with the limits of its cores."""
     file = importlib.resources.files("kernels").joinpath("gpu_targets", f"{target}.txtpb")
     return file.read_text(encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _no_source_lines() -> Iterator[None]:
+    """Keep file names and line numbers out of the text of programs."""
+    limit = jax.config.jax_traceback_in_locations_limit
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
 @functools.cache

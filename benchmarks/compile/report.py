@@ -1,9 +1,10 @@
-"""docs/kernels.md: what benchmarks.compiled found, as tables."""
+"""docs/kernels.md: the tables of a run of benchmarks.compiled."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks.compile import occupancy, roofline
+from benchmarks.compile import roofline
+from duo_jax.reports import markdown
 from kernels import aot
 from kernels.gpu import GPUS
 
@@ -39,18 +40,10 @@ and the row shows how it came out. XLA's own small steps around a kernel are lef
 - regs: registers per thread, of at most 255. spills: bytes per thread that did not fit into them,
   stores + loads.
 - shared KiB: shared memory of one program, static (ptxas says) and dynamic (XLA's launch says).
-- per core: programs that one core can hold at once. occupancy: their warps, of the core's 64.
 - matrix instructions: their number in the PTX (a loop's body counts once), shape, and type of their
   inputs; tf32 is float32 with 10 bits of mantissa.
 - global loads: bytes per thread x their number in the PTX. 16 bytes is the widest there is; the
   narrow ones are for lengths, lse and the like.
-
-Programs per core = min(warps with registers / a program's warps, shared memory of a core / (a
-program's + 1 KiB, rounded up to 128 bytes), threads of a core / a program's, 32), where warps with
-registers = 4 x (a quarter of a core's registers / (32 x registers per thread, rounded up to 256)),
-all divisions rounded down. A core has, by `kernels/gpu_targets`: {limits}.
-Low occupancy is no fault in kernels like these: few warps with large tiles in registers, whose
-loads overlap by stages, not by many warps.
 """
 _ROOFLINE = """\
 ## How fast they could be at best
@@ -67,9 +60,8 @@ data sheets (dense bfloat16, memory), which no kernel reaches:
 """
 _KERNEL_HEADER = (
     "case", "kernel", "tile", "warps", "stages", "programs", "regs", "spills", "shared KiB",
-    "per core", "occupancy", "matrix instructions", "global loads",
+    "matrix instructions", "global loads",
 )  # fmt: skip
-_LEFT = {"case", "kernel", "matrix instructions", "global loads"}
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -105,7 +97,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             ptxas=result["ptxas"],
             summary=summary(result),
         ),
-        _KERNELS.format(limits=_limits()),
+        _KERNELS,
     ]
     for op in dict.fromkeys(row["op"] for row in result["rows"]):
         parts.append(f"### {op}\n")
@@ -125,19 +117,9 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def _limits() -> str:
-    def of(target: aot.Target) -> str:
-        limit = occupancy.limits(target)
-        return (
-            f"{limit.registers:,} registers, {limit.threads:,} threads and "
-            f"{limit.shared_memory / 1024:.0f} KiB of shared memory ({_GPUS[target]})"
-        )
-
-    return "; ".join(of(target) for target in _GPUS)
-
-
 def _kernel_table(rows: Iterator[dict[str, Any]]) -> str:
-    return _table(_KERNEL_HEADER, [line for row in rows for line in _kernel_lines(row)])
+    lines = [line for row in rows for line in _kernel_lines(row)]
+    return markdown.table(_KERNEL_HEADER, lines) + "\n"
 
 
 def _kernel_lines(row: dict[str, Any]) -> Iterator[list[str]]:
@@ -158,8 +140,6 @@ def _kernel_lines(row: dict[str, Any]) -> Iterator[list[str]]:
             f"{kernel['registers']}",
             f"{kernel['spill_stores'] + kernel['spill_loads']}",
             f"{_shared(kernel) / 1024:.0f}" if known else "?",
-            f"{kernel['programs_at_once']}" if known else "?",
-            f"{kernel['occupancy']:.0%}" if known else "?",
             _counts(kernel["matrix_instructions"]) or "none",
             ", ".join(f"{size} B x {n}" for size, n in kernel["global_loads"].items()),
         ]
@@ -182,12 +162,7 @@ def _roofline_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return _table(header, lines)
-
-
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    marks = ["---" if name in _LEFT else "---:" for name in header]
-    return "".join("| " + " | ".join(cells) + " |\n" for cells in (header, marks, *lines))
+    return markdown.table(header, lines) + "\n"
 
 
 def _counts(counts: dict[str, int]) -> str:

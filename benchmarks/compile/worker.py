@@ -3,17 +3,19 @@
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 
-from benchmarks.compile import occupancy, ptx
+from benchmarks.compile import ptx
 from kernels import aot
 from kernels.all_cases import CASES
 from kernels.case import Case
+from kernels.gpu import A100, H200, Gpu
 
-_NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+GPUS: dict[aot.Target, Gpu] = {"a100": A100, "h200": H200}
+NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 _OURS = "duo_"
 
 
@@ -29,62 +31,24 @@ def compile_case(op: str, name: str, target: aot.Target, dump: str) -> dict[str,
       dump: the folder into which XLA_FLAGS of this process dump.
     """
     case, folder = CASES[op][name], pathlib.Path(dump)
-    error = _compile(case, target, _NO_SPILLS, folder)
+    try:
+        lowered = lower(case, target)
+    except (NotImplementedError, ValueError) as error:
+        return {"error": _first_line(error), "text": None, "kernels": []}
+    error = _compile(lowered, NO_SPILLS, folder)
     if error is not None and "spill" in error:
-        _compile(case, target, {}, folder)
-    limit = occupancy.limits(target)
-    return {"error": error, "kernels": list(_kernels(case, limit, folder))}
+        _compile(lowered, {}, folder)
+    kernels = list(_kernels(case.tiles(gpu=GPUS[target]), folder))
+    return {"error": error, "text": aot.fingerprint(target, lowered), "kernels": kernels}
 
 
-def _compile(case: Case, target: aot.Target, options: dict, folder: pathlib.Path) -> str | None:
-    """Compile, and return in one line why it failed; None if it did not."""
-    shapes = case.shapes()
-    for left in folder.iterdir():  # folders hold what ran on the CPU
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+def lower(case: Case, target: aot.Target, *, tiles: Any = None) -> jax.stages.Lowered:
+    """Lower a case for one GPU; by default with the tile sizes that the op chooses."""
 
     def run(*arguments):
-        return case.run(*arguments, implementation="triton")
+        return case.run(*arguments, implementation="triton", tiles=tiles)
 
-    try:
-        aot.compile_for(target, run, *shapes, options=options)
-    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-        return str(error).strip().splitlines()[0]
-    return None
-
-
-def _kernels(case: Case, limit: occupancy.Limits, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """Yield a description of each of our kernels in XLA's dump."""
-    launches: dict[str, ptx.Launch] = {}
-    for file in sorted(folder.glob("*.thunk_sequence.txt")):
-        launches |= ptx.launches(file.read_text(encoding="utf-8"))
-    sizes = case.tiles(gpu=limit.gpu)
-    found = {}
-    for file in sorted(folder.glob("*.ptx")):
-        text = file.read_text(encoding="utf-8")
-        if (ptx.entry(text) or "").startswith(_OURS):
-            kernel = ptx.describe(str(file), text)
-            found[kernel["name"]] = kernel | _launch(kernel, launches.get(kernel["name"]), limit)
-    for name, kernel in sorted(found.items()):
-        yield kernel | {"block_sizes": block_sizes(sizes, name)}
-
-
-def _launch(
-    kernel: dict[str, Any], launch: ptx.Launch | None, limit: occupancy.Limits
-) -> dict[str, Any]:
-    """Return what is known once the launch is; None where XLA did not say."""
-    if launch is None:
-        return dict.fromkeys(("grid", "threads", "dynamic_shared", "programs_at_once", "occupancy"))
-    at_once = occupancy.programs_at_once(
-        limit,
-        registers=kernel["registers"],
-        shared_memory=kernel["static_shared"] + launch.dynamic_shared,
-        threads=launch.threads,
-    )
-    return {
-        **dataclasses.asdict(launch),
-        "programs_at_once": at_once,
-        "occupancy": at_once * launch.threads / limit.threads,
-    }
+    return aot.lower_for(target, run, *case.shapes())
 
 
 def block_sizes(sizes: Any, kernel: str) -> dict[str, int]:
@@ -92,3 +56,42 @@ def block_sizes(sizes: Any, kernel: str) -> dict[str, int]:
     if hasattr(sizes, "forward"):
         sizes = sizes.backward if kernel.endswith(("_dq", "_dkv", "_dsink")) else sizes.forward
     return dataclasses.asdict(sizes)
+
+
+def _compile(
+    lowered: jax.stages.Lowered, options: Mapping[str, Any], folder: pathlib.Path
+) -> str | None:
+    """Compile, and return in one line why it failed; None if it did not."""
+    for left in folder.iterdir():  # folders hold what ran on the CPU
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+    try:
+        aot.compile_lowered(lowered, options=options)
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _kernels(sizes: Any, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """Yield a description of each of our kernels in XLA's dump."""
+    launches: dict[str, ptx.Launch] = {}
+    for file in sorted(folder.glob("*.thunk_sequence.txt")):
+        launches |= ptx.launches(file.read_text(encoding="utf-8"))
+    found = {}
+    for file in sorted(folder.glob("*.ptx")):
+        text = file.read_text(encoding="utf-8")
+        name = ptx.entry(text)
+        if name is not None and name.startswith(_OURS):
+            found[name] = ptx.describe(str(file), text) | _launch(launches.get(name))
+    for name, kernel in sorted(found.items()):
+        yield kernel | {"block_sizes": block_sizes(sizes, name)}
+
+
+def _launch(launch: ptx.Launch | None) -> dict[str, Any]:
+    """Return how XLA starts a kernel; None where it did not say."""
+    if launch is None:
+        return dict.fromkeys(field.name for field in dataclasses.fields(ptx.Launch))
+    return dataclasses.asdict(launch)

@@ -1,4 +1,4 @@
-"""The evidence of the compilers: its parsers, its formula, and that docs/kernels.md is current."""
+"""The evidence of the compilers: its parsers, and that docs/kernels.md is current."""
 
 import json
 import os
@@ -9,17 +9,7 @@ import sys
 import pytest
 
 from benchmarks import compiled
-from benchmarks.compile import (
-    occupancy,
-    ptx,
-    roofline,
-)
-from benchmarks.compile import (
-    report as compiled_report,
-)
-from benchmarks.compile import (
-    worker as compiled_worker,
-)
+from benchmarks.compile import ptx, report, roofline, worker
 from kernels.all_cases import CASES
 from kernels.gpu import Gpu
 
@@ -102,37 +92,6 @@ def test_launches_of_all_kernels():
     )
 
 
-# Worked out by hand from 65,536 registers, 2,048 threads and 164 KiB (A100) or 228 KiB (H200).
-OCCUPANCIES = {
-    # 226 x 32 = 7,232, rounded up 7,424: 2 warps in each part of 16,384, which is one of 8 warps.
-    "registers": ("a100", 226, 0, 256, 1),
-    # 64 x 32 = 2,048: 8 warps in each part, 32 of 4 warps: 8 programs.
-    "registers, no rounding": ("a100", 64, 0, 128, 8),
-    # 51 x 32 = 1,632, rounded up 1,792: 9 warps in each part, not 10.
-    "registers, rounded up": ("a100", 51, 0, 128, 9),
-    # 72,960 with the system's KiB: twice in 167,936, three times in 233,472.
-    "shared memory, A100": ("a100", 72, 71_936, 128, 2),
-    "shared memory, H200": ("h200", 80, 71_936, 128, 3),
-    # All that a program may have, and nothing is left.
-    "largest program": ("a100", 32, 166_912, 128, 1),
-    "too much for any": ("a100", 32, 166_913, 128, 0),
-    "threads": ("h200", 16, 0, 1024, 2),
-    "number of programs": ("h200", 16, 0, 32, 32),
-}
-
-
-@pytest.mark.parametrize(
-    ("target", "registers", "shared_memory", "threads", "programs"),
-    OCCUPANCIES.values(),
-    ids=OCCUPANCIES.keys(),
-)
-def test_programs_at_once(target, registers, shared_memory, threads, programs):
-    got = occupancy.programs_at_once(
-        occupancy.limits(target), registers=registers, shared_memory=shared_memory, threads=threads
-    )
-    assert got == programs
-
-
 def test_floor_is_the_longer_of_the_two():
     gpu = Gpu(kind="any", num_cores=1, flops=100.0, bandwidth=10.0)
     assert roofline.floor(gpu, 300.0, 10.0) == {"seconds": 3.0, "bound": "compute"}
@@ -148,7 +107,7 @@ def abort_at_float32(_: str, case: str, *__: str) -> dict:
 
 def test_a_case_that_ends_the_process_has_a_row(monkeypatch):
     """A compiler that aborts at "float32", as XLA may, loses that case only."""
-    monkeypatch.setattr(compiled_worker, "compile_case", abort_at_float32)
+    monkeypatch.setattr(worker, "compile_case", abort_at_float32)
     jobs = [("decode", name) for name in ("one token", "float32", "head_dim 96", "float16")]
     rows = list(compiled.compile_all(jobs, "a100"))
     assert [(row["op"], row["case"]) for row in rows] == jobs
@@ -156,7 +115,7 @@ def test_a_case_that_ends_the_process_has_a_row(monkeypatch):
     assert rows[1]["error"].startswith("the process ended with code -6: ")
     assert rows[1]["error"].endswith("F0000 no such layout")
     assert "\n" not in rows[1]["error"]
-    assert "**float32: does not compile**" in compiled_report._kernel_table(rows)
+    assert "**float32: does not compile**" in report._kernel_table(rows)
 
 
 @pytest.mark.usefixtures("gpu_compiler")
@@ -205,7 +164,7 @@ def test_commands_need_no_environment_variable(module, tmp_path):
 
 def test_document_is_what_the_generator_makes(committed):
     document = (ROOT / compiled.DOCUMENT).read_text(encoding="utf-8")
-    assert document == compiled_report.to_markdown(committed)
+    assert document == report.to_markdown(committed)
 
 
 def test_results_cover_exactly_the_cases(committed):
@@ -218,9 +177,9 @@ def test_results_cover_exactly_the_cases(committed):
 def test_results_are_of_the_current_tile_sizes(committed):
     for row in committed["rows"]:
         case = CASES[row["op"]][row["case"]]
-        sizes = case.tiles(gpu=occupancy.limits(row["target"]).gpu)
+        sizes = case.tiles(gpu=worker.GPUS[row["target"]])
         for kernel in row["kernels"]:
-            assert kernel["block_sizes"] == compiled_worker.block_sizes(sizes, kernel["name"]), row
+            assert kernel["block_sizes"] == worker.block_sizes(sizes, kernel["name"]), row
         assert row["real_size"] == case.compile_only
 
 
