@@ -1,5 +1,6 @@
 """Strictness for every test: no silent promotion of dtypes or ranks; warnings are errors."""
 
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -28,29 +29,24 @@ if TYPE_CHECKING:
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-
-# A worker takes file after file. The longest come first: at the end, none is left alone with one.
-_LONGEST = (
-    "test_compiled test_cost test_cases test_budgets test_serve test_identify test_generate_cli "
-    "test_identify_sources test_implementations test_decode_benchmark test_gpu_report test_session "
-    "test_gpu_serving test_eviction test_lm_eval test_compare test_identify_methods "
-    "test_optimisation test_api test_ablations test_needle test_generate_parity test_parity "
-    "test_distillation test_demo_model test_attention test_cache_files test_cache "
-    "test_cache_buffers test_benchmarks"
-).split()
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort by file (with --no-loadscope-reorder, xdist keeps this order)."""
-    rank = {name: index for index, name in enumerate(_LONGEST)}
-    items.sort(key=lambda item: rank.get(pathlib.Path(item.path).stem, len(rank)))
+_MOST_MEMORY = 3e9  # bytes of a worker
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs() -> Iterator[None]:
-    """Free what jax keeps for programs that no other file runs: gigabytes over all tests."""
+    """Free what jax keeps for programs that no other file runs, before it is gigabytes."""
     yield
-    jax.clear_caches()
+    if _resident_bytes() > _MOST_MEMORY:
+        jax.clear_caches()
+
+
+def _resident_bytes() -> float:
+    """Return the memory that this process has now; infinity where the system does not say."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return math.inf
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")
