@@ -28,10 +28,11 @@ from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import check_weight_format
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.conversation import Conversation, load_conversation
+from duo_jax.session.row_cache import Progress
 from duo_jax.session.runtime import Runtime
-from duo_jax.session.session import Progress, Session
+from duo_jax.session.session import Session
+from duo_jax.session.text import write_text
 from duo_jax.session.tokenization import Tokenization, load_tokenization
-from duo_jax.session.writing import SEGMENT, write_text
 
 
 def load(
@@ -166,7 +167,6 @@ class DuoModel:
             stop=stop,
             seed=seed,
             sampling=config,
-            segment=SEGMENT,
         ):
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts

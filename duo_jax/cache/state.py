@@ -48,8 +48,9 @@ class KVCache:
 
     keys: Float[Array, "batch kv_heads slots head_dim"] | Packed
     values: Float[Array, "batch kv_heads slots head_dim"] | Packed
-    # Of "int2": a ring of the latest tokens, position p in slot p % 64.
+    # "int2" only: a ring of the latest tokens, position p in slot p % 64.
     latest: "KVCache | None" = None
+    format: KVFormat = dataclasses.field(default="model", metadata={"static": True})
 
     @property
     def slots(self) -> int:
@@ -164,7 +165,7 @@ def grow(cache: Cache, *, max_len: int) -> Cache:
     """Return the cache with room for `max_len` tokens; copies the full caches one by one."""
 
     def larger(part: KVCache) -> list[KVCache]:
-        slots = _whole_blocks(max_len, "model" if part.latest is None else "int2")
+        slots = _whole_blocks(max_len, part.format)
 
         def pad(leaf: Array) -> Array:
             more = slots * leaf.shape[2] // part.slots - leaf.shape[2]
@@ -189,9 +190,9 @@ def grow(cache: Cache, *, max_len: int) -> Cache:
 def _kv_cache(shape: tuple[int, int, int, int], dtype: DTypeLike, kv: str) -> KVCache:
     if kv not in _LAYOUTS:
         dtype = jnp.bfloat16 if kv == "bf16" else dtype
-        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
+        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype), format=kv)
     keys, values = (packed.zeros(shape, layout) for layout in _LAYOUTS[kv])
-    return KVCache(keys=keys, values=values)
+    return KVCache(keys=keys, values=values, format=kv)
 
 
 def _full_cache(shape: tuple[int, int, int, int], dtype: DTypeLike, kv: str) -> KVCache:

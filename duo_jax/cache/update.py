@@ -1,29 +1,29 @@
-"""How tokens enter the two KV caches, and what a chunk is shown of the tokens before it.
+"""Writing tokens into the two KV caches, and laying out the past that a chunk is shown.
 
 Only small windows of slots are read and written, so a donated cache is updated in place. Keys and
 values come as [batch, length, kv_heads, head_dim], as the projections make them, and are turned
-into what the cache holds (duo_jax.cache).
+into what the cache holds (duo_jax.cache.state).
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from duo_jax.cache import KVCache
+from duo_jax.cache.ring import ring_position, ring_slot
+from duo_jax.cache.state import KVCache
 from kernels import Past, packed
 from kernels.packed import BLOCK, Packed
 
 NewKV = Float[Array, "batch length kv_heads head_dim"]
+OneKV = Float[Array, "batch 1 kv_heads head_dim"]
+PerRow = Int[Array, " batch"]
 
 
 def append(
-    cache: KVCache,
-    keys: NewKV,
-    values: NewKV,
-    *,
-    starts: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
+    cache: KVCache, keys: NewKV, values: NewKV, *, starts: PerRow, num_tokens: PerRow
 ) -> KVCache:
     """Write row b's first `num_tokens[b]` keys and values into slots starts[b], starts[b] + 1, ...
 
@@ -33,16 +33,42 @@ def append(
     return jax.tree.map(lambda old, new: _write(old, new, starts, num_tokens), cache, new)
 
 
+def append_token_to_ring(
+    cache: KVCache,
+    keys: OneKV,
+    values: OneKV,
+    *,
+    lengths: PerRow,
+    num_tokens: PerRow,
+    sink_size: int,
+) -> KVCache:
+    """Write one token per row into its slot of the ring.
+
+    Args:
+      cache: sinks and ring.
+      keys: keys of the tokens, rotated.
+      values: values of the tokens.
+      lengths: tokens before these.
+      num_tokens: 0 or 1 per row.
+      sink_size: number of the cache's slots that are sinks.
+    """
+    starts = ring_slot(lengths, sink_size=sink_size, slots=cache.slots)
+    return append(cache, keys, values, starts=starts, num_tokens=num_tokens)
+
+
 def append_to_ring(
     cache: KVCache,
     keys: NewKV,
     values: NewKV,
     *,
-    lengths: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
+    lengths: PerRow,
+    num_tokens: PerRow,
     sink_size: int,
 ) -> KVCache:
-    """Take in a chunk: its sinks, and the latest of its other tokens that the ring has room for.
+    """Write a chunk's sinks, and the latest of its other tokens that the ring has room for.
+
+    Every slot takes the chunk's token that it must hold after the chunk, if it is one of the
+    chunk's; the other slots keep their content.
 
     Args:
       cache: sinks and ring.
@@ -50,44 +76,37 @@ def append_to_ring(
       values: values of the chunk.
       lengths: tokens before the chunk.
       num_tokens: tokens of the chunk that count, per row.
-      sink_size: how many of the cache's slots are sinks.
+      sink_size: number of the cache's slots that are sinks.
     """
-    slots = cache.slots
-    if keys.shape[1] == 1:
-        starts = ring_slot(lengths, sink_size=sink_size, slots=slots)
-        return append(cache, keys, values, starts=starts, num_tokens=num_tokens)
-    # Per slot, the latest position that belongs there; slots it came to before keep their content.
-    lengths, num_tokens = lengths[:, None], num_tokens[:, None]
-    slot, recent_size = jnp.arange(slots, dtype=lengths.dtype)[None, :], slots - sink_size
-    last = lengths + num_tokens - 1
-    position = jnp.where(slot < sink_size, slot, last - (last - slot) % recent_size)
-    fresh = (position >= jnp.maximum(lengths, jnp.minimum(slot, sink_size))) & (position <= last)
+    lengths, ends = lengths[:, None], (lengths + num_tokens)[:, None]
+    slot = jnp.arange(cache.slots, dtype=lengths.dtype)[None, :]
+    position = ring_position(ends, sink_size=sink_size, slots=cache.slots)
+    fresh = (position >= jnp.maximum(lengths, jnp.minimum(slot, sink_size))) & (position < ends)
     source = jnp.clip(position - lengths, 0, keys.shape[1] - 1)
 
-    def take_in(old, new):
+    def take_in(
+        old: Shaped[Array, "batch kv_heads slots _"], new: Shaped[Array, "batch kv_heads length _"]
+    ) -> Shaped[Array, "batch kv_heads slots _"]:
         new = jnp.take_along_axis(new, source[:, None, :, None], axis=2)
         return jnp.where(fresh[:, None, :, None], new, old)
 
     return jax.tree.map(take_in, cache, _like(cache, keys, values))
 
 
-def append_in_blocks(
-    cache: KVCache,
-    keys: NewKV,
-    values: NewKV,
-    *,
-    lengths: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
+def append_blocks(
+    cache: KVCache, keys: NewKV, values: NewKV, *, lengths: PerRow, num_tokens: PerRow
 ) -> KVCache:
-    """Take in a chunk, packing the blocks of 64 tokens that it completes.
+    """Pack the blocks of 64 tokens that a chunk completes; the ring `latest` stays as it was.
 
     Args:
-      cache: packed blocks, and the ring of the latest tokens.
+      cache: packed blocks, and the ring of the latest tokens before the chunk.
       keys: keys of the chunk, rotated.
       values: values of the chunk.
       lengths: tokens before the chunk.
       num_tokens: tokens of the chunk that count, per row.
     """
+    ring = cache.latest
+    assert ring is not None
     begun = lengths % BLOCK  # tokens of an unfinished block; they are the ring's first ones
     complete = (begun + num_tokens) // BLOCK * BLOCK
     window = -(-(BLOCK - 1 + keys.shape[1]) // BLOCK) * BLOCK
@@ -95,7 +114,8 @@ def append_in_blocks(
     source = jnp.where(at < end, at, BLOCK + at - end)
     source = jnp.minimum(source, BLOCK + keys.shape[1] - 1)
 
-    def pack_in(cached: Packed, ring: Array, new: Array) -> Packed:
+    def pack_in(cached: Array | Packed, ring: Array | Packed, new: Array | Packed) -> Packed:
+        assert isinstance(cached, Packed)
         joined = jnp.concatenate([ring, new], axis=2)
         joined = jnp.take_along_axis(joined, source[:, None, :, None], axis=2)
 
@@ -105,20 +125,12 @@ def append_in_blocks(
 
         return jax.tree.map(write, cached, packed.pack(joined, cached.layout))
 
-    ring, new = cache.latest, _like(cache.latest, keys, values)
-    return KVCache(
+    new = _like(ring, keys, values)
+    return dataclasses.replace(
+        cache,
         keys=pack_in(cache.keys, ring.keys, new.keys),
         values=pack_in(cache.values, ring.values, new.values),
-        latest=append_to_ring(
-            ring, keys, values, lengths=lengths, num_tokens=num_tokens, sink_size=0
-        ),
     )
-
-
-def ring_slot(positions: Int[Array, " batch"], *, sink_size: int, slots: int):
-    """Return the slot of a position among the sinks and the ring."""
-    in_ring = sink_size + (positions - sink_size) % (slots - sink_size)
-    return jnp.where(positions < sink_size, positions, in_ring)
 
 
 def past(
@@ -126,8 +138,8 @@ def past(
     keys: NewKV,
     values: NewKV,
     *,
-    lengths: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
+    lengths: PerRow,
+    num_tokens: PerRow,
     sink_size: int,
 ) -> Past:
     """Lay out what the streaming heads of a chunk need of the tokens before it.
@@ -135,23 +147,25 @@ def past(
     The sinks include those of the chunk itself; the recent tokens are put in order of position.
     Takes the cache as it was before the chunk.
     """
-    new, cache = unpacked(_like(cache, keys, values), keys.dtype), unpacked(cache, keys.dtype)
+    new = unpacked(_like(cache, keys, values), keys.dtype)
+    old = unpacked(cache, keys.dtype)
     recent_size = cache.slots - sink_size
-    # Position lengths - recent_size + i comes at index i; those below sink_size are masked there.
-    order = (lengths[:, None] + jnp.arange(recent_size, dtype=lengths.dtype)[None, :]) - sink_size
-    order = sink_size + order % recent_size
+    # Index i gets position lengths - recent_size + i. Positions of sinks are masked there: any
+    # slot will do for them.
+    positions = lengths[:, None] + jnp.arange(-recent_size, 0, dtype=lengths.dtype)[None, :]
+    slots = ring_slot(jnp.maximum(positions, sink_size), sink_size=sink_size, slots=cache.slots)
 
-    def sinks(old, new):
+    def sinks(old: Array, new: Array) -> Array:
         return _write(old[:, :, :sink_size], new, lengths, num_tokens)
 
-    def recents(old):
-        return jnp.take_along_axis(old, order[:, None, :, None], axis=2)
+    def recents(old: Array) -> Array:
+        return jnp.take_along_axis(old, slots[:, None, :, None], axis=2)
 
     return Past(
-        sink_keys=sinks(cache.keys, new.keys),
-        sink_values=sinks(cache.values, new.values),
-        recent_keys=recents(cache.keys),
-        recent_values=recents(cache.values),
+        sink_keys=sinks(old.keys, new.keys),
+        sink_values=sinks(old.values, new.values),
+        recent_keys=recents(old.keys),
+        recent_values=recents(old.values),
         lengths=lengths,
     )
 
@@ -174,18 +188,19 @@ def unpacked(cache: KVCache, dtype: DTypeLike) -> KVCache:
 def _like(cache: KVCache, keys: NewKV, values: NewKV) -> KVCache:
     """Return a chunk in the cache's layout and format."""
     keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
-    if isinstance(cache.keys, Packed):
+    if isinstance(cache.keys, Packed) and isinstance(cache.values, Packed):
         keys = packed.pack(keys, cache.keys.layout)
         values = packed.pack(values, cache.values.layout)
-    return KVCache(keys=keys, values=values)
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 def _write(
-    buffer: Shaped[Array, "batch kv_heads slots ..."],
-    new: Shaped[Array, "batch kv_heads length ..."],
-    starts: Int[Array, " batch"],
-    num_tokens: Int[Array, " batch"],
-) -> Shaped[Array, "batch kv_heads slots ..."]:
+    buffer: Shaped[Array, "batch kv_heads slots _"],
+    new: Shaped[Array, "batch kv_heads length _"],
+    starts: PerRow,
+    num_tokens: PerRow,
+) -> Shaped[Array, "batch kv_heads slots _"]:
+    """Write each row's first tokens from its start on, reading and writing only that window."""
     slots, length = buffer.shape[2], new.shape[2]
     window = min(length, slots)
 

@@ -1,16 +1,29 @@
 """Attention of one layer: retrieval heads over the full cache, streaming heads over their ring.
 
-The first KV heads of a layer are retrieval heads (duo_jax.heads.split). A cache that quantises is
-read as it is by the kernels; so that nothing depends on how a text is cut into chunks, the
-tokens of a chunk see each other as the cache will hold them.
+The first KV heads of a layer are retrieval heads (duo_jax.heads.split). A layer's caches come in
+three kinds, and one token per row takes another way through them than a chunk of tokens:
+
+    cache                   attend_token                     attend_chunk
+    full                    write, decode                    write, causal prefill
+    full, blocks of "int2"  write, decode blocks and the     streaming attention over the latest 64,
+                            latest 64, merge                 write, prefill over the blocks, merge
+    ring                    write, decode                    streaming attention over ring and
+                                                             chunk; write
+
+A token may overwrite the slot of the one that just left its window. A chunk may not: its first
+tokens still see what its last ones overwrite, so the ring is read as it was before the chunk.
+
+The kernels read a quantised cache as it is. So that nothing depends on how a text is cut into
+chunks, the tokens of a chunk see each other as the cache will hold them.
 """
 
 import dataclasses
-import functools
+from collections.abc import Callable
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from duo_jax.cache import KVCache, LayerCache, update
 from duo_jax.heads.split import DuoConfig
@@ -19,157 +32,194 @@ from kernels import (
     decode_attention,
     merge_lse,
     prefill_attention,
+    pytree,
     streaming_attention,
 )
 from kernels.packed import BLOCK
 
 PrefillMode = Literal["exact", "chunk"]
 
+Queries = Float[Array, "batch length q_heads head_dim"]
+NewKV = Float[Array, "batch length kv_heads head_dim"]
+# Appends keys and values to one cache; attends to it with the query heads of its KV heads.
+AttendPart = Callable[[Queries, NewKV, NewKV, KVCache], tuple[Queries, KVCache]]
+
+
+@pytree.register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerInput:
+    """What a layer's attention gets besides queries, keys and values."""
+
+    cache: LayerCache
+    lengths: Int[Array, " batch"]  # tokens before these
+    num_tokens: Int[Array, " batch"]  # of these, how many count
+
 
 def attend(
-    q,
-    k,
-    v,
-    layer_input,
+    q: Queries,
+    k: NewKV,
+    v: NewKV,
+    layer_input: LayerInput,
     *,
     config: DuoConfig,
     mode: PrefillMode,
     implementation: Implementation,
-):
-    """Append a chunk's keys and values to a layer's caches, and attend to them.
+) -> tuple[Queries, LayerCache]:
+    """Append keys and values to a layer's caches, and attend to them.
 
     Args:
-      q: queries [batch, length, q_heads, head_dim], rotated.
-      k: keys [batch, length, kv_heads, head_dim], rotated.
-      v: values, as `k`.
-      layer_input: the layer's cache, lengths before the chunk and numbers of its tokens, per row.
+      q: queries, rotated.
+      k: keys, rotated.
+      v: values.
+      layer_input: the layer's cache, and where the tokens belong.
       config: the split model.
-      mode: what streaming heads see of the chunk, see duo_jax.serve.
-      implementation: of attention, see kernels.dispatch.
+      mode: what streaming heads see of a chunk, see duo_jax.serve.forward.
+      implementation: attention implementation, see kernels.dispatch.
 
     Returns:
-      The output [batch, length, q_heads, head_dim], and the layer's cache.
+      The output, and the layer's cache.
     """
-    cache, lengths, num_tokens = layer_input
-    dtype = q.dtype
-    stored = [x.dtype for x in jax.tree.leaves(cache) if jnp.issubdtype(x.dtype, jnp.floating)]
-    if jnp.bfloat16 in stored:  # the caches of "bf16", whatever the model's dtype
-        q, k, v = (x.astype(jnp.bfloat16) for x in (q, k, v))
-    outputs, full, streaming = [], [], None
-
-    def heads(first: int, end: int | None = None):
-        """Return queries, keys and values of some KV heads."""
-        group = config.architecture.q_per_kv
-        queries = slice(first * group, None if end is None else end * group)
-        return q[:, :, queries], k[:, :, first:end], v[:, :, first:end]
-
-    first = 0
-    for part in cache.full:
-        end = first + part.keys.shape[1]
-        attend_part = _attend_full if part.latest is None else _attend_blocks
-        out, part = attend_part(
-            *heads(first, end), part, lengths, num_tokens, implementation=implementation
-        )
-        outputs.append(out)
-        full.append(part)
-        first = end
-    if cache.streaming is not None:
-        out, streaming = _attend_streaming(
-            *heads(first),
-            cache.streaming,
-            lengths,
-            num_tokens,
-            config=config,
-            mode=mode,
-            implementation=implementation,
-        )
-        outputs.append(out)
-    out = jnp.concatenate(outputs, axis=2).astype(dtype)
-    return _rings_first(out, LayerCache(full=tuple(full), streaming=streaming))
+    if q.shape[1] == 1:
+        return attend_token(q, k, v, layer_input, config=config, implementation=implementation)
+    return attend_chunk(
+        q, k, v, layer_input, config=config, mode=mode, implementation=implementation
+    )
 
 
-def _rings_first(out, cache: LayerCache):
-    """Have the rings of a chunk written before the next layer begins.
+def attend_token(
+    q: Float[Array, "batch 1 q_heads head_dim"],
+    k: Float[Array, "batch 1 kv_heads head_dim"],
+    v: Float[Array, "batch 1 kv_heads head_dim"],
+    layer_input: LayerInput,
+    *,
+    config: DuoConfig,
+    implementation: Implementation,
+) -> tuple[Float[Array, "batch 1 q_heads head_dim"], LayerCache]:
+    """Do what `attend` does for one token per row."""
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
+    lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
+    filled, place = lengths + num_tokens, {"lengths": lengths, "num_tokens": num_tokens}
 
-    XLA's GPU compiler would join the writing of rings of the same shape, of whatever layers, and
-    keep all their keys and values until then: 1.3 GB of Llama-3-8B in "int2", chunk 32,000.
-    """
-    if out.shape[1] == 1:
+    def full(q, k, v, cache):
+        cache = update.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
+        return out[:, None], cache
+
+    def blocks(q, k, v, cache):
+        cache, q = update.append_blocks(cache, k, v, **place), q[:, 0]
+        ring = update.append_token_to_ring(cache.latest, k, v, sink_size=0, **place)
+        latest = decode_attention(q, ring.keys, ring.values, jnp.minimum(filled, BLOCK), **options)
+        older = jnp.maximum(filled - BLOCK, 0)
+        before = decode_attention(q, cache.keys, cache.values, older, **options)
+        return _merged(latest, before)[:, None], dataclasses.replace(cache, latest=ring)
+
+    def ring(q, k, v, cache):
+        cache = update.append_token_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+        held = jnp.minimum(filled, config.ring_slots)
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, held, **options)
+        return out[:, None], cache
+
+    return _by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
+
+
+def attend_chunk(
+    q: Queries,
+    k: NewKV,
+    v: NewKV,
+    layer_input: LayerInput,
+    *,
+    config: DuoConfig,
+    mode: PrefillMode,
+    implementation: Implementation,
+) -> tuple[Queries, LayerCache]:
+    """Do what `attend` does for several tokens per row."""
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
+    lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
+    sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
+    place = {"lengths": lengths, "num_tokens": num_tokens}
+
+    def full(q, k, v, cache):
+        cache = update.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
+        out, _ = prefill_attention(q, cache.keys, cache.values, lengths, **options)
         return out, cache
+
+    def blocks(q, k, v, cache):
+        past = update.past(cache.latest, k, v, sink_size=0, **place)
+        latest = streaming_attention(q, k, v, sink_size=0, recent_size=BLOCK, past=past, **options)
+        ring = update.append_to_ring(cache.latest, k, v, sink_size=0, **place)
+        cache = dataclasses.replace(update.append_blocks(cache, k, v, **place), latest=ring)
+        before = prefill_attention(q, cache.keys, cache.values, lengths - BLOCK, **options)
+        return _merged(latest, before), cache
+
+    def ring_exact(q, k, v, cache):
+        after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+        k, v = update.as_cached(cache, k, v)
+        past = update.past(cache, k, v, sink_size=config.sink_size, **place)
+        out, _ = streaming_attention(q, k, v, past=past, **sizes, **options)
+        return out, after
+
+    def ring_chunk(q, k, v, cache):
+        # Every token sees all that is cached, and its own chunk causally. Cached tokens come before
+        # all of the chunk, in whatever order, so the filled slots of the ring are laid in front of
+        # the chunk in one buffer, and causal attention from that offset on shows just that.
+        after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+        k, v = update.as_cached(cache, k, v)
+        held = jnp.minimum(lengths, config.ring_slots)
+        length = ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))
+        buffer = jax.tree.map(lambda x: jnp.pad(x, length), update.unpacked(cache, k.dtype))
+        buffer = update.append(buffer, k, v, starts=held, num_tokens=num_tokens)
+        out, _ = prefill_attention(q, buffer.keys, buffer.values, held, **options)
+        return out, after
+
+    ring = ring_exact if mode == "exact" else ring_chunk
+    out, cache = _by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
+    return _rings_first(out, cache)
+
+
+def _by_part(
+    q: Queries,
+    k: NewKV,
+    v: NewKV,
+    cache: LayerCache,
+    *,
+    full: AttendPart,
+    blocks: AttendPart,
+    ring: AttendPart,
+) -> tuple[Queries, LayerCache]:
+    """Give each cache of a layer its heads, in its dtype; join outputs and caches."""
+    parts = [(blocks if part.format == "int2" else full, part) for part in cache.full]
+    if cache.streaming is not None:
+        parts.append((ring, cache.streaming))
+    group, first = q.shape[2] // k.shape[2], 0
+    outputs, after = [], []
+    for attend_part, part in parts:
+        end = first + part.keys.shape[1]
+        args = q[:, :, first * group : end * group], k[:, :, first:end], v[:, :, first:end]
+        if part.format == "bf16":
+            args = tuple(x.astype(jnp.bfloat16) for x in args)
+        out, part = attend_part(*args, part)
+        outputs.append(out)
+        after.append(part)
+        first = end
+    streaming = None if cache.streaming is None else after.pop()
+    out = jnp.concatenate(outputs, axis=2).astype(q.dtype)
+    return out, LayerCache(full=tuple(after), streaming=streaming)
+
+
+def _merged(*parts: tuple[Float[Array, "..."], Float[Array, "..."]]) -> Float[Array, "..."]:
+    """Merge attention over different keys, given as outputs and log-sum-exps."""
+    outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
+    return merge_lse(outs, lses)[0]
+
+
+def _rings_first(out: Queries, cache: LayerCache) -> tuple[Queries, LayerCache]:
+    """Write a chunk's rings before the next layer starts, by a barrier.
+
+    Otherwise XLA's GPU compiler joins the writes to rings of the same shape in all layers, and
+    keeps all their keys and values until then: 1.3 GB for Llama-3-8B in "int2", chunk 32,000.
+    """
     rings = (cache.streaming, [part.latest for part in cache.full])
     out, (streaming, latest) = jax.lax.optimization_barrier((out, rings))
     parts = zip(cache.full, latest, strict=True)
     full = tuple(dataclasses.replace(part, latest=ring) for part, ring in parts)
     return out, LayerCache(full=full, streaming=streaming)
-
-
-def _attend_full(q, k, v, cache: KVCache, lengths, num_tokens, *, implementation: Implementation):
-    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-    cache = update.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
-    if q.shape[1] == 1:
-        filled = lengths + num_tokens
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
-        return out[:, None], cache
-    out, _ = prefill_attention(q, cache.keys, cache.values, lengths, **options)
-    return out, cache
-
-
-def _attend_blocks(q, k, v, cache: KVCache, lengths, num_tokens, *, implementation: Implementation):
-    """Attend to the latest 64 tokens as they are, to those before them as their codes."""
-    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-    append = functools.partial(
-        update.append_in_blocks, cache, k, v, lengths=lengths, num_tokens=num_tokens
-    )
-    if q.shape[1] == 1:
-        cache, q = append(), q[:, 0]
-        filled, ring = lengths + num_tokens, cache.latest
-        latest = decode_attention(q, ring.keys, ring.values, jnp.minimum(filled, BLOCK), **options)
-        older = jnp.maximum(filled - BLOCK, 0)
-        before = decode_attention(q, cache.keys, cache.values, older, **options)
-    else:
-        past = update.past(cache.latest, k, v, lengths=lengths, num_tokens=num_tokens, sink_size=0)
-        latest = streaming_attention(q, k, v, sink_size=0, recent_size=BLOCK, past=past, **options)
-        cache = append()
-        before = prefill_attention(q, cache.keys, cache.values, lengths - BLOCK, **options)
-    outs, lses = (jnp.stack(parts) for parts in zip(latest, before, strict=True))
-    out, _ = merge_lse(outs, lses)
-    return (out[:, None] if out.ndim == 3 else out), cache
-
-
-def _attend_streaming(
-    q,
-    k,
-    v,
-    cache: KVCache,
-    lengths,
-    num_tokens,
-    *,
-    config: DuoConfig,
-    mode: PrefillMode,
-    implementation: Implementation,
-):
-    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-    sink_size = config.sink_size
-    place = {"lengths": lengths, "num_tokens": num_tokens, "sink_size": sink_size}
-    if q.shape[1] == 1:
-        cache = update.append_to_ring(cache, k, v, **place)
-        filled = jnp.minimum(lengths + num_tokens, config.ring_slots)
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
-        return out[:, None], cache
-    new_cache = update.append_to_ring(cache, k, v, **place)
-    k, v = update.as_cached(cache, k, v)
-    if mode == "exact":
-        past = update.past(cache, k, v, **place)
-        out, _ = streaming_attention(
-            q, k, v, sink_size=sink_size, recent_size=config.recent_size, past=past, **options
-        )
-        return out, new_cache
-    # To a causal chunk all cached tokens are past, in whatever order: lay it behind them.
-    filled = jnp.minimum(lengths, config.ring_slots)
-    room = jax.tree.map(
-        lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))),
-        update.unpacked(cache, k.dtype),
-    )
-    laid_out = update.append(room, k, v, starts=filled, num_tokens=num_tokens)
-    out, _ = prefill_attention(q, laid_out.keys, laid_out.values, filled, **options)
-    return out, new_cache

@@ -60,7 +60,7 @@ def begin(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "capacity", "implementation"), donate_argnames="state"
+    jax.jit, static_argnames=("config", "size", "implementation"), donate_argnames="state"
 )
 def decode_segment(
     config: DuoConfig,
@@ -70,9 +70,9 @@ def decode_segment(
     stop_tokens: Int[Array, " stops"],
     limits: Int[Array, " batch"],
     *,
-    capacity: int,
+    size: int,
     implementation: Implementation = "auto",
-) -> tuple[DecodeState, Int[Array, "batch capacity"], Int[Array, " batch"]]:
+) -> tuple[DecodeState, Int[Array, "batch size"], Int[Array, " batch"]]:
     """Decode until every row has stopped or has `limits[b]` new tokens.
 
     Args:
@@ -81,8 +81,8 @@ def decode_segment(
       state: from `begin` or from the segment before; donated.
       options: of `sampling.SamplingConfig.options`.
       stop_tokens: tokens that end a row; they are part of the output.
-      limits: new tokens per row, at most `capacity`; run-time values.
-      capacity: size of the output.
+      limits: new tokens per row, at most `size`; run-time values.
+      size: length of the output, static.
       implementation: of attention, see kernels.dispatch.
 
     Returns:
@@ -103,11 +103,11 @@ def decode_segment(
         state = dataclasses.replace(state, cache=cache)
         state = _next_token(state, logits, options, stop_tokens, active=running)
         # A row that does not run writes beyond its tokens, or (dropped) beyond the buffer.
-        at = jnp.where(running, counts, capacity)
+        at = jnp.where(running, counts, size)
         tokens = tokens.at[jnp.arange(batch), at].set(state.last, mode="drop")
         return state, tokens, counts + running.astype(counts.dtype)
 
-    tokens = jnp.zeros((batch, capacity), jnp.int32)
+    tokens = jnp.zeros((batch, size), jnp.int32)
     counts = jnp.zeros(batch, jnp.int32)
     return jax.lax.while_loop(
         lambda carry: jnp.any(active(carry[0], carry[2])), step, (state, tokens, counts)

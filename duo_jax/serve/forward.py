@@ -24,7 +24,7 @@ from duo_jax.cache import Cache
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama, rope
 from duo_jax.model.llama import Params
-from duo_jax.serve.attention import PrefillMode, attend
+from duo_jax.serve.attention import LayerInput, PrefillMode, attend
 from kernels import Implementation
 
 
@@ -128,7 +128,7 @@ def hidden_states(
     )
     for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
         layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
-        layer_input = (layer_cache, lengths, num_tokens)
+        layer_input = LayerInput(cache=layer_cache, lengths=lengths, num_tokens=num_tokens)
         x, layer_cache = layer.apply({"params": layer_params}, x, cos_sin, layer_input)
         layers.append(layer_cache)
     return x, Cache(layers=tuple(layers), lengths=lengths + num_tokens)

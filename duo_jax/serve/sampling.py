@@ -6,10 +6,11 @@ values do not, so trying another temperature costs nothing.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from duo_jax.errors import InputError
@@ -137,6 +138,14 @@ def processed_logits(
     if "min_p" in options:  # the maximum is 0, so exp gives the ratio to the likeliest
         x = jnp.where(jnp.exp(x) < options["min_p"], -jnp.inf, x)
     return x
+
+
+def seen_tokens(rows: Sequence[Sequence[int]], vocab_size: int) -> Bool[Array, "batch vocab"]:
+    """Return which tokens of the vocabulary occur in each row."""
+    seen = np.zeros((len(rows), vocab_size), bool)
+    for marks, row in zip(seen, rows, strict=True):
+        marks[list(row)] = True
+    return jnp.asarray(seen)
 
 
 def mark_seen(

@@ -90,7 +90,7 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
         for n, at, row in zip(lengths, logits_at, rows, strict=True):
             if not (0 < n <= len(row) and 0 <= at <= len(row)):
                 raise ValueError(f"{lengths=} and {logits_at=} do not fit the tokens")
-    empty = session.prepare(rows)
+    empty = session.empty_cache(rows)
     layers = []
     with _damage(folder):
         for number, layer in enumerate(empty.layers):

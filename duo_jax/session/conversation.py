@@ -8,10 +8,11 @@ from duo_jax.cache import cache_bytes
 from duo_jax.errors import InputError
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session import cache_files
+from duo_jax.session.row_cache import Progress
 from duo_jax.session.runtime import Runtime
-from duo_jax.session.session import Progress, Session
+from duo_jax.session.session import Session
+from duo_jax.session.text import write_text
 from duo_jax.session.tokenization import Message, Tokenization
-from duo_jax.session.writing import write_text
 
 
 class Conversation:

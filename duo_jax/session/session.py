@@ -1,31 +1,29 @@
-"""Rows of tokens and the cache that holds them: append, let others write on, append again.
+"""A session: rows of tokens that are read, continued and appended to, with a cache behind them.
 
-The rows' tokens are kept on the host and are the truth; the cache holds a prefix of each row. What
-it lacks is read before anything is generated, so that a second question on the same book costs only
-its own tokens, and a cache that was lost (an interrupt in the middle of a step) is rebuilt.
+The tokens are kept on the host and are the truth; the cache holds a prefix of each row. What it
+lacks is read before anything is decoded, so a second question about the same book costs only its
+own tokens, and a cache that was lost (an interrupt in the middle of a step) is rebuilt.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from duo_jax import cache as caches
-from duo_jax import serve
+from duo_jax.cache import Cache
 from duo_jax.errors import InputError
+from duo_jax.serve import decoding
+from duo_jax.serve.sampling import SamplingConfig, check_seed, seen_tokens
+from duo_jax.session.limits import Limits
+from duo_jax.session.row_cache import Progress, RowCache
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.timing import Timing
 
-Progress = Callable[[int, int], None]  # tokens read, tokens to read
-
-_SMALLEST_CHUNK = 16
-_SMALLEST_CACHE = 256
-
-_prefill = jax.jit(
-    serve.prefill, static_argnames=("config", "mode", "implementation"), donate_argnames="cache"
-)
+SEGMENT = 64  # tokens decoded before the host looks: for Ctrl-C, and for rows that it ends
+_SEGMENT_SECONDS = 0.05  # how far a streamed text may lag behind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +31,24 @@ class Snapshot:
     """All that a session remembers."""
 
     tokens: list[list[int]]
-    cache: caches.Cache
-    logits: jax.Array | None  # [batch, vocab]
+    cache: Cache
+    logits: Float[Array, "batch vocab"]
     logits_at: list[int]  # tokens of each row before its logits
+
+
+@dataclasses.dataclass(kw_only=True)
+class Loan:
+    """A session's cache in other hands; what the loan holds in the end goes back to the session."""
+
+    cache: Cache | None  # None: used up; the session would read its tokens again
+    logits: Float[Array, "batch vocab"]  # after every row
+    tokens: Sequence[Sequence[int]]  # to be set to the tokens decoded with the cache, per row
+
+    def take(self) -> Cache:
+        """Return the cache, to be donated; assign to `cache` what comes back."""
+        cache, self.cache = self.cache, None
+        assert cache is not None
+        return cache
 
 
 class Session:
@@ -44,23 +57,17 @@ class Session:
     Args:
       runtime: the model.
       batch_size: number of rows.
-      max_len: tokens that a row can hold; default: what is needed, growing as the rows grow.
+      max_len: tokens that a row can hold; default: as many as are needed, growing with the rows.
     """
 
     def __init__(self, runtime: Runtime, *, batch_size: int = 1, max_len: int | None = None):
         if batch_size < 1:
             raise InputError(f"batch size {batch_size} is not at least 1")
-        if max_len is not None and max_len < 1:
-            raise InputError(f"a cache of {max_len} tokens cannot hold anything")
         self.runtime = runtime
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.timing = Timing()
-        self.capacity = 0  # tokens that a row of the cache can hold
-        self._max_len = max_len
-        self._cache: caches.Cache | None = None
-        self._logits: jax.Array | None = None  # [batch, vocab], after _logits_at tokens of each row
-        self._logits_at = [0] * batch_size
-        self._turn = 0  # counts what was appended and written
+        self._limits = Limits(architecture=runtime.config.architecture, max_len=max_len)
+        self._row_cache = RowCache(runtime, batch_size, self._limits, self.timing)
 
     @property
     def batch_size(self) -> int:
@@ -68,9 +75,14 @@ class Session:
         return len(self.tokens)
 
     @property
-    def cache(self) -> caches.Cache | None:
+    def cache(self) -> Cache | None:
         """The live cache (None while there is none); donated when the session goes on."""
-        return self._cache
+        return self._row_cache.cache
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row of the cache can hold."""
+        return self._row_cache.capacity
 
     def append(
         self,
@@ -84,7 +96,7 @@ class Session:
         Args:
           tokens: one sequence per row; a row may get none.
           room: tokens for which the cache should have room beyond these.
-          progress: called after every chunk.
+          progress: called after every chunk, with tokens read and tokens to read.
 
         Raises:
           InputError: a row would be empty, or longer than the model or the cache allows; nothing
@@ -103,64 +115,113 @@ class Session:
         Raises:
           InputError: as `append`.
         """
-        self._check(rows)
-        self._turn += 1
-        held = self._held()
-        if any(old[:n] != new[:n] for old, new, n in zip(self.tokens, rows, held, strict=True)):
-            self._cache = None  # another text, and a ring cannot go back
+        self._limits.check(rows)
+        both = zip(self.tokens, rows, self._row_cache.held, strict=True)
+        if any(old[:held] != new[:held] for old, new, held in both):
+            self._row_cache.cache = None  # another text, and a ring cannot go back
         self.tokens = rows
-        self._reserve(max(map(len, rows)) + room)
-        self._read(progress)
+        self._row_cache.read(rows, room=room, progress=progress)
 
-    def room(self) -> list[int]:
-        """Return how many tokens each row may still get.
+    def decode(
+        self,
+        *,
+        max_new_tokens: int,
+        sampling: SamplingConfig | None = None,
+        stop_tokens: Sequence[int] = (),
+        seed: int = 0,
+        segment: int | None = SEGMENT,
+        ended: Collection[int] = (),
+    ) -> Iterator[list[list[int]]]:
+        """Continue every row; yield the new tokens of every row, some at a time.
+
+        What was yielded belongs to the session. A row ends after `max_new_tokens`, where the
+        model's range or the cache's size ends, with a stop token (which is yielded), or when the
+        caller adds its number to `ended`.
+
+        Args:
+          max_new_tokens: maximum number of new tokens per row.
+          sampling: how tokens are drawn; default: greedy.
+          stop_tokens: tokens that end a row.
+          seed: random seed.
+          segment: maximum number of tokens per row between two yields; None: as many as take about
+            50 ms.
+          ended: rows that the caller ends, between two yields.
 
         Raises:
-          InputError: a row is empty, or there is none for one of them.
+          InputError: there is nothing to continue, no room for a single new token, or the session
+            was used otherwise between two yields.
         """
-        self._check(self.tokens)
-        room = [self._limit - len(row) for row in self.tokens]
-        if min(room) < 1:
-            longest = max(map(len, self.tokens))
-            raise InputError(
-                f"{longest:,} tokens leave no room for new ones: {self._limit_words()}"
+        if not 1 <= max_new_tokens < 2**31:
+            raise InputError(f"max_new_tokens {max_new_tokens} is not from 1 to 2^31")
+        check_seed(seed)
+        most = np.minimum(max_new_tokens, self._limits.room(self.tokens))
+        options = (sampling or SamplingConfig()).options()
+        stops = jnp.array(tuple(stop_tokens), jnp.int32)
+        with self.borrowed(room=max_new_tokens) as loan, self.timing.decode():
+            vocab_size = self.runtime.config.architecture.vocab_size
+            penalty = "repetition_penalty" in options
+            state = decoding.begin(
+                loan.take(),
+                loan.logits,
+                decoding.row_rng_keys(seed, self.batch_size),
+                seen_tokens(self.tokens, vocab_size) if penalty else None,
+                options,
+                stops,
             )
-        return room
+            new = [[token] for token in np.asarray(state.last).tolist()]
+            loan.cache, loan.tokens = state.cache, new
+        counts = np.ones(self.batch_size, int)
+        size = min(segment or 1, SEGMENT)
+        while True:
+            yield new
+            if self.cache is not state.cache:
+                raise InputError("the text went on meanwhile: this stream cannot be continued")
+            stopped = np.array(state.stopped)
+            stopped[list(ended)] = True
+            limits = np.where(stopped, 0, np.minimum(most - counts, size))
+            if not limits.any():
+                return
+            before = self.timing.decode_seconds
+            with self._lent() as loan, self.timing.decode():
+                loan.take()  # donated with the state
+                state, tokens, num = decoding.decode_segment(
+                    self.runtime.config,
+                    self.runtime.params,
+                    dataclasses.replace(state, stopped=jnp.asarray(stopped)),
+                    options,
+                    stops,
+                    jnp.asarray(limits, jnp.int32),
+                    size=SEGMENT,
+                    implementation=self.runtime.implementation,
+                )
+                num = np.asarray(num)
+                new = [row[:n].tolist() for row, n in zip(np.asarray(tokens), num, strict=True)]
+                loan.cache, loan.tokens = state.cache, new
+            counts += num
+            if segment is None:
+                seconds = (self.timing.decode_seconds - before) / num.max()
+                size = int(np.clip(_SEGMENT_SECONDS / max(seconds, 1e-6), 1, SEGMENT))
 
-    def begin_turn(self) -> int:
-        """Say that somebody writes on now; return the number to be given to `check_turn`."""
-        self._turn += 1
-        return self._turn
+    @contextlib.contextmanager
+    def borrowed(self, *, room: int = 0) -> Iterator[Loan]:
+        """Read what is unread, and lend the cache to code that donates it.
 
-    def check_turn(self, turn: int) -> None:
-        """Refuse to go on for somebody whose turn is over.
+            with session.borrowed(room=1) as loan:
+                logits, loan.cache = decode(config, params, loan.take(), tokens)
+                loan.tokens = tokens[:, None].tolist()
+
+        If the block fails the cache is lost, and is read again when it is needed.
+
+        Args:
+          room: tokens for which the cache should have room beyond the rows.
 
         Raises:
-          InputError: the session has been appended to or written on since.
+          InputError: a row is empty.
         """
-        if turn != self._turn:
-            raise InputError("the text went on meanwhile: this stream cannot be continued")
-
-    def ready(self, *, room: int) -> jax.Array:
-        """Read what is unread, with room for more tokens; return the logits after every row."""
-        self._reserve(max(map(len, self.tokens)) + room)
-        self._read(None)
-        return self._logits
-
-    def take(self) -> caches.Cache:
-        """Hand out the cache to be donated.
-
-        Until one is given back the session has none, and would read all its tokens again.
-        """
-        cache, self._cache = self._cache, None
-        return cache
-
-    def give_back(self, cache: caches.Cache, new_tokens: Sequence[Sequence[int]]) -> None:
-        """Take back a cache, and the tokens that were decoded with it meanwhile."""
-        self._cache = cache
-        for row, tokens in zip(self.tokens, new_tokens, strict=True):
-            row.extend(tokens)
-        self.timing.decode_tokens += sum(map(len, new_tokens))
+        self._limits.check(self.tokens)
+        self._row_cache.read(self.tokens, room=room)
+        with self._lent() as loan:
+            yield loan
 
     def snapshot(self) -> Snapshot:
         """Return what the session remembers; its cache is valid until the session goes on.
@@ -168,121 +229,38 @@ class Session:
         Raises:
           InputError: nothing has been read.
         """
-        if self._cache is None:
+        cache, logits = self._row_cache.cache, self._row_cache.logits
+        if cache is None or logits is None:
             raise InputError("nothing has been read yet: there is no cache to save")
         return Snapshot(
-            tokens=self.tokens, cache=self._cache, logits=self._logits, logits_at=self._logits_at
+            tokens=self.tokens, cache=cache, logits=logits, logits_at=self._row_cache.logits_at
         )
 
-    def prepare(self, rows: list[list[int]]) -> caches.Cache:
-        """Return an empty cache with room for these rows, to be filled and given to `restore`.
+    def empty_cache(self, rows: list[list[int]]) -> Cache:
+        """Return a cache for these rows, to be filled and given to `restore`.
 
         Raises:
-          InputError: they are empty, or longer than the model or the cache allows.
+          InputError: a row is empty, or longer than the model or the cache allows.
         """
-        self._check(rows)
-        self._cache = None
-        self._reserve(max(map(len, rows)))
-        return self.take()
+        self._limits.check(rows)
+        return self._row_cache.empty(max(map(len, rows)))
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot whose cache came from `prepare`."""
-        self.tokens, self._cache = snapshot.tokens, snapshot.cache
-        self._logits, self._logits_at = snapshot.logits, snapshot.logits_at
+        """Go on from a snapshot whose cache came from `empty_cache`."""
+        self.tokens, held = snapshot.tokens, self._row_cache
+        held.cache, held.logits = snapshot.cache, snapshot.logits
+        held.logits_at = snapshot.logits_at
+        held.capacity = self._limits.capacity(max(map(len, snapshot.tokens)))
 
-    @property
-    def _limit(self) -> int:
-        """Return how many tokens a row may have."""
-        longest = self.runtime.config.architecture.max_positions
-        return longest if self._max_len is None else min(longest, self._max_len)
-
-    def _limit_words(self) -> str:
-        if self._limit == self._max_len:
-            return f"the cache was made for {self._limit:,}"
-        return f"the model's range is {self._limit:,}"
-
-    def _check(self, rows: list[list[int]]) -> None:
-        """Refuse rows that cannot be read."""
-        vocab_size = self.runtime.config.architecture.vocab_size
-        if not all(rows):
-            raise InputError("the prompt is empty: there is no token to start from")
-        for token in (min(map(min, rows)), max(map(max, rows))):
-            if not 0 <= token < vocab_size:
-                raise InputError(
-                    f"token {token:,} is not one of the model's {vocab_size:,}; do tokenizer and "
-                    "model belong together?"
-                )
-        longest = max(map(len, rows))
-        if longest > self._limit:
-            raise InputError(f"{longest:,} tokens are too many: {self._limit_words()}")
-
-    def _held(self) -> list[int]:
-        """Return how many tokens of each row are in the cache."""
-        if self._cache is None:
-            return [0] * self.batch_size
-        return np.asarray(self._cache.lengths).tolist()
-
-    def _reserve(self, size: int) -> None:
-        """Give every row room for `size` tokens."""
-        wanted = self._max_len or min(_bucket(size), self._limit)
-        if self._cache is None:
-            self.capacity = wanted
-            self._cache = caches.init_cache(
-                self.runtime.config,
-                batch_size=self.batch_size,
-                max_len=wanted,
-                dtype=self.runtime.dtype,
-                kv=self.runtime.kv_format,
-            )
-        elif wanted > self.capacity:
-            self.capacity = wanted
-            self._cache = caches.grow(self._cache, max_len=wanted)
-
-    def _read(self, progress: Progress | None) -> None:
-        """Bring the cache and the logits up to the end of every row."""
-        if any(
-            held == len(row) != known
-            for held, row, known in zip(self._held(), self.tokens, self._logits_at, strict=True)
-        ):  # a row's end is in the cache, but what follows it has been forgotten: read again
-            self._cache = None
-            self._reserve(max(map(len, self.tokens)))
-        done, total = 0, sum(map(len, self.tokens)) - sum(self._held())
-        while done < total:
-            with self.timing.prefill():
-                read = self._read_chunk()
-            self._logits_at = self._held()
-            self.timing.prefill_tokens += read
-            done += read
-            if progress is not None:
-                progress(done, total)  # may raise: everything is in order by now
-
-    def _read_chunk(self) -> int:
-        """Read one chunk of every row that is not at its end; return how many tokens."""
-        chunk = self.runtime.prefill_chunk
-        parts = [row[n : n + chunk] for row, n in zip(self.tokens, self._held(), strict=True)]
-        longest = max(map(len, parts))
-        # Widths are powers of two, so that few programs serve all lengths.
-        width = min(chunk, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
-        width = 1 if longest == 1 else width
-        num_tokens = np.array([len(part) for part in parts], np.int32)
-        padded = np.array([part + [0] * (width - len(part)) for part in parts], np.int32)
-        logits, cache = _prefill(
-            self.runtime.config,
-            self.runtime.params,
-            self.take(),
-            jnp.asarray(padded),
-            jnp.asarray(num_tokens),
-            mode=self.runtime.prefill_mode,
-            implementation=self.runtime.implementation,
-            total_lengths=jnp.array([len(row) for row in self.tokens], jnp.int32),
-        )
-        if self._logits is not None:
-            logits = jnp.where(jnp.asarray(num_tokens > 0)[:, None], logits, self._logits)
-        self._logits, self._cache = logits.block_until_ready(), cache
-        return int(num_tokens.sum())
-
-
-def _bucket(size: int) -> int:
-    """Round up so that few cache sizes need a program of their own; wastes at most an eighth."""
-    step = max(_SMALLEST_CACHE, 1 << max(0, size.bit_length() - 4))
-    return -(-size // step) * step
+    @contextlib.contextmanager
+    def _lent(self) -> Iterator[Loan]:
+        """Lend the cache as it is; the session has none until the block has succeeded."""
+        held = self._row_cache
+        assert held.logits is not None
+        loan = Loan(cache=held.cache, logits=held.logits, tokens=[()] * self.batch_size)
+        held.cache = None
+        yield loan
+        held.cache = loan.cache
+        for row, tokens in zip(self.tokens, loan.tokens, strict=True):
+            row.extend(tokens)
+            self.timing.decode_tokens += len(tokens)

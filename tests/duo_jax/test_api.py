@@ -17,7 +17,7 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.heads.split import split_params
-from duo_jax.session import writing
+from duo_jax.session import session as session_module
 from duo_jax.session.runtime import Runtime
 from tests import models
 
@@ -287,7 +287,7 @@ def test_text_of_many_bytes_streams_in_whole_characters(model, monkeypatch):
     runtime = dataclasses.replace(model.runtime, params=params)
     endless = dataclasses.replace(model, runtime=runtime)
     assert "".join(endless.stream(TEXT, max_new_tokens=20)) == "é😀é😀é😀é"
-    monkeypatch.setattr(writing, "_SEGMENT_SECONDS", 0.0)  # a token at a time
+    monkeypatch.setattr(session_module, "_SEGMENT_SECONDS", 0.0)  # a token at a time
     pieces = list(endless.stream(TEXT, max_new_tokens=8))
     assert pieces == ["", "é", "", "", "", "😀", "", "é", ""]
     [cut_off] = endless.generate([TEXT], max_new_tokens=10)

@@ -17,7 +17,7 @@ from duo_jax import generate
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli import model_flags
 from duo_jax.heads.pattern import Pattern, save_pattern
-from duo_jax.session import session as session_module
+from duo_jax.session import row_cache
 from tests import models
 from tests.duo_jax.test_api import GATES, PATTERN, TEMPLATE, TEXT, VOCAB
 from tests.processes import without_plugin_log
@@ -248,7 +248,7 @@ def test_an_unwritable_place_is_refused_before_any_work(error, tmp_path, monkeyp
 
 
 def test_an_interrupt_while_reading_ends_cleanly(run, capsys, tmp_path, monkeypatch):
-    prefill, calls = session_module._prefill, []
+    prefill, calls = row_cache._prefill, []
 
     def interrupted(*args, **settings):
         calls.append(1)
@@ -256,7 +256,7 @@ def test_an_interrupt_while_reading_ends_cleanly(run, capsys, tmp_path, monkeypa
             raise KeyboardInterrupt
         return prefill(*args, **settings)
 
-    monkeypatch.setattr(session_module, "_prefill", interrupted)
+    monkeypatch.setattr(row_cache, "_prefill", interrupted)
     with pytest.raises(SystemExit) as ended:
         run("--prompt", TEXT, "--save-cache", tmp_path / "cache")
     assert ended.value.code == 130
@@ -270,14 +270,14 @@ def test_an_interrupt_while_reading_ends_cleanly(run, capsys, tmp_path, monkeypa
 def test_an_interrupt_between_two_chunks_keeps_what_was_read(
     run, expected, tmp_path, monkeypatch, capsys
 ):
-    prefill = session_module._prefill
+    prefill = row_cache._prefill
 
     def signalled(*args, **settings):
         signal.raise_signal(signal.SIGINT)
         return prefill(*args, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "_prefill", signalled)
+        patch.setattr(row_cache, "_prefill", signalled)
         with pytest.raises(SystemExit):
             run("--prompt", TEXT + QUESTION, "--save-cache", tmp_path / "cache")
     marker = json.loads((tmp_path / "cache/cache.json").read_text())

@@ -18,7 +18,6 @@ from duo_jax.heads.split import duo_config
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
-from duo_jax.session.writing import write_tokens
 from tests import models
 from tests.golden import generate
 
@@ -47,7 +46,7 @@ def runtime(folder, heads, *, recent=16) -> Runtime:
 def write(runtime: Runtime, prompts: list[list[int]], **settings) -> np.ndarray:
     session = Session(runtime, batch_size=len(prompts))
     session.append(prompts)
-    new = write_tokens(session, max_new_tokens=generate.NEW_TOKENS, **settings)
+    new = session.decode(max_new_tokens=generate.NEW_TOKENS, **settings)
     return np.concatenate([np.array(part) for part in new], axis=1)
 
 
@@ -110,7 +109,7 @@ def test_texts_equal_those_of_transformers(tmp_path):
     [free] = model.generate(prompts[:1], max_new_tokens=24)
     session = Session(model.runtime)
     session.append([model.tokenizer(prompts[0])["input_ids"]])
-    tokens = [token for [new] in write_tokens(session, max_new_tokens=24) for token in new]
+    tokens = [token for [new] in session.decode(max_new_tokens=24) for token in new]
     stop = next(token for i, token in enumerate(tokens) if i > 3 and token not in tokens[:i])
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": [1, {stop}]}}')
 

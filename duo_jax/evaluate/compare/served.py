@@ -35,8 +35,8 @@ def predict(
     """
     session = Session(runtime, batch_size=len(texts), max_len=length + room)
     session.append([text.tolist() for text in texts])
-    first = _likeliest(session.ready(room=0))
-    cache = session.take()
+    with session.borrowed() as loan:
+        cache, first = loan.take(), _likeliest(loan.logits)
     num_bytes = live_bytes(cache) // len(texts)
     given, counts = pad(tails, room)
     # The last token of a tail is predicted, not given.

@@ -74,9 +74,9 @@ def read(
     # The session reads the last token itself, a chunk of one, which leaves it the logits.
     decoded = [tail[:-1] for tail in tails]
     if any(decoded):
-        session.ready(room=max(map(len, tails)) + room)
-        cache, *_ = _follow(runtime, session.take(), tails)
-        session.give_back(cache, decoded)
+        with session.borrowed(room=max(map(len, tails)) + room) as loan:
+            loan.cache, *_ = _follow(runtime, loan.take(), tails)
+            loan.tokens = decoded
     session.append([tail[-1:] for tail in tails], room=room)
     return session
 
@@ -108,8 +108,8 @@ def score(
 
     room = max(0, max(map(len, rows)) - 1)
     session = read(runtime, contexts, decode_last=decode_last, room=room)
-    logits = session.ready(room=room)
-    cache = session.take()
+    with session.borrowed(room=room) as loan:
+        cache, logits = loan.take(), loan.logits
     if of_context != list(range(size)):
         cache, logits = _rows(cache, logits, jnp.array(of_context, jnp.int32))
     measured = CacheSize(

@@ -32,7 +32,7 @@ from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.evaluate.harness.generation import Generation, read_arguments
 from duo_jax.evaluate.results import describe as settings
 from duo_jax.heads.choose import NO_PATTERN
-from duo_jax.session.writing import SEGMENT, write_text
+from duo_jax.session.text import write_text
 
 # A request's texts (None: part of a longer text), its context and its continuation.
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -253,7 +253,6 @@ class DuoLM(TemplateLM):
             stop=writing.until,
             seed=self._seed % 2**32,
             sampling=writing.sampling,
-            segment=SEGMENT,
             continues=False,
         )
         self._seed += 1  # a task may ask several times for the same text

@@ -18,9 +18,8 @@ from duo_jax.evaluate.results import grid, heat_map, scores
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
-from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.session import Session
-from duo_jax.session.writing import SEGMENT, write_text
+from duo_jax.session.text import write_text
 
 TASK = "needle"
 _DESCRIPTION = """\
@@ -150,10 +149,6 @@ def _answer(
         session,
         model.tokenization,
         max_new_tokens=new,
-        stop=(),
-        seed=0,
-        sampling=SamplingConfig(),
-        segment=SEGMENT,
         continues=not config.chat,
     ):
         written = [text + piece for text, piece in zip(written, pieces, strict=True)]

@@ -47,18 +47,19 @@ def _batch(runtime: Runtime, samples: Sequence[Sample]) -> Retrieved:
     session = Session(runtime, batch_size=len(samples))
     texts = [sample.tokens[: sample.tail_start].tolist() for sample in samples]
     session.append(texts, room=longest)
-    cache = session.take()
-    num_bytes = live_bytes(cache) // len(samples)
     padded = np.stack([np.pad(tail, (0, longest - tail.size)) for tail in tails])
     active = np.arange(longest) < np.array([[tail.size] for tail in tails])
-    logits, _ = decode_tokens(
-        runtime.config,
-        runtime.params,
-        cache,
-        jnp.asarray(padded),
-        jnp.asarray(active),
-        implementation=runtime.implementation,
-    )
+    with session.borrowed(room=longest) as loan:
+        cache = loan.take()
+        num_bytes = live_bytes(cache) // len(samples)
+        logits, _ = decode_tokens(
+            runtime.config,
+            runtime.params,
+            cache,
+            jnp.asarray(padded),
+            jnp.asarray(active),
+            implementation=runtime.implementation,
+        )
     logits = np.asarray(logits, np.float32)
     right = [
         [

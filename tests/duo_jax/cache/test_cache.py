@@ -10,7 +10,7 @@ import pytest
 from duo_jax import cache as caches
 from duo_jax import serve
 from duo_jax.cache import KVCache, cache_bytes, init_cache
-from duo_jax.cache.update import append, append_to_ring, past
+from duo_jax.cache.update import append, append_to_ring, append_token_to_ring, past
 from duo_jax.heads.split import DuoConfig, split_params
 from duo_jax.model.config import ModelConfig
 from tests.params import random_params
@@ -91,10 +91,14 @@ def test_no_tokens_change_no_bit(length):
     new = jnp.full((BATCH, length, KV_HEADS, HEAD_DIM), jnp.nan)
     nothing = jnp.zeros(BATCH, jnp.int32)
     lengths = jnp.array([0, 7, 23])
-    for got in (
+    place = {"lengths": lengths, "num_tokens": nothing, "sink_size": 4}
+    unchanged = [
         append(cache, new, new, starts=lengths, num_tokens=nothing),
-        append_to_ring(cache, new, new, lengths=lengths, num_tokens=nothing, sink_size=4),
-    ):
+        append_to_ring(cache, new, new, **place),
+    ]
+    if length == 1:
+        unchanged.append(append_token_to_ring(cache, new, new, **place))
+    for got in unchanged:
         assert_holds(got, [[None] * 10] * BATCH)
 
 
@@ -116,6 +120,9 @@ def append_and_lay_out(cache, new, lengths, num_tokens, sink_size):
     return append_to_ring(cache, new, -new, **args), past(cache, new, -new, **args)
 
 
+append_one = functools.partial(jax.jit, static_argnames="sink_size")(append_token_to_ring)
+
+
 RINGS = [(4, 6), (0, 5), (3, 1), (0, 1), (1, 16)]
 
 
@@ -131,11 +138,14 @@ def test_after_any_chunks_every_slot_holds_what_the_definition_says(sink, recent
         new = numbered(lengths[:, None] + np.arange(width))
         padding = (np.arange(width) >= num_tokens[:, None])[:, :, None, None]
         new = jnp.where(padding, jnp.nan, new)
-        cache, _ = append_and_lay_out(
-            cache, new, jnp.asarray(lengths), jnp.asarray(num_tokens), sink_size=sink
-        )
+        place = {"lengths": jnp.asarray(lengths), "num_tokens": jnp.asarray(num_tokens)}
+        before = cache
+        cache, _ = append_and_lay_out(cache, new, **place, sink_size=sink)
         lengths += num_tokens
-        assert_holds(cache, [ring_positions(n, sink=sink, recent=recent) for n in lengths])
+        expected = [ring_positions(n, sink=sink, recent=recent) for n in lengths]
+        assert_holds(cache, expected)
+        if width == 1:
+            assert_holds(append_one(before, new, -new, **place, sink_size=sink), expected)
     assert lengths.min() > 3 * (sink + recent)
 
 

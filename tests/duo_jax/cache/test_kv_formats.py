@@ -133,7 +133,9 @@ def one_layer(kv: str, q, k, v, cuts, *, retrieval: int):
     for cut in cuts:
         at = int(lengths[0])
         parts = (x[:, at : at + cut] for x in (q, k, v))
-        out, layer = attend(*parts, (layer, lengths, jnp.full(2, cut, jnp.int32)))
+        num_tokens = jnp.full(2, cut, jnp.int32)
+        place = attention.LayerInput(cache=layer, lengths=lengths, num_tokens=num_tokens)
+        out, layer = attend(*parts, place)
         outs.append(out)
         lengths = lengths + cut
     return np.concatenate(outs, axis=1)

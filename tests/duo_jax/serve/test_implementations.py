@@ -62,7 +62,7 @@ def written(implementation: str, mode: str):
         options,
         stops,
         jnp.array([12, 12], jnp.int32),
-        capacity=12,
+        size=12,
         implementation=implementation,
     )
     return np.asarray(last), np.asarray(new)

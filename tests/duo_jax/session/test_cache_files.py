@@ -16,7 +16,6 @@ from duo_jax.model.config import parse_config
 from duo_jax.session import cache_files
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
-from duo_jax.session.writing import write_tokens
 from tests import models
 from tests.params import random_params
 
@@ -43,7 +42,7 @@ def runtime(*, heads=HEADS, sink=4, recent=8, seed=0, dtype="float32", **setting
 
 def write(session: Session, count: int = 10) -> list[list[int]]:
     rows = [[] for _ in session.tokens]
-    for new in write_tokens(session, max_new_tokens=count):
+    for new in session.decode(max_new_tokens=count):
         for row, tokens in zip(rows, new, strict=True):
             row.extend(tokens)
     return rows
@@ -58,7 +57,8 @@ def assert_equal(session: Session, other: Session) -> None:
     for mine, theirs in pairs:
         for row, length in enumerate(lengths):
             assert (mine[row, :, :length] == theirs[row, :, :length]).all()
-    assert np.array_equal(session.ready(room=1), other.ready(room=1))
+    with session.borrowed() as mine, other.borrowed() as theirs:
+        assert np.array_equal(mine.logits, theirs.logits)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model.config import parse_config
 from duo_jax.serve import decoding
 from duo_jax.serve.sampling import SamplingConfig
-from duo_jax.session import session as session_module
+from duo_jax.serve.teacher_forcing import decode_tokens
+from duo_jax.session import limits, row_cache
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
-from duo_jax.session.writing import write_tokens
 from tests import models
 from tests.params import random_params
 
@@ -44,7 +44,7 @@ def prompt(length, seed=0):
 
 def write(session, max_new_tokens=12, **settings):
     rows = [[] for _ in session.tokens]
-    for new in write_tokens(session, max_new_tokens=max_new_tokens, **settings):
+    for new in session.decode(max_new_tokens=max_new_tokens, **settings):
         for row, tokens in zip(rows, new, strict=True):
             row.extend(tokens)
     return rows
@@ -121,7 +121,7 @@ def test_rows_stop_one_by_one(runtime):
 def test_a_caller_can_end_a_row(runtime):
     session, ended, counts = Session(runtime, batch_size=2), set(), [0, 0]
     session.append([prompt(5), prompt(7)])
-    for new in write_tokens(session, max_new_tokens=10, segment=2, ended=ended):
+    for new in session.decode(max_new_tokens=10, segment=2, ended=ended):
         counts = [count + len(row) for count, row in zip(counts, new, strict=True)]
         ended.add(1)
     assert counts == [10, 1]
@@ -180,7 +180,7 @@ def test_the_same_text_without_its_last_token_is_read_again(runtime):
 
 
 def test_a_cache_grows_with_its_text(runtime, monkeypatch):
-    monkeypatch.setattr(session_module, "_SMALLEST_CACHE", 8)
+    monkeypatch.setattr(limits, "_SMALLEST_CACHE", 8)
     session = Session(runtime)
     session.append([prompt(10)])
     small = session.capacity
@@ -203,7 +203,7 @@ def test_an_interrupted_step_is_made_up_for(runtime, monkeypatch):
     assert session.tokens == [prompt(20) + expected[:1]]
     assert write(session, 11) == [expected[1:]]
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "_prefill", interrupted)
+        patch.setattr(row_cache, "_prefill", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.append([prompt(5, seed=1)])
     after = read_and_write(runtime, prompt(20) + expected + prompt(5, seed=1))
@@ -212,7 +212,7 @@ def test_an_interrupted_step_is_made_up_for(runtime, monkeypatch):
 
 def test_one_compilation_serves_a_length_bucket(runtime):
     def traces():
-        return session_module._prefill._cache_size(), decoding.decode_segment._cache_size()
+        return row_cache._prefill._cache_size(), decoding.decode_segment._cache_size()
 
     read_and_write(runtime, prompt(5), sampling=SamplingConfig(temperature=0.5))
     before = traces()
@@ -265,23 +265,65 @@ def test_impossible_sessions(runtime):
     with pytest.raises(InputError, match="cache of 0 tokens"):
         Session(runtime, max_len=0)
     with pytest.raises(InputError, match="max_new_tokens 0"):
-        next(write_tokens(Session(runtime), max_new_tokens=0))
+        next(Session(runtime).decode(max_new_tokens=0))
     with pytest.raises(InputError, match="nothing has been read"):
         Session(runtime).snapshot()
     with pytest.raises(InputError, match="1 rows of tokens for a session of 2"):
         Session(runtime, batch_size=2).append([[1]])
 
 
-def test_a_stream_ends_when_its_session_goes_on_without_it(runtime):
+def borrow(session):
+    with session.borrowed():
+        pass
+
+
+@pytest.mark.parametrize(
+    "meanwhile",
+    [
+        lambda session: session.append([prompt(3, seed=1)]),
+        lambda session: next(session.decode(max_new_tokens=10)),
+        borrow,
+    ],
+    ids=["more text", "another stream", "a loan"],
+)
+def test_a_stream_ends_when_its_session_goes_on_without_it(runtime, meanwhile):
     session = Session(runtime)
     session.append([prompt(9)])
-    stream = write_tokens(session, max_new_tokens=10, segment=1)
+    stream = session.decode(max_new_tokens=10, segment=1)
     next(stream)
-    session.append([prompt(3, seed=1)])
+    meanwhile(session)
     after = [*session.tokens[0]]
     with pytest.raises(InputError, match="went on meanwhile"):
         next(stream)
     assert write(session) == read_and_write(runtime, after)
+
+
+def test_a_borrowed_cache_comes_back_with_the_tokens_that_were_decoded(runtime):
+    session = Session(runtime)
+    session.append([prompt(9)])
+    more = prompt(3, seed=1)
+    with session.borrowed(room=3) as loan:
+        _, loan.cache = decode_tokens(
+            runtime.config,
+            runtime.params,
+            loan.take(),
+            jnp.array([more]),
+            jnp.ones((1, 3), bool),
+            implementation="xla",
+        )
+        loan.tokens = [more]
+    assert session.tokens == [prompt(9) + more]
+    assert np.asarray(session.cache.lengths).tolist() == [12]
+    assert write(session) == read_and_write(runtime, prompt(9) + more)
+
+
+def test_a_cache_that_a_borrower_lost_is_read_again(runtime):
+    session = Session(runtime)
+    session.append([prompt(9)])
+    with pytest.raises(KeyboardInterrupt), session.borrowed():
+        raise KeyboardInterrupt
+    assert session.cache is None
+    assert write(session) == read_and_write(runtime, prompt(9))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,71 @@
+"""The limits of a session's rows: tokens a row may have, and slots of the cache it is given."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from duo_jax.errors import InputError
+from duo_jax.model.config import ModelConfig
+
+_SMALLEST_CACHE = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a model, and a cache of a chosen size, can hold."""
+
+    architecture: ModelConfig
+    max_len: int | None  # slots of the cache; None: as many as the rows need
+
+    def __post_init__(self) -> None:
+        if self.max_len is not None and self.max_len < 1:
+            raise InputError(f"a cache of {self.max_len} tokens cannot hold anything")
+
+    @property
+    def longest(self) -> int:
+        """Tokens that a row may have."""
+        model = self.architecture.max_positions
+        return model if self.max_len is None else min(model, self.max_len)
+
+    def capacity(self, size: int) -> int:
+        """Return how many slots a cache gets that must hold rows of `size` tokens.
+
+        Sizes are rounded up, by at most an eighth, so that few of them need a program of their own.
+        """
+        step = max(_SMALLEST_CACHE, 1 << max(0, size.bit_length() - 4))
+        return self.max_len or min(-(-size // step) * step, self.longest)
+
+    def check(self, rows: Sequence[Sequence[int]]) -> None:
+        """Refuse rows that cannot be read.
+
+        Raises:
+          InputError: a row is empty or too long, or has a token that is not in the vocabulary.
+        """
+        if not all(rows):
+            raise InputError("the prompt is empty: there is no token to start from")
+        vocab_size = self.architecture.vocab_size
+        for token in (min(map(min, rows)), max(map(max, rows))):
+            if not 0 <= token < vocab_size:
+                raise InputError(
+                    f"token {token:,} is not one of the model's {vocab_size:,}; do tokenizer and "
+                    "model belong together?"
+                )
+        size = max(map(len, rows))
+        if size > self.longest:
+            raise InputError(f"{size:,} tokens are too many: {self._reason()}")
+
+    def room(self, rows: Sequence[Sequence[int]]) -> list[int]:
+        """Return how many tokens each row may still get.
+
+        Raises:
+          InputError: as `check`, or a row is full.
+        """
+        self.check(rows)
+        size = max(map(len, rows))
+        if size == self.longest:
+            raise InputError(f"{size:,} tokens leave no room for new ones: {self._reason()}")
+        return [self.longest - len(row) for row in rows]
+
+    def _reason(self) -> str:
+        if self.longest == self.max_len:
+            return f"the cache was made for {self.longest:,}"
+        return f"the model's range is {self.longest:,}"

@@ -1,0 +1,121 @@
+"""The cache behind a session: it holds a prefix of every row and reads what it lacks, in chunks."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from duo_jax import cache as caches
+from duo_jax import serve
+from duo_jax.cache import Cache
+from duo_jax.session.limits import Limits
+from duo_jax.session.runtime import Runtime
+from duo_jax.session.timing import Timing
+
+Progress = Callable[[int, int], None]  # tokens read, tokens to read
+Rows = Sequence[Sequence[int]]
+
+_SMALLEST_CHUNK = 16
+
+_prefill = jax.jit(
+    serve.prefill, static_argnames=("config", "mode", "implementation"), donate_argnames="cache"
+)
+
+
+class RowCache:
+    """The cache of a batch of rows, and the logits after some of their tokens.
+
+    Args:
+      runtime: the model.
+      batch_size: number of rows.
+      limits: what the rows may grow to.
+      timing: where reading is counted.
+    """
+
+    def __init__(self, runtime: Runtime, batch_size: int, limits: Limits, timing: Timing) -> None:
+        self.cache: Cache | None = None  # None before anything is read, and while it is lent
+        self.capacity = 0  # tokens that a row of the cache can hold
+        self.logits: Float[Array, "batch vocab"] | None = None  # after logits_at tokens of each row
+        self.logits_at = [0] * batch_size
+        self._runtime, self._batch_size = runtime, batch_size
+        self._limits, self._timing = limits, timing
+
+    @property
+    def held(self) -> list[int]:
+        """Tokens of each row that are in the cache."""
+        if self.cache is None:
+            return [0] * self._batch_size
+        return np.asarray(self.cache.lengths).tolist()
+
+    def empty(self, size: int) -> Cache:
+        """Return an empty cache with room for `size` tokens in every row."""
+        return caches.init_cache(
+            self._runtime.config,
+            batch_size=self._batch_size,
+            max_len=self._limits.capacity(size),
+            dtype=self._runtime.dtype,
+            kv=self._runtime.kv_format,
+        )
+
+    def read(
+        self, rows: Rows, *, room: int = 0, progress: Progress | None = None
+    ) -> Float[Array, "batch vocab"]:
+        """Bring the cache to the end of every row, and return the logits there.
+
+        Args:
+          rows: begin with what the cache holds.
+          room: tokens for which the cache should have room beyond the rows.
+          progress: called after every chunk.
+        """
+        size = max(map(len, rows)) + room
+        ends = zip(self.held, rows, self.logits_at, strict=True)
+        if any(held == len(row) != known for held, row, known in ends):
+            self.cache = None  # an end is held, but its logits are forgotten: read again
+        self._reserve(size)
+        done, total = 0, sum(map(len, rows)) - sum(self.held)
+        while done < total:
+            with self._timing.prefill():
+                read = self._read_chunk(rows)
+            self.logits_at = self.held
+            self._timing.prefill_tokens += read
+            done += read
+            if progress is not None:
+                progress(done, total)  # may raise: everything is in order by now
+        assert self.logits is not None
+        return self.logits
+
+    def _reserve(self, size: int) -> None:
+        """Give every row room for `size` tokens."""
+        capacity = self._limits.capacity(size)
+        if self.cache is None:
+            self.cache, self.capacity = self.empty(size), capacity
+        elif capacity > self.capacity:
+            self.cache, self.capacity = caches.grow(self.cache, max_len=capacity), capacity
+
+    def _read_chunk(self, rows: Rows) -> int:
+        """Read one chunk of every row that is not at its end; return how many tokens."""
+        chunk = self._runtime.prefill_chunk
+        parts = [list(row[n : n + chunk]) for row, n in zip(rows, self.held, strict=True)]
+        longest = max(map(len, parts))
+        # Widths are powers of two, so that few programs serve all lengths.
+        width = min(chunk, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
+        width = 1 if longest == 1 else width
+        num_tokens = np.array([len(part) for part in parts], np.int32)
+        padded = np.array([part + [0] * (width - len(part)) for part in parts], np.int32)
+        donated, self.cache = self.cache, None
+        logits, cache = _prefill(
+            self._runtime.config,
+            self._runtime.params,
+            donated,
+            jnp.asarray(padded),
+            jnp.asarray(num_tokens),
+            mode=self._runtime.prefill_mode,
+            implementation=self._runtime.implementation,
+            total_lengths=jnp.array([len(row) for row in rows], jnp.int32),
+        )
+        if self.logits is not None:
+            logits = jnp.where(jnp.asarray(num_tokens > 0)[:, None], logits, self.logits)
+        self.logits, self.cache = logits.block_until_ready(), cache
+        return int(num_tokens.sum())
