@@ -5,7 +5,8 @@ import pathlib
 
 import tyro
 
-from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
+from duo_jax.data.passkey_templates import ORDINALS
+from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig, RopeConfig
 
