@@ -19,7 +19,7 @@ import numpy as np
 from duo_jax.checkpoints.orbax_checkpoint import nested, quiet_orbax, stored_shapes
 from duo_jax.checkpoints.tensor_info import cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.weights import Weights
+from duo_jax.checkpoints.weights import WeightFiles
 from duo_jax.model.quantised_weights import StoredFormat, quantise
 
 _MIN_GROUP = 1 << 24
@@ -28,19 +28,19 @@ _CHUNK = 1 << 23
 
 def write_params(
     path: pathlib.Path,
-    weights: Weights,
+    weight_files: WeightFiles,
     *,
     dtype: np.dtype | None,
     stored: StoredFormat = "model",
     progress: Callable[[int], object],
 ) -> None:
-    """Write all tensors of `weights` below `path`, which must not exist.
+    """Write all tensors of `weight_files` below `path`, which must not exist.
 
     Args:
       path: the orbax checkpoint to make.
-      weights: where tensors come from.
+      weight_files: where tensors come from.
       dtype: type to cast to; None keeps each tensor's own.
-      stored: format of the layers' projections; quantised ones are made from what `weights` reads.
+      stored: format of the layers' projections; "int8" and "int4" quantise the values read.
       progress: called with the number of bytes read, again and again.
 
     Raises:
@@ -52,13 +52,13 @@ def write_params(
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = _CHUNK
     with context:
-        for group in _groups(weights, dtype):
+        for group in _groups(weight_files, dtype):
             arrays = {}
             for tensor in group:
-                arrays |= _stored(tensor, weights.read(tensor), dtype, stored)
+                arrays |= _stored(tensor, weight_files.read(tensor), dtype, stored)
             with quiet_orbax():
                 ocp.partial.save(path, nested(arrays))
-            progress(sum(weights.dtype(tensor).itemsize * tensor.size for tensor in group))
+            progress(sum(weight_files.dtype(tensor).itemsize * tensor.size for tensor in group))
         with quiet_orbax():
             ocp.partial.finalize(path)
 
@@ -74,13 +74,16 @@ def _stored(
     return dict(zip(paths, (kernel.values, kernel.scales), strict=True))
 
 
-def _groups(weights: Weights, dtype: np.dtype | None) -> Iterator[list[Tensor]]:
+def _groups(weight_files: WeightFiles, dtype: np.dtype | None) -> Iterator[list[Tensor]]:
     """Split the tensors, in order, into groups no larger than the largest of them."""
-    sizes = [(dtype or weights.dtype(tensor)).itemsize * tensor.size for tensor in weights.tensors]
+    sizes = [
+        (dtype or weight_files.dtype(tensor)).itemsize * tensor.size
+        for tensor in weight_files.tensors
+    ]
     limit = max(_MIN_GROUP, *sizes)
     group: list[Tensor] = []
     group_size = 0
-    for tensor, size in zip(weights.tensors, sizes, strict=True):
+    for tensor, size in zip(weight_files.tensors, sizes, strict=True):
         if group_size + size > limit:
             yield group
             group, group_size = [], 0

@@ -15,14 +15,14 @@ import numpy as np
 from duo_jax.checkpoints.safetensors_files import INDEX_FILE
 from duo_jax.checkpoints.tensor_info import DTYPES, cast
 from duo_jax.checkpoints.tensor_names import Tensor
-from duo_jax.checkpoints.weights import Weights
+from duo_jax.checkpoints.weights import WeightFiles
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_params(
     folder: pathlib.Path,
-    weights: Weights,
+    weight_files: WeightFiles,
     *,
     dtype: np.dtype | None,
     max_shard_size: int,
@@ -32,7 +32,7 @@ def write_params(
 
     Args:
       folder: where; must exist.
-      weights: where tensors come from.
+      weight_files: where tensors come from.
       dtype: type to cast to; None keeps each tensor's own.
       max_shard_size: largest file, in bytes of tensors; a larger tensor gets a file of its own.
       progress: called with the number of bytes read, again and again.
@@ -40,9 +40,9 @@ def write_params(
     Raises:
       InputError: a tensor cannot be read or cast.
     """
-    tensors = {tensor.name: tensor for tensor in weights.tensors}
+    tensors = {tensor.name: tensor for tensor in weight_files.tensors}
     sizes = {
-        name: (dtype or weights.dtype(tensor)).itemsize * tensor.size
+        name: (dtype or weight_files.dtype(tensor)).itemsize * tensor.size
         for name, tensor in tensors.items()
     }
     # The library asks for tensors only to measure them.
@@ -54,7 +54,7 @@ def write_params(
     )
     for file_name, names in shards.filename_to_tensors.items():
         shard = [tensors[name] for name in names]
-        _write_file(folder / file_name, shard, weights, dtype, progress)
+        _write_file(folder / file_name, shard, weight_files, dtype, progress)
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -63,12 +63,12 @@ def write_params(
 def _write_file(
     path: pathlib.Path,
     tensors: list[Tensor],
-    weights: Weights,
+    weight_files: WeightFiles,
     dtype: np.dtype | None,
     progress: Callable[[int], object],
 ) -> None:
     def stored(tensor: Tensor) -> np.dtype:
-        return dtype or weights.dtype(tensor)
+        return dtype or weight_files.dtype(tensor)
 
     # Wide types first, as the library does, so that every tensor is aligned.
     tensors = sorted(tensors, key=lambda tensor: (-stored(tensor).itemsize, tensor.name))
@@ -88,6 +88,6 @@ def _write_file(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
-            array = tensor.to_hf(cast(weights.read(tensor), stored(tensor), tensor.name))
+            array = tensor.to_hf(cast(weight_files.read(tensor), stored(tensor), tensor.name))
             file.write(array.reshape(-1).view(np.uint8).data)
-            progress(weights.dtype(tensor).itemsize * tensor.size)
+            progress(weight_files.dtype(tensor).itemsize * tensor.size)

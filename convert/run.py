@@ -21,39 +21,39 @@ from duo_jax.checkpoints.orbax_checkpoint import (
 )
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import shortened
-from duo_jax.checkpoints.weights import HuggingFaceWeights, Weights, open_weights
+from duo_jax.checkpoints.weights import HuggingFaceFiles, WeightFiles, open_weights
 from duo_jax.errors import InputError
 from duo_jax.files import new_folder, read_json
 
 
-def convert(config: ConvertConfig) -> None:
-    """Write the model `config.src` to the folder `config.dst`, which appears when complete.
+def convert(flags: ConvertConfig) -> None:
+    """Write the model `flags.src` to the folder `flags.dst`, which appears when complete.
 
     Host memory peaks at about one tensor (the largest, in whatever order) beyond the mapped files.
 
     Raises:
-      InputError: there is no such model, it cannot be read, or `config.dst` cannot be written.
+      InputError: there is no such model, it cannot be read, or `flags.dst` cannot be written.
     """
-    source = pretrained.resolve(config.src, allow_pickle=config.allow_pickle)
-    weight_files = _open(source, allow_pickle=config.allow_pickle)
+    source = pretrained.resolve(flags.src, allow_pickle=flags.allow_pickle)
+    weight_files = _open(source, allow_pickle=flags.allow_pickle)
     if weight_files.format != "model":
         raise InputError(
-            f"{config.src} holds {weight_files.format} weights, which cannot be converted again: "
+            f"{flags.src} holds {weight_files.format} weights, which cannot be converted again: "
             "the original values are lost; name the model that it was converted from"
         )
-    dtype = None if config.dtype is None else np.dtype(config.dtype)
+    dtype = None if flags.dtype is None else np.dtype(flags.dtype)
     tensors = weight_files.tensors
     total = sum(weight_files.dtype(tensor).itemsize * tensor.size for tensor in tensors)
     with (
-        new_folder(config.dst) as folder,
+        new_folder(flags.dst) as folder,
         tqdm(total=total, unit="B", unit_scale=True, disable=None, desc="converting") as bar,
     ):
-        if config.to_hf:
+        if flags.to_hf:
             huggingface_writer.write_params(
                 folder,
                 weight_files,
                 dtype=dtype,
-                max_shard_size=int(config.max_shard_gb * 1e9),
+                max_shard_size=int(flags.max_shard_gb * 1e9),
                 progress=bar.update,
             )
         else:
@@ -61,23 +61,23 @@ def convert(config: ConvertConfig) -> None:
                 folder / PARAMS_FOLDER,
                 weight_files,
                 dtype=dtype,
-                stored=config.weights,
+                stored=flags.weights,
                 progress=bar.update,
             )
-            marker = json.dumps(marker_of(config.weights))
+            marker = json.dumps(marker_of(flags.weights))
             (folder / MARKER_FILE).write_text(marker + "\n", encoding="utf-8")
         left_out = other_files.copy(source, folder)
         if dtype is not None:
             _rewrite_dtype(folder / "config.json", dtype)
-    print(f"{config.dst} is complete: {len(tensors)} tensors, {total / 1e9:.3g} GB read")
+    print(f"{flags.dst} is complete: {len(tensors)} tensors, {total / 1e9:.3g} GB read")
     if left_out:
         print(f"not copied: {shortened(left_out)}")
 
 
-def _open(folder: pathlib.Path, *, allow_pickle: bool) -> Weights:
+def _open(folder: pathlib.Path, *, allow_pickle: bool) -> WeightFiles:
     if allow_pickle and not is_checkpoint(folder) and not has_safetensors(folder):
-        config = pretrained.load_config(folder)
-        return HuggingFaceWeights(PickledFiles(folder), config, str(folder))
+        architecture = pretrained.load_config(folder)
+        return HuggingFaceFiles(PickledFiles(folder), architecture, str(folder))
     return open_weights(folder)
 
 

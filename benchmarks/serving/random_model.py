@@ -25,13 +25,13 @@ _SHARD_SIZE = 10**12  # one file
 
 
 class RandomWeights:
-    """Tensors drawn when they are read (a duo_jax.checkpoints.weights.Weights)."""
+    """Tensors drawn when they are read (a duo_jax.checkpoints.weights.WeightFiles)."""
 
     format: StoredFormat = "model"
 
-    def __init__(self, config: ModelConfig, dtype: str, seed: int) -> None:
-        self.config = config
-        self.tensors = tensor_names.tensors(config)
+    def __init__(self, architecture: ModelConfig, dtype: str, seed: int) -> None:
+        self.architecture = architecture
+        self.tensors = tensor_names.tensors(architecture)
         self._dtype, self._seed = _DTYPES[dtype], seed
 
     def dtype(self, tensor: Tensor) -> np.dtype:

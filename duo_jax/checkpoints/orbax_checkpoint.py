@@ -42,16 +42,16 @@ VERSION = 1
 QUANTISED_VERSION = 2  # refused by readers that know nothing of quantised weights
 
 
-class CheckpointWeights:
+class CheckpointFiles:
     """Tensors of a converted checkpoint.
 
     Raises:
       InputError: the checkpoint is damaged, of another version, or does not fit its config.json.
     """
 
-    def __init__(self, folder: pathlib.Path, config: ModelConfig) -> None:
-        self.config = config
-        self.tensors = tensor_names.tensors(config)
+    def __init__(self, folder: pathlib.Path, architecture: ModelConfig) -> None:
+        self.architecture = architecture
+        self.tensors = tensor_names.tensors(architecture)
         self._path = folder.absolute() / PARAMS_FOLDER
         self.format: StoredFormat = _read_marker(folder / MARKER_FILE)
         self._metadata = self._read_metadata()

@@ -22,7 +22,7 @@ from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.weights import Weights, open_weights
+from duo_jax.checkpoints.weights import WeightFiles, open_weights
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
@@ -123,19 +123,19 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
       InputError: files are missing or damaged, or tensors do not fit config.json; all of them are
         listed at once.
     """
-    weights = open_weights(folder)
-    if weights.format != "model":
+    weight_files = open_weights(folder)
+    if weight_files.format != "model":
         raise InputError(
-            f"{folder} holds {weights.format} weights, which can be served but not trained with: "
-            "name the model that it was converted from"
+            f"{folder} holds {weight_files.format} weights, which can be served but not trained "
+            "with: name the model that it was converted from"
         )
     parts: dict[Path, list[Tensor]] = {}  # in order of layers
-    for tensor in weights.tensors:
+    for tensor in weight_files.tensors:
         parts.setdefault(tensor.path, []).append(tensor)
     # The array is handed over, so that a leaf is on the device before the next one is read.
     return nested(
         {
-            path: jax.device_put(_read_leaf(weights, tensors, dtype)).block_until_ready()
+            path: jax.device_put(_read_leaf(weight_files, tensors, dtype)).block_until_ready()
             for path, tensors in parts.items()
         }
     )
@@ -163,11 +163,12 @@ def load_split_params(
       InputError: as `load_params`; or the folder holds weights that are quantised otherwise.
     """
     check_weight_format(weights)
-    files = open_weights(folder)
-    if files.format not in ("model", stored_format(weights)):
-        fitting = [name for name in get_args(WeightFormat) if stored_format(name) == files.format]
+    weight_files = open_weights(folder)
+    if weight_files.format not in ("model", stored_format(weights)):
+        stored = weight_files.format
+        fitting = [name for name in get_args(WeightFormat) if stored_format(name) == stored]
         raise InputError(
-            f"{folder} holds {files.format} weights: load it with weights {' or '.join(fitting)}, "
+            f"{folder} holds {stored} weights: load it with weights {' or '.join(fitting)}, "
             f"not {weights}"
         )
 
@@ -175,19 +176,21 @@ def load_split_params(
         return weights != "model" and is_quantised(tensor.path)
 
     if dtype is None:
-        stored = {files.dtype(tensor) for tensor in files.tensors if not quantised(tensor)}
-        dtype = stored.pop() if len(stored) == 1 else np.float32
+        plain = (tensor for tensor in weight_files.tensors if not quantised(tensor))
+        dtype = _common_dtype({weight_files.dtype(tensor) for tensor in plain})
     ends: dict[Path, Any] = {}
     layers: list[dict[Path, Any]] = [{} for _ in heads]
-    bar = tqdm(files.tensors, desc="weights", unit="tensor", leave=False, disable=None)
+    bar = tqdm(weight_files.tensors, desc="weights", unit="tensor", leave=False, disable=None)
     for tensor in bar:
-        leaf = files.read(tensor)
+        leaf = weight_files.read(tensor)
         if not quantised(tensor):
             array = np.empty(tensor.shape, np.dtype(dtype))
             copy_cast(array, leaf, tensor.name)
             leaf = array
         if tensor.layer is not None:
-            leaf = split.reorder(files.config, tensor.path[-2:], leaf, heads[tensor.layer])
+            leaf = split.reorder(
+                weight_files.architecture, tensor.path[-2:], leaf, heads[tensor.layer]
+            )
         if quantised(tensor):
             leaf = _quantised(tensor, leaf, weights)
         leaf = jax.block_until_ready(jax.device_put(leaf))
@@ -222,23 +225,29 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 
 
 def _quantised(
-    tensor: Tensor, leaf: np.ndarray | QuantisedKernel, weights: WeightFormat
+    tensor: Tensor, leaf: np.ndarray | QuantisedKernel, weight_format: WeightFormat
 ) -> QuantisedKernel:
     """Return one projection in the format that is wanted, quantising what is not yet."""
     if isinstance(leaf, QuantisedKernel):
-        return dataclasses.replace(leaf, format=weights)
-    return quantise(leaf, module=tensor.path[-2], weight_format=weights, name=tensor.name)
+        return dataclasses.replace(leaf, format=weight_format)
+    return quantise(leaf, module=tensor.path[-2], weight_format=weight_format, name=tensor.name)
 
 
-def _read_leaf(weights: Weights, parts: list[Tensor], dtype: DTypeLike | None) -> np.ndarray:
+def _read_leaf(
+    weight_files: WeightFiles, parts: list[Tensor], dtype: DTypeLike | None
+) -> np.ndarray:
     """Read one leaf of the tree, its layers stacked."""
-    stored = {weights.dtype(tensor) for tensor in parts}
-    if dtype is None:  # layers of different types meet in float32, which holds all of them exactly
-        dtype = stored.pop() if len(stored) == 1 else np.float32
+    if dtype is None:
+        dtype = _common_dtype({weight_files.dtype(tensor) for tensor in parts})
     leaf = np.empty((len(parts), *parts[0].shape), np.dtype(dtype))
     for i, tensor in enumerate(parts):
-        copy_cast(leaf[i], weights.read(tensor), tensor.name)
+        copy_cast(leaf[i], weight_files.read(tensor), tensor.name)
     return leaf if parts[0].layer is not None else leaf[0]
+
+
+def _common_dtype(stored: set[np.dtype]) -> np.dtype:
+    """Return the one type in a set, else float32, which holds the values of every other exactly."""
+    return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
 
 def _download(name: str, patterns: list[str]) -> pathlib.Path:

@@ -23,8 +23,8 @@ Path = tuple[str, ...]
 _BUFFER_SUFFIXES = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
 
 
-def _always(config: ModelConfig) -> bool:
-    del config
+def _always(architecture: ModelConfig) -> bool:
+    del architecture
     return True
 
 
@@ -74,23 +74,23 @@ _ATTENTION, _MLP = "model.layers.{}.self_attn", "model.layers.{}.mlp"
 _TABLE = (
     _embedding("model.embed_tokens.weight", "embed_tokens/embedding"),
     _norm("model.layers.{}.input_layernorm", "embed"),
-    *_linear(f"{_ATTENTION}.q_proj", "q_heads head_dim", "embed", lambda c: c.qkv_bias),
-    *_linear(f"{_ATTENTION}.k_proj", "kv_heads head_dim", "embed", lambda c: c.qkv_bias),
-    *_linear(f"{_ATTENTION}.v_proj", "kv_heads head_dim", "embed", lambda c: c.qkv_bias),
-    _norm(f"{_ATTENTION}.q_norm", "head_dim", lambda c: c.qk_norm),
-    _norm(f"{_ATTENTION}.k_norm", "head_dim", lambda c: c.qk_norm),
-    *_linear(f"{_ATTENTION}.o_proj", "embed", "q_heads head_dim", lambda c: c.o_bias),
+    *_linear(f"{_ATTENTION}.q_proj", "q_heads head_dim", "embed", lambda arch: arch.qkv_bias),
+    *_linear(f"{_ATTENTION}.k_proj", "kv_heads head_dim", "embed", lambda arch: arch.qkv_bias),
+    *_linear(f"{_ATTENTION}.v_proj", "kv_heads head_dim", "embed", lambda arch: arch.qkv_bias),
+    _norm(f"{_ATTENTION}.q_norm", "head_dim", lambda arch: arch.qk_norm),
+    _norm(f"{_ATTENTION}.k_norm", "head_dim", lambda arch: arch.qk_norm),
+    *_linear(f"{_ATTENTION}.o_proj", "embed", "q_heads head_dim", lambda arch: arch.o_bias),
     _norm("model.layers.{}.post_attention_layernorm", "embed"),
-    *_linear(f"{_MLP}.gate_proj", "mlp", "embed", lambda c: c.mlp_bias),
-    *_linear(f"{_MLP}.up_proj", "mlp", "embed", lambda c: c.mlp_bias),
-    *_linear(f"{_MLP}.down_proj", "embed", "mlp", lambda c: c.mlp_bias),
+    *_linear(f"{_MLP}.gate_proj", "mlp", "embed", lambda arch: arch.mlp_bias),
+    *_linear(f"{_MLP}.up_proj", "mlp", "embed", lambda arch: arch.mlp_bias),
+    *_linear(f"{_MLP}.down_proj", "embed", "mlp", lambda arch: arch.mlp_bias),
     _norm("model.norm", "embed"),
     _Row(
         name="lm_head.weight",
         hf_axes="vocab embed",
         path="lm_head/kernel",
         axes="embed vocab",
-        present=lambda c: not c.tie_embeddings,
+        present=lambda arch: not arch.tie_embeddings,
     ),
 )
 
@@ -135,37 +135,41 @@ class Tensor:
         return np.ascontiguousarray(split).reshape(self.hf_shape)
 
 
-def tensors(config: ModelConfig) -> tuple[Tensor, ...]:
+def tensors(architecture: ModelConfig) -> tuple[Tensor, ...]:
     """Return every tensor of a model: embedding, layer by layer, final norm, output projection."""
-    rows = [row for row in _TABLE if row.present(config)]
+    rows = [row for row in _TABLE if row.present(architecture)]
     in_layer = ["{}" in row.name for row in rows]
     first, last = in_layer.index(True), len(rows) - in_layer[::-1].index(True)
     return (
-        *(_tensor(row, config, None) for row in rows[:first]),
-        *(_tensor(row, config, i) for i in range(config.num_layers) for row in rows[first:last]),
-        *(_tensor(row, config, None) for row in rows[last:]),
+        *(_tensor(row, architecture, None) for row in rows[:first]),
+        *(
+            _tensor(row, architecture, i)
+            for i in range(architecture.num_layers)
+            for row in rows[first:last]
+        ),
+        *(_tensor(row, architecture, None) for row in rows[last:]),
     )
 
 
-def is_ignored(name: str, config: ModelConfig) -> bool:
+def is_ignored(name: str, architecture: ModelConfig) -> bool:
     """Whether a file may hold this tensor although the model has no such parameter.
 
     With tied embeddings the output projection is the embedding; a copy in the file is not read,
     exactly as transformers does not read it.
     """
-    if config.tie_embeddings and name == "lm_head.weight":
+    if architecture.tie_embeddings and name == "lm_head.weight":
         return True
     return name.endswith(_BUFFER_SUFFIXES)
 
 
-def _tensor(row: _Row, config: ModelConfig, layer: int | None) -> Tensor:
+def _tensor(row: _Row, architecture: ModelConfig, layer: int | None) -> Tensor:
     sizes = {
-        "vocab": config.vocab_size,
-        "embed": config.embed_size,
-        "mlp": config.mlp_size,
-        "q_heads": config.num_q_heads,
-        "kv_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
+        "vocab": architecture.vocab_size,
+        "embed": architecture.embed_size,
+        "mlp": architecture.mlp_size,
+        "q_heads": architecture.num_q_heads,
+        "kv_heads": architecture.num_kv_heads,
+        "head_dim": architecture.head_dim,
     }
     # "(q_heads head_dim) embed" -> [["q_heads", "head_dim"], ["embed"]]
     groups: list[list[str]] = []

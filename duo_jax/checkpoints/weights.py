@@ -1,11 +1,11 @@
 """The tensors of a model folder, one at a time, in our layout.
 
-The folder may be a Hugging Face one or a converted checkpoint; `open_weights` tells. To walk a
+The folder is a Hugging Face one or a converted checkpoint; `open_weights` finds out. To walk a
 model layer by layer:
 
-    weights = open_weights(folder)
-    for tensor in weights.tensors:  # embedding, layer 0, layer 1, ..., final norm, lm_head
-        array = weights.read(tensor)  # [*tensor.shape], belongs at tensor.path, tensor.layer
+    weight_files = open_weights(folder)
+    for tensor in weight_files.tensors:  # embedding, layer 0, layer 1, ..., final norm, lm_head
+        array = weight_files.read(tensor)  # [*tensor.shape], belongs at tensor.path, tensor.layer
 """
 
 import pathlib
@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from duo_jax.checkpoints import tensor_info, tensor_names
-from duo_jax.checkpoints.orbax_checkpoint import CheckpointWeights, is_checkpoint
+from duo_jax.checkpoints.orbax_checkpoint import CheckpointFiles, is_checkpoint
 from duo_jax.checkpoints.safetensors_files import SafetensorsFiles
 from duo_jax.checkpoints.tensor_info import TensorInfo
 from duo_jax.checkpoints.tensor_names import Tensor
@@ -23,15 +23,15 @@ from duo_jax.model.quantised_weights import QuantisedKernel, StoredFormat
 
 
 @runtime_checkable
-class Weights(Protocol):
-    """A model's tensors, each to be read when it is needed."""
+class WeightFiles(Protocol):
+    """The files that hold a model's weights, opened; each tensor is read when it is needed."""
 
-    config: ModelConfig
+    architecture: ModelConfig
     tensors: tuple[Tensor, ...]
     format: StoredFormat  # of the layers' projections
 
     def dtype(self, tensor: Tensor) -> np.dtype:
-        """Return the type a tensor is stored in; of a quantised one, that of its values."""
+        """Return the type that a tensor is stored in; for a quantised one, that of its values."""
         ...
 
     def read(self, tensor: Tensor) -> np.ndarray | QuantisedKernel:
@@ -40,8 +40,8 @@ class Weights(Protocol):
 
 
 @runtime_checkable
-class Files(Protocol):
-    """Weight files in Hugging Face's layout: what they hold, by name, and a way to read it."""
+class NamedTensors(Protocol):
+    """Tensors in Hugging Face's layout, by their names in the files."""
 
     info: dict[str, TensorInfo]
 
@@ -50,12 +50,12 @@ class Files(Protocol):
         ...
 
 
-class HuggingFaceWeights:
+class HuggingFaceFiles:
     """Tensors from files in Hugging Face's layout.
 
     Args:
       files: the files, opened.
-      config: the model that they should hold.
+      architecture: the model that they should hold.
       where: what to call them in messages.
 
     Raises:
@@ -65,15 +65,15 @@ class HuggingFaceWeights:
 
     format: StoredFormat = "model"
 
-    def __init__(self, files: Files, config: ModelConfig, where: str) -> None:
-        self.config = config
-        self.tensors = tensor_names.tensors(config)
+    def __init__(self, files: NamedTensors, architecture: ModelConfig, where: str) -> None:
+        self.architecture = architecture
+        self.tensors = tensor_names.tensors(architecture)
         self._files = files
         tensor_info.check(
             files.info,
             {tensor.name: tensor.hf_shape for tensor in self.tensors},
             where=where,
-            ignored=lambda name: tensor_names.is_ignored(name, config),
+            ignored=lambda name: tensor_names.is_ignored(name, architecture),
         )
 
     def dtype(self, tensor: Tensor) -> np.dtype:
@@ -85,13 +85,13 @@ class HuggingFaceWeights:
         return tensor.from_hf(self._files.read(tensor.name))
 
 
-def open_weights(folder: pathlib.Path) -> Weights:
+def open_weights(folder: pathlib.Path) -> WeightFiles:
     """Open a model's weights; reads headers only.
 
     Raises:
       InputError: files are missing or damaged, or tensors do not fit config.json.
     """
-    config = read_config(folder)
+    architecture = read_config(folder)
     if is_checkpoint(folder):
-        return CheckpointWeights(folder, config)
-    return HuggingFaceWeights(SafetensorsFiles(folder), config, str(folder))
+        return CheckpointFiles(folder, architecture)
+    return HuggingFaceFiles(SafetensorsFiles(folder), architecture, str(folder))

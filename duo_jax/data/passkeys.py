@@ -10,66 +10,19 @@ to the answers shows whether it is a retrieval head.
 A sample is a pure function of (config, tokenizer, text, seed, index).
 """
 
+import contextlib
 import dataclasses
 import functools
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
+from duo_jax.data.passkey_templates import ORDINALS, PasskeyTemplates, word_list
 from duo_jax.errors import InputError
 
-NATO = (
-    "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november "
-    "oscar papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu"
-).split()
-ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
-    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
-).split()
-
 _LENGTH_MULTIPLE = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PasskeyTemplates:
-    """What is hidden, and how it is asked for; the defaults are the paper's."""
-
-    num_passkeys: int = 10
-    """Passkeys hidden in each sample, and questions at its end."""
-    passkey_words: int = 32
-    """Words of each passkey."""
-    words: Literal["nato", "vocabulary"] = "nato"
-    """What passkeys are made of.
-    nato: words of the NATO alphabet, with replacement.
-    vocabulary: distinct lower-case words of one token each, for very small models."""
-    intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
-    """What stands before the haystack."""
-    needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
-    """How a passkey is hidden."""
-    closing: str = "\n</text>\n\n"
-    """What stands after the haystack."""
-    question: str = "What is the {name} passkey to the vault? The {name} passkey to the vault is:"
-    """How a passkey is asked for."""
-    separator: str = ".\n\n"
-    """What stands after an answer."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.num_passkeys <= len(ORDINALS):
-            raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
-        if self.passkey_words < 1:
-            raise InputError(f"passkey_words {self.passkey_words} must be at least 1")
-        if self.needle.count("{passkey}") != 1:
-            raise InputError("the needle must hold {passkey} once")
-        for template in (self.needle, self.question):
-            try:
-                template.replace("{passkey}", "").format(name=ORDINALS[0])
-            except (KeyError, IndexError, ValueError):
-                raise InputError(
-                    f"needle and question may hold {{name}} and no other braces: {template!r}"
-                ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +79,7 @@ class PasskeySampler:
     def __init__(
         self,
         config: PasskeyConfig,
-        tokenizer,
+        tokenizer: Any,
         documents: Sequence[str],
         *,
         seed: int,
@@ -147,7 +100,7 @@ class PasskeySampler:
         text = [t for d in documents for t in self._encode(d + "\n\n")]
         self._text = np.array(text, np.int32)
 
-        self._longest_haystack(self._draw_keys(np.random.default_rng(0)))
+        self._longest_haystack(self._draw_passkeys(np.random.default_rng(0)))
         # Words differ in tokens; the shortest leave the most room, which the text must fill.
         words = self._words if config.words == "nato" else self._words[:1]
         shortest = min((self._encode(" " + w) for w in words), key=len)
@@ -172,16 +125,16 @@ class PasskeySampler:
         drawn = int(lengths[rng.integers(config.num_lengths)])
         depths = rng.choice(np.linspace(0.05, 0.95, 1000), config.num_passkeys, replace=False)
         depths = np.sort(depths)
-        keys = self._draw_keys(rng)
+        passkeys = self._draw_passkeys(rng)
 
-        overhead = len(self._assemble(keys, [])[0])
-        size = min(length or drawn, self._longest_haystack(keys))
+        overhead = len(self._assemble(passkeys)[0])
+        size = min(length or drawn, self._longest_haystack(passkeys))
         size += -(size + overhead) % _LENGTH_MULTIPLE
         start = rng.integers(self._text.size - size + 1)
         haystack = self._text[start : start + size]
         cuts = [int(size * depth) for depth in depths]
-        order = rng.permutation(config.num_passkeys)
-        tokens, tail_start, answers = self._assemble(keys, np.split(haystack, cuts), order)
+        order = rng.permutation(config.num_passkeys).tolist()
+        tokens, tail_start, answers = self._assemble(passkeys, np.split(haystack, cuts), order)
         return Sample(
             tokens=np.array(tokens, np.int32),
             tail_start=tail_start,
@@ -214,16 +167,16 @@ class PasskeySampler:
         # One token of slack per word: a tokenizer may cut a word in a row differently.
         return config.num_passkeys * (question + separator + config.passkey_words * (word + 1))
 
-    def _draw_keys(self, rng: np.random.Generator) -> list[list[int]]:
+    def _draw_passkeys(self, rng: np.random.Generator) -> list[list[int]]:
         count, size = self.config.num_passkeys, self.config.passkey_words
         distinct = self.config.words == "vocabulary"
         chosen = rng.choice(len(self._words), (count, size), replace=not distinct)
-        return [self._encode("".join(" " + self._words[w] for w in key)) for key in chosen]
+        return [self._encode("".join(" " + self._words[w] for w in words)) for words in chosen]
 
-    def _longest_haystack(self, keys: list[list[int]]) -> int:
+    def _longest_haystack(self, passkeys: list[list[int]]) -> int:
         """Return how much text fits into max_length beside these passkeys."""
         config = self.config
-        overhead = len(self._assemble(keys, [])[0])
+        overhead = len(self._assemble(passkeys)[0])
         longest = config.max_length // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
         if longest <= overhead:
             raise InputError(
@@ -233,28 +186,39 @@ class PasskeySampler:
             )
         return longest - overhead
 
-    def _assemble(self, keys, pieces, order=None):
-        """Join haystack pieces, needles and the tail; without pieces: everything else."""
+    def _assemble(
+        self,
+        passkeys: list[list[int]],
+        haystack: Sequence[Int[np.ndarray, " _"]] = (),
+        order: Sequence[int] = (),
+    ) -> tuple[list[int], int, list[tuple[int, int]]]:
+        """Join the parts of a sample.
+
+        Args:
+          passkeys: tokens of each.
+          haystack: what stands before each needle, and after the last; default: nothing.
+          order: in which passkeys are asked for; default: as they stand in the text.
+
+        Returns:
+          All tokens, the first one of the tail, and (start, stop) of each answer.
+        """
         config, encode = self.config, self._encode
         before, after = config.needle.split("{passkey}")
+        pieces = [piece.tolist() for piece in haystack] or [[]] * (len(passkeys) + 1)
         tokens = [*self._bos, *encode(config.intro)]
-        for i, key in enumerate(keys):
-            if len(pieces):
-                tokens.extend(pieces[i])
-            tokens += encode(before.format(name=ORDINALS[i])) + key
-            tokens += encode(after.format(name=ORDINALS[i]))
-        if len(pieces):
-            tokens.extend(pieces[-1])
-        tokens += encode(config.closing)
+        for piece, passkey, name in zip(pieces, passkeys, ORDINALS, strict=False):
+            tokens += piece + encode(before.format(name=name)) + passkey
+            tokens += encode(after.format(name=name))
+        tokens += pieces[-1] + encode(config.closing)
         tail_start, answers = len(tokens), []
-        for i in range(len(keys)) if order is None else order:
+        for i in order or range(len(passkeys)):
             tokens += encode(config.question.format(name=ORDINALS[i]))
-            answers.append((len(tokens), len(tokens) + len(keys[i])))
-            tokens += keys[i] + encode(config.separator)
+            answers.append((len(tokens), len(tokens) + len(passkeys[i])))
+            tokens += passkeys[i] + encode(config.separator)
         return tokens, tail_start, answers
 
 
-def _encoder(tokenizer) -> Callable[[str], list[int]]:
+def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     @functools.lru_cache(maxsize=4096)
     def encode(text: str) -> tuple[int, ...]:
         # verbose=False: whole documents are longer than the model's range, and meant to be.
@@ -263,7 +227,7 @@ def _encoder(tokenizer) -> Callable[[str], list[int]]:
     return lambda text: list(encode(text)) if text else []
 
 
-def _bos(tokenizer) -> list[int]:
+def _bos(tokenizer: Any) -> list[int]:
     """Return the begin-of-sequence token where the model expects one."""
     marked = tokenizer("a").input_ids
     starts_with_bos = tokenizer.bos_token_id is not None and marked[0] == tokenizer.bos_token_id
@@ -271,7 +235,12 @@ def _bos(tokenizer) -> list[int]:
 
 
 def sampler_of_first(
-    texts: Mapping[str, Sequence[str]], config: PasskeyConfig, tokenizer, *, seed: int, stream: int
+    texts: Mapping[str, Sequence[str]],
+    config: PasskeyConfig,
+    tokenizer: Any,
+    *,
+    seed: int,
+    stream: int,
 ) -> tuple[PasskeySampler, str]:
     """Return a sampler of the first text that is long enough, and the name of that text.
 
@@ -288,17 +257,6 @@ def sampler_of_first(
     """
     *preferred, last = texts
     for name in preferred:
-        try:
+        with contextlib.suppress(TooShortError):
             return PasskeySampler(config, tokenizer, texts[name], seed=seed, stream=stream), name
-        except TooShortError:
-            continue
     return PasskeySampler(config, tokenizer, texts[last], seed=seed, stream=stream), last
-
-
-def word_list(kind: Literal["nato", "vocabulary"], tokenizer) -> list[str]:
-    """Return the words that answers are made of, see `PasskeyTemplates.words`."""
-    if kind == "nato":
-        return NATO
-    words = (tokenizer.decode([i]) for i in range(len(tokenizer)))
-    candidates = sorted({w[1:] for w in words if re.fullmatch(r" [a-z]{3,}", w)})
-    return [w for w in candidates if w not in ORDINALS]

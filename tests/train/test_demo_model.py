@@ -11,7 +11,8 @@ import pytest
 
 from duo_jax.checkpoints import pretrained
 from duo_jax.data.documents import load_documents, split_held_out
-from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
+from duo_jax.data.passkey_templates import ORDINALS
+from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
 from duo_jax.model import llama
 from train.demo_model import run

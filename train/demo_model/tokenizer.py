@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
+from duo_jax.data.passkey_templates import ORDINALS
+from duo_jax.data.passkeys import PasskeyConfig
 
 BOS, EOS = "<|begin|>", "<|end|>"
 # Often enough that every word of the templates becomes one token.

@@ -15,7 +15,8 @@ from duo_jax.api import DuoModel
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.data.documents import load_documents, split_held_out
-from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler, PasskeyTemplates
+from duo_jax.data.passkey_templates import PasskeyTemplates
+from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.evaluate.compare import (
     methods as compare_methods,

@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from duo_jax.data.documents import split_held_out
-from duo_jax.data.passkeys import PasskeyConfig, PasskeyTemplates, Sample, sampler_of_first
+from duo_jax.data.passkey_templates import PasskeyTemplates
+from duo_jax.data.passkeys import PasskeyConfig, Sample, sampler_of_first
 
 TaskName = Literal["needle", "passkeys"]
 

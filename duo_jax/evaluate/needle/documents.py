@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from duo_jax.data.passkeys import word_list
+from duo_jax.data.passkey_templates import word_list
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results import scores
 from duo_jax.session.tokenization import Tokenization

@@ -9,10 +9,10 @@ import tyro
 from duo_jax import cli
 from duo_jax.api import DuoModel
 from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkey_templates import PasskeyTemplates
 from duo_jax.data.passkeys import (
     PasskeyConfig,
     PasskeySampler,
-    PasskeyTemplates,
     Sample,
     sampler_of_first,
 )

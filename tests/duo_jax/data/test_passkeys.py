@@ -10,9 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax.data.documents import load_documents
+from duo_jax.data.passkey_templates import NATO, ORDINALS
 from duo_jax.data.passkeys import (
-    NATO,
-    ORDINALS,
     PasskeyConfig,
     PasskeySampler,
     TooShortError,

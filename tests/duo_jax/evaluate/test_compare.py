@@ -8,7 +8,7 @@ import pytest
 
 from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.data.documents import load_documents
-from duo_jax.data.passkeys import PasskeyTemplates
+from duo_jax.data.passkey_templates import PasskeyTemplates
 from duo_jax.evaluate.compare import command as compare_command
 from duo_jax.evaluate.compare import methods as compare_methods
 from duo_jax.evaluate.compare.points import differences, points

@@ -1,0 +1,66 @@
+"""The words around passkeys, and the words that passkeys are made of."""
+
+import dataclasses
+import re
+from typing import Any, Literal
+
+from duo_jax.errors import InputError
+
+NATO = (
+    "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november "
+    "oscar papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu"
+).split()
+ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth "
+    "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
+).split()
+
+Words = Literal["nato", "vocabulary"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PasskeyTemplates:
+    """What is hidden, and how it is asked for; the defaults are the paper's."""
+
+    num_passkeys: int = 10
+    """Passkeys hidden in each sample, and questions at its end."""
+    passkey_words: int = 32
+    """Words of each passkey."""
+    words: Words = "nato"
+    """What passkeys are made of.
+    nato: words of the NATO alphabet, with replacement.
+    vocabulary: distinct lower-case words of one token each, for very small models."""
+    intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
+    """What stands before the haystack."""
+    needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
+    """How a passkey is hidden."""
+    closing: str = "\n</text>\n\n"
+    """What stands after the haystack."""
+    question: str = "What is the {name} passkey to the vault? The {name} passkey to the vault is:"
+    """How a passkey is asked for."""
+    separator: str = ".\n\n"
+    """What stands after an answer."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_passkeys <= len(ORDINALS):
+            raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
+        if self.passkey_words < 1:
+            raise InputError(f"passkey_words {self.passkey_words} must be at least 1")
+        if self.needle.count("{passkey}") != 1:
+            raise InputError("the needle must hold {passkey} once")
+        for template in (self.needle, self.question):
+            try:
+                template.replace("{passkey}", "").format(name=ORDINALS[0])
+            except (KeyError, IndexError, ValueError):
+                raise InputError(
+                    f"needle and question may hold {{name}} and no other braces: {template!r}"
+                ) from None
+
+
+def word_list(kind: Words, tokenizer: Any) -> list[str]:
+    """Return the words that answers are made of, see `PasskeyTemplates.words`."""
+    if kind == "nato":
+        return NATO
+    words = (tokenizer.decode([i]) for i in range(len(tokenizer)))
+    candidates = sorted({w[1:] for w in words if re.fullmatch(r" [a-z]{3,}", w)})
+    return [w for w in candidates if w not in ORDINALS]
