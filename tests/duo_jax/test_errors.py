@@ -16,9 +16,9 @@ THEIRS = {"kernels/__init__.py": "__all__ = []\n", "kernels/compat.py": "has_tor
 
 
 def importing(*paths: pathlib.Path, cwd: pathlib.Path) -> str:
-    """Import duo_jax in a process of its own; return the last line that it says on stderr."""
+    """Import duo_jax.load in a process of its own; return the last line that it says on stderr."""
     done = subprocess.run(
-        [sys.executable, "-c", "import duo_jax"],
+        [sys.executable, "-c", "import duo_jax; duo_jax.load"],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths))},
         cwd=cwd,
         capture_output=True,

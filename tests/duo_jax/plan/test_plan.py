@@ -358,13 +358,13 @@ def test_a_picture_that_cannot_be_written_is_one_line(model, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["plan.png"]
 
 
-# The README.
+# The documentation.
 
 
-def test_the_readmes_example_prints_what_it_says(tmp_path, monkeypatch, capsys):
+def test_the_pages_example_prints_what_it_says(tmp_path, monkeypatch, capsys):
     if not PUBLISHED.is_dir():
         pytest.skip("the published patterns are not here")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs/planner.md").read_text(encoding="utf-8")
     example = text.split("<!-- plan example -->\n```\n$ ")[1].split("```\n<!-- end -->")[0]
     command, printed = example.split("\n", 1)
     python, minus_m, module, *args = shlex.split(command)

@@ -1,0 +1,38 @@
+"""The Python of README and pages runs, on the demo model in place of a large one."""
+
+import pathlib
+import re
+
+import pytest
+
+import duo_jax
+
+ROOT = pathlib.Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+
+
+def blocks(page: pathlib.Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def demo() -> duo_jax.DuoModel:
+    return duo_jax.load("demo", sparsity=0.5)
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
+def test_examples_run(page, demo, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(duo_jax, "load", lambda *_, **__: demo)
+    text = (ROOT / "duo_jax/demo/prompt.txt").read_text(encoding="utf-8")
+    (tmp_path / "book.txt").write_text(text[:600], encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in blocks(page):
+        exec(compile(block, str(page), "exec"), names)
+
+
+def test_readme_and_the_page_on_serving_have_examples():
+    assert len(blocks(ROOT / "README.md")) == 1
+    assert len(blocks(ROOT / "docs/serving.md")) == 2

@@ -1,0 +1,143 @@
+"""The pages' numbers are those of the committed result files, and these meet their bars."""
+
+import json
+import pathlib
+import re
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from benchmarks import budgets, gpu_table, identify, logits_error, quantised, results_page
+from benchmarks.quality import published
+from benchmarks.serving import decode_kv_report, decode_report, prefill_report, sweep
+from duo_jax.cache import KVFormat
+from duo_jax.heads.pattern import load_pattern
+from train.identify import report
+
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks/results"
+
+
+def page(name: str) -> str:
+    return (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+
+
+def test_demo_table_is_that_of_the_committed_run():
+    results = json.loads((ROOT / "docs/demo/report.json").read_text())
+    markdown = report.to_markdown(results)
+    assert markdown == (ROOT / "docs/demo/report.md").read_text(encoding="utf-8")
+    table = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(table) == 10
+    assert "\n".join(table) in page("identify")
+
+
+def test_demo_run_meets_its_bars():
+    results = json.loads((ROOT / "docs/demo/report.json").read_text())
+    rows = {(r["heads"], r["sparsity"]): r for r in results["retrieval"]}
+    full = rows["all retrieval (the model itself)", 0.0]["accuracy"]
+    learned, random = rows["learned", 0.5], rows["random", 0.5]
+    assert learned["accuracy"] >= full - 0.02
+    assert rows["all streaming", 1.0]["accuracy"] < 0.2
+    assert random["runs"] == 5
+    assert random["accuracy"] < learned["accuracy"] - 0.2
+
+
+def test_committed_pattern_is_the_runs_own():
+    pattern = load_pattern(ROOT / "docs/demo/pattern")
+    results = json.loads((ROOT / "docs/demo/report.json").read_text())
+    assert pattern.clipped().mean() == pytest.approx(results["gates"]["mean"])
+
+
+def test_cost_table_is_that_of_the_committed_benchmark():
+    results = json.loads((RESULTS / "identify.json").read_text())
+    assert identify.to_markdown(results) in page("identify")
+    assert max(results["settings"]["lengths"]) >= 4096
+
+
+def test_memory_table_is_that_of_the_committed_run():
+    result = json.loads((RESULTS / "budgets.json").read_text())
+    assert budgets.to_markdown(result) in page("gpu")
+    assert set(result["programs"]) == set(budgets.PROGRAMS)
+
+
+def test_the_number_of_compiled_cases_is_that_of_the_committed_run():
+    result = json.loads((RESULTS / "compiled.json").read_text())
+    cases = {(row["op"], row["case"]) for row in result["rows"]}
+    assert f"in {len(cases)} cases" in page("gpu")
+
+
+def test_gpu_table_is_that_of_the_committed_run_or_says_that_there_is_none():
+    result = gpu_table.read(ROOT / gpu_table.TableConfig().result)
+    assert gpu_table.to_markdown(result) in page("gpu")
+
+
+def test_table_of_formats_is_that_of_the_committed_run():
+    result = json.loads((RESULTS / "quantised.json").read_text())
+    assert quantised.to_markdown(result) in page("formats")
+    assert {row["kv"] for row in result["rows"]} == set(get_args(KVFormat))
+
+
+def weights_table() -> str:
+    return page("formats").split("<!-- weights table -->\n")[1].split("\n<!-- end -->")[0]
+
+
+def test_table_of_weights_has_the_columns_and_formats_of_its_benchmark():
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+)% \| ([\d.]+)% \|$", weights_table(), re.MULTILINE)
+    errors = {
+        name: logits_error.LogitsError(
+            relative=float(relative) / 100, same_choice=float(same) / 100
+        )
+        for name, relative, same in rows
+    }
+    assert tuple(errors) == logits_error.LogitsErrorConfig().formats
+    assert logits_error.to_markdown(errors) == weights_table()
+
+
+@pytest.mark.slow
+def test_table_of_weights_is_what_its_benchmark_finds():
+    config = logits_error.LogitsErrorConfig()
+    errors = logits_error.by_weights(config.model, config.formats)
+    assert logits_error.to_markdown(errors) == weights_table()
+
+
+@pytest.mark.parametrize(
+    ("name", "made_by", "axis"),
+    [
+        ("decode", decode_report, "context"),
+        ("decode_kv", decode_kv_report, "context"),
+        ("prefill", prefill_report, "length"),
+    ],
+)
+def test_serving_tables_are_those_of_the_committed_benchmarks(name, made_by, axis):
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    assert made_by.to_markdown(sweep.longest(result, axis)) in page("benchmarks")
+    assert made_by.to_markdown(result) + "\n" == (RESULTS / f"{name}.md").read_text()
+    benchmark = name.removesuffix("_kv")
+    assert result["command"].startswith(f"python -m benchmarks.{benchmark}")
+
+
+def test_results_page_is_that_of_the_committed_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    written = tmp_path / "results.md"
+    results_page.write_page(results_page.PageConfig(out=written))
+    assert written.read_text() == page("results")
+    for name in published.LONGBENCH_METHODS:
+        assert name in page("results").split("## Published by others")[1]
+
+
+def test_comparison_meets_its_bars():
+    result = json.loads((RESULTS / "compare.json").read_text())
+    rows = {(r["task"], r["method"], r["budget"]): r for r in result["rows"] if not r["draw"]}
+    for task in ("needle", "passkeys"):
+        full = np.mean(rows[task, "full", 1.0]["exact"])
+        duo = np.mean(rows[task, "duo", 0.5]["exact"])
+        assert duo >= full - 0.02
+        for method in ("all-streaming", "random heads"):
+            assert np.mean(rows[task, method, 0.5]["exact"]) < duo - 0.3
+
+
+def test_four_bit_caches_and_eight_bit_weights_lose_one_point_at_most():
+    result = json.loads((RESULTS / "quantised.json").read_text())
+    change = {(r["weights"], r["kv"]): r["change"] for r in result["rows"][1:]}
+    assert min(change["model", "int4"], change["int8", "model"]) >= -0.01
