@@ -1,6 +1,7 @@
 """What the demo model reads and is asked, and the presets that ship with it."""
 
-from duo_jax.data.passkeys import ORDINALS, PasskeyConfig
+from duo_jax.data.passkey_templates import ORDINALS
+from duo_jax.data.passkeys import PasskeyConfig
 
 # What documents and questions look like. The word before a passkey names it, in the text as in the
 # question, so that looking a passkey up is plain induction: find what followed this word before.
