@@ -1,8 +1,11 @@
 """Strictness for every test: no silent promotion of dtypes or ranks; warnings are errors."""
 
+import atexit
 import math
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING
@@ -28,6 +31,14 @@ if TYPE_CHECKING:
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Many tests trace a program that an earlier one has compiled. Each worker keeps its programs in a
+# folder of its own: jax does not write them in one step, so another worker could read half of one.
+_programs = tempfile.mkdtemp(prefix="duo-jax-tests-")
+atexit.register(shutil.rmtree, _programs, ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", _programs)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 _MOST_MEMORY = 3e9  # bytes of a worker
 
