@@ -63,7 +63,7 @@ def ensure_folder(
     Raises:
       InputError: the folder cannot be written.
     """
-    raw = _hugging_face_config(config, dtype)
+    raw = config.to_hf() | {"dtype": dtype, "bos_token_id": 0, "eos_token_id": 1}
     identity = hashlib.sha256(json.dumps([raw, seed]).encode()).hexdigest()[:12]
     folder = cache / f"random-{identity}"
     if folder.is_dir():
@@ -77,31 +77,3 @@ def ensure_folder(
         (partial / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
         write_params(partial, weights, dtype=None, max_shard_size=_SHARD_SIZE, progress=bar.update)
     return folder
-
-
-def _hugging_face_config(config: ModelConfig, dtype: str) -> dict:
-    assert config.family == "llama", config.family
-    assert config.rope.kind == "default", config.rope
-    return {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.embed_size,
-        "intermediate_size": config.mlp_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_q_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "rms_norm_eps": config.norm_eps,
-        "max_position_embeddings": config.max_positions,
-        "hidden_act": "silu",
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
-        # transformers 5 reads the first, 4 the second.
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
-        "rope_theta": config.rope.theta,
-        "dtype": dtype,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }

@@ -1,4 +1,8 @@
-"""The architecture of a model, read from a Hugging Face config.json (transformers 4 or 5 form)."""
+"""The architecture of a model, read from and written as a Hugging Face config.json.
+
+Both forms of rope settings are read and written: that of transformers 5 (rope_parameters) and that
+of transformers 4 (rope_theta and rope_scaling).
+"""
 
 import dataclasses
 import pathlib
@@ -10,7 +14,12 @@ from duo_jax.errors import InputError
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = {  # model_type: class in transformers
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 
 # Refused by name, so that nobody has to guess why a model is not served.
 _UNSUPPORTED_KEYS = {
@@ -22,7 +31,7 @@ _UNSUPPORTED_KEYS = {
     "attn_logit_softcapping": "attention logit soft-capping",
     "final_logit_softcapping": "logit soft-capping",
 }
-_ROPE_OPTIONS = (
+_ROPE_OPTIONS = (  # numbers, under the same names in RopeConfig
     "low_freq_factor",
     "high_freq_factor",
     "beta_fast",
@@ -30,8 +39,8 @@ _ROPE_OPTIONS = (
     "attention_factor",
     "mscale",
     "mscale_all_dim",
-    "truncate",
 )
+_OWN_RANGE = ("dynamic", "llama3", "yarn")  # rope types that depend on the range before scaling
 _MISTRAL_DEFAULT_WINDOW = 4096  # transformers' default when the key is absent
 
 
@@ -53,7 +62,7 @@ class RopeConfig:
     truncate: bool = True  # yarn: round the ramp's ends to whole dimensions
 
     def __post_init__(self) -> None:
-        if self.kind in ("dynamic", "llama3", "yarn") and self.original_max_positions is None:
+        if self.kind in _OWN_RANGE and self.original_max_positions is None:
             raise InputError(f"rope type {self.kind!r} needs original_max_position_embeddings")
 
 
@@ -94,6 +103,45 @@ class ModelConfig:
     def q_per_kv(self) -> int:
         """Query heads that read one KV head."""
         return self.num_q_heads // self.num_kv_heads
+
+    def to_hf(self) -> dict[str, Any]:
+        """Return the contents of a config.json that `parse_config` reads as this architecture.
+
+        Raises:
+          ValueError: no config.json of the family describes it, such as a Llama with biases on
+            queries, keys and values only.
+        """
+        rope = _rope_to_hf(self.rope)
+        # transformers stretches the range itself.
+        configured = self.rope.original_max_positions if self.rope.kind == "dynamic" else None
+        raw = {
+            "architectures": [FAMILIES[self.family]],
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.embed_size,
+            "intermediate_size": self.mlp_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_q_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": self.norm_eps,
+            "max_position_embeddings": configured or self.max_positions,
+            "rope_parameters": rope,
+            "rope_theta": self.rope.theta,
+            "tie_word_embeddings": self.tie_embeddings,
+        }
+        if self.rope.kind != "default":
+            raw["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        if self.family in ("llama", "qwen3"):
+            raw["attention_bias"] = self.o_bias
+        if self.family == "llama":
+            raw["mlp_bias"] = self.mlp_bias
+        else:
+            raw |= {"sliding_window": None, "use_sliding_window": False}
+        if parse_config(raw) != self:
+            raise ValueError(f"no config.json of family {self.family!r} describes {self}")
+        return raw
 
 
 def read_config(path: str | pathlib.Path) -> ModelConfig:
@@ -214,14 +262,30 @@ def _parse_rope(raw: Mapping[str, Any]) -> RopeConfig:
     if kind == "dynamic":
         original = configured  # transformers stretches from the configured range
     given = {key: settings[key] for key in _ROPE_OPTIONS if settings.get(key) is not None}
-    optional = {k: bool(v) if k == "truncate" else float(v) for k, v in given.items()}
+    truncate = settings.get("truncate")
     return RopeConfig(
         kind=kind,
         theta=float(theta),
         factor=float(settings.get("factor") or configured / original),
-        original_max_positions=original if kind in ("dynamic", "llama3", "yarn") else None,
-        **optional,
+        original_max_positions=original if kind in _OWN_RANGE else None,
+        truncate=True if truncate is None else bool(truncate),
+        **{key: float(value) for key, value in given.items()},
     )
+
+
+def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
+    """Return rope_parameters; options that a rope type does not have are left out."""
+    raw: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        raw["factor"] = rope.factor
+    if rope.kind in ("llama3", "yarn"):
+        raw["original_max_position_embeddings"] = rope.original_max_positions
+    needed = {"llama3": ("low_freq_factor", "high_freq_factor")}.get(rope.kind, ())
+    for key in (*_ROPE_OPTIONS, "truncate"):
+        value = getattr(rope, key)
+        if key in needed or value != getattr(RopeConfig, key):
+            raw[key] = value
+    return raw
 
 
 def _max_positions(configured: int, rope: RopeConfig) -> int:

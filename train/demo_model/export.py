@@ -51,8 +51,8 @@ def write_model(
       documents: what the tokenizer is trained on.
       summary: for the model card.
     """
-    _write_json(folder / "config.json", _hf_config(model))
     tokens = {"bos_token_id": 0, "eos_token_id": 1}
+    _write_json(folder / "config.json", model.to_hf() | {"dtype": "float16"} | tokens)
     _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
     _write_json(folder / "identify.json", PRESET)
     _write_json(folder / "evaluate.json", EVALUATION)
@@ -72,36 +72,6 @@ def _leaf(params: llama.Params, tensor: tensor_names.Tensor) -> np.ndarray:
         leaf = leaf[name]
     array = np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])
     return array.astype(np.float16)
-
-
-def _hf_config(model: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": model.o_bias,
-        "attention_dropout": 0.0,
-        "bos_token_id": 0,
-        "dtype": "float16",
-        "eos_token_id": 1,
-        "head_dim": model.head_dim,
-        "hidden_act": "silu",
-        "hidden_size": model.embed_size,
-        "initializer_range": 0.02,
-        "intermediate_size": model.mlp_size,
-        "max_position_embeddings": model.max_positions,
-        "mlp_bias": model.mlp_bias,
-        "model_type": "llama",
-        "num_attention_heads": model.num_q_heads,
-        "num_hidden_layers": model.num_layers,
-        "num_key_value_heads": model.num_kv_heads,
-        "pad_token_id": None,
-        "rms_norm_eps": model.norm_eps,
-        "rope_parameters": {"rope_theta": model.rope.theta, "rope_type": "default"},
-        # For transformers 4, which reads it here.
-        "rope_theta": model.rope.theta,
-        "tie_word_embeddings": model.tie_embeddings,
-        "use_cache": True,
-        "vocab_size": model.vocab_size,
-    }
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

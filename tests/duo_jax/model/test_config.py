@@ -42,6 +42,30 @@ def test_both_forms_of_config_json_are_equal(tmp_path, name, type_key):
     hash(config)  # a static argument
 
 
+CONFIGS = {name: parse_config(raw) for name, raw in models.CASES.items()}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_written_config_json_is_read_as_the_same_architecture(config):
+    import transformers
+
+    raw = json.loads(json.dumps(config.to_hf()))
+    assert parse_config(raw) == config
+    only_4 = {key: value for key, value in raw.items() if key != "rope_parameters"}
+    assert parse_config(only_4) == config
+    only_5 = {key: raw[key] for key in raw.keys() - {"rope_theta", "rope_scaling"}}
+    assert parse_config(only_5) == config
+    theirs = transformers.AutoConfig.for_model(**raw)
+    assert parse_config(theirs.to_dict()) == config
+    assert hasattr(transformers, theirs.architectures[0])
+
+
+def test_an_architecture_that_no_config_json_describes():
+    config = dataclasses.replace(CONFIGS["llama-3, grouped queries"], qkv_bias=True)
+    with pytest.raises(ValueError, match=r"no config\.json of family 'llama' describes"):
+        config.to_hf()
+
+
 def published(model_type: str, sizes: str, **others) -> dict:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
     names += ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")
