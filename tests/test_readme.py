@@ -17,6 +17,13 @@ def test_it_fits_on_a_page():
     assert len(README.splitlines()) <= 150
 
 
+def test_the_test_command_is_where_ci_finds_it():
+    part = README.split("<!-- test command -->\n")[1].split("\n<!-- end -->")[0]
+    fence, command, end = part.splitlines()  # .ci/run takes the lines that are no fences
+    assert (fence, end) == ("```bash", "```")
+    assert command.endswith("-m pytest")
+
+
 def serve_examples() -> list[tuple[str, str]]:
     """Return the commands of "try it", and what the README says they print."""
     part = README.split("<!-- serve example -->")[1].split("<!-- end -->")[0]
