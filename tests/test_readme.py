@@ -61,8 +61,8 @@ def measured_row(benchmark: str, geometry: str) -> str:
         spent = f"{spent:.0f} ms" if benchmark == "decode" else f"{spent:.1f} s"
         cell = f"{spent}, {row['cache_bytes'] / 1e6:,.0f} MB"
         cells.append(cell if name == "full" else f"{cell} ({row['speedup']:.2f}x)")
-    what = "decode after" if benchmark == "decode" else "read"
-    return f"| {what} {longest:,} tokens, {geometry.upper()} | {' | '.join(cells)} |"
+    what = f"one token after {longest:,}" if benchmark == "decode" else f"read {longest:,} tokens"
+    return f"| {what}, {geometry.upper()} | {' | '.join(cells)} |"
 
 
 def planned_row(text: str, *, weights: str, kv: str) -> str:
