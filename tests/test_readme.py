@@ -17,6 +17,13 @@ def test_it_fits_on_a_page():
     assert len(README.splitlines()) <= 150
 
 
+def test_the_test_command_is_where_ci_finds_it():
+    part = README.split("<!-- test command -->\n")[1].split("\n<!-- end -->")[0]
+    fence, command, end = part.splitlines()  # .ci/run takes the lines that are no fences
+    assert (fence, end) == ("```bash", "```")
+    assert command.endswith("-m pytest")
+
+
 def serve_examples() -> list[tuple[str, str]]:
     """Return the commands of "try it", and what the README says they print."""
     part = README.split("<!-- serve example -->")[1].split("<!-- end -->")[0]
@@ -54,8 +61,8 @@ def measured_row(benchmark: str, geometry: str) -> str:
         spent = f"{spent:.0f} ms" if benchmark == "decode" else f"{spent:.1f} s"
         cell = f"{spent}, {row['cache_bytes'] / 1e6:,.0f} MB"
         cells.append(cell if name == "full" else f"{cell} ({row['speedup']:.2f}x)")
-    what = "decode after" if benchmark == "decode" else "read"
-    return f"| {what} {longest:,} tokens, {geometry.upper()} | {' | '.join(cells)} |"
+    what = f"one token after {longest:,}" if benchmark == "decode" else f"read {longest:,} tokens"
+    return f"| {what}, {geometry.upper()} | {' | '.join(cells)} |"
 
 
 def planned_row(text: str, *, weights: str, kv: str) -> str:

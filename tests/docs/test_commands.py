@@ -41,6 +41,7 @@ OTHERS = (
     ["python", "-m", "pytest"],
     ["python", "-m", "nltk.downloader", "punkt_tab"],
 )
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # runpy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,6 @@ def is_ours(words: list[str]) -> bool:
     )
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 @pytest.mark.parametrize("shown", [c for c in COMMANDS if is_ours(c.words)], ids=str)
 def test_flags_of_our_commands_parse(shown, parsed, monkeypatch, capsys):
     words = shown.words

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import re
 from typing import get_args
 
 import numpy as np
@@ -78,27 +77,10 @@ def test_table_of_formats_is_that_of_the_committed_run():
     assert {row["kv"] for row in result["rows"]} == set(get_args(KVFormat))
 
 
-def weights_table() -> str:
-    return page("formats").split("<!-- weights table -->\n")[1].split("\n<!-- end -->")[0]
-
-
-def test_table_of_weights_has_the_columns_and_formats_of_its_benchmark():
-    rows = re.findall(r"^\| (\w+) \| ([\d.]+)% \| ([\d.]+)% \|$", weights_table(), re.MULTILINE)
-    errors = {
-        name: logits_error.LogitsError(
-            relative=float(relative) / 100, same_choice=float(same) / 100
-        )
-        for name, relative, same in rows
-    }
-    assert tuple(errors) == logits_error.LogitsErrorConfig().formats
-    assert logits_error.to_markdown(errors) == weights_table()
-
-
-@pytest.mark.slow
 def test_table_of_weights_is_what_its_benchmark_finds():
     config = logits_error.LogitsErrorConfig()
     errors = logits_error.by_weights(config.model, config.formats)
-    assert logits_error.to_markdown(errors) == weights_table()
+    assert logits_error.to_markdown(errors) in page("formats")
 
 
 @pytest.mark.parametrize(
