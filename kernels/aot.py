@@ -145,7 +145,7 @@ def description(target: Target) -> str:
 @contextlib.contextmanager
 def _no_source_lines() -> Iterator[None]:
     """Keep file names and line numbers out of the text of programs."""
-    limit = jax.config.jax_traceback_in_locations_limit
+    limit = getattr(jax.config, "jax_traceback_in_locations_limit")  # noqa: B009
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         yield

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ LAYOUTS: dict[int, tuple[Layout, Layout]] = {
     4: (INT4, INT4),
     2: (INT2_KEYS, INT2_VALUES),
 }
+Cached = TypeVar("Cached", bound="CachedCase")
 _STALE_SCALE = 100.0  # in float16, 255 times this number is finite
 
 
@@ -57,7 +58,7 @@ class CachedCase(AttentionCase):
         (part,) = self.parts(to_numpy(arguments))
         if self.bits is None:
             return q, *part.stale(keys, values), integers
-        return q, *(_with_stale_scales(x, part.mask.any(axis=1)) for x in (k, v)), integers
+        return q, *(_with_stale_scales(x, np.any(part.mask, axis=1)) for x in (k, v)), integers
 
     def only_suitable(self, tiles: Sequence[Any], block_kv: int) -> list[Any]:
         """Return the tile sizes that packed keys can be read with, given the op's own choice."""
@@ -67,14 +68,14 @@ class CachedCase(AttentionCase):
 
 def _with_stale_scales(x: Packed, seen: np.ndarray) -> Packed:
     """Return packed numbers with stale scales where no query sees any number of theirs."""
-    of_scales = seen.reshape(len(seen), x.scales.shape[2], -1).any(axis=2)[:, None, :, None]
+    of_scales = np.any(seen.reshape(len(seen), x.scales.shape[2], -1), axis=2)[:, None, :, None]
     scales, zeros = (
         jnp.where(of_scales, y, jnp.float16(_STALE_SCALE)) for y in (x.scales, x.zeros)
     )
     return dataclasses.replace(x, scales=scales, zeros=zeros)
 
 
-def per_format(cases: dict[str, CachedCase]) -> dict[str, CachedCase]:
+def per_format(cases: dict[str, Cached]) -> dict[str, Cached]:
     """Return the cases with keys and values in 8, 4 and 2 bits."""
     return {
         f"int{bits}, {name}": dataclasses.replace(case, bits=bits)

@@ -9,7 +9,6 @@ Part of duo_jax.
 """
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ TESTED = "jax>=0.10.2,<0.13"  # as in pyproject.toml
 
 
 @functools.cache
-def _triton() -> types.ModuleType | None:
+def _triton() -> Any:
     """Import Pallas' Triton lowering; None if this jax does not have what kernels use of it."""
     try:
         from jax.experimental.pallas import triton

@@ -23,7 +23,7 @@ class Part:
 
     def stale(self, keys: float = STALE, values: float = -STALE) -> tuple[np.ndarray, np.ndarray]:
         """Return keys and values with stale numbers in the slots that no query sees."""
-        seen = self.mask.any(axis=1)[:, None, :, None]
+        seen = np.any(self.mask, axis=1)[:, None, :, None]
         dtype = self.keys.dtype.type
         return np.where(seen, self.keys, dtype(keys)), np.where(seen, self.values, dtype(values))
 

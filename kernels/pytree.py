@@ -16,7 +16,7 @@ def register(cls: type[T]) -> type[T]:
     That function calls the constructor for every tree that jax makes, trees of shapes, of shardings
     and of stacked arrays too, which the type checker of the tests refuses. This one does not.
     """
-    fields = dataclasses.fields(cls)
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     names = tuple(field.name for field in fields if not field.metadata.get("static"))
     constants = tuple(field.name for field in fields if field.metadata.get("static"))
 

@@ -4,6 +4,8 @@ Sizes are powers of two. Where head_dim is not (80, 96), tiles are wider than th
 columns beyond are masked: read as zeros, never written.
 """
 
+from typing import Any, TypeVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -13,6 +15,7 @@ from kernels import compat
 MIN_ROWS = 16  # of a matrix instruction
 
 Scalar = Int[Array, ""] | int
+Number = TypeVar("Number", int, Array)
 
 
 def power_of_two(size: int) -> int:
@@ -25,7 +28,7 @@ def width(head_dim: int) -> int:
     return max(MIN_ROWS, power_of_two(head_dim))
 
 
-def cdiv(a: Scalar, b: int) -> Scalar:
+def cdiv(a: Number, b: int) -> Number:
     """Divide a number of 0 or more, rounding up."""
     return (a + (b - 1)) // b
 
@@ -93,13 +96,13 @@ def _place(
     end: Scalar,
     head: Scalar | None,
     columns: tuple[int, int] | None,
-) -> tuple[object, Bool[Array, "rows width"]]:
+) -> tuple[Any, Bool[Array, "rows width"]]:
     """Return the view of a tile, and the mask of what lies inside the array."""
     first, count = columns or (0, ref.shape[-1])
     tile_width = width(count)
     mask = jnp.broadcast_to((rows < end)[:, None], (rows.shape[0], tile_width))
-    columns = indices(tile_width, first)
+    read = indices(tile_width, first)
     if count != tile_width:
-        mask = mask & (columns < first + count)[None, :]
-    where = (rows[:, None], columns[None, :])
+        mask = mask & (read < first + count)[None, :]
+    where = (rows[:, None], read[None, :])
     return ref.at[where if head is None else (where[0], head, where[1])], mask

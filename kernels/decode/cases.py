@@ -152,14 +152,14 @@ PACKED: dict[str, DecodeCase] = per_format(
     )
 }
 
-_TINY = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
+_TINY: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
 AWKWARD: dict[str, DecodeCase] = {
     "one token in one slot": DecodeCase(lengths=(1,), slots=1, **_TINY),
     "three tokens": DecodeCase(lengths=(3,), slots=40, **_TINY),
     "around a ring's size": DecodeCase(lengths=(3, 4, 27, 28, 29), slots=40, **_TINY),
     "a ring, not yet and just filled": DecodeCase(lengths=(27, 28), slots=28, **_TINY),
     "only empty rows": DecodeCase(lengths=(0, 0), slots=9, **_TINY),
-    "empty rows, group of 7": DecodeCase(lengths=(0, 97, 96), slots=97, **_TINY | {"q_heads": 14}),
+    "empty rows, group of 7": DecodeCase(lengths=(0, 97, 96), slots=97, **dict(_TINY, q_heads=14)),
     "group of 1, head_dim 80": DecodeCase(
         lengths=(97, 1), slots=97, q_heads=3, kv_heads=3, head_dim=80, dtype="float32"
     ),

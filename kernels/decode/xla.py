@@ -48,8 +48,8 @@ def decode_attention(
         def add_block(index, state):
             first = index * block
             at = jnp.minimum(first, slots - block)  # the last block may reach back
-            parts = [packed.read_slots(x, at, block, q.dtype) for x in (k, v)]
-            return add(state, *parts, at, first)
+            keys, values = (packed.read_slots(x, at, block, q.dtype) for x in (k, v))
+            return add(state, keys, values, at, first)
 
         start = online_softmax.start(grouped)
         return jax.lax.fori_loop(0, (longest + block - 1) // block, add_block, start)

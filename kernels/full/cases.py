@@ -109,17 +109,23 @@ CASES: dict[str, FullCase] = {
     ),
 }
 
-_TINY = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "batch": 2, "dtype": "float32"}
+_TINY: dict[str, Any] = {
+    "q_heads": 4,
+    "kv_heads": 2,
+    "head_dim": 16,
+    "batch": 2,
+    "dtype": "float32",
+}
 AWKWARD: dict[str, FullCase] = {
     "one token": FullCase(length=1, **_TINY),
     "three tokens": FullCase(length=3, **_TINY),
     "28 tokens": FullCase(length=28, **_TINY),
-    "odd length, group of 7": FullCase(length=97, **_TINY | {"q_heads": 7, "kv_heads": 1}),
-    "several blocks, group of 1": FullCase(length=300, **_TINY | {"q_heads": 3, "kv_heads": 3}),
-    "head_dim 80": FullCase(length=65, **_TINY | {"head_dim": 80}),
-    "four blocks, head_dim 128": FullCase(length=515, **_TINY | {"head_dim": 128, "batch": 1}),
+    "odd length, group of 7": FullCase(length=97, **dict(_TINY, q_heads=7, kv_heads=1)),
+    "several blocks, group of 1": FullCase(length=300, **dict(_TINY, q_heads=3, kv_heads=3)),
+    "head_dim 80": FullCase(length=65, **dict(_TINY, head_dim=80)),
+    "four blocks, head_dim 128": FullCase(length=515, **dict(_TINY, head_dim=128, batch=1)),
     "gradient, odd length, group of 7": FullCase(
-        length=97, gradient=True, **_TINY | {"q_heads": 7, "kv_heads": 1}
+        length=97, gradient=True, **dict(_TINY, q_heads=7, kv_heads=1)
     ),
     "gradient, 29 tokens": FullCase(length=29, gradient=True, **_TINY),
 }

@@ -22,7 +22,7 @@ stored in whole blocks of 64.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -196,7 +196,7 @@ def _to_words(codes: UInt32[Array, "batch kv_heads slots head_dim"], layout: Lay
     halves, fields = layout.tokens_per_word, layout.fields
     apart = layout.block // halves  # tokens between those that share a word
     codes = codes.reshape(batch, heads, -1, halves, max(apart, 1), fields, head_dim // fields)
-    words = sum(
+    words: Any = sum(
         codes[:, :, :, half, :, field] << layout.shift(field, half)
         for half in range(halves)
         for field in range(fields)

@@ -62,8 +62,10 @@ def operands(
     name: str,
 ) -> Operands:
     """Describe keys and values, packed or not; arguments as in kernels.reader.operands."""
-    if not isinstance(k, Packed):
+    if isinstance(k, Array) and isinstance(v, Array):
         return reader.operands(k, v, index_map, name=name)
+    assert isinstance(k, Packed)
+    assert isinstance(v, Packed)
     leaves = (*k.leaves, *v.leaves)
     return Operands(
         arrays=leaves,
@@ -71,7 +73,7 @@ def operands(
             pl.BlockSpec((None, None, *leaf.shape[2:]), lambda *at: (*index_map(*at), 0, 0))
             for leaf in leaves
         ],
-        reader=functools.partial(PackedReader, layouts=(k.layout, v.layout)),
+        reader=functools.partial(PackedReader, layouts=(k.layout, v.layout)),  # pyright: ignore[reportArgumentType]
         name=f"{name}_packed",
     )
 
@@ -94,11 +96,13 @@ class PackedReader:
 
     @property
     def _keys(self) -> _Operand:
-        return _Operand(*self.refs[:3], self.layouts[0])
+        words, scales, zeros = self.refs[:3]
+        return _Operand(words, scales, zeros, self.layouts[0])
 
     @property
     def _values(self) -> _Operand:
-        return _Operand(*self.refs[3:], self.layouts[1])
+        words, scales, zeros = self.refs[3:]
+        return _Operand(words, scales, zeros, self.layouts[1])
 
     def load_queries(self, ref: jax.Ref, rows: Int[Array, " rows"], *, end: Scalar) -> Queries:
         """Read a tile per field."""
@@ -184,13 +188,14 @@ class PackedReader:
 
 def _scores(block, queries: Queries, keys: _Operand, words, half, positions, end):
     """Return the products of queries and keys."""
-    dtype, products = queries[0].dtype, 0.0
+    dtype = queries[0].dtype
+    products: Any = 0.0
     by_channel = keys.layout.by == "channel"
     scaled, constant = _into_queries(block, queries, keys) if by_channel else (queries, 0.0)
     for field, part in enumerate(scaled):
         codes, bias = _codes(words, keys.layout, field, half, dtype)
         products = products + _dot(part, codes, 1)
-    total = sum(jnp.sum(part.astype(jnp.float32), axis=-1) for part in scaled)
+    total: Any = sum(jnp.sum(part.astype(jnp.float32), axis=-1) for part in scaled)
     if by_channel:
         return products + (constant - (bias + keys.layout.middle) * total)[:, None]
     scale, zero = _load_numbers(keys, positions, end, 0)

@@ -75,7 +75,7 @@ class PrefillCase(CachedCase):
             raise UnsuitableError("they do not read packed keys")
         if len(self.starts) > 1:
             raise UnsuitableError("not a call of theirs")
-        (start,) = self.starts
+        (start,) = list(self.starts)
         q, k, v, _ = arguments
         chunk, past = (
             [tokens_first(x[:, :, part]) for x in (k, v)]
@@ -170,7 +170,7 @@ PACKED: dict[str, PrefillCase] = per_format(
     }
 )  # fmt: skip
 
-_TINY = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
+_TINY: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
 AWKWARD: dict[str, PrefillCase] = {
     "one token in one slot": PrefillCase(length=1, slots=1, starts=(0,), **_TINY),
     "one token": PrefillCase(length=1, slots=40, starts=(0, 39, 11), **_TINY),
@@ -179,7 +179,7 @@ AWKWARD: dict[str, PrefillCase] = {
     "28 tokens": PrefillCase(length=28, slots=60, starts=(0, 28, 32), **_TINY),
     "29 tokens": PrefillCase(length=29, slots=60, starts=(0, 28, 31), **_TINY),
     "odd length, group of 7": PrefillCase(
-        length=97, slots=200, starts=(3, 0), **_TINY | {"q_heads": 14}
+        length=97, slots=200, starts=(3, 0), **dict(_TINY, q_heads=14)
     ),
     "group of 1, head_dim 80": PrefillCase(
         length=97, slots=97, starts=(0,), q_heads=3, kv_heads=3, head_dim=80, dtype="float32"

@@ -23,6 +23,7 @@ Measured: not yet.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -175,14 +176,14 @@ def _q_kernel(
 
 def _window_kernel(*refs, options: StreamingOptions):
     """Refs: those of _walk_queries, then d_k and d_v [length, head_dim]."""
-    *inputs, d_k_ref, d_v_ref = refs
+    inputs, (d_k_ref, d_v_ref) = refs[:6], refs[6:]
     tiles, length = options.tiles.backward, d_k_ref.shape[0]
     first_column = pl.program_id(0) * tiles.block_kv
     columns = tile_io.indices(tiles.block_kv, first_column)
     end = jnp.minimum(first_column + tiles.block_kv + options.recent_size - 1, length)
     only_sinks = first_column + tiles.block_kv <= options.sink_size
     d_k, d_v = _walk_queries(
-        *inputs,
+        inputs,
         columns,
         counted=columns >= options.sink_size,
         first=first_column // tiles.block_q,
@@ -195,7 +196,7 @@ def _window_kernel(*refs, options: StreamingOptions):
 
 def _sink_kernel(*refs, options: StreamingOptions, num_splits: int):
     """Refs: those of _walk_queries, then this split's d_k and d_v [sink_size, head_dim]."""
-    *inputs, d_k_ref, d_v_ref = refs
+    inputs, (d_k_ref, d_v_ref) = refs[:6], refs[6:]
     tiles, sink_size = options.tiles.backward, options.sink_size
     sink_blocks = tile_io.cdiv(sink_size, tiles.block_kv)
     columns = tile_io.indices(tiles.block_kv, (pl.program_id(0) % sink_blocks) * tiles.block_kv)
@@ -203,7 +204,7 @@ def _sink_kernel(*refs, options: StreamingOptions, num_splits: int):
     per_split = tile_io.cdiv(num_q_blocks, num_splits)
     first = (pl.program_id(0) // sink_blocks) * per_split
     d_k, d_v = _walk_queries(
-        *inputs,
+        inputs,
         columns,
         counted=columns < sink_size,
         first=first,
@@ -215,12 +216,7 @@ def _sink_kernel(*refs, options: StreamingOptions, num_splits: int):
 
 
 def _walk_queries(
-    q_ref,  # [length, group, head_dim]
-    k_ref,  # [length, head_dim]
-    v_ref,  # [length, head_dim]
-    d_out_ref,  # [length, group, head_dim]
-    lse_ref,  # [group, length]
-    delta_ref,  # [group, length]
+    refs: Sequence[jax.Ref],
     columns: Int[Array, " block_kv"],  # the keys
     *,
     counted: Bool[Array, " block_kv"],
@@ -228,7 +224,12 @@ def _walk_queries(
     end: Int[Array, ""],
     options: StreamingOptions,
 ):
-    """Return d_k and d_v of a tile of keys from query blocks first .. end - 1 of all heads."""
+    """Return d_k and d_v of a tile of keys from query blocks first .. end - 1 of all heads.
+
+    Refs: q [length, group, head_dim], k and v [length, head_dim], d_out as q, lse and delta
+    [group, length].
+    """
+    q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref = refs
     length, group = q_ref.shape[:2]
     block_q = options.tiles.backward.block_q
     k = tile_io.load(k_ref, columns, end=length)

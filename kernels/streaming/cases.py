@@ -146,7 +146,13 @@ def _past(*leaves: Any) -> Past:
 
 
 _FIELDS = ("sink_keys", "sink_values", "recent_keys", "recent_values")
-_TINY = {"sink_size": 4, "recent_size": 24, "q_heads": 4, "kv_heads": 2, "head_dim": 64}
+_TINY: dict[str, Any] = {
+    "sink_size": 4,
+    "recent_size": 24,
+    "q_heads": 4,
+    "kv_heads": 2,
+    "head_dim": 64,
+}
 
 CASES: dict[str, StreamingCase] = {
     "one token": StreamingCase(length=1, **_TINY),
@@ -210,10 +216,11 @@ CASES: dict[str, StreamingCase] = {
     ),
 }
 
-_WHOLE = _TINY | {"head_dim": 16, "batch": 2, "dtype": "float32"}
-_CHUNK = _TINY | {"head_dim": 16, "dtype": "float32"}
-_GROUP_OF_7, _GROUP_OF_1 = {"q_heads": 7, "kv_heads": 1}, {"q_heads": 3, "kv_heads": 3}
-_PUBLISHED = {"sink_size": 128, "recent_size": 256, "head_dim": 128, "kv_heads": 1}
+_WHOLE: dict[str, Any] = dict(_TINY, head_dim=16, batch=2, dtype="float32")
+_CHUNK: dict[str, Any] = dict(_TINY, head_dim=16, dtype="float32")
+_GROUP_OF_7: dict[str, Any] = {"q_heads": 7, "kv_heads": 1}
+_GROUP_OF_1: dict[str, Any] = {"q_heads": 3, "kv_heads": 3}
+_PUBLISHED: dict[str, Any] = {"sink_size": 128, "recent_size": 256, "head_dim": 128, "kv_heads": 1}
 AWKWARD: dict[str, StreamingCase] = {
     "one token": StreamingCase(length=1, **_WHOLE),
     "three tokens": StreamingCase(length=3, **_WHOLE),
@@ -223,12 +230,12 @@ AWKWARD: dict[str, StreamingCase] = {
     "one past sink + recent": StreamingCase(length=29, **_WHOLE),
     "odd length, group of 7": StreamingCase(length=97, **_WHOLE | _GROUP_OF_7),
     "several blocks, group of 1": StreamingCase(length=300, **_WHOLE | _GROUP_OF_1),
-    "no sinks": StreamingCase(length=97, **_WHOLE | {"sink_size": 0}),
-    "recent is the token itself": StreamingCase(length=97, **_WHOLE | {"recent_size": 1}),
-    "recent longer than the text": StreamingCase(length=97, **_WHOLE | {"recent_size": 200}),
-    "sinks longer than the text": StreamingCase(length=97, **_WHOLE | {"sink_size": 120}),
-    "head_dim 80": StreamingCase(length=65, **_WHOLE | {"head_dim": 80}),
-    "published sizes": StreamingCase(length=515, **_WHOLE | _PUBLISHED | {"batch": 1}),
+    "no sinks": StreamingCase(length=97, **dict(_WHOLE, sink_size=0)),
+    "recent is the token itself": StreamingCase(length=97, **dict(_WHOLE, recent_size=1)),
+    "recent longer than the text": StreamingCase(length=97, **dict(_WHOLE, recent_size=200)),
+    "sinks longer than the text": StreamingCase(length=97, **dict(_WHOLE, sink_size=120)),
+    "head_dim 80": StreamingCase(length=65, **dict(_WHOLE, head_dim=80)),
+    "published sizes": StreamingCase(length=515, **dict(_WHOLE | _PUBLISHED, batch=1)),
     "chunk of one token": StreamingCase(length=1, lengths=(0, 3, 27, 28, 29), **_CHUNK),
     "chunk of three tokens": StreamingCase(length=3, lengths=(0, 1, 3, 4, 200), **_CHUNK),
     "chunk one short of sink + recent": StreamingCase(
@@ -242,20 +249,20 @@ AWKWARD: dict[str, StreamingCase] = {
     "chunk of several blocks, group of 1": StreamingCase(
         length=300, lengths=(0, 130), **_CHUNK | _GROUP_OF_1
     ),
-    "chunk, no sinks": StreamingCase(length=40, lengths=(0, 10, 40), **_CHUNK | {"sink_size": 0}),
+    "chunk, no sinks": StreamingCase(length=40, lengths=(0, 10, 40), **dict(_CHUNK, sink_size=0)),
     "chunk, recent is the token itself": StreamingCase(
-        length=40, lengths=(0, 2, 40), **_CHUNK | {"recent_size": 1}
+        length=40, lengths=(0, 2, 40), **dict(_CHUNK, recent_size=1)
     ),
     "chunk, recent one past a block": StreamingCase(
-        length=20, lengths=(0, 16, 40), **_CHUNK | {"recent_size": 17}
+        length=20, lengths=(0, 16, 40), **dict(_CHUNK, recent_size=17)
     ),
     "chunk, recent longer than the text": StreamingCase(
-        length=20, lengths=(0, 30), **_CHUNK | {"recent_size": 200}
+        length=20, lengths=(0, 30), **dict(_CHUNK, recent_size=200)
     ),
     "chunk, sinks longer than the text": StreamingCase(
-        length=20, lengths=(0, 7, 90), **_CHUNK | {"sink_size": 120}
+        length=20, lengths=(0, 7, 90), **dict(_CHUNK, sink_size=120)
     ),
-    "chunk, head_dim 80": StreamingCase(length=33, lengths=(0, 50), **_CHUNK | {"head_dim": 80}),
+    "chunk, head_dim 80": StreamingCase(length=33, lengths=(0, 50), **dict(_CHUNK, head_dim=80)),
     "chunk, published sizes": StreamingCase(
         length=100, lengths=(0, 60, 383, 500), **_CHUNK | _PUBLISHED
     ),
@@ -263,6 +270,6 @@ AWKWARD: dict[str, StreamingCase] = {
     "gradient, odd length, group of 7": StreamingCase(
         length=97, gradient=True, **_WHOLE | _GROUP_OF_7
     ),
-    "gradient, no sinks": StreamingCase(length=97, gradient=True, **_WHOLE | {"sink_size": 0}),
+    "gradient, no sinks": StreamingCase(length=97, gradient=True, **dict(_WHOLE, sink_size=0)),
     "gradient, one past sink + recent": StreamingCase(length=29, gradient=True, **_WHOLE),
 }

@@ -43,7 +43,7 @@ def whole_sequence(
 
 
 def _whole_sequence_forward(options: StreamingOptions, q, k, v):
-    out, lse = whole_sequence(options, q, k, v)
+    out, lse = whole_sequence(options, q, k, v)  # pyright: ignore[reportGeneralTypeIssues]
     return (out, lse), (q, k, v, out, lse)
 
 

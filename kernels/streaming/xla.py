@@ -78,10 +78,13 @@ def streaming_attention(
             )
         if sink_size:
             # All blocks share the sinks, so their queries are the rows of one product.
-            flat = jax.tree.map(lambda x: x.reshape(batch, -1, *x.shape[3:]), (state, q))
+            flat_state, flat_q = jax.tree.map(
+                lambda x: x.reshape(batch, -1, *x.shape[3:]), (state, q)
+            )
             mask = of_all_blocks(sink_mask)
             state = online_softmax.add_block(
-                *flat,
+                flat_state,
+                flat_q,
                 sink_keys,
                 sink_values,
                 mask.reshape(mask.shape[0], -1, sink_size),
@@ -111,5 +114,6 @@ def _fit_length(
         x = x[:, max(0, x.shape[1] - before) :]
         pad = (before - x.shape[1], 0)
     else:
+        assert after is not None
         pad = (0, after - x.shape[1])
     return jnp.pad(x, [(0, 0), pad] + [(0, 0)] * (x.ndim - 2))
