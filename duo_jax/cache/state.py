@@ -1,26 +1,29 @@
-"""The two KV caches of a model whose heads are split: full ones, and sinks with a ring.
+"""The two KV caches of a split model: full caches, and rings behind their sinks.
 
 Both are laid out [batch, kv_heads, slots, head_dim], the order in which decoding reads them: the
-tokens of one head lie together. A retrieval head's position p is in slot p. A streaming head has
-sink + recent slots: position p < sink in slot p, a later one in slot
-sink + (p - sink) % recent, until the ring overwrites it. So the filled slots are always the first
-min(length, slots), and attention does not care about their order, since keys carry their rotation.
+tokens of one head lie together. A retrieval head keeps position p in slot p. A streaming head has
+sink + recent slots (duo_jax.cache.ring). In both, the filled slots are the first
+min(length, slots); their order does not matter to attention, since keys carry their rotation.
 
-Rows of a batch have lengths of their own. Slots beyond a row's length hold anything finite (zeros,
-or what was there before): attention gives them weight 0, and 0 * nan is nan.
+Each row of a batch has its own length. Slots beyond it hold anything finite, such as zeros or
+older tokens: attention gives them weight 0, but 0 * nan is nan.
 
-What a number takes is chosen per run (`KVFormat`): "model" is the dtype of the parameters, "bf16"
-bfloat16; "int8" and "int4" quantise every token of every head by itself, after RoPE; "int2"
-quantises the full caches in blocks of 64 tokens (kernels.packed; KIVI, arXiv 2402.02750) and keeps
-the latest 64 tokens as they are, in a ring of their own, since a block cannot be written token by
-token. A token is seen exactly while it is among the latest 64, then as its codes, so that nothing
-depends on how a text is cut into chunks. Streaming heads of "int2" stay in the dtype of the
-parameters: sinks and recents are what KIVI keeps, and they are few.
+The storage format of keys and values is chosen per run (`KVFormat`):
+
+    "model"         the dtype of the parameters
+    "bf16"          bfloat16
+    "int8", "int4"  every token of every head is quantised by itself, after RoPE
+    "int2"          full caches are quantised in blocks of 64 tokens (kernels.packed; KIVI, arXiv
+                    2402.02750). A block cannot be written token by token, so the latest 64 tokens
+                    are kept as they are in a ring of their own. A token is seen exactly while it
+                    is among the latest 64, then as its codes, however the text is cut into chunks.
+                    Streaming heads stay in "model": sinks and recent tokens are what KIVI keeps
+                    too, and they are few.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +36,7 @@ from kernels import address_limit, packed, pytree
 from kernels.packed import Layout, Packed
 
 KVFormat = Literal["model", "bf16", "int8", "int4", "int2"]
+Shape = tuple[int, int, int, int]  # [batch, kv_heads, slots, head_dim]
 
 _LAYOUTS: dict[str, tuple[Layout, Layout]] = {
     "int8": (packed.INT8, packed.INT8),
@@ -63,7 +67,7 @@ class KVCache:
 class LayerCache:
     """The caches of one layer; empty and None where it has no such head.
 
-    The retrieval heads, in order, lie in as few buffers as kernels can address: usually one.
+    Retrieval heads share as few buffers as kernels can address, in order: usually one.
     """
 
     full: tuple[KVCache, ...]
@@ -73,7 +77,7 @@ class LayerCache:
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Everything a model remembers of the tokens it has read."""
+    """Keys and values of all tokens that were read, in every layer."""
 
     layers: tuple[LayerCache, ...]
     lengths: Int[Array, " batch"]  # tokens read so far, per row
@@ -84,20 +88,23 @@ class Cache:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
 
-def check_kv_format(config: DuoConfig, kv: str) -> None:
-    """Refuse a format of caches that does not exist or that the model cannot have.
+def check_kv_format(config: DuoConfig, name: str) -> KVFormat:
+    """Return the format of this name.
 
     Raises:
-      InputError: it cannot.
+      InputError: there is none, or the model's head_dim does not go with it.
     """
-    if kv not in get_args(KVFormat):
-        raise InputError(f"KV format {kv!r} is not one of {', '.join(get_args(KVFormat))}")
+    if name not in get_args(KVFormat):
+        raise InputError(f"KV format {name!r} is not one of {', '.join(get_args(KVFormat))}")
+    kv_format = cast(KVFormat, name)
     head_dim = config.architecture.head_dim
-    for layout in _LAYOUTS.get(kv, ()):
+    for layout in _LAYOUTS.get(kv_format, ()):
         if head_dim % layout.fields:
             raise InputError(
-                f"head_dim {head_dim} is not a multiple of {layout.fields}, as KV {kv} needs"
+                f"KV format {name} needs a head_dim that is a multiple of {layout.fields}, not "
+                f"{head_dim}"
             )
+    return kv_format
 
 
 def init_cache(
@@ -112,29 +119,33 @@ def init_cache(
 
     Args:
       config: the split model.
-      batch_size: rows.
+      batch_size: number of rows.
       max_len: tokens that a row can hold.
-      dtype: of the parameters.
-      kv: a KVFormat.
+      dtype: data type of the parameters.
+      kv: storage format, a KVFormat.
 
     Raises:
-      InputError: there is no such format, or the model's head_dim does not go with it.
+      InputError: as `check_kv_format`.
     """
-    check_kv_format(config, kv)
-    architecture, slots = config.architecture, _whole_blocks(max_len, kv)
+    kv_format = check_kv_format(config, kv)
+    architecture, slots = config.architecture, _whole_blocks(max_len, kv_format)
     shape = (batch_size, 1, slots, architecture.head_dim)
     ring_shape = (config.ring_slots, architecture.head_dim)
-    most = _heads_per_buffer(jax.eval_shape(lambda: _full_cache(shape, dtype, kv)))
+    most = _heads_per_buffer(jax.eval_shape(lambda: _full_cache(shape, dtype, kv_format)))
 
     def layer(retrieval: int) -> LayerCache:
         streaming = architecture.num_kv_heads - retrieval
-        ring, ring_kv = (batch_size, streaming, *ring_shape), "model" if kv == "int2" else kv
+        ring, ring_format = (batch_size, streaming, *ring_shape), kv_format
+        if kv_format == "int2":
+            ring_format = "model"
         return LayerCache(
             full=tuple(
-                _full_cache((batch_size, min(most, retrieval - first), *shape[2:]), dtype, kv)
+                _full_cache(
+                    (batch_size, min(most, retrieval - first), *shape[2:]), dtype, kv_format
+                )
                 for first in range(0, retrieval, most)
             ),
-            streaming=_kv_cache(ring, dtype, ring_kv) if streaming else None,
+            streaming=_kv_cache(ring, dtype, ring_format) if streaming else None,
         )
 
     return Cache(
@@ -143,7 +154,7 @@ def init_cache(
 
 
 def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
-    """Return what `init_cache` makes of the same arguments as shapes: no memory is taken."""
+    """Return the shapes of `init_cache(config, **sizes)`; nothing is allocated."""
     return jax.eval_shape(functools.partial(init_cache, config, **sizes))
 
 
@@ -157,12 +168,12 @@ def cache_bytes(
 
 
 def live_bytes(cache: Cache) -> int:
-    """Return the bytes that the buffers of keys and values take on their device."""
+    """Return the bytes that all key and value buffers take on their device."""
     return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(cache.layers))
 
 
 def grow(cache: Cache, *, max_len: int) -> Cache:
-    """Return the cache with room for `max_len` tokens; copies the full caches one by one."""
+    """Return the cache with room for `max_len` tokens per row; copies full caches one by one."""
 
     def larger(part: KVCache) -> list[KVCache]:
         slots = _whole_blocks(max_len, part.format)
@@ -187,26 +198,27 @@ def grow(cache: Cache, *, max_len: int) -> Cache:
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
-def _kv_cache(shape: tuple[int, int, int, int], dtype: DTypeLike, kv: str) -> KVCache:
-    if kv not in _LAYOUTS:
-        dtype = jnp.bfloat16 if kv == "bf16" else dtype
-        return KVCache(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype), format=kv)
-    keys, values = (packed.zeros(shape, layout) for layout in _LAYOUTS[kv])
-    return KVCache(keys=keys, values=values, format=kv)
+def _kv_cache(shape: Shape, dtype: DTypeLike, kv_format: KVFormat) -> KVCache:
+    if kv_format in _LAYOUTS:
+        keys, values = (packed.zeros(shape, layout) for layout in _LAYOUTS[kv_format])
+    else:
+        dtype = jnp.bfloat16 if kv_format == "bf16" else dtype
+        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    return KVCache(keys=keys, values=values, format=kv_format)
 
 
-def _full_cache(shape: tuple[int, int, int, int], dtype: DTypeLike, kv: str) -> KVCache:
-    cache = _kv_cache(shape, dtype, kv)
-    if kv != "int2":
+def _full_cache(shape: Shape, dtype: DTypeLike, kv_format: KVFormat) -> KVCache:
+    cache = _kv_cache(shape, dtype, kv_format)
+    if kv_format != "int2":
         return cache
     batch, heads, _, head_dim = shape
     latest = _kv_cache((batch, heads, packed.BLOCK, head_dim), dtype, "model")
     return dataclasses.replace(cache, latest=latest)
 
 
-def _whole_blocks(max_len: int, kv: str) -> int:
-    """Round the slots of a full cache up to what is packed together."""
-    block = packed.BLOCK if kv == "int2" else 1
+def _whole_blocks(max_len: int, kv_format: KVFormat) -> int:
+    """Round the slots of a full cache up to whole blocks."""
+    block = packed.BLOCK if kv_format == "int2" else 1
     return -(-max_len // block) * block
 
 

@@ -19,6 +19,7 @@ from kernels.packed import BLOCK, Packed
 
 NewKV = Float[Array, "batch length kv_heads head_dim"]
 OneKV = Float[Array, "batch 1 kv_heads head_dim"]
+Slots = Float[Array, "batch kv_heads _ head_dim"]
 PerRow = Int[Array, " batch"]
 
 
@@ -105,8 +106,7 @@ def append_blocks(
       lengths: tokens before the chunk.
       num_tokens: tokens of the chunk that count, per row.
     """
-    ring = cache.latest
-    assert ring is not None
+    assert cache.latest is not None
     begun = lengths % BLOCK  # tokens of an unfinished block; they are the ring's first ones
     complete = (begun + num_tokens) // BLOCK * BLOCK
     window = -(-(BLOCK - 1 + keys.shape[1]) // BLOCK) * BLOCK
@@ -114,9 +114,9 @@ def append_blocks(
     source = jnp.where(at < end, at, BLOCK + at - end)
     source = jnp.minimum(source, BLOCK + keys.shape[1] - 1)
 
-    def pack_in(cached: Array | Packed, ring: Array | Packed, new: Array | Packed) -> Packed:
+    def pack_in(cached: Array | Packed, ring: Array, new: NewKV) -> Packed:
         assert isinstance(cached, Packed)
-        joined = jnp.concatenate([ring, new], axis=2)
+        joined = jnp.concatenate([ring, jnp.swapaxes(new, 1, 2)], axis=2)
         joined = jnp.take_along_axis(joined, source[:, None, :, None], axis=2)
 
         def write(old: Array, new: Array) -> Array:
@@ -125,11 +125,11 @@ def append_blocks(
 
         return jax.tree.map(write, cached, packed.pack(joined, cached.layout))
 
-    new = _like(ring, keys, values)
+    ring_keys, ring_values = unpacked(cache.latest, keys.dtype)
     return dataclasses.replace(
         cache,
-        keys=pack_in(cache.keys, ring.keys, new.keys),
-        values=pack_in(cache.values, ring.values, new.values),
+        keys=pack_in(cache.keys, ring_keys, keys),
+        values=pack_in(cache.values, ring_values, values),
     )
 
 
@@ -147,25 +147,25 @@ def past(
     The sinks include those of the chunk itself; the recent tokens are put in order of position.
     Takes the cache as it was before the chunk.
     """
-    new = unpacked(_like(cache, keys, values), keys.dtype)
-    old = unpacked(cache, keys.dtype)
+    new_keys, new_values = unpacked(_like(cache, keys, values), keys.dtype)
+    old_keys, old_values = unpacked(cache, keys.dtype)
     recent_size = cache.slots - sink_size
     # Index i gets position lengths - recent_size + i. Positions of sinks are masked there: any
     # slot will do for them.
     positions = lengths[:, None] + jnp.arange(-recent_size, 0, dtype=lengths.dtype)[None, :]
     slots = ring_slot(jnp.maximum(positions, sink_size), sink_size=sink_size, slots=cache.slots)
 
-    def sinks(old: Array, new: Array) -> Array:
+    def sinks(old: Slots, new: Slots) -> Slots:
         return _write(old[:, :, :sink_size], new, lengths, num_tokens)
 
-    def recents(old: Array) -> Array:
+    def recents(old: Slots) -> Slots:
         return jnp.take_along_axis(old, slots[:, None, :, None], axis=2)
 
     return Past(
-        sink_keys=sinks(old.keys, new.keys),
-        sink_values=sinks(old.values, new.values),
-        recent_keys=recents(old.keys),
-        recent_values=recents(old.values),
+        sink_keys=sinks(old_keys, new_keys),
+        sink_values=sinks(old_values, new_values),
+        recent_keys=recents(old_keys),
+        recent_values=recents(old_values),
         lengths=lengths,
     )
 
@@ -174,24 +174,29 @@ def as_cached(cache: KVCache, keys: NewKV, values: NewKV) -> tuple[NewKV, NewKV]
     """Return keys and values as they will be read from the cache: rounded if it quantises."""
     if not isinstance(cache.keys, Packed):
         return keys, values
-    new = unpacked(_like(cache, keys, values), keys.dtype)
-    return jnp.swapaxes(new.keys, 1, 2), jnp.swapaxes(new.values, 1, 2)
+    new_keys, new_values = unpacked(_like(cache, keys, values), keys.dtype)
+    return jnp.swapaxes(new_keys, 1, 2), jnp.swapaxes(new_values, 1, 2)
 
 
-def unpacked(cache: KVCache, dtype: DTypeLike) -> KVCache:
-    """Return a cache with its numbers unpacked to `dtype`, as they are if it does not quantise."""
-    if not isinstance(cache.keys, Packed):
-        return cache
-    return KVCache(keys=packed.unpack(cache.keys, dtype), values=packed.unpack(cache.values, dtype))
+def unpacked(cache: KVCache, dtype: DTypeLike) -> tuple[Slots, Slots]:
+    """Return a cache's keys and values, in `dtype` if it quantises them."""
+
+    def numbers(x: Slots | Packed) -> Slots:
+        return packed.unpack(x, dtype) if isinstance(x, Packed) else x
+
+    return numbers(cache.keys), numbers(cache.values)
 
 
 def _like(cache: KVCache, keys: NewKV, values: NewKV) -> KVCache:
     """Return a chunk in the cache's layout and format."""
-    keys, values = jnp.swapaxes(keys, 1, 2), jnp.swapaxes(values, 1, 2)
-    if isinstance(cache.keys, Packed) and isinstance(cache.values, Packed):
-        keys = packed.pack(keys, cache.keys.layout)
-        values = packed.pack(values, cache.values.layout)
-    return dataclasses.replace(cache, keys=keys, values=values)
+
+    def stored(cached: Slots | Packed, new: NewKV) -> Slots | Packed:
+        new = jnp.swapaxes(new, 1, 2)
+        return packed.pack(new, cached.layout) if isinstance(cached, Packed) else new
+
+    return dataclasses.replace(
+        cache, keys=stored(cache.keys, keys), values=stored(cache.values, values)
+    )
 
 
 def _write(

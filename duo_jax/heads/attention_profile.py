@@ -1,24 +1,23 @@
-"""Retrieval heads without training: which heads look far back while the model answers questions.
+"""The attention profile: retrieval heads found without training, as heads that look far back.
 
-The model runs once over each sample, with full attention. With A the positions whose next token is
-one of an answer, and a[i, t, j] the attention of query head i from position t to position j <= t:
+The model runs once over each sample, with full attention. Let A be the positions whose next token
+is part of an answer, and a[i, t, j] the attention of query head i from position t to j <= t:
 
     score of KV head k = max over the query heads i of k of
         mean over samples, mean over t in A of
         sum over j with j >= sink and t - j >= recent of a[i, t, j]
 
-This is the attention that a streaming head has to do without, where it matters; the attention
-profiling that DuoAttention compares with (section 3.5), on DuoAttention's own calibration samples.
+This is the attention that a streaming head would lose where it matters: the attention profiling
+that DuoAttention compares with (section 3.5), on DuoAttention's own calibration samples.
 
-Why all that is far away, and not the passkey alone, as retrieval scores have it (Wu et al.,
-2404.15574): a look-up may take heads that read other places than the passkey, such as what was
-answered before. On a demo model that had such a head, attention to the passkeys gave it a score
-near 0, and over a third of the passkeys were lost with it; this score did not. Why at answers: over
-ordinary text many heads look far back without need. What no profile sees is whether the attention
-changes anything; the learned gates do.
+Why everything far away, and not only the passkey, as in retrieval scores (Wu et al., 2404.15574): a
+look-up may need heads that read other places, such as the previous answers. A demo model had such a
+head. Attention to passkeys scored it near 0, and without it over a third of the passkeys were lost;
+this score kept it. Why at answers: in ordinary text many heads look far back without need. No
+profile sees whether the attention changes anything; the learned gates do.
 
-Why the maximum over the query heads of a group: one of them that retrieves is enough for the KV
-head to need every token, and a mean would hide it among the others.
+Why the maximum over the query heads of a group: one that retrieves is enough for the KV head to
+need every token, and a mean would hide it among the others.
 """
 
 import functools
@@ -48,7 +47,7 @@ def attention_profile(
     recent_size: int,
     implementation: Implementation = "auto",
 ) -> Float[np.ndarray, "layers kv_heads"]:
-    """Return how much of its attention each KV head has beyond a streaming head's sight.
+    """Return how much of its attention each KV head pays to what a streaming head cannot see.
 
     Args:
       architecture: the model.
@@ -56,7 +55,7 @@ def attention_profile(
       samples: texts with passkeys; all are padded to the longest.
       sink_size: first tokens that a streaming head sees.
       recent_size: latest tokens that it sees.
-      implementation: of the model's attention, see kernels.dispatch.
+      implementation: attention implementation, see kernels.dispatch.
 
     Returns:
       Scores in [0, 1]; the higher, the more of a retrieval head.
@@ -93,10 +92,10 @@ def sample_profile(
       architecture: the model.
       params: its parameters.
       sample: a text with passkeys.
-      length: to pad it to; another length is another compilation.
+      length: length it is padded to; each length is compiled for.
       sink_size: first tokens that a streaming head sees.
       recent_size: latest tokens that it sees.
-      implementation: of the model's attention, see kernels.dispatch.
+      implementation: attention implementation, see kernels.dispatch.
     """
     positions = [i for start, stop in sample.answers for i in range(start - 1, stop - 1)]
     # Whole blocks, so that samples with a few words more or less share a compilation. What is
@@ -139,12 +138,12 @@ def _far_attention(
     recent_size: int,
     implementation: Implementation,
 ) -> Float[Array, "layers q_heads"]:
-    """Add up, over some positions, the attention that each head has on far tokens."""
+    """Sum, over some positions, the attention that each head pays to far tokens."""
 
-    def attend(q, k, v, positions):
+    def attend(q, k, v, layer_input):
         out, _ = llama.attend_full(q, k, v, None, implementation=implementation)
         sizes = {"sink_size": sink_size, "recent_size": recent_size}
-        return out, _sum_over_positions(q[0], k[0], positions, **sizes)
+        return out, _sum_over_positions(q[0], k[0], layer_input, **sizes)
 
     _, sums = llama.hidden_states(
         architecture,
@@ -165,11 +164,11 @@ def _sum_over_positions(
     sink_size: int,
     recent_size: int,
 ) -> Float[Array, " q_heads"]:
-    """Do that for one layer, a block of positions at a time."""
+    """Sum one layer's attention to far tokens, a block of positions at a time."""
     length, kv_heads, head_dim = k.shape
     keys = jnp.arange(length)
 
-    def one_block(block):
+    def one_block(block: Int[Array, " block"]) -> Float[Array, " q_heads"]:
         chosen = q[block].reshape(_BLOCK, kv_heads, -1, head_dim)
         wide = accumulator(q.dtype)
         scores = jnp.einsum("tkgh,skh->kgts", chosen, k, preferred_element_type=wide)

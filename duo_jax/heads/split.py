@@ -1,7 +1,7 @@
-"""Which KV heads of a model keep everything, and parameters reordered so that they come first.
+"""A model split into retrieval and streaming heads: its config, and parameters in head order.
 
-After the reordering only the number of retrieval heads per layer matters; nothing is gathered when
-the model runs.
+Parameters are reordered so that the retrieval heads of each layer come first. Then only their
+number per layer matters, and nothing is gathered when the model runs.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ from duo_jax.model.quantised_weights import QuantisedKernel, take
 
 Leaf = Shaped[Array | np.ndarray, "..."] | QuantisedKernel
 
-# Axis of the heads in each parameter of a layer's attention, by (module, leaf).
-_HEAD_AXIS = {
+# Axis of the heads in each attention parameter of a layer, by (module, leaf).
+_HEAD_AXIS: dict[tuple[str, ...], int] = {
     ("q_proj", "kernel"): 1,
     ("k_proj", "kernel"): 1,
     ("v_proj", "kernel"): 1,
@@ -59,7 +59,7 @@ class DuoConfig:
 
     @property
     def ring_slots(self) -> int:
-        """Tokens that a streaming head holds."""
+        """Slots of a streaming head's cache."""
         return self.sink_size + self.recent_size
 
     def all_retrieval(self) -> "DuoConfig":
@@ -69,7 +69,7 @@ class DuoConfig:
 
     @property
     def num_retrieval_heads(self) -> int:
-        """Retrieval heads of the whole model."""
+        """Number of retrieval heads in the whole model."""
         return sum(self.retrieval_counts)
 
 
@@ -110,7 +110,7 @@ def split_params(
 def reorder_layer(
     architecture: ModelConfig, layer: Params, heads: Bool[np.ndarray, " kv_heads"]
 ) -> dict[str, Any]:
-    """Return one layer's parameters with the heads in `heads` first; otherwise order is kept."""
+    """Return one layer's parameters with the heads of `heads` first, otherwise in order."""
     attention = {
         module: {
             name: reorder(architecture, (module, name), leaf, heads)
@@ -141,7 +141,7 @@ def reorder(
 
 
 class HeadOrder(NamedTuple):
-    """How a parameter's heads are to be reordered."""
+    """New order of the heads of a parameter."""
 
     axis: int
     indices: Int[np.ndarray, " heads"]
@@ -150,9 +150,9 @@ class HeadOrder(NamedTuple):
 def head_order(
     architecture: ModelConfig, name: tuple[str, ...], heads: Bool[np.ndarray, " kv_heads"]
 ) -> HeadOrder | None:
-    """Return the order of a layer's parameter, such as ("q_proj", "kernel"); None: as it is.
+    """Return the new order of a parameter, such as ("q_proj", "kernel"); None: unchanged.
 
-    Query heads follow their KV head. Norms of queries and keys are shared by all heads.
+    Query heads follow their KV head. All heads share the norms of queries and keys.
     """
     axis = _HEAD_AXIS.get(name)
     kv_order = np.argsort(~heads, kind="stable")

@@ -13,19 +13,21 @@ from jaxtyping import Array, Float, Int
 from duo_jax.model.config import ModelConfig, RopeConfig
 from kernels.precision import accumulator
 
+CosSin = tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]
+
 
 def rotation(
     architecture: ModelConfig,
     positions: Int[Array, "batch length"],
     *,
     total_length: Int[Array, "*batch"] | int | None = None,
-) -> tuple[Float[Array, "batch length half"], Float[Array, "batch length half"]]:
+) -> CosSin:
     """Return the cosine and sine of every position's angles, in float32.
 
     Args:
       architecture: the model.
       positions: absolute positions, from 0.
-      total_length: tokens of the whole sequence, one number or one per row; only "dynamic" scaling
+      total_length: number of tokens of the whole sequence, or of each row's; only "dynamic" scaling
         depends on it. Default: the largest position + 1.
     """
     if total_length is None:
@@ -33,7 +35,7 @@ def rotation(
     frequencies, scale = frequencies_and_scale(
         architecture.rope, architecture.head_dim, total_length
     )
-    frequencies = frequencies.reshape(-1, 1, frequencies.shape[-1])  # of all rows, or of each
+    frequencies = frequencies.reshape(-1, 1, frequencies.shape[-1])  # [1 or batch, 1, half]
     angles = positions.astype(jnp.float32)[..., None] * frequencies
     return jnp.cos(angles) * scale, jnp.sin(angles) * scale
 
@@ -56,7 +58,7 @@ def frequencies_and_scale(
 ) -> tuple[Float[Array, "*batch half"] | Float[Array, " half"], float]:
     """Return radians per token of each channel pair, and the factor on cosine and sine.
 
-    Frequencies of "dynamic" scaling have the shape of `total_length` in front.
+    Frequencies have the shape of `total_length` in front for "dynamic" scaling.
     """
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     unscaled = 1.0 / rope.theta**exponents
@@ -64,8 +66,9 @@ def frequencies_and_scale(
         return unscaled / rope.factor, 1.0
     if rope.kind == "dynamic":
         # "NTK-aware" stretching of the base once the sequence outgrows the trained range.
-        length = jnp.maximum(jnp.asarray(total_length), rope.original_max_positions)[..., None]
-        stretch = rope.factor * length.astype(jnp.float32) / rope.original_max_positions
+        original = _original(rope)
+        length = jnp.maximum(jnp.asarray(total_length), original)[..., None]
+        stretch = rope.factor * length.astype(jnp.float32) / original
         theta = rope.theta * (stretch - (rope.factor - 1)) ** (head_dim / (head_dim - 2))
         return 1.0 / theta ** exponents.reshape((1,) * (theta.ndim - 1) + (-1,)), 1.0
     if rope.kind == "llama3":
@@ -75,9 +78,15 @@ def frequencies_and_scale(
     return unscaled, 1.0
 
 
+def _original(rope: RopeConfig) -> int:
+    """Return the range before scaling, which these rope types have."""
+    assert rope.original_max_positions is not None
+    return rope.original_max_positions
+
+
 def _llama3(rope: RopeConfig, unscaled: Float[Array, " half"]) -> Float[Array, " half"]:
-    """Slow only the pairs whose wavelength exceeds the original range, with a smooth passage."""
-    turns = rope.original_max_positions * unscaled / (2 * math.pi)  # within the original range
+    """Slow down the pairs whose wavelength exceeds the original range, with a smooth transition."""
+    turns = _original(rope) * unscaled / (2 * math.pi)  # within the original range
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = jnp.clip(kept, 0.0, 1.0)
     return kept * unscaled + (1 - kept) * unscaled / rope.factor
@@ -89,7 +98,7 @@ def _yarn(
     """Interpolate slow pairs, keep fast ones (YaRN, arXiv 2309.00071, section 3.2)."""
 
     def pair_with_turns(turns: float) -> float:
-        ratio = rope.original_max_positions / (turns * 2 * math.pi)
+        ratio = _original(rope) / (turns * 2 * math.pi)
         return head_dim * math.log(ratio) / (2 * math.log(rope.theta))
 
     low, high = pair_with_turns(rope.beta_fast), pair_with_turns(rope.beta_slow)

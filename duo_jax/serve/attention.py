@@ -106,8 +106,8 @@ def attend_token(
         return out[:, None], cache
 
     def blocks(q, k, v, cache):
-        cache, q = update.append_blocks(cache, k, v, **place), q[:, 0]
         ring = update.append_token_to_ring(cache.latest, k, v, sink_size=0, **place)
+        cache, q = update.append_blocks(cache, k, v, **place), q[:, 0]
         latest = decode_attention(q, ring.keys, ring.values, jnp.minimum(filled, BLOCK), **options)
         older = jnp.maximum(filled - BLOCK, 0)
         before = decode_attention(q, cache.keys, cache.values, older, **options)
@@ -165,8 +165,9 @@ def attend_chunk(
         after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
         k, v = update.as_cached(cache, k, v)
         held = jnp.minimum(lengths, config.ring_slots)
-        length = ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))
-        buffer = jax.tree.map(lambda x: jnp.pad(x, length), update.unpacked(cache, k.dtype))
+        room = ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))
+        keys, values = (jnp.pad(x, room) for x in update.unpacked(cache, k.dtype))
+        buffer = KVCache(keys=keys, values=values)
         buffer = update.append(buffer, k, v, starts=held, num_tokens=num_tokens)
         out, _ = prefill_attention(q, buffer.keys, buffer.values, held, **options)
         return out, after
@@ -194,10 +195,9 @@ def _by_part(
     outputs, after = [], []
     for attend_part, part in parts:
         end = first + part.keys.shape[1]
-        args = q[:, :, first * group : end * group], k[:, :, first:end], v[:, :, first:end]
-        if part.format == "bf16":
-            args = tuple(x.astype(jnp.bfloat16) for x in args)
-        out, part = attend_part(*args, part)
+        dtype = jnp.bfloat16 if part.format == "bf16" else q.dtype
+        heads = q[:, :, first * group : end * group], k[:, :, first:end], v[:, :, first:end]
+        out, part = attend_part(*(x.astype(dtype) for x in heads), part)
         outputs.append(out)
         after.append(part)
         first = end

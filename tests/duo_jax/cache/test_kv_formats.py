@@ -271,6 +271,6 @@ def test_unknown_formats_and_head_dims_are_refused(params):
     with pytest.raises(InputError, match="KV format 'int3' is not one of model, bf16, int8, int4"):
         Runtime(config=SPLIT, params=params, kv_format="int3")
     odd = dataclasses.replace(SPLIT, architecture=dataclasses.replace(CONFIG, head_dim=20))
-    with pytest.raises(InputError, match="head_dim 20 is not a multiple of 8, as KV int4 needs"):
+    with pytest.raises(InputError, match="KV format int4 needs a head_dim that is a multiple of 8"):
         init_cache(odd, batch_size=1, max_len=64, kv="int4")
     init_cache(odd, batch_size=1, max_len=64, kv="int8")

@@ -275,7 +275,7 @@ def test_a_format_that_the_model_cannot_have_is_a_row_or_an_error(tmp_path, caps
     with pytest.raises(SystemExit):
         main(["--model", str(folder), "--pattern", "none", "--kv", "int4"])
     assert capsys.readouterr().err == (
-        "error: head_dim 100 is not a multiple of 8, as KV int4 needs\n"
+        "error: KV format int4 needs a head_dim that is a multiple of 8, not 100\n"
     )
 
 
