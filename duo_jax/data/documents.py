@@ -24,7 +24,7 @@ def load_documents(sources: Sequence[str]) -> list[str]:
 
     Args:
       sources: text files, folders (searched for .txt, .md, .rst, .jsonl and .jsonl.zst), or names
-        of Hugging Face data sets (needs the `datasets` extra). JSON lines hold their text under
+        of Hugging Face data sets (needs the extra `datasets`). JSON lines hold their text under
         "text", "content", "chapter", "document" or "article". Empty: the built-in text.
 
     Returns:
