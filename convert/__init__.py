@@ -1,4 +1,4 @@
-"""Hugging Face weights in and out, without torch.
+"""Convert models between Hugging Face folders and checkpoints of duo_jax, without torch.
 
 Part of duo_jax.
 """

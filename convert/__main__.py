@@ -9,10 +9,10 @@ from duo_jax import cli
 _DESCRIPTION = """\
 Convert a model from Hugging Face safetensors to an orbax checkpoint of duo_jax, or back (--to-hf).
 
-Every command of duo_jax also reads Hugging Face folders directly; a checkpoint is smaller
-(compressed) and its tensors can be read one by one. Both directions keep every bit (unless --dtype
-or --weights is given), need host memory for about one tensor, and write DST only when it is
-complete.
+Every command of duo_jax also reads Hugging Face folders directly. A checkpoint is compressed, and
+its weights may be quantised in advance (--weights). Without --dtype and --weights both directions
+keep every bit. Other files of the model's folder, such as tokenizer, presets, pattern and prompt,
+are copied. Host memory is needed for about one tensor, and DST appears only when it is complete.
 """
 
 

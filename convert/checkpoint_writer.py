@@ -1,12 +1,13 @@
 """Write a model's parameters as an orbax checkpoint, a few tensors at a time.
 
-A plain orbax save takes the whole tree, which for a 70B model is 140 GB of host memory. Its partial
+An ordinary orbax save takes the whole tree, which for a 70B model is 140 GB of host memory. Partial
 saves (orbax.checkpoint.experimental.v1.partial) add arrays to a checkpoint that becomes visible
-when it is finalized, and the result is one ordinary checkpoint. Two things are chosen here:
+when it is finalized, and the result is one ordinary checkpoint. Two choices keep this fast and
+small:
 
-- Each partial save costs time that grows with their number (300 of single small arrays took 59 s,
-  and 20 s to finalize; 32 took 1.2 s and 0.4 s), so tensors are saved in groups that are together
-  no larger than the model's largest tensor, or than _MIN_GROUP for small models.
+- The time of a partial save grows with the number of saves (300 saves of one small array each took
+  59 s, and 20 s to finalize; 32 took 1.2 s and 0.4 s). So tensors are saved in groups that are
+  together no larger than the model's largest tensor, or than _MIN_GROUP for small models.
 - Arrays are written in chunks of 8 MB. Orbax copies a group once; without chunks, tensorstore would
   also lay out and compress every array as a whole.
 """
@@ -19,7 +20,7 @@ import numpy as np
 from duo_jax.checkpoints.orbax_checkpoint import nested, quiet_orbax, stored_shapes
 from duo_jax.checkpoints.tensor_info import cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.weights import WeightFiles
+from duo_jax.checkpoints.weights import WeightFiles, read_array
 from duo_jax.model.quantised_weights import StoredFormat, quantise
 
 _MIN_GROUP = 1 << 24
@@ -41,7 +42,7 @@ def write_params(
       weight_files: where tensors come from.
       dtype: type to cast to; None keeps each tensor's own.
       stored: format of the layers' projections; "int8" and "int4" quantise the values read.
-      progress: called with the number of bytes read, again and again.
+      progress: called with the number of bytes read after each group.
 
     Raises:
       InputError: a tensor cannot be read or cast.
@@ -55,12 +56,12 @@ def write_params(
         for group in _groups(weight_files, dtype):
             arrays = {}
             for tensor in group:
-                arrays |= _stored(tensor, weight_files.read(tensor), dtype, stored)
+                arrays |= _stored(tensor, read_array(weight_files, tensor), dtype, stored)
             with quiet_orbax():
-                ocp.partial.save(path, nested(arrays))
+                ocp.partial.save(str(path), nested(arrays))
             progress(sum(weight_files.dtype(tensor).itemsize * tensor.size for tensor in group))
         with quiet_orbax():
-            ocp.partial.finalize(path)
+            ocp.partial.finalize(str(path))
 
 
 def _stored(
@@ -71,7 +72,8 @@ def _stored(
     if len(paths) == 1:
         return {paths[0]: cast(array, dtype or array.dtype, tensor.name)}
     kernel = quantise(array, module=tensor.path[-2], weight_format=stored, name=tensor.name)
-    return dict(zip(paths, (kernel.values, kernel.scales), strict=True))
+    arrays = map(np.asarray, (kernel.values, kernel.scales))
+    return dict(zip(paths, arrays, strict=True))
 
 
 def _groups(weight_files: WeightFiles, dtype: np.dtype | None) -> Iterator[list[Tensor]]:

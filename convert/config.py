@@ -13,7 +13,7 @@ from duo_jax.model.quantised_weights import StoredFormat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConvertConfig:
-    """What to convert, and how."""
+    """Flags of the command."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
     """The model: a Hugging Face folder, a hub name such as org/name, or a converted checkpoint."""
@@ -22,20 +22,22 @@ class ConvertConfig:
     """The folder to make; must not exist, or be empty."""
 
     to_hf: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Write Hugging Face safetensors instead of a checkpoint."""
+    """Write a Hugging Face folder with safetensors instead of a checkpoint."""
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Type to cast the weights to; without it they stay as they are, bit for bit."""
+    """Data type to cast the weights to. Default: each tensor keeps its own, bit for bit."""
 
     weights: StoredFormat = "model"
-    """Format of the layers' projections. model: as they are. int8: one scale per output channel,
-    served with --weights int8 or w8a8. int4: one scale per output channel and 128 inputs."""
+    """Format of the layers' projections. model: unchanged. int8: 8 bits, one scale per output
+    channel; served with --weights int8 or w8a8. int4: 4 bits, one scale per output channel and 128
+    inputs. A quantised checkpoint cannot be converted back."""
 
     allow_pickle: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Read pickled weights (pytorch_model.bin), for files you trust; needs PyTorch."""
+    """Read pickled weights (pytorch_model.bin) if there are no safetensors. Only for files that you
+    trust; needs PyTorch."""
 
     max_shard_gb: float = 5.0
-    """With --to-hf: the size above which weights are split into several files, in GB (1e9)."""
+    """With --to-hf: the largest size of one file of weights, in GB (1e9 bytes)."""
 
     def __post_init__(self) -> None:
         if self.to_hf and self.weights != "model":

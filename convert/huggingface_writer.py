@@ -1,8 +1,8 @@
 """Write a model's parameters as Hugging Face safetensors, one tensor at a time.
 
-The safetensors library wants all tensors of a file in memory; a file is written here instead as it
-is defined: 8 bytes of header length N (little-endian), N bytes of JSON with the type, shape and
-offsets of each tensor, then the tensors' bytes.
+The safetensors library needs all tensors of a file in memory. So files are written here, as the
+format defines them: 8 bytes of header length N (little-endian), N bytes of JSON with the type,
+shape and offsets of each tensor, then the tensors' bytes.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from duo_jax.checkpoints.safetensors_files import INDEX_FILE
 from duo_jax.checkpoints.tensor_info import DTYPES, cast
 from duo_jax.checkpoints.tensor_names import Tensor
-from duo_jax.checkpoints.weights import WeightFiles
+from duo_jax.checkpoints.weights import WeightFiles, read_array
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -35,7 +35,7 @@ def write_params(
       weight_files: where tensors come from.
       dtype: type to cast to; None keeps each tensor's own.
       max_shard_size: largest file, in bytes of tensors; a larger tensor gets a file of its own.
-      progress: called with the number of bytes read, again and again.
+      progress: called with the number of bytes read after each tensor.
 
     Raises:
       InputError: a tensor cannot be read or cast.
@@ -88,6 +88,8 @@ def _write_file(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
-            array = tensor.to_hf(cast(weight_files.read(tensor), stored(tensor), tensor.name))
+            array = tensor.to_hf(
+                cast(read_array(weight_files, tensor), stored(tensor), tensor.name)
+            )
             file.write(array.reshape(-1).view(np.uint8).data)
             progress(weight_files.dtype(tensor).itemsize * tensor.size)

@@ -1,8 +1,8 @@
 """Legacy weights: PyTorch pickles (pytorch_model.bin, single or sharded).
 
-Pickles can run code when they are opened. They are read only when the caller says so, and then
-with weights_only=True, which refuses everything but tensors; memory mapped, so that tensors are
-read when they are used.
+Pickles can run code when they are opened. So they are read only if the user asks for it, and with
+weights_only=True, which refuses everything but tensors. Files are memory-mapped: a tensor is read
+when it is used.
 """
 
 import pathlib

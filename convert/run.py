@@ -29,7 +29,7 @@ from duo_jax.files import new_folder, read_json
 def convert(flags: ConvertConfig) -> None:
     """Write the model `flags.src` to the folder `flags.dst`, which appears when complete.
 
-    Host memory peaks at about one tensor (the largest, in whatever order) beyond the mapped files.
+    Host memory peaks at about the largest tensor, beyond the mapped files.
 
     Raises:
       InputError: there is no such model, it cannot be read, or `flags.dst` cannot be written.

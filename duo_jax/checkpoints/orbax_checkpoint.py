@@ -1,14 +1,14 @@
-"""The converted checkpoint: what `python -m convert` writes, and how it is read.
+"""Converted checkpoints: the format that `python -m convert` writes, and a reader.
 
-    duo_jax.json        {"format": "duo_jax checkpoint", "version": 1}; where the layers'
-                        projections are quantised {..., "version": 2, "weights": "int8"}
+    duo_jax.json        {"format": "duo_jax checkpoint", "version": 1}; with quantised projections
+                        {..., "version": 2, "weights": "int8"}
     params/             an orbax checkpoint (zstd-compressed, OCDBT)
-    config.json, ...    config, tokenizer and identify.json of the original, as they were
+    config.json, ...    the other files of the original model folder, unchanged
 
-The tree in params/ is that of duo_jax.model.llama with its layers apart, so that single tensors can
-be written and read: layers/self_attn/q_proj/kernel is 32 arrays,
-layers/0/self_attn/q_proj/kernel to layers/31/... A quantised kernel
-(duo_jax.model.quantised_weights) is two: kernel/values, kernel/scales.
+The tree in params/ is that of duo_jax.model.llama, except that layers are not stacked, so that
+single tensors can be written and read: layers/self_attn/q_proj/kernel is stored as the arrays
+layers/0/self_attn/q_proj/kernel to layers/31/self_attn/q_proj/kernel. A quantised kernel
+(duo_jax.model.quantised_weights) is stored as two arrays, kernel/values and kernel/scales.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ MARKER_FILE = "duo_jax.json"
 PARAMS_FOLDER = "params"
 FORMAT = "duo_jax checkpoint"
 VERSION = 1
-QUANTISED_VERSION = 2  # refused by readers that know nothing of quantised weights
+QUANTISED_VERSION = 2  # readers that predate quantised weights refuse it
 
 
 class CheckpointFiles:
@@ -83,7 +83,7 @@ class CheckpointFiles:
         context.pytree.loading.partial_load = True
         try:
             with quiet_orbax(), context:
-                leaf = ocp.load(self._path, nested({path: self._metadata[path]}))
+                leaf = ocp.load(str(self._path), nested({path: self._metadata[path]}))
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
             raise self._damaged(error) from None
         for key in path:
@@ -95,7 +95,7 @@ class CheckpointFiles:
 
         try:
             with quiet_orbax():
-                return flattened(ocp.metadata(self._path).metadata)
+                return flattened(ocp.metadata(str(self._path)).metadata)
         except Exception as error:  # as above
             raise self._damaged(error) from None
 
@@ -114,11 +114,11 @@ class CheckpointFiles:
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Silence what orbax prints about errors that it also raises.
+    """Keep orbax from printing errors that it also raises.
 
-    It logs warnings and tracebacks. And where several arrays fail at once, only one error is
-    raised; asyncio reports the others whenever their tasks are collected, and Python reports
-    callbacks that find the event loop closed. So after an error those two filters stay.
+    It logs warnings and tracebacks. When several arrays fail at once, it raises only one error;
+    asyncio reports the others when their tasks are garbage-collected, and Python reports callbacks
+    that find the event loop closed. So those two filters stay in place after an error.
     """
     absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
     level, report = absl.level, sys.unraisablehook
@@ -148,14 +148,14 @@ def is_checkpoint(folder: pathlib.Path) -> bool:
 
 
 def stored_path(tensor: Tensor) -> Path:
-    """Return where a tensor is in the stored tree, such as layers/3/mlp/up_proj/kernel."""
+    """Return the path of a tensor in the stored tree, such as layers/3/mlp/up_proj/kernel."""
     if tensor.layer is None:
         return tensor.path
     return (tensor.path[0], str(tensor.layer), *tensor.path[1:])
 
 
 def stored_shapes(tensor: Tensor, stored: StoredFormat) -> dict[Path, tuple[int, ...]]:
-    """Return the arrays that a tensor is stored as, and their shapes."""
+    """Return path and shape of every array that a tensor is stored as."""
     path = stored_path(tensor)
     if stored == "model" or not is_quantised(tensor.path):
         return {path: tensor.shape}
@@ -164,7 +164,7 @@ def stored_shapes(tensor: Tensor, stored: StoredFormat) -> dict[Path, tuple[int,
 
 
 def marker_of(stored: StoredFormat) -> dict[str, Any]:
-    """Return what duo_jax.json says of a checkpoint."""
+    """Return the contents of duo_jax.json."""
     if stored == "model":
         return {"format": FORMAT, "version": VERSION}
     return {"format": FORMAT, "version": QUANTISED_VERSION, "weights": stored}
@@ -191,7 +191,7 @@ def flattened(tree: dict[str, Any], prefix: Path = ()) -> dict[Path, Any]:
 
 
 def _read_marker(path: pathlib.Path) -> StoredFormat:
-    """Return how weights are stored."""
+    """Return the format in which weights are stored."""
     marker = read_json(path)
     found = (marker.get("format"), marker.get("version"), marker.get("weights"))
     for stored in get_args(StoredFormat):

@@ -1,4 +1,4 @@
-"""A model by name: its folder, its config, its parameters, its tokenizer.
+"""Find a model by name; load its config, parameters and tokenizer.
 
 Everything that takes a model takes a Hugging Face folder, a hub name ("org/name") or a converted
 checkpoint (`python -m convert`); `resolve` turns any of them into a folder, and the other functions
@@ -22,7 +22,7 @@ from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.weights import WeightFiles, open_weights
+from duo_jax.checkpoints.weights import WeightFiles, open_weights, read_array
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
@@ -36,7 +36,7 @@ from duo_jax.model.quantised_weights import (
     stored_format,
 )
 
-# What a model needs besides its weights; copied along by `python -m convert`.
+# One of them is needed for a tokenizer; fetched from the hub beside *.json.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -49,7 +49,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-DEMO = "demo"  # the name of the model that ships with the package
+DEMO = "demo"  # the model that ships with duo_jax
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -60,7 +60,7 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
 
     Args:
       name: a local folder, "org/name", or "demo" for the model that ships with duo_jax.
-      allow_pickle: of a hub model without safetensors, fetch the pickled weights.
+      allow_pickle: fetch pickled weights if a hub model has no safetensors.
 
     Raises:
       InputError: there is no such model, or it cannot be fetched.
@@ -87,7 +87,7 @@ def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
     """Return a model's config.json or a folder that holds it; nothing else is fetched.
 
     Args:
-      name: as of `resolve`, or the file itself.
+      name: as in `resolve`, or the file itself.
 
     Raises:
       InputError: as `resolve`.
@@ -112,7 +112,7 @@ def load_config(folder: pathlib.Path) -> ModelConfig:
 def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
     """Load all parameters as the nested dict that duo_jax.model.llama describes.
 
-    Layers are stacked one leaf at a time, so host memory peaks at about one stacked leaf more than
+    Layers are stacked one leaf at a time, so host memory peaks at about one stacked leaf beyond
     what the device holds.
 
     Args:
@@ -150,17 +150,17 @@ def load_split_params(
 ) -> dict[str, Any]:
     """Load all parameters in serving form: one dict per layer, retrieval heads first.
 
-    Goes tensor by tensor, so host memory peaks at about one tensor more than what the device holds.
+    Loads tensor by tensor, so host memory peaks at about one tensor beyond what the device holds.
 
     Args:
       folder: a Hugging Face folder or a converted checkpoint.
       heads: which KV heads are retrieval heads.
-      dtype: type to cast to; None keeps the stored types, or float32 where they differ. Quantised
-        weights are made from the stored values, whatever this is.
+      dtype: type to cast to; None keeps the stored type, or takes float32 if there are several.
+        Weights are quantised from the stored values, not from values of this type.
       weights: format of the layers' projections, see duo_jax.model.quantised_weights.
 
     Raises:
-      InputError: as `load_params`; or the folder holds weights that are quantised otherwise.
+      InputError: as `load_params`; or the folder holds weights in another quantised format.
     """
     check_weight_format(weights)
     weight_files = open_weights(folder)
@@ -184,6 +184,7 @@ def load_split_params(
     for tensor in bar:
         leaf = weight_files.read(tensor)
         if not quantised(tensor):
+            assert isinstance(leaf, np.ndarray), f"{tensor.name} is stored quantised"
             array = np.empty(tensor.shape, np.dtype(dtype))
             copy_cast(array, leaf, tensor.name)
             leaf = array
@@ -212,7 +213,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     """
     if not any(exists(folder / file) for file in TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
-    # Without PyTorch transformers announces that models are missing; here none is wanted of it.
+    # Without PyTorch, transformers warns that it has no models; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes seconds to import
 
@@ -220,17 +221,17 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # whatever is wrong with the files, they are the caller's
+    except Exception as error:  # of many types, all about the caller's files
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
-def _quantised(
-    tensor: Tensor, leaf: np.ndarray | QuantisedKernel, weight_format: WeightFormat
-) -> QuantisedKernel:
-    """Return one projection in the format that is wanted, quantising what is not yet."""
+def _quantised(tensor: Tensor, leaf: split.Leaf, weight_format: WeightFormat) -> QuantisedKernel:
+    """Return one projection in the wanted format; quantise it unless it is stored quantised."""
     if isinstance(leaf, QuantisedKernel):
         return dataclasses.replace(leaf, format=weight_format)
-    return quantise(leaf, module=tensor.path[-2], weight_format=weight_format, name=tensor.name)
+    return quantise(
+        np.asarray(leaf), module=tensor.path[-2], weight_format=weight_format, name=tensor.name
+    )
 
 
 def _read_leaf(
@@ -241,7 +242,7 @@ def _read_leaf(
         dtype = _common_dtype({weight_files.dtype(tensor) for tensor in parts})
     leaf = np.empty((len(parts), *parts[0].shape), np.dtype(dtype))
     for i, tensor in enumerate(parts):
-        copy_cast(leaf[i], weight_files.read(tensor), tensor.name)
+        copy_cast(leaf[i], read_array(weight_files, tensor), tensor.name)
     return leaf if parts[0].layer is not None else leaf[0]
 
 

@@ -1,10 +1,10 @@
 """The weights of a Hugging Face folder: safetensors files, opened lazily, without torch.
 
 Opening reads only the headers; a tensor is a view of the memory-mapped file, and its bytes are read
-when they are used. The safetensors library checks each file, but its own readers copy every
-tensor, which would double the host memory of loading; so the views are made here, from the same
-header: 8 bytes of its length N (little-endian), N bytes of JSON, then the data, at the offsets that
-the JSON gives for each tensor.
+when they are used. The safetensors library checks each file, but its readers copy every tensor,
+which would double the host memory of loading. So the views are made here, from the same header:
+8 bytes with its length N (little-endian), N bytes of JSON, then the data; the JSON gives the
+offsets of each tensor.
 """
 
 import json
@@ -47,6 +47,7 @@ class SafetensorsFiles:
     def read(self, name: str) -> np.ndarray:
         """Return one tensor as a read-only view of its file."""
         info = self.info[name]
+        assert info.dtype is not None, f"{name} is {info.dtype_name}"
         return self._data[name].view(info.dtype).reshape(info.shape)
 
 

@@ -1,4 +1,4 @@
-"""What weight files say they hold, and whether that is what config.json implies."""
+"""Names, shapes and types of tensors in weight files, checked against config.json; casts."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -22,8 +22,7 @@ _BLOCK_SIZE = 1 << 21  # values copied at once
 class TensorInfo:
     """One tensor, without its values.
 
-    `dtype` is None where the type is not one that weights may have; `dtype_name` is what the file
-    calls it.
+    `dtype` is None if weights may not have this type; `dtype_name` is the file's name for it.
     """
 
     shape: tuple[int, ...]
@@ -41,14 +40,14 @@ def check(
     """Compare what files hold with the names and shapes that a model needs.
 
     Args:
-      found: what the files hold.
-      expected: every tensor of the model, with its shape.
-      where: what to call the files in the message.
-      ignored: which other names may be there.
+      found: the tensors in the files.
+      expected: the shape of every tensor of the model.
+      where: the files' name in the error message.
+      ignored: tells whether a name may be there without being expected.
 
     Raises:
-      InputError: tensors are missing, unknown, or of another shape or type; the one line counts
-        all of them and names the first few of each kind.
+      InputError: tensors are missing, unknown, or have another shape or type. The line counts all
+        of them and names the first few of each kind.
     """
     both = [name for name in expected if name in found]
     problems = {
@@ -83,8 +82,8 @@ def shortened(words: list[str], limit: int = 5) -> str:
 def copy_cast(out: np.ndarray, array: np.ndarray, name: str) -> None:
     """Copy weights into an array of another type or another order of axes.
 
-    Goes in blocks along the slowest axis of `array`: a transposition of a mapped file is then
-    three times as fast as numpy's own (117 MB in 0.2 s), and a cast needs only a block of memory.
+    Copies blocks along the slowest axis of `array`: transposing a mapped file is then three times
+    as fast as with numpy's own copy (117 MB in 0.2 s), and a cast needs memory for one block only.
 
     Raises:
       InputError: a finite value is beyond the range of the type of `out`.
@@ -98,7 +97,7 @@ def copy_cast(out: np.ndarray, array: np.ndarray, name: str) -> None:
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Cast weights, rounding to nearest even; of the same type, return them as they are.
+    """Cast weights, rounding to nearest even; return them as they are if they have the type.
 
     Raises:
       InputError: a finite value is beyond the range of `dtype`.

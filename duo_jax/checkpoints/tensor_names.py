@@ -1,12 +1,12 @@
-"""Which tensor of a Hugging Face checkpoint is which parameter of ours.
+"""The map between the tensors of a Hugging Face checkpoint and our parameters.
 
-One ordered table says everything. Each row names a tensor on both sides, and writes its axes on
-both sides with the same words; axes that share one dimension stand in parentheses. So
+It is one ordered table. Each row names a tensor on both sides, and its axes on both sides with the
+same words; axes that share one dimension stand in parentheses. So
 
     "(q_heads head_dim) embed"  <->  "embed q_heads head_dim"
 
-reads: split the first dimension into heads and head_dim, then move embed to the front. Values are
-never computed with, only moved, so a round trip is exact to the bit.
+means: split the first dimension into heads and head_dim, then move embed to the front. Values are
+only moved, so a round trip is exact to the bit.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from duo_jax.model.config import ModelConfig
 
 Path = tuple[str, ...]
 
-# Not parameters: rotary tables and causal masks that old exporters saved along.
+# Not parameters: rotary tables and causal masks that old exporters saved too.
 _BUFFER_SUFFIXES = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
 
 

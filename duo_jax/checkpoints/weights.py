@@ -56,7 +56,7 @@ class HuggingFaceFiles:
     Args:
       files: the files, opened.
       architecture: the model that they should hold.
-      where: what to call them in messages.
+      where: the name of the files in error messages.
 
     Raises:
       InputError: tensors are missing, unknown, or of another shape or type than config.json
@@ -83,6 +83,13 @@ class HuggingFaceFiles:
 
     def read(self, tensor: Tensor) -> np.ndarray:
         return tensor.from_hf(self._files.read(tensor.name))
+
+
+def read_array(weight_files: WeightFiles, tensor: Tensor) -> np.ndarray:
+    """Read a tensor of files whose format is "model", in which nothing is quantised."""
+    array = weight_files.read(tensor)
+    assert isinstance(array, np.ndarray), f"{tensor.name} is stored quantised"
+    return array
 
 
 def open_weights(folder: pathlib.Path) -> WeightFiles:

@@ -1,4 +1,4 @@
-"""How every command parses its flags, chooses a model and reports bad input."""
+"""Command lines: flags, choice of a model, defaults that a model brings, errors, work folders."""
 
 from duo_jax.cli.command import fail, run
 

@@ -15,19 +15,19 @@ import tyro
 from duo_jax.errors import InputError
 from kernels.errors import UnsupportedError
 
-Config = TypeVar("Config")
+Flags = TypeVar("Flags")
 
 
 def run(
-    main: Callable[[Config], None],
-    config_type: type[Config],
+    main: Callable[[Flags], None],
+    flags_type: type[Flags],
     *,
     prog: str,
     description: str,
-    default: Config | None = None,
+    default: Flags | None = None,
     args: Sequence[str] | None = None,
 ) -> None:
-    """Parse flags into a config dataclass and run `main` on it; never returns on bad input.
+    """Parse flags into a dataclass and run `main` on it; never returns on bad input.
 
     Input that cannot be used, and what the kernels refuse, prints one line, `error: ...`, and exits
     with code 2. Ctrl-C prints one line and exits with 130. Anything else is a defect of ours, and
@@ -35,17 +35,22 @@ def run(
 
     Args:
       main: the command.
-      config_type: its dataclass; field comments and docstrings become the help text.
+      flags_type: the dataclass of its flags; field comments and docstrings become the help text.
       prog: how the command is typed, such as "python -m convert".
       description: the first lines of --help.
       default: values to start from instead of the dataclass's own.
       args: the words of the command line; default sys.argv[1:].
     """
-    given = {} if default is None else {"default": default}
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            config = tyro.cli(config_type, prog=prog, description=description, args=args, **given)
+            flags = tyro.cli(
+                flags_type,
+                prog=prog,
+                description=description,
+                args=args,
+                default=tyro.MISSING_NONPROP if default is None else default,
+            )
     except InputError as error:  # from a dataclass within the dataclass
         fail(error)
     except SystemExit as exit_:
@@ -54,7 +59,7 @@ def run(
             fail(InputError(f"{complained} (see {prog} --help)"))
         raise
     try:
-        main(config)
+        main(flags)
     except (InputError, UnsupportedError) as error:
         fail(error)
     except BrokenPipeError:  # whoever read our output has seen enough

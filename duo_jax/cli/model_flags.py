@@ -1,4 +1,4 @@
-"""The flags by which every command chooses a model, its split, and what its numbers take."""
+"""The flags that choose a model, its split into heads, and the formats of its numbers."""
 
 import dataclasses
 from typing import Any, Literal
@@ -13,40 +13,45 @@ from kernels import Implementation
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelFlags:
-    """Flags that `duo_jax.load` takes, under its names; commands inherit them."""
+    """The arguments of `duo_jax.load` as flags; commands inherit them."""
 
     model: str = pretrained.DEMO
-    """A Hugging Face folder, a hub name, a converted checkpoint, or "demo" (ships with duo_jax)."""
+    """A Hugging Face folder, a hub name such as org/name, a converted checkpoint, or "demo", the
+    model that ships with duo_jax."""
     pattern: str | None = None
-    """A pattern folder (python -m train.identify makes one), or "none" for the model as published,
-    every head with a full cache. Default: the pattern that the model's folder brings."""
+    """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
+    head, the model as published. Default: the folder "pattern" in the model's own folder."""
     sparsity: float | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     threshold: float | None = None
-    """Instead of --sparsity: the gate above which a head is a retrieval head."""
+    """Instead of --sparsity: a head whose gate is above this value is a retrieval head."""
     sink: int | None = None
-    """First tokens a streaming head keeps. Default: the pattern's."""
+    """Number of first tokens (attention sinks) that a streaming head keeps. Default: the
+    pattern's."""
     recent: int | None = None
-    """Latest tokens a streaming head keeps. Default: the pattern's."""
+    """Number of latest tokens that a streaming head keeps. Default: the pattern's."""
 
     prefill_chunk: int = 8192
-    """Tokens of the prompt that are read at a time: more is faster and takes more memory."""
+    """Number of prompt tokens read at a time. A larger chunk is faster and takes more memory."""
     prefill_mode: PrefillMode = "exact"
-    """What streaming heads see while the prompt is read. exact: sinks and recent tokens, so that
-    the result does not depend on the chunk. chunk: also all of the token's own chunk, as in the
+    """Mask of streaming heads while the prompt is read. exact: sinks and recent tokens, so that the
+    result does not depend on the chunk. chunk: also the tokens of the same chunk, as in the
     reference implementation."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of weights, activations and caches. Default: as stored; float32 on a CPU."""
+    """Data type of weights, activations and caches. Default: the stored type; float32 on a CPU."""
     weights: WeightFormat = "model"
-    """Format of the layers' projections. model: --dtype. int8: one scale per output channel. w8a8:
-    these, and activations in int8 too, one scale per token. int4: one scale per output channel and
-    128 inputs. Quantised while loading, unless python -m convert has done so."""
+    """Format of the layers' projections. model: the data type. int8: 8 bits, one scale per output
+    channel. w8a8: as int8, with activations in 8 bits too, one scale per token. int4: 4 bits, one
+    scale per output channel and 128 inputs. Weights are quantised while they are loaded, unless
+    python -m convert has quantised them."""
     kv: KVFormat = "model"
-    """Format of the caches. model: --dtype. int8, int4: one scale per token and head. int2: keys by
-    channel in blocks of 64 tokens, the latest 64 tokens exactly."""
+    """Format of the caches. model: the data type. bf16: bfloat16. int8, int4: one scale per token
+    and head. int2: keys have a scale per channel in blocks of 64 tokens, and the latest 64 tokens
+    stay exact."""
     implementation: Implementation = "auto"
-    """Of attention. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the kernels run
-    by Pallas' interpreter, to test them without a GPU; very slow."""
+    """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
+    our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
+    slow."""
 
     def load(self, **changes: Any) -> DuoModel:
         """Load the model, with some flags changed.

@@ -1,6 +1,7 @@
-"""Defaults that a model brings along, as a JSON file in its folder: fields of a flags dataclass."""
+"""Defaults of flags that a model brings: a JSON file in its folder, with fields of a dataclass."""
 
 import argparse
+import contextlib
 import dataclasses
 import pathlib
 import sys
@@ -16,15 +17,15 @@ Config = TypeVar("Config")
 
 
 def load(config: Config, file: pathlib.Path, *, part: str | None = None) -> Config:
-    """Return a dataclass with the fields that a preset changes.
+    """Return a dataclass with the values of a preset.
 
     Args:
-      config: the dataclass.
+      config: values of the fields that the preset does not name.
       file: the preset; need not exist.
-      part: the preset is what the file has under this name.
+      part: the key of the file's JSON object that holds the preset; default: the whole object.
 
     Raises:
-      InputError: the file is no JSON object, or holds what the dataclass does not take.
+      InputError: the file holds no JSON object, or a field or value that the dataclass refuses.
     """
     if not is_file(file):
         return config
@@ -37,8 +38,11 @@ def load(config: Config, file: pathlib.Path, *, part: str | None = None) -> Conf
 
 def defaults(
     args: Sequence[str] | None, model: str, load_for: Callable[[str, pathlib.Path], Config]
-) -> Config | None:
-    """Look ahead for --model, whose preset decides the defaults of other flags.
+) -> Config:
+    """Return a command's defaults, which depend on the model that it is given.
+
+    tyro wants defaults before it parses, as it shows them in --help and checks flags together with
+    them. So this one flag is read beforehand.
 
     Args:
       args: the words of a command line; None: the process's own.
@@ -46,21 +50,19 @@ def defaults(
       load_for: returns the defaults for a model's name and folder.
 
     Returns:
-      The defaults; None where the flag is misused, about which the real parser will complain. A
-      model or a preset that cannot be used ends the process.
+      The defaults. A model or a preset that cannot be used ends the process, with one line.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    peek.add_argument("--model", default=model)
+    ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    ahead.add_argument("--model", default=model)
+    with contextlib.suppress(argparse.ArgumentError):  # no value after --model; tyro reports it
+        model = ahead.parse_known_args(sys.argv[1:] if args is None else list(args))[0].model
     try:
-        name = peek.parse_known_args(sys.argv[1:] if args is None else list(args))[0].model
-        return load_for(name, pretrained.resolve(name))
-    except argparse.ArgumentError:
-        return None
+        return load_for(model, pretrained.resolve(model))
     except InputError as error:
         cli.fail(error)
 
 
-def _replace(config: Config, values: Mapping[str, Any]) -> Config:
+def _replace(config: Any, values: Mapping[str, Any]) -> Any:
     """Replace fields, down into those that are dataclasses; the inverse of dataclasses.asdict."""
     changes = {}
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""A work folder that belongs to exactly one configuration, so that a killed run can go on in it."""
+"""Work folders: each belongs to one configuration, so that a killed run can be resumed in it."""
 
 import dataclasses
 import json
@@ -14,12 +14,12 @@ _CONFIG_FILE = "config.json"
 
 
 def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -> None:
-    """Refuse a work folder that cannot be used, before hours are spent; writes nothing.
+    """Refuse a work folder that cannot be used, before hours are spent. Writes nothing.
 
     Args:
       path: the folder; need not exist.
       config: the run's settings, a dataclass or a dict.
-      operational: its fields that may differ when a run is resumed, as they do not change results.
+      operational: fields that may differ when a run is resumed, as they do not change results.
 
     Raises:
       InputError: the folder cannot be written, or holds a run of another configuration.
@@ -51,10 +51,10 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
 
 
 def claim(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -> None:
-    """Make the folder if it does not exist, and let it belong to `config`; arguments as of `check`.
+    """Make a work folder, or resume in one that belongs to `config`; arguments as in `check`.
 
     Raises:
-      InputError: as `check` does, or the folder cannot be made.
+      InputError: as `check`, or the folder cannot be made.
     """
     check(path, config, operational=operational)
     files.make_folder(path)
@@ -63,8 +63,9 @@ def claim(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
 
 def _as_json(config: Any) -> Any:
     # Through JSON, so that tuples and lists compare equal.
-    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
-    return json.loads(json.dumps(plain, default=str))
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        config = dataclasses.asdict(config)
+    return json.loads(json.dumps(config, default=str))
 
 
 def _flat(values: Any, name: str = "") -> dict[str, Any]:

@@ -24,7 +24,7 @@ def load_documents(sources: Sequence[str]) -> list[str]:
 
     Args:
       sources: text files, folders (searched for .txt, .md, .rst, .jsonl and .jsonl.zst), or names
-        of Hugging Face data sets (needs the `datasets` extra). JSON lines hold their text under
+        of Hugging Face data sets (needs the extra `datasets`). JSON lines hold their text under
         "text", "content", "chapter", "document" or "article". Empty: the built-in text.
 
     Returns:
@@ -50,15 +50,15 @@ def load_documents(sources: Sequence[str]) -> list[str]:
 def split_held_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split into training and held-out text, a tenth of the characters.
 
-    The last of every ten documents is held out first, then the ninth of every ten, and so on, until
-    they hold a tenth of all characters. The document that exceeds the tenth is cut: its end is held
-    out, from the start of a paragraph where one begins near the cut, else of a line or a word. So
-    of a few documents the end of the last ones is held out.
+    The tenth of every ten documents is held out first, then the ninth of every ten, and so on, until
+    they have a tenth of all characters. The last of them is cut if it has more than is missing: its
+    end is held out, from the start of a paragraph if one begins near the cut, else of a line or a
+    word. With fewer than ten documents this is the end of the text.
 
-    Earlier versions held out the last of every ten documents and nothing else, 2.3% of the built-in
-    text. That part comes first here so that it stays held out: the demo model, its pattern and the
-    committed results were made with that split. What is held out beyond it was training text for
-    them (the passkeys hidden in it are new in any case).
+    Earlier versions held out the tenth of every ten documents and nothing else, 2.3% of the built-in
+    text. The demo model, its pattern and the committed results were made with that split. So these
+    documents come first, and stay held out; the rest of what is held out now was training text for
+    the demo model and its pattern. Passkeys hidden in it are new in either case.
 
     Returns:
       Training documents and held-out documents, each in their original order.

@@ -20,26 +20,26 @@ Words = Literal["nato", "vocabulary"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PasskeyTemplates:
-    """What is hidden, and how it is asked for; the defaults are the paper's."""
+    """The words around a passkey, and the words of it; the defaults are the paper's."""
 
     num_passkeys: int = 10
     """Passkeys hidden in each sample, and questions at its end."""
     passkey_words: int = 32
     """Words of each passkey."""
     words: Words = "nato"
-    """What passkeys are made of.
+    """Words that passkeys consist of.
     nato: words of the NATO alphabet, with replacement.
     vocabulary: distinct lower-case words of one token each, for very small models."""
     intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
-    """What stands before the haystack."""
+    """Text before the haystack."""
     needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
-    """How a passkey is hidden."""
+    """Text that hides a passkey in the haystack; {name} is its ordinal, {passkey} its words."""
     closing: str = "\n</text>\n\n"
-    """What stands after the haystack."""
+    """Text after the haystack."""
     question: str = "What is the {name} passkey to the vault? The {name} passkey to the vault is:"
-    """How a passkey is asked for."""
+    """Text that asks for a passkey; {name} is its ordinal."""
     separator: str = ".\n\n"
-    """What stands after an answer."""
+    """Text after an answer."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_passkeys <= len(ORDINALS):
@@ -60,7 +60,7 @@ class PasskeyTemplates:
 def word_list(kind: Words, tokenizer: Any) -> list[str]:
     """Return the words that answers are made of, see `PasskeyTemplates.words`."""
     if kind == "nato":
-        return NATO
+        return [*NATO]
     words = (tokenizer.decode([i]) for i in range(len(tokenizer)))
     candidates = sorted({w[1:] for w in words if re.fullmatch(r" [a-z]{3,}", w)})
     return [w for w in candidates if w not in ORDINALS]

@@ -1,8 +1,8 @@
 """Synthetic passkey retrieval, the calibration data of DuoAttention (section 2.3).
 
 One sample is a long text with passkeys hidden at random depths, then one question per passkey with
-its answer. Recalling an answer needs keys and values from far back, so what a KV head contributes
-to the answers shows whether it is a retrieval head.
+its answer. Recalling an answer needs keys and values from far back, so a KV head's share in the
+answers shows whether it is a retrieval head.
 
     [bos] intro, haystack with needles in it, closing | question answer separator, ...
                                                         ^ the tail: what is supervised
@@ -27,7 +27,7 @@ _LENGTH_MULTIPLE = 16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PasskeyConfig(PasskeyTemplates):
-    """What the calibration samples look like; the defaults are the paper's."""
+    """The shape of calibration samples; the defaults are the paper's."""
 
     min_length: int = 1000
     """Shortest haystack, in tokens."""
@@ -65,7 +65,7 @@ class PasskeySampler:
     """Makes sample number `index` of a seed; holds the tokenized text.
 
     Args:
-      config: what samples look like.
+      config: templates and lengths of the samples.
       tokenizer: the model's, as transformers loads it.
       documents: the haystack.
       seed: decides every sample, together with the index.
@@ -143,9 +143,9 @@ class PasskeySampler:
         )
 
     def plain_text(self, index: int) -> Sample:
-        """Make a stretch of the text as long as sample `index`, without passkeys: all of it tail.
+        """Make a stretch of text as long as sample `index`, without passkeys; all of it is tail.
 
-        Where all of the text is shorter than that, the whole text.
+        It is the whole text if that is shorter.
         """
         size = self.sample(index).tokens.size - len(self._bos)
         rng = np.random.default_rng([*self._entropy, index, 1])
@@ -229,9 +229,8 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 
 def _bos(tokenizer: Any) -> list[int]:
     """Return the begin-of-sequence token where the model expects one."""
-    marked = tokenizer("a").input_ids
-    starts_with_bos = tokenizer.bos_token_id is not None and marked[0] == tokenizer.bos_token_id
-    return [tokenizer.bos_token_id] if starts_with_bos else []
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
 
 
 def sampler_of_first(
@@ -246,7 +245,7 @@ def sampler_of_first(
 
     Args:
       texts: documents by name, the preferred ones first.
-      config: what samples look like; decides how long a text must be.
+      config: templates and lengths of the samples; decides how long a text must be.
       tokenizer: the model's.
       seed: decides every sample, together with the index.
       stream: another number gives other samples.

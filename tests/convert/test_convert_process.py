@@ -1,4 +1,4 @@
-"""What only a process of its own can show: host memory, and death in the middle."""
+"""Host memory of a conversion, and death in the middle, in processes of their own."""
 
 import json
 import os

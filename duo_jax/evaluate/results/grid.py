@@ -186,7 +186,7 @@ def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> di
     }
 
 
-def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> Flags | None:
+def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> Flags:
     """Return the defaults of the model that a command line names.
 
     They are the fields under the task's name in the model's evaluate.json, where it has one.

@@ -1,4 +1,4 @@
-"""What becomes of a command's errors: one line for what it refuses, a traceback for a defect."""
+"""Errors of commands: one line for what they refuse, a traceback for a defect."""
 
 import dataclasses
 import subprocess
