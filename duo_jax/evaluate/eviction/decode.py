@@ -45,12 +45,18 @@ def decode(
     for index, layer_params in enumerate(params["layers"]):
         layer_state = jax.tree.map(lambda leaf, i=index: leaf[:, i], state)
 
-        def attend(q, k, v, layer_input):
+        def attend(
+            q: Float[Array, "batch 1 q_heads head_dim"],
+            k: Float[Array, "batch 1 kv_heads head_dim"],
+            v: Float[Array, "batch 1 kv_heads head_dim"],
+            layer_input: tuple[Pool, Any, int],
+        ) -> tuple[Float[Array, "batch 1 q_heads head_dim"], Pool]:
             pool, state, index = layer_input
             return _attend(policy, pool, state, index, tokens, active, q[:, 0], k[:, 0], v[:, 0])
 
         layer = llama.DecoderLayer(config.architecture, attend=attend)
-        x, pool = layer.apply({"params": layer_params}, x, cos_sin, (pool, layer_state, index))
+        out: Any = layer.apply({"params": layer_params}, x, cos_sin, (pool, layer_state, index))
+        x, pool = out
     pool = dataclasses.replace(pool, lengths=pool.lengths + active.astype(jnp.int32))
     return serve.logits(config, params, x)[:, 0], pool
 

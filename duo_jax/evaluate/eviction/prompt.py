@@ -1,4 +1,4 @@
-"""Read prompts with full attention, as the eviction papers do, and note what policies ask about.
+"""Read prompts with full attention, as the eviction papers do, and sum what policies look at.
 
 Keys and values of all layers are kept until the policy has chosen, so the peak is a full cache.
 The attention that a token has received is summed over blocks of queries: there is never a whole
@@ -40,13 +40,19 @@ def read(
       tokens: the prompts; row b counts up to lengths[b], the rest is padding.
       lengths: tokens per row, at least 1.
       window: how many of each row's last queries count in `Prompt.received`; None: all.
-      implementation: of attention, see kernels.dispatch.
+      implementation: attention implementation, see kernels.dispatch.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     cos_sin = rope.rotation(config.architecture, positions, total_length=lengths)
     x = params["embed_tokens"]["embedding"][tokens]
 
-    def attend(q, k, v, _):
+    def attend(
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        layer_input: None,
+    ) -> tuple[Float[Array, "batch length q_heads head_dim"], tuple[Array, Array, Array]]:
+        del layer_input
         scale = q.shape[-1] ** -0.5
         out = full_attention(q, k, v, softmax_scale=scale, implementation=implementation)
         keys, values = (jnp.swapaxes(part, 1, 2) for part in (k, v))

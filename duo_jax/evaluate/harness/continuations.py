@@ -1,7 +1,7 @@
-"""How likely a text is after a context, through the caches that serve.
+"""Log-likelihoods of continuations, from the caches that serve a split model.
 
-The context is read in chunks up to its last tokens; these, and what follows, are decoded one by
-one, since a streaming head keeps less while a model writes than a whole chunk could show it.
+A context is read in chunks up to its last tokens. These, and the continuation, are decoded one by
+one, because during generation a streaming head keeps less than a whole chunk would show it.
 """
 
 import dataclasses
@@ -36,15 +36,16 @@ class CacheSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """How likely some continuations were."""
+    """Scores of some continuations."""
 
     logprobs: Float[np.ndarray, " rows"]  # natural logarithms
-    greedy: Bool[np.ndarray, " rows"]  # every token was the likeliest one
+    greedy: Bool[np.ndarray, " rows"]  # every token was the most likely one
     cache: CacheSize
 
 
 def cache_size(session: Session) -> CacheSize:
-    """Measure the live cache of a session."""
+    """Measure the live cache of a session that has read something."""
+    assert session.cache is not None
     return CacheSize(
         row_bytes=caches.live_bytes(session.cache) // session.batch_size,
         row_tokens=session.capacity,
