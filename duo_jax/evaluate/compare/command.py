@@ -246,7 +246,7 @@ def _profile(flags: CompareConfig, split: DuoModel, documents: Sequence[str]) ->
         [sampler.sample(i, length=flags.length) for i in range(flags.profile_samples)],
         sink_size=split.config.sink_size,
         recent_size=split.config.recent_size,
-        implementation=split.runtime.implementation,
+        implementation=flags.implementation,
     )
     return scores.tolist()
 

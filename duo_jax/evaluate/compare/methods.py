@@ -7,11 +7,11 @@ whole budget every method is the full cache.
 
 import dataclasses
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from duo_jax.cache import cache_bytes
 from duo_jax.evaluate import eviction
@@ -37,6 +37,8 @@ FULL: Method = "full"
 SINKS = 4  # of StreamingLLM (2309.17453, section 3.2)
 
 Row = dict[str, Any]
+TokenRows = Sequence[Int[np.ndarray, "_"]]  # token rows of any lengths
+Answer = Callable[[TokenRows, TokenRows], eviction.Predicted]  # from texts and tails
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,7 +103,7 @@ def punctuation_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 def _setting(
     subject: Subject, task: Task, method: Method, budget: float, *, seed: int
-) -> tuple[Callable, Row] | str:
+) -> tuple[Answer, Row] | str:
     """Return how to answer, and the setting in words; or why nothing fits."""
     if method in ("H2O", "TOVA", "SnapKV", "FastGen", "HeadKV"):
         return _evicting(subject, task, method, budget)
@@ -125,7 +127,7 @@ def _setting(
     chosen = choose_retrieval_heads(heads_of[method], sparsity=1 - number / subject.gates.size)
     split = _split(subject.runtime, chosen, sizes)
 
-    def answer(texts, tails):
+    def answer(texts: TokenRows, tails: TokenRows) -> eviction.Predicted:
         tokens, num_bytes = served.predict(split, texts, tails, length=task.length, room=task.room)
         return eviction.Predicted(tokens=tokens, cache_bytes=num_bytes)
 
@@ -137,7 +139,10 @@ def _setting(
     return answer, described
 
 
-def _evicting(subject: Subject, task: Task, method: Method, budget: float):
+def _evicting(
+    subject: Subject, task: Task, method: Method, budget: float
+) -> tuple[Answer, Row] | str:
+    """Return what `_setting` returns, for a method that evicts tokens."""
     policies: dict[str, Callable[[], eviction.Policy]] = {
         "H2O": eviction.H2O,
         "TOVA": eviction.TOVA,
@@ -156,7 +161,7 @@ def _evicting(subject: Subject, task: Task, method: Method, budget: float):
     if slots < 2 * heads:
         return "two tokens take more"
 
-    def answer(texts, tails):
+    def answer(texts: TokenRows, tails: TokenRows) -> eviction.Predicted:
         return eviction.predict(
             subject.runtime,
             policy,

@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from duo_jax import serve
 from duo_jax.evaluate.eviction.cache import Prompt
@@ -93,8 +93,11 @@ def received(
     key_positions = jnp.arange(length, dtype=jnp.int32)
     wide = accumulator(q.dtype)
 
-    def one_block(total, block):
-        at, count_in = block  # [batch, _BLOCK]
+    def one_block(
+        total: Float[Array, "batch kv_heads length"],
+        block: tuple[Int[Array, "batch block"], Bool[Array, "batch block"]],
+    ) -> tuple[Float[Array, "batch kv_heads length"], None]:
+        at, count_in = block
         chosen = jnp.take_along_axis(q, jnp.clip(at, 0, length - 1)[:, :, None, None], axis=1)
         grouped = chosen.reshape(batch, _BLOCK, kv_heads, -1, head_dim)
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
@@ -105,6 +108,9 @@ def received(
         counted = jnp.where(count_in[:, None, None, :, None], attention, 0)
         return total + counted.mean(axis=2).sum(axis=2).astype(jnp.float32), None
 
-    blocks = tuple(jnp.swapaxes(x.reshape(batch, -1, _BLOCK), 0, 1) for x in (queries, counts))
+    def in_blocks(x: Shaped[Array, "batch queries"]) -> Shaped[Array, "blocks batch block"]:
+        return jnp.swapaxes(x.reshape(batch, -1, _BLOCK), 0, 1)
+
+    blocks = (in_blocks(queries), in_blocks(counts))
     total, _ = jax.lax.scan(one_block, jnp.zeros((batch, kv_heads, length), jnp.float32), blocks)
     return total

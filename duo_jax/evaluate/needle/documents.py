@@ -9,9 +9,10 @@ a pure function of (templates, tokenizer, text, seed, length, depth, sample).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from duo_jax.data.passkey_templates import word_list
 from duo_jax.errors import InputError
@@ -129,7 +130,7 @@ class Haystack:
         tokens = [*before, *haystack[:cut].tolist(), *needle, *haystack[cut:].tolist(), *after]
         return Document(tokens=tokens, answer=answer, depth=cut / size)
 
-    def _cut(self, ends: np.ndarray, depth: float) -> int:
+    def _cut(self, ends: Bool[np.ndarray, " tokens"], depth: float) -> int:
         """Return how many tokens of the haystack stand before the needle."""
         wanted = round(depth * ends.size)
         sentences = np.flatnonzero(ends) + 1
@@ -162,8 +163,8 @@ class Haystack:
         return self._tokenization.encode(text, continues=True) if text else []
 
 
-def _sentence_ends(text: np.ndarray, tokenizer) -> np.ndarray:
-    """Return after which tokens a sentence has ended."""
+def _sentence_ends(text: Int[np.ndarray, " tokens"], tokenizer: Any) -> Bool[np.ndarray, " tokens"]:
+    """Return, for every token, whether a sentence ends with it."""
     ids, where = np.unique(text, return_inverse=True)
     pieces = tokenizer.batch_decode([[int(i)] for i in ids])
     ends = np.array([piece.rstrip(" ").endswith((".", "\n", "!", "?")) for piece in pieces])
