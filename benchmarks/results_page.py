@@ -15,8 +15,7 @@ from benchmarks import quantised
 from benchmarks.quality import ablations_report, published
 from duo_jax import cli, files
 from duo_jax.evaluate.compare import report as compare_report
-from duo_jax.evaluate.results import describe as settings
-from duo_jax.evaluate.results import heat_map
+from duo_jax.evaluate.results import describe, heat_map
 
 _HEAD = """\
 # Results
@@ -120,7 +119,7 @@ def where(result: dict[str, Any]) -> str:
     """Say what a result was measured on and with."""
     words = [result["hardware"], f"jax {result['jax']}", f"Python {result['python']}"]
     if "prefill_mode" in result and "prefill_chunk" in result:
-        words.append(settings.in_words(result))
+        words.append(describe.in_words(result))
     elif "dtype" in result:
         words.append(result["dtype"])
     seed = result.get("seed", result.get("settings", {}).get("seed"))

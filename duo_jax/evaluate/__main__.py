@@ -1,4 +1,4 @@
-"""Command line of the evaluations: one word chooses which, the rest are its flags."""
+"""Command line of the evaluations: the first word chooses one, the others are its flags."""
 
 import importlib
 import sys
@@ -6,13 +6,10 @@ import sys
 from duo_jax import cli
 from duo_jax.errors import InputError
 
-# What each module's `main(args)` measures; modules are imported when they are asked for, as some
-# need the extra "eval".
+# The folder of each command, and what it measures. Only the chosen one is imported, as the harness
+# is an extra.
 COMMANDS = {
-    "needle": (
-        "needle",
-        "a fact at every depth of texts of every length: the heat map",
-    ),
+    "needle": ("needle", "a fact at every depth of texts of every length: the heat map"),
     "passkeys": ("passkeys", "several passkeys in one text, as in identification"),
     "lm-eval": ("harness", "tasks of lm-evaluation-harness: RULER, LongBench, MMLU, ..."),
     "compare": ("compare", "DuoAttention beside other methods, at equal bytes of cache"),

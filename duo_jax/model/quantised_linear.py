@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Float32, Int8
 
 from duo_jax.model.quantised_weights import LARGEST, QuantisedKernel, dequantise
 
-_FEW_ROWS = 4  # reading int4 for each of them costs no more than reading bfloat16 once
+FEW_ROWS = 4  # reading int4 for each of them costs no more than reading bfloat16 once
 
 
 def product(
@@ -43,7 +43,7 @@ def product(
     """
     leading = x.shape[: x.ndim - inputs]
     rows = x.reshape(math.prod(leading), -1)
-    if kernel.format == "int4" and len(rows) <= _FEW_ROWS:
+    if kernel.format == "int4" and len(rows) <= FEW_ROWS:
         out = _by_groups(rows, kernel, inputs, wide)
     elif kernel.format == "int4":
         out = _dot(rows, dequantise(kernel).astype(x.dtype), wide)

@@ -40,7 +40,7 @@ StoredFormat = Literal["model", "int8", "int4"]
 
 LARGEST = {"int8": 127, "int4": 7}
 _DTYPES = {"int8": np.dtype(np.int8), "int4": np.dtype(ml_dtypes.int4)}
-_GROUP, _SMALLEST_GROUP = 128, 16
+GROUP, _SMALLEST_GROUP = 128, 16
 _BLOCK_SIZE = 1 << 21  # values that are quantised at once
 
 
@@ -99,10 +99,10 @@ def group_size(axis: int) -> int:
     Raises:
       InputError: that would be less than 16, so that scales weigh more than half of what they save.
     """
-    size = max(size for size in range(1, min(_GROUP, axis) + 1) if axis % size == 0)
+    size = max(size for size in range(1, min(GROUP, axis) + 1) if axis % size == 0)
     if size < min(_SMALLEST_GROUP, axis):
         raise InputError(
-            f"int4 weights come in groups of {_SMALLEST_GROUP} to {_GROUP} inputs, and {axis:,} "
+            f"int4 weights come in groups of {_SMALLEST_GROUP} to {GROUP} inputs, and {axis:,} "
             "cannot be divided so; use int8"
         )
     return size

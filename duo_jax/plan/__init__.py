@@ -1,4 +1,4 @@
-"""What fits on a GPU: the longest context of every setting, known from a config.json alone.
+"""Planner: the longest context that fits on a GPU in every setting, from a config.json alone.
 
     python -m duo_jax.plan --model M --gpu a100-80g --pattern P
 

@@ -1,4 +1,4 @@
-"""Command line: what fits on a GPU."""
+"""Command line of the planner."""
 
 import dataclasses
 import pathlib
@@ -17,13 +17,13 @@ from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
 from duo_jax.plan.estimate import Workload
 from duo_jax.plan.gpus import PlannedGpu
-from duo_jax.plan.rows import Row, cheapest, plan
+from duo_jax.plan.planner import PlanRow, cheapest, plan
 from duo_jax.plan.settings import chosen_settings
 
 _DESCRIPTION = """\
-Tell the longest context that fits a GPU, for every setting of caches and weights.
+Print the longest context that fits on a GPU, for every setting of caches and weights.
 
-Needs a model's config.json and a pattern; no weights, no GPU.
+Needs a model's config.json and a pattern, but no weights and no GPU.
 """
 
 
@@ -41,23 +41,23 @@ class PlanConfig:
     sparsity: float | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     weights: WeightFormat | None = None
-    """Plan this format of the layers' projections only, beside the model as it is."""
+    """Plan only this format of the layers' projections, beside the model as it is."""
     kv: KVFormat | None = None
-    """Plan this format of the caches only, beside the model as it is."""
+    """Plan only this format of the caches, beside the model as it is."""
 
     batch: int = 1
-    """Rows that are served at once."""
+    """Rows that are served together."""
     chunk: int = 8192
-    """Tokens of a prompt that are read at a time: fewer take less workspace."""
+    """Tokens of a prompt that are read at a time; fewer take less workspace."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Of weights, activations and caches where they are not quantised."""
+    """Data type of weights, activations and caches, where they are not quantised."""
     context: int | None = None
-    """Also tell which setting of the least loss fits this many tokens per row."""
+    """Also print which setting fits this many tokens per row with the least loss."""
     verify: bool = False
-    """Compile the decode step and the reading of a chunk for the GPU, without having it, and
-    compare: minutes per row, so name --weights or --kv."""
+    """Also compile the decode step and the reading of a chunk for the GPU, which need not be here,
+    and compare. Takes minutes per row: choose one with --weights or --kv."""
     png: pathlib.Path | None = None
-    """Draw memory against context for all settings into this file."""
+    """File for a picture of memory against context, for all settings."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "chunk", "context"):
@@ -68,19 +68,21 @@ class PlanConfig:
             raise InputError(f"{self.png} cannot be written: its folder does not exist")
 
 
-def run(config: PlanConfig) -> None:
-    """Print the plan."""
-    gpu = gpus.find(config.gpu)
-    file = pretrained.resolve_config(config.model)
+def run(flags: PlanConfig) -> None:
+    """Print the plan.
+
+    Raises:
+      InputError: anything in the flags cannot be used, or nothing fits.
+    """
+    gpu = gpus.find(flags.gpu)
+    file = pretrained.resolve_config(flags.model)
     folder = file if files.is_folder(file) else file.parent
-    split, _ = split_heads(read_config(file), folder, config.pattern, sparsity=config.sparsity)
-    workload = Workload(
-        config=split, dtype=config.dtype, batch_size=config.batch, chunk=config.chunk
-    )
-    model = split.architecture
-    num_heads = model.num_layers * model.num_kv_heads
+    split, _ = split_heads(read_config(file), folder, flags.pattern, sparsity=flags.sparsity)
+    workload = Workload(config=split, dtype=flags.dtype, batch_size=flags.batch, chunk=flags.chunk)
+    architecture = split.architecture
+    num_heads = architecture.num_layers * architecture.num_kv_heads
     duo = split.num_retrieval_heads < num_heads
-    settings = chosen_settings(duo=duo, weights=config.weights, kv=config.kv)
+    settings = chosen_settings(duo=duo, weights=flags.weights, kv=flags.kv)
     rows = plan(workload, settings, gpu)
     heads = f"no streaming heads of {num_heads}"
     if duo:
@@ -89,21 +91,21 @@ def run(config: PlanConfig) -> None:
             f"{1 - split.num_retrieval_heads / num_heads:.2f}), "
             f"sink {split.sink_size}, recent {split.recent_size}"
         )
-    print(table.heading(workload, gpu, model=_name(config.model), heads=heads))
-    floors_at = table.floor_context(rows, config.context)
+    print(table.heading(workload, gpu, model=_name(flags.model), heads=heads))
+    floors_at = table.floor_context(rows, flags.context)
     print(f"\n{table.table(rows, gpu, floors_at=floors_at)}")
     print(f"\n{table.notes(rows, workload, gpu, floors_at=floors_at)}")
-    if config.context is not None:
-        print(f"\n{_answer(rows, config.context)}")
-    if config.png is not None:
+    if flags.context is not None:
+        print(f"\n{_answer(rows, flags.context)}")
+    if flags.png is not None:
         pattern = "its own pattern"
-        if config.pattern is not None:
-            pattern = f"pattern {_name(config.pattern)}"
-        numbers = f"batch {config.batch}, chunk {config.chunk:,}, {config.dtype}"
-        title = f"{_name(config.model)} on {gpu.name}, {numbers}\n{pattern}\n{heads}"
-        files.write_bytes(config.png, plot.png(rows, gpu, title=title))
-        print(f"\nwritten: {config.png}")
-    if config.verify:
+        if flags.pattern is not None:
+            pattern = f"pattern {_name(flags.pattern)}"
+        numbers = f"batch {flags.batch}, chunk {flags.chunk:,}, {flags.dtype}"
+        title = f"{_name(flags.model)} on {gpu.name}, {numbers}\n{pattern}\n{heads}"
+        files.write_bytes(flags.png, plot.png(rows, gpu, title=title))
+        print(f"\nwritten: {flags.png}")
+    if flags.verify:
         _verify(rows, gpu)
 
 
@@ -113,7 +115,7 @@ def _name(path: str) -> str:
     return "/".join(parts[-2:])
 
 
-def _answer(rows: Sequence[Row], context: int) -> str:
+def _answer(rows: Sequence[PlanRow], context: int) -> str:
     row = cheapest(rows, context)
     if row is None:
         return f"{context:,} tokens: no setting fits"
@@ -122,7 +124,7 @@ def _answer(rows: Sequence[Row], context: int) -> str:
     return f"{context:,} tokens: {row.setting} is what fits with the least loss ({peak:.2f} GB)"
 
 
-def _verify(rows: Sequence[Row], gpu: PlannedGpu) -> None:
+def _verify(rows: Sequence[PlanRow], gpu: PlannedGpu) -> None:
     print(f"\ncompiled for {gpu.target} at the longest context, GB:")
     fitting = [row for row in rows if row.longest is not None]
     for row in tqdm(fitting, unit="row", disable=None, leave=False):
@@ -138,7 +140,7 @@ def _verify(rows: Sequence[Row], gpu: PlannedGpu) -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command on a list of words; default: the process's own."""
     cli.run(
         run,
         PlanConfig,

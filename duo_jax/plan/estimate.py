@@ -1,4 +1,4 @@
-"""How much memory a setting takes at a context, how long it can get, and how fast it could be."""
+"""Memory of a setting at a context, the longest context that fits, and the least time of a step."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan.settings import Setting
 from duo_jax.plan.workspace import workspace_bytes
-from duo_jax.serve import ahead_of_time as compiled
+from duo_jax.serve.ahead_of_time import param_shapes, tree_bytes
 from kernels.packed import BLOCK
 
 _LONGEST = 1 << 31  # tokens of a row; positions are 32-bit numbers
@@ -18,17 +18,17 @@ _LONGEST = 1 << 31  # tokens of a row; positions are 32-bit numbers
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What all settings of a plan share."""
+    """How the model is served, in all settings of a plan."""
 
     config: DuoConfig  # the split model
     dtype: str = "bfloat16"
     batch_size: int = 1
-    chunk: int = 32_000  # tokens of a prompt that are read at a time
+    chunk: int = 32_000  # tokens of a prompt, per row, that are read at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Bytes at the peak."""
+    """Bytes at the peak, by what they hold."""
 
     weights: int
     full_cache: int
@@ -37,7 +37,7 @@ class Parts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The peak."""
         return self.weights + self.full_cache + self.streaming_cache + self.workspace
 
 
@@ -48,7 +48,7 @@ class Estimate:
     workload: Workload
     setting: Setting
     weights: int
-    weights_read: int  # by a decode step: of the embedding one row per token
+    weights_read: int  # by one decode step, which reads one embedding row per token
     full_cache_fixed: int
     full_cache_per_block: int  # 64 tokens of every row
     streaming_cache: int
@@ -94,13 +94,13 @@ class Estimate:
         return fits // self.block * self.block or None
 
     def decode_floor(self, context: int, bandwidth: float) -> float:
-        """Return the least seconds of a step that writes one token per row behind `context` tokens.
+        """Return the least seconds of a decode step, which appends a token to every row.
 
         Every weight is read once for all rows, every cached key and value once.
 
         Args:
-          context: tokens that every row holds.
-          bandwidth: of the GPU's memory, in bytes per second.
+          context: tokens in every row's cache.
+          bandwidth: bytes per second of the GPU's memory.
         """
         parts = self.parts(context)
         filled = min(1.0, context / self.config.ring_slots)
@@ -138,13 +138,13 @@ def _served(config: DuoConfig, setting: Setting) -> DuoConfig:
 @functools.cache
 def _weight_bytes(model: ModelConfig, dtype: str, weights: WeightFormat) -> tuple[int, int]:
     """Return the bytes of all weights, and of the embedding among them."""
-    shapes = compiled.param_shapes(model, dtype, weights=weights)
-    return compiled.tree_bytes(shapes), compiled.tree_bytes(shapes["embed_tokens"])
+    shapes = param_shapes(model, dtype, weights=weights)
+    return tree_bytes(shapes), tree_bytes(shapes["embed_tokens"])
 
 
 @functools.cache
 def _cache_bytes(served: DuoConfig, **sizes: Any) -> tuple[int, int]:
-    """Return the bytes of all full and all streaming caches; `sizes` as of `init_cache`."""
+    """Return the bytes of all full and of all streaming caches; `sizes` as in `cache_shapes`."""
     layers = cache_shapes(served, **sizes).layers
     full = [layer.full for layer in layers]
-    return compiled.tree_bytes(full), compiled.tree_bytes([layer.streaming for layer in layers])
+    return tree_bytes(full), tree_bytes([layer.streaming for layer in layers])

@@ -1,7 +1,4 @@
-"""GPUs by name: how much memory they have, how fast it is, and how they are compiled for.
-
-The figures are those of kernels.gpu.
-"""
+"""The GPUs that a plan knows: memory, bandwidth and compilation target (figures of kernels.gpu)."""
 
 import dataclasses
 import re
@@ -17,12 +14,12 @@ _USABLE = 0.975
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedGpu:
-    """What a plan needs to know of a GPU."""
+    """A GPU, as far as a plan needs it."""
 
     name: str
     memory: int  # bytes, as the driver reports them
     bandwidth: float | None = None  # bytes per second; None: not known
-    target: Target  # the description that programs are compiled for: this GPU's, or the nearest
+    target: Target  # which description programs are compiled for: this GPU's, or the nearest one
 
     @property
     def budget(self) -> int:
@@ -38,6 +35,7 @@ GPUS = {
         target="h200" if gpu.is_hopper else "a100",
     )
     for name, gpu in KNOWN.items()
+    if gpu.memory is not None
 }
 _GIGABYTES = re.compile(r"(\d+(?:\.\d+)?)(?:gb?)?", re.IGNORECASE)
 _MOST_GIGABYTES = 10_000

@@ -1,4 +1,4 @@
-"""Memory against context, for all settings of a plan."""
+"""The picture of a plan: memory against context, for all settings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
+from matplotlib.typing import LineStyleType
 
 from duo_jax.plan.gpus import PlannedGpu
-from duo_jax.plan.rows import Row
+from duo_jax.plan.planner import PlanRow
 from duo_jax.reports import figures
 
 _COLOURS = {
@@ -18,13 +19,18 @@ _COLOURS = {
     "int4": "tab:blue",
     "int2": "tab:green",
 }  # by format of the caches
-_STYLES = {"model": "-", "int8": "--", "w8a8": "-.", "int4": ":"}  # by format of the weights
+_STYLES: dict[str, LineStyleType] = {
+    "model": "-",
+    "int8": "--",
+    "w8a8": "-.",
+    "int4": ":",
+}  # by format of the weights
 _PANELS = {False: "full caches", True: "DuoAttention"}
 _FIRST, _POINTS = 1_000, 300
-_HEIGHT = 1.35  # of the picture, in budgets
+_HEIGHT = 1.35  # of the memory axis, as a multiple of the budget
 
 
-def png(rows: Sequence[Row], gpu: PlannedGpu, *, title: str) -> bytes:
+def png(rows: Sequence[PlanRow], gpu: PlannedGpu, *, title: str) -> bytes:
     """Draw a panel for full caches and one for split ones; return the file's bytes."""
     rows = [row for row in rows if row.estimate is not None]
     panels = sorted({row.setting.duo for row in rows})
@@ -58,7 +64,7 @@ def png(rows: Sequence[Row], gpu: PlannedGpu, *, title: str) -> bytes:
     return figures.png(figure)
 
 
-def _draw(panel: Any, row: Row, contexts: np.ndarray) -> None:
+def _draw(panel: Any, row: PlanRow, contexts: np.ndarray) -> None:
     assert row.estimate is not None
     setting = row.setting
     gigabytes = [row.estimate.parts(int(context)).total / 1e9 for context in contexts]
@@ -69,8 +75,8 @@ def _draw(panel: Any, row: Row, contexts: np.ndarray) -> None:
         panel.plot([row.longest], [peak], color=colour, marker="o", markersize=4)
 
 
-def _legend(rows: Sequence[Row]) -> list[Line2D]:
-    """Name colours and styles one by one: a line of both for every setting would fill the page."""
+def _legend(rows: Sequence[PlanRow]) -> list[Line2D]:
+    """Name colours and styles separately: one entry for every setting would fill the page."""
     caches = [kv for kv in _COLOURS if any(row.setting.kv == kv for row in rows)]
     styles = [name for name in _STYLES if any(row.setting.weights == name for row in rows)]
     return [

@@ -1,4 +1,4 @@
-"""What can be chosen to make a context fit, in the order in which quality suffers."""
+"""The settings that a plan compares, sorted by how much quality they cost."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from duo_jax.model.quantised_weights import WeightFormat
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One row of a plan."""
+    """Caches and formats of one row of a plan."""
 
     duo: bool  # streaming heads keep sinks and recent tokens only
     weights: WeightFormat = "model"
@@ -19,7 +19,7 @@ class Setting:
         return f"{caches} caches, weights {self.weights}, KV {self.kv}"
 
 
-# 8 bits lose next to nothing, 4 bits of the cache less than 4 bits of the weights, 2 bits most.
+# 8 bits cost next to nothing, a 4-bit cache less than 4-bit weights, a 2-bit cache most.
 _FORMATS: tuple[tuple[WeightFormat, KVFormat], ...] = (
     ("model", "model"),
     ("model", "int8"),
@@ -37,10 +37,9 @@ _FORMATS: tuple[tuple[WeightFormat, KVFormat], ...] = (
 
 
 def all_settings(*, duo: bool) -> tuple[Setting, ...]:
-    """Return every sensible setting, the least loss of quality first.
+    """Return every sensible setting, the one with the least loss of quality first.
 
-    The formats of weights and cache come in the order of `_FORMATS`; of two settings with the same
-    formats the one with full caches comes first.
+    Formats come in the order of `_FORMATS`; with equal formats, full caches come first.
 
     Args:
       duo: the model has streaming heads; otherwise there are only full caches.
@@ -55,12 +54,12 @@ def all_settings(*, duo: bool) -> tuple[Setting, ...]:
 def chosen_settings(
     *, duo: bool, weights: WeightFormat | None, kv: KVFormat | None
 ) -> tuple[Setting, ...]:
-    """Return the settings to plan: all, or the one that was asked for behind the model as it is.
+    """Return the settings to plan: all, or the model as it is and the one that was asked for.
 
     Args:
-      duo: as of `all_settings`.
-      weights: asked for; None where `kv` is given: as they are.
-      kv: asked for; None where `weights` is given: as it is.
+      duo: as in `all_settings`.
+      weights: format that was asked for; None: as they are, where `kv` is given.
+      kv: format that was asked for; None: as it is, where `weights` is given.
     """
     if weights is None and kv is None:
         return all_settings(duo=duo)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from duo_jax.plan.estimate import Workload
 from duo_jax.plan.gpus import PlannedGpu
-from duo_jax.plan.rows import Row
+from duo_jax.plan.planner import PlanRow
 
 _HEADER = (
     ("caches", "weights", "KV", "longest", "weights", "full", "streaming", "work-", "peak"),
@@ -15,7 +15,7 @@ _TEXT_COLUMNS = 3
 
 
 def heading(workload: Workload, gpu: PlannedGpu, *, model: str, heads: str) -> str:
-    """Say what is planned, in two lines."""
+    """Return two lines about model, heads, GPU and workload."""
     memory, budget = gpu.memory / 1e9, gpu.budget / 1e9
     return (
         f"{model}, {heads}\n"
@@ -24,15 +24,16 @@ def heading(workload: Workload, gpu: PlannedGpu, *, model: str, heads: str) -> s
     )
 
 
-def floor_context(rows: Sequence[Row], context: int | None) -> int:
-    """Return where decode floors are compared: the context asked for, or the first that is known.
+def floor_context(rows: Sequence[PlanRow], context: int | None) -> int:
+    """Return the context at which decode floors are compared.
 
-    At the longest context of each row they would all be alike: the GPU's memory, read once.
+    It is the one that was asked for, or the longest of the first row that fits. At the longest
+    context of each row all floors would be alike: the time to read the GPU's memory once.
     """
     return context or next(row.longest for row in rows if row.longest is not None)
 
 
-def table(rows: Sequence[Row], gpu: PlannedGpu, *, floors_at: int) -> str:
+def table(rows: Sequence[PlanRow], gpu: PlannedGpu, *, floors_at: int) -> str:
     """Return one line per setting, in gigabytes of 1e9 bytes, at the longest context that fits.
 
     Args:
@@ -48,8 +49,8 @@ def table(rows: Sequence[Row], gpu: PlannedGpu, *, floors_at: int) -> str:
     return "\n".join(_align(line, widths) for line in lines)
 
 
-def notes(rows: Sequence[Row], workload: Workload, gpu: PlannedGpu, *, floors_at: int) -> str:
-    """Explain the columns that are not what they seem."""
+def notes(rows: Sequence[PlanRow], workload: Workload, gpu: PlannedGpu, *, floors_at: int) -> str:
+    """Explain the columns that need it."""
     text = [
         "longest context: tokens per row; peak: the larger one of a decode step's and a chunk's"
     ]
@@ -67,7 +68,7 @@ def notes(rows: Sequence[Row], workload: Workload, gpu: PlannedGpu, *, floors_at
     return "\n".join(text)
 
 
-def _cells(row: Row, gpu: PlannedGpu, floors_at: int) -> tuple[str, ...]:
+def _cells(row: PlanRow, gpu: PlannedGpu, floors_at: int) -> tuple[str, ...]:
     setting = row.setting
     names = ("duo" if setting.duo else "full", setting.weights, setting.kv)
     if row.estimate is None:
@@ -90,7 +91,7 @@ def _cells(row: Row, gpu: PlannedGpu, floors_at: int) -> tuple[str, ...]:
 
 
 def _align(line: Sequence[str], widths: Sequence[int]) -> str:
-    """Put words to the left and numbers to the right; a remark ends its line."""
+    """Align words left and numbers right; a remark ends its line."""
     cells = [
         cell.ljust(width) if index < _TEXT_COLUMNS else cell.rjust(width)
         for index, (cell, width) in enumerate(zip(line, widths, strict=False))

@@ -1,4 +1,4 @@
-"""A plan compared with the compiler: a row's programs, compiled for a GPU that is not there."""
+"""Check of a plan with the compiler: compiles a row's programs for a GPU that need not be here."""
 
 import dataclasses
 from typing import Any
@@ -22,7 +22,7 @@ class Compiled:
 
     @property
     def peak(self) -> int:
-        """What serving takes."""
+        """Peak of serving, the larger one."""
         return max(self.decode, self.prefill)
 
 
@@ -69,6 +69,9 @@ def _peaks(config: dict[str, Any], sizes: dict[str, Any], chunk: int) -> dict[st
         "decode": ahead_of_time.decode_step(duo, **sizes),
         "prefill": ahead_of_time.prefill_chunk(duo, chunk=chunk, **sizes),
     }
-    return {
-        name: program.memory_analysis().peak_memory_in_bytes for name, program in programs.items()
-    }
+    peaks = {}
+    for name, program in programs.items():
+        memory = program.memory_analysis()
+        assert memory is not None
+        peaks[name] = memory.peak_memory_in_bytes
+    return peaks

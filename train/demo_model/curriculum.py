@@ -26,7 +26,7 @@ MODEL = ModelConfig(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of the curriculum: documents of one length, until they are mastered.
+    """A stage of the curriculum: documents of one length, until the model finds their passkeys.
 
     A document either hides passkeys in text or repeats a random block of tokens (`repeat` is the
     fraction of the latter: repeating is the shortest way to induction, which retrieval builds on).
@@ -39,14 +39,14 @@ class Stage:
 
     length: int
     batch_size: int
-    num_passkeys: tuple[int, ...]  # a document has one of these numbers
-    passkey_words: tuple[int, ...]  # so do its passkeys
+    num_passkeys: tuple[int, ...]  # a document has one of these numbers of passkeys
+    passkey_words: tuple[int, ...]  # and a passkey one of these numbers of words
     repeat: float = 0.0
     rehearse: float = 0.0
     rounded_kv: bool = False
     learning_rate: float
     final_learning_rate: float | None = None  # reached at max_steps; None: constant
-    threshold: float | None = None  # passkey tokens right before moving on; None: all the steps
+    threshold: float | None = None  # passkey tokens right that end the stage; None: max_steps does
     max_steps: int = 1500
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ A batch is a pure function of (stage, tokenizer, text, seed, index).
 
 import dataclasses
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,9 +25,9 @@ _CHECK_STREAM = 2  # other passkeys than training's
 class Documents:
     """A batch. Token t + 1 is the target of position t; the weights are those of the targets.
 
-    Answers and second periods of repeated blocks have answer weight 1, ordinary text has filler
-    weight 1. What nobody can predict has neither: a passkey where it is hidden, the order of the
-    questions, a first period.
+    Answers, and repeated blocks from their second period on, have answer weight 1; ordinary text
+    has filler weight 1. Tokens that cannot be predicted have neither: a passkey where it is hidden,
+    the order of the questions, a first period.
     """
 
     tokens: Int[Array, "batch length"]
@@ -34,19 +35,23 @@ class Documents:
     filler: Float[Array, "batch length"]
 
 
+# Tokens, answer weights and filler weights of a document.
+_Row = tuple[Int[np.ndarray, " length"], Float[np.ndarray, " length"], Float[np.ndarray, " length"]]
+
+
 class DocumentSource:
     """Draws the documents of one stage.
 
     Args:
-      stage: their length and kind.
+      stage: length and kind of its documents.
       tokenizer: as transformers loads it.
-      text: what passkeys are hidden in.
-      templates: how they are hidden and asked for.
+      text: documents in which passkeys are hidden.
+      templates: how passkeys are hidden and asked for.
       seed: decides every document, together with an index.
     """
 
     def __init__(
-        self, stage: Stage, tokenizer, text: list[str], templates: PasskeyConfig, *, seed: int
+        self, stage: Stage, tokenizer: Any, text: list[str], templates: PasskeyConfig, *, seed: int
     ) -> None:
         self._stage = stage
         self._seed = seed
@@ -94,7 +99,8 @@ class DocumentSource:
         ]
         return [_stack(rows[i : i + size]) for i in range(0, len(rows), size)]
 
-    def _weighted(self, sample: Sample):
+    def _weighted(self, sample: Sample) -> _Row:
+        """Return the tokens of a sample with passkeys, and their weights."""
         answer = np.zeros(sample.tokens.size, np.float32)
         filler = np.zeros(sample.tokens.size, np.float32)
         filler[1 : sample.tail_start] = 1.0
@@ -104,7 +110,8 @@ class DocumentSource:
             filler[hidden : hidden + stop - start] = 0.0
         return sample.tokens, answer, filler
 
-    def _repeated(self, rng: np.random.Generator):
+    def _repeated(self, rng: np.random.Generator) -> _Row:
+        """Return a random block that is repeated, and the weights of its tokens."""
         length = self._stage.length
         size = rng.integers(_SHORTEST_BLOCK, length // 2 + 1)
         block = rng.integers(self._special, self._vocab_size, size)
@@ -113,11 +120,12 @@ class DocumentSource:
         return tokens, answer, np.zeros(length, np.float32)
 
 
-def _find(tokens: np.ndarray, key: np.ndarray) -> int:
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, key.size)
-    return int(np.flatnonzero((windows == key).all(axis=1))[0])
+def _find(tokens: Int[np.ndarray, " length"], passkey: Int[np.ndarray, " size"]) -> int:
+    """Return where the passkey begins in the tokens."""
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, passkey.size)
+    return int(np.flatnonzero((windows == passkey).all(axis=1))[0])
 
 
-def _stack(rows) -> Documents:
+def _stack(rows: list[_Row]) -> Documents:
     tokens, answer, filler = (jnp.asarray(np.stack(column)) for column in zip(*rows, strict=True))
     return Documents(tokens=tokens, answer=answer, filler=filler)

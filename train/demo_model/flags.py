@@ -11,25 +11,25 @@ class DemoConfig:
     """Flags of the command."""
 
     workdir: str = "runs/demo-model"
-    """Checkpoints and metrics; started again, the command resumes from here."""
+    """Folder of checkpoints and metrics; the same command resumes from it."""
     output: pathlib.Path | None = None
-    """The model folder to make; must not exist, or be empty. Default: model/ in the workdir."""
+    """Folder for the model; must not exist, or be empty. Default: model/ in the workdir."""
     seed: int = 0
-    """Decides initial weights and every document."""
+    """Random seed of initial weights and documents."""
     checkpoint_every: int = 25
     """Steps between checkpoints."""
     filler_weight: float = 0.2
-    """Weight of ordinary text in the loss, next to 1 for the answers."""
+    """Weight of ordinary text in the loss, where answers have weight 1."""
     weight_decay: float = 0.01
     """Decoupled weight decay."""
     warmup_steps: int = 50
-    """Steps over which the learning rate rises at the very start."""
+    """Steps over which the learning rate rises at the start."""
     check_every: int = 20
-    """Steps between checks whether a stage's threshold is reached."""
+    """Steps between checks of a stage's threshold."""
     test_samples: int = 64
-    """Held-out documents per length for the table at the end."""
+    """Held-out documents per length, for the table of retrieval at the end."""
     test_lengths: tuple[int, ...] = (256, 512, 1024)
-    """Lengths of the table at the end, in tokens."""
+    """Lengths of that table, in tokens."""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "check_every", "warmup_steps", "test_samples"):

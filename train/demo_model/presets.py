@@ -1,9 +1,9 @@
-"""What the demo model reads and is asked, and the presets that ship with it."""
+"""Templates of the demo model's texts, and the presets that ship with it."""
 
 from duo_jax.data.passkey_templates import ORDINALS
 from duo_jax.data.passkeys import PasskeyConfig
 
-# What documents and questions look like. The word before a passkey names it, in the text as in the
+# Templates of documents and questions. The word before a passkey is its name, in the text as in the
 # question, so that looking a passkey up is plain induction: find what followed this word before.
 TEMPLATES = PasskeyConfig(
     words="vocabulary",
@@ -24,7 +24,7 @@ _TEMPLATES = {
     "separator": TEMPLATES.separator,
 }
 
-# What `python -m train.identify` uses for this model: heads stream with few tokens, because the
+# Settings of `python -m train.identify` for this model: streaming heads keep few tokens, as the
 # texts are short, and the penalty is large, because the steps are few.
 PRESET = {
     "sink": 16,
@@ -43,7 +43,7 @@ PRESET = {
     },
 }
 
-# What `python -m duo_jax.evaluate` uses for this model, by task.
+# Settings of `python -m duo_jax.evaluate` for this model, by task.
 EVALUATION = {
     "needle": {
         "batch": 10,

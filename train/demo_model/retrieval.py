@@ -1,4 +1,4 @@
-"""How well the demo model retrieves: by length, by depth, and with all heads streaming."""
+"""Retrieval of the demo model: by length, by depth, and with all heads streaming."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -24,8 +24,8 @@ def write_tokenizer(
 ) -> None:
     """Train a tokenizer on documents and templates, and write it as transformers would.
 
-    Any text round-trips (bytes are the smallest tokens). Ids 0 and 1 are the beginning, put in
-    front of every text, and the end of a sequence. Deterministic.
+    Any text round-trips (bytes are the smallest tokens). Id 0, the beginning, is put in front
+    of every text; id 1 is the end of a sequence. Deterministic.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

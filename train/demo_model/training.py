@@ -15,7 +15,7 @@ from kernels import pytree
 from kernels.packed import INT4, pack, unpack
 from train.demo_model.documents import Documents
 
-_LOGIT_ROWS = 1024  # positions whose logits exist at one time
+_LOGIT_ROWS = 1024  # positions whose logits exist at the same time
 _EMBEDDING_STD = 0.08
 
 
@@ -81,7 +81,14 @@ def loss(
     answer, filler = (w[:, 1:].reshape(-1) for w in (documents.answer, documents.filler))
 
     @jax.checkpoint
-    def chunk_sums(chunk):
+    def chunk_sums(
+        chunk: tuple[
+            Float[Array, "rows embed"],
+            Int[Array, " rows"],
+            Float[Array, " rows"],
+            Float[Array, " rows"],
+        ],
+    ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
         x, targets, answer, filler = chunk
         logits = llama.logits(architecture, params, x[None])[0]
         cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -103,10 +110,17 @@ def loss(
     return value, right_sum / answers
 
 
-def _attend_rounded(q, k, v, layer_input):
+def _attend_rounded(
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    layer_input: PyTree,
+) -> tuple[Float[Array, "batch length q_heads head_dim"], PyTree]:
     """Attend to keys and values in 4 bits; gradients pass as if they were not rounded."""
 
-    def rounded(x):
+    def rounded(
+        x: Float[Array, "batch length kv_heads head_dim"],
+    ) -> Float[Array, "batch length kv_heads head_dim"]:
         packed = pack(jnp.swapaxes(jax.lax.stop_gradient(x), 1, 2), INT4)
         return x + jax.lax.stop_gradient(jnp.swapaxes(unpack(packed, x.dtype), 1, 2) - x)
 

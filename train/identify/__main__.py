@@ -7,7 +7,7 @@ from train.identify.run import identify
 
 _DESCRIPTION = """\
 Find the retrieval heads of a model: learn one gate per KV head on synthetic passkeys, write the
-pattern, draw it, and test how well it keeps what the model can retrieve.
+pattern, draw it, and test how many passkeys the model still retrieves with it.
 
 Without flags this runs on the demo model that ships with duo_jax. Defaults shown are those of the
 model named by --model: its own preset (identify.json) where it has one, else the paper's.

@@ -1,4 +1,4 @@
-"""The settings of `python -m train.identify`, and the presets that models may bring along."""
+"""The flags of `python -m train.identify`, and the presets that a model folder may hold."""
 
 import dataclasses
 import math
@@ -18,11 +18,18 @@ PRESET_FILE = "identify.json"
 
 Method = Literal["optimise", "profile", "lm"]
 
-_OF_STEPS = ("num_steps", "learning_rate", "reg_weight", "target_sparsity", "mixing", "tensorboard")
+_OPTIMISATION = (
+    "num_steps",
+    "learning_rate",
+    "reg_weight",
+    "target_sparsity",
+    "mixing",
+    "tensorboard",
+)
 _UNREAD: dict[Method, tuple[str, ...]] = {
     "optimise": ("profile_samples",),
     "lm": ("profile_samples",),
-    "profile": _OF_STEPS,
+    "profile": _OPTIMISATION,
 }
 
 
@@ -33,20 +40,18 @@ class IdentifyConfig:
     model: str = "demo"
     """A Hugging Face folder, a hub name, a converted checkpoint, or "demo" (ships with duo_jax)."""
     text: tuple[str, ...] = ()
-    """Files, folders, .jsonl or .jsonl.zst, or a Hugging Face data set to hide the passkeys in.
-    Default: the language reference that comes with Python (about 465 KB)."""
+    """Text to hide passkeys in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
+    data set. Default: the language reference that comes with Python (about 465 KB)."""
     workdir: str | None = None
-    """Where everything is written; started again, the command resumes from here.
-    Default: runs/identify-MODEL."""
+    """Folder of all outputs; the same command resumes from it. Default: runs/identify-MODEL."""
 
     method: Method = "optimise"
-    """How retrieval heads are told from streaming heads.
-    optimise: gates, learned by distillation on passkeys; the paper's.
-    profile: how far back each head looks while passkeys are answered; no training, seconds.
-    lm: gates, learned on the next-token loss of the text without passkeys; an ablation."""
+    """How to find retrieval heads.
+    optimise: learn gates by distillation on passkeys, the paper's method.
+    profile: sum each head's attention far back while the model answers passkeys; no training.
+    lm: learn gates on the next-token loss of the text, without passkeys; an ablation."""
     profile_samples: int = 16
-    """Samples to profile; for --method profile, which has no use for steps, learning rate, penalty
-    and mixing, and refuses them."""
+    """Samples to profile, for --method profile, which refuses the flags of optimisation."""
 
     num_steps: int = 2000
     """Optimisation steps, one sample each."""
@@ -55,25 +60,25 @@ class IdentifyConfig:
     reg_weight: float = 0.05
     """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
     target_sparsity: float | None = None
-    """Steer the mean gate to 1 minus this, instead of using the fixed weight.
-    For models whose gates nearly all stay at 1, as they do with grouped queries."""
+    """Steer the mean gate to 1 minus this, in place of the fixed weight. For models whose gates
+    nearly all stay at 1, as they do with grouped queries."""
     mixing: Mixing = "teacher"
-    """Where the gated full-attention term comes from.
+    """Source of the gated full-attention term.
     teacher: the teacher's output, as in the reference code; cheapest.
-    self: the student's own queries, keys and values, the paper's formula."""
+    self: the student's own queries, keys and values, as in the paper's formula."""
     sink: int = 128
     """First tokens a streaming head keeps."""
     recent: int = 256
     """Latest tokens a streaming head keeps."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of weights and activations; gates and loss are float32 always."""
+    """Data type of weights and activations; gates and loss are always float32."""
     implementation: Implementation = "auto"
-    """Of attention. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the kernels run
-    by Pallas' interpreter, to test them without a GPU; very slow."""
+    """Attention implementation. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the
+    kernels in Pallas' interpreter, to test them without a GPU; very slow."""
     seed: int = 0
-    """Decides every sample; same seed, same gates."""
+    """Random seed of all samples; the same seed gives the same gates."""
     length_buckets: int = 8
-    """Samples are padded to one of this many lengths; each is compiled once."""
+    """Number of lengths that samples are padded to; each is compiled once."""
 
     checkpoint_every: int = 50
     """Steps between checkpoints."""
@@ -85,7 +90,7 @@ class IdentifyConfig:
     eval_sparsities: tuple[float, ...] = (0.25, 0.5, 0.75)
     """Fractions of streaming heads at which the learned pattern is tested."""
     eval_random_seeds: int = 5
-    """Random patterns of the same size per sparsity, for comparison."""
+    """Random patterns with as many retrieval heads, per sparsity, for comparison."""
 
     data: Annotated[PasskeyConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=PasskeyConfig
@@ -114,7 +119,7 @@ class IdentifyConfig:
                 raise InputError(f"sparsity {sparsity} is not in [0, 1]")
 
     def check_method(self, defaults: "IdentifyConfig") -> None:
-        """Refuse fields that the method does not read, unless they are as `defaults` has them.
+        """Refuse fields that the method does not read, unless they have their value in `defaults`.
 
         Raises:
           InputError: names one of them.
@@ -134,7 +139,7 @@ def default_config(model: str, folder: pathlib.Path) -> IdentifyConfig:
     """Return the defaults for a model: the paper's, changed by its preset if it has one.
 
     Args:
-      model: what the user called it.
-      folder: where it is; may hold an `identify.json` with any fields of IdentifyConfig.
+      model: the value of --model.
+      folder: its folder, which may hold an `identify.json` with any fields of IdentifyConfig.
     """
     return presets.load(IdentifyConfig(model=model), folder / PRESET_FILE)

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from duo_jax.heads.pattern import Pattern
 from duo_jax.reports import figures
 
-# What the curve of an objective is called, by its name in the metrics.
+# Labels of the loss axis, by the name of the objective in the metrics.
 _OBJECTIVES = {
     "distillation": "distillation loss\n(mean squared error)",
     "cross_entropy": "language-modelling loss\n(nats per token)",
@@ -25,8 +25,8 @@ def save_gates(
     Args:
       pattern: the gates, or scores in their place.
       path: the picture to write.
-      title: stands above it, with the mean gate and the streaming sizes.
-      value: what a colour stands for.
+      title: shown above it, with the mean gate and the streaming sizes.
+      value: what a colour means.
     """
     gates = pattern.clipped()
     layers, heads = gates.shape

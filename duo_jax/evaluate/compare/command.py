@@ -1,4 +1,4 @@
-"""Command line: DuoAttention beside other ways to a smaller cache, at equal bytes."""
+"""Command line: DuoAttention beside other methods with small caches, at equal bytes."""
 
 import dataclasses
 import pathlib
@@ -18,37 +18,28 @@ from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkey_templates import PasskeyTemplates
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
-from duo_jax.evaluate.compare import (
-    methods as compare_methods,
-)
-from duo_jax.evaluate.compare import (
-    report as compare_report,
-)
-from duo_jax.evaluate.compare import (
-    tasks as compare_tasks,
-)
-from duo_jax.evaluate.compare.methods import FULL, Method, Model
-from duo_jax.evaluate.compare.tasks import Task, TaskName
-from duo_jax.evaluate.results import describe as settings
-from duo_jax.evaluate.results import grid
+from duo_jax.evaluate.compare import methods, report
+from duo_jax.evaluate.compare.methods import FULL, Method, Subject
+from duo_jax.evaluate.compare.tasks import Task, TaskName, make_task
+from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.rows import Rows
-from duo_jax.heads import attention_profile as profiling
+from duo_jax.heads.attention_profile import attention_profile
 from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.heads.pattern import Pattern, check_fits, load_pattern
 from duo_jax.reports import machine
 
 TASK = "compare"
 _DESCRIPTION = """\
-Retrieval at equal bytes of cache: DuoAttention with learned gates, with heads by attention profile
-and with random ones, StreamingLLM, and the token-eviction methods H2O, TOVA, SnapKV, FastGen and
-HeadKV. Every method gets the largest setting whose live buffers, with room for all that is asked,
-stay within the budget.
+Compare retrieval at equal bytes of cache: DuoAttention with learned gates, with heads chosen by
+attention profile and with random heads, StreamingLLM, and the token-eviction methods H2O, TOVA,
+SnapKV, FastGen and HeadKV. Every method gets the largest setting whose live buffers, with room for
+all questions and answers, stay within the budget.
 
 Without flags this measures the demo model that ships with duo_jax, in minutes. Defaults shown are
 those of the model named by --model: its own preset (evaluate.json) where it has one.
 """
-# Fields that say which rows there are, not what is in them.
-_OF_THE_WHOLE = ("workdir", "budgets", "tasks", "methods", "random_seeds")
+# Fields that decide which rows there are, not what is in them.
+_ROW_CHOICE = ("workdir", "budgets", "tasks", "methods", "random_seeds")
 _LISTS = ("--budgets", "--tasks", "--methods")
 _RANDOM: Method = "random heads"
 _PROFILE_ROW = "attention profile"
@@ -59,30 +50,29 @@ class CompareConfig(ModelFlags):
     """Flags of the command."""
 
     budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
-    """Bytes of keys and values, as fractions of those of full caches."""
+    """Budgets: bytes of keys and values, as fractions of those of full caches."""
     tasks: tuple[TaskName, ...] = get_args(TaskName)
-    """needle: one passkey, the question is compressed with the text. passkeys: the text is
-    compressed before several questions come, one after the other."""
+    """needle: one passkey; the question is compressed together with the text. passkeys: the text is
+    compressed before several questions are asked, one after the other."""
     methods: tuple[Method, ...] = get_args(Method)
-    """What to compare; full is measured always."""
+    """Methods to compare; full caches are always measured."""
     text: tuple[str, ...] = ()
-    """Files, folders, .jsonl or .jsonl.zst, or a Hugging Face data set to hide passkeys in.
-    Default: the language reference that comes with Python (about 465 KB)."""
+    """Text to hide passkeys in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
+    data set. Default: the language reference that comes with Python (about 465 KB)."""
     samples: int = 32
     """Texts per task."""
     length: int = 1024
-    """Tokens of a text, questions and answers included."""
+    """Tokens of a text, with its questions and answers."""
     batch: int = 16
-    """Texts that are read at once: more is faster and takes more memory."""
+    """Texts read at a time; more is faster and takes more memory."""
     random_seeds: int = 3
-    """Draws of random heads."""
+    """Random choices of heads for the method "random heads"."""
     profile_samples: int = 16
-    """Training texts of the attention profile, which also tells HeadKV how important heads are."""
+    """Training texts for the attention profile, which also gives HeadKV the importance of heads."""
     seed: int = 0
-    """Of texts, passkeys and random heads; two runs of a seed agree exactly."""
+    """Random seed of texts, passkeys and random heads; two runs with one seed agree exactly."""
     workdir: str | None = None
-    """Where rows and results go; started again, the command goes on from there.
-    Default: runs/compare- and the model's name."""
+    """Folder of rows and results; the same command resumes from it. Default: runs/compare-MODEL."""
     data: Annotated[PasskeyTemplates, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=PasskeyTemplates
     )
@@ -101,7 +91,9 @@ class CompareConfig(ModelFlags):
             if not 0 < budget <= 1:
                 raise InputError(f"budget {budget} is not in (0, 1]")
         if self.sparsity is not None or self.threshold is not None:
-            raise InputError("--budgets say how many heads stream: no --sparsity or --threshold")
+            raise InputError(
+                "--budgets decide how many heads stream; leave out --sparsity and --threshold"
+            )
         if self.kv != "model":
             raise InputError("methods are compared with caches in the model's dtype: --kv model")
 
@@ -112,7 +104,7 @@ class CompareConfig(ModelFlags):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
+class CompareCell:
     """A point of the comparison."""
 
     task: TaskName
@@ -125,79 +117,81 @@ class Cell:
         return f"{self.task} {self.method} {self.budget:g} draw {self.draw}"
 
 
-def compare(config: CompareConfig) -> None:
+def compare(flags: CompareConfig) -> None:
     """Measure what is missing; write JSON, tables and the picture.
 
     Raises:
       InputError: anything in the configuration cannot be used.
     """
-    documents = load_documents(config.text)
-    split = config.load()
-    pattern = _pattern(config)
-    if config.length > split.config.architecture.max_positions:
+    documents = load_documents(flags.text)
+    split = flags.load()
+    pattern = _pattern(flags)
+    if flags.length > split.config.architecture.max_positions:
         raise InputError(
-            f"length {config.length:,} is beyond the model's range of "
+            f"length {flags.length:,} is beyond the model's range of "
             f"{split.config.architecture.max_positions:,}"
         )
-    tasks = {
-        name: compare_tasks.make(
+    tasks: dict[TaskName, Task] = {
+        name: make_task(
             name,
-            config.data,
+            flags.data,
             split.tokenizer,
             documents,
-            samples=config.samples,
-            length=config.length,
-            seed=config.seed,
+            samples=flags.samples,
+            length=flags.length,
+            seed=flags.seed,
         )
-        for name in config.tasks
+        for name in flags.tasks
     }
-    plain = config.load(pattern=NO_PATTERN, sink=None, recent=None)
-    identity = grid.identity(config, plain, documents)
-    identity = {k: v for k, v in identity.items() if k not in _OF_THE_WHOLE}
-    rows = Rows(config.folder(), identity | {"gates": pattern.gates.tolist()})
+    full = flags.load(pattern=NO_PATTERN, sink=None, recent=None)
+    identity = grid.identity(flags, full, documents)
+    identity = {k: v for k, v in identity.items() if k not in _ROW_CHOICE}
+    rows = Rows(flags.folder(), identity | {"gates": pattern.gates.tolist()})
     if _PROFILE_ROW not in rows:
-        rows.add(_PROFILE_ROW, {"scores": _profile(config, split, documents)})
-    model = Model(
-        runtime=plain.runtime,
+        rows.add(_PROFILE_ROW, {"scores": _profile(flags, split, documents)})
+    subject = Subject(
+        runtime=full.runtime,
         gates=pattern.clipped(),
         profile=np.array(rows[_PROFILE_ROW]["scores"]),
         sink=split.config.sink_size,
         recent=split.config.recent_size,
         special=tuple(split.tokenizer.all_special_ids),
-        punctuation=compare_methods.punctuation_tokens(split.tokenizer),
+        punctuation=methods.punctuation_tokens(split.tokenizer),
     )
-    cells = _cells(config)
+    cells = _cells(flags)
     done = sum(cell.key in rows for cell in cells)
     with tqdm(total=len(cells), initial=done, desc=TASK, unit="row", disable=None) as bar:
         for cell in cells:
             if cell.key not in rows:
-                rows.add(cell.key, _measure(config, model, tasks[cell.task], cell))
+                rows.add(cell.key, _measure(flags, subject, tasks[cell.task], cell))
                 bar.update()
-    result = _result(config, split, tasks, [rows[cell.key] for cell in cells])
-    compare_report.report(config.folder(), TASK, result)
+    result = _result(flags, split, tasks, [rows[cell.key] for cell in cells])
+    report.write(flags.folder(), TASK, result)
 
 
-def _measure(config: CompareConfig, model: Model, task: Task, cell: Cell) -> dict[str, Any]:
-    found = compare_methods.measure(
-        model,
+def _measure(
+    flags: CompareConfig, subject: Subject, task: Task, cell: CompareCell
+) -> dict[str, Any]:
+    found = methods.measure(
+        subject,
         task,
         cell.method,
         cell.budget,
-        batch=min(config.batch, config.samples),
-        seed=config.seed + cell.draw,
+        batch=min(flags.batch, flags.samples),
+        seed=flags.seed + cell.draw,
     )
     return dataclasses.asdict(cell) | found
 
 
-def _cells(config: CompareConfig) -> list[Cell]:
+def _cells(flags: CompareConfig) -> list[CompareCell]:
     cells = []
-    for task in config.tasks:
-        cells.append(Cell(task=task, method=FULL, budget=1.0))
-        for method in config.methods:
-            draws = config.random_seeds if method == _RANDOM else 1
+    for task in flags.tasks:
+        cells.append(CompareCell(task=task, method=FULL, budget=1.0))
+        for method in flags.methods:
+            draws = flags.random_seeds if method == _RANDOM else 1
             cells += [
-                Cell(task=task, method=method, budget=budget, draw=draw)
-                for budget in sorted(config.budgets)
+                CompareCell(task=task, method=method, budget=budget, draw=draw)
+                for budget in sorted(flags.budgets)
                 for draw in range(draws)
                 if method != FULL
             ]
@@ -205,18 +199,18 @@ def _cells(config: CompareConfig) -> list[Cell]:
 
 
 def _result(
-    config: CompareConfig, split: DuoModel, tasks: dict[TaskName, Task], rows: list[dict[str, Any]]
+    flags: CompareConfig, split: DuoModel, tasks: dict[TaskName, Task], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    described = settings.describe(config, split)
-    for of_one_split in ("retrieval_heads", "sparsity"):
-        del described[of_one_split]
+    described = describe.settings(flags, split)
+    for name in ("retrieval_heads", "sparsity"):  # which differ between methods
+        del described[name]
     return {
         "command": machine.command("duo_jax.evaluate"),
         **described,
-        "seed": config.seed,
-        "samples": config.samples,
-        "length": config.length,
-        "profile_samples": config.profile_samples,
+        "seed": flags.seed,
+        "samples": flags.samples,
+        "length": flags.length,
+        "profile_samples": flags.profile_samples,
         "tasks": {
             name: {
                 "in_words": task.in_words,
@@ -230,29 +224,29 @@ def _result(
     }
 
 
-def _pattern(config: CompareConfig) -> Pattern:
+def _pattern(flags: CompareConfig) -> Pattern:
     """Return the learned gates."""
-    if config.pattern == NO_PATTERN:
-        raise InputError("there is nothing to compare without a pattern: name one with --pattern")
-    folder = pretrained.resolve(config.model)
-    pattern = load_pattern(config.pattern or folder / "pattern")
-    model = pretrained.load_config(folder)
-    check_fits(pattern, num_layers=model.num_layers, num_kv_heads=model.num_kv_heads)
+    if flags.pattern == NO_PATTERN:
+        raise InputError("there is nothing to compare without a pattern; choose one with --pattern")
+    folder = pretrained.resolve(flags.model)
+    pattern = load_pattern(flags.pattern or folder / "pattern")
+    architecture = pretrained.load_config(folder)
+    check_fits(pattern, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads)
     return pattern
 
 
-def _profile(config: CompareConfig, split: DuoModel, documents: Sequence[str]) -> list[list[float]]:
+def _profile(flags: CompareConfig, split: DuoModel, documents: Sequence[str]) -> list[list[float]]:
     """Return the attention profile, on training text."""
-    data = PasskeyConfig(**dataclasses.asdict(config.data), min_length=1, max_length=config.length)
-    sampler = PasskeySampler(data, split.tokenizer, split_held_out(documents)[0], seed=config.seed)
-    params = pretrained.load_params(pretrained.resolve(config.model), dtype=split.runtime.dtype)
-    scores = profiling.attention_profile(
+    data = PasskeyConfig(**dataclasses.asdict(flags.data), min_length=1, max_length=flags.length)
+    sampler = PasskeySampler(data, split.tokenizer, split_held_out(documents)[0], seed=flags.seed)
+    params = pretrained.load_params(pretrained.resolve(flags.model), dtype=split.runtime.dtype)
+    scores = attention_profile(
         split.config.architecture,
         params,
-        [sampler.sample(i, length=config.length) for i in range(config.profile_samples)],
+        [sampler.sample(i, length=flags.length) for i in range(flags.profile_samples)],
         sink_size=split.config.sink_size,
         recent_size=split.config.recent_size,
-        implementation=split.runtime.implementation,
+        implementation=flags.implementation,
     )
     return scores.tolist()
 

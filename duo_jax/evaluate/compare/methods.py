@@ -1,21 +1,21 @@
-"""Every method at a budget of bytes: its largest setting that fits, and how it answers.
+"""Every method at a budget of bytes: the largest setting that fits, and the answers it gives.
 
-Bytes are those of the live buffers of keys and values, with room for all that will be asked and
-answered. So methods that append while decoding and methods that go on evicting are held to the same
-peak, and at the whole budget every method is the full cache.
+The bytes are those of the live buffers of keys and values, with room for all questions and answers.
+So methods that append while decoding and methods that keep evicting have the same peak, and at the
+whole budget every method is the full cache.
 """
 
 import dataclasses
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from duo_jax.cache import cache_bytes
 from duo_jax.evaluate import eviction
-from duo_jax.evaluate.compare import served as compare_served
+from duo_jax.evaluate.compare import served
 from duo_jax.evaluate.compare.tasks import Task
 from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.heads.split import duo_config, reorder_layer
@@ -37,11 +37,13 @@ FULL: Method = "full"
 SINKS = 4  # of StreamingLLM (2309.17453, section 3.2)
 
 Row = dict[str, Any]
+TokenRows = Sequence[Int[np.ndarray, "_"]]  # token rows of any lengths
+Answer = Callable[[TokenRows, TokenRows], eviction.Predicted]  # from texts and tails
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
-    """What the methods know of a model."""
+class Subject:
+    """The model that is compared, and what the methods know of it."""
 
     runtime: Runtime  # with full caches, heads in their own order
     gates: Float[np.ndarray, "layers kv_heads"]
@@ -53,24 +55,24 @@ class Model:
 
 
 def measure(
-    model: Model, task: Task, method: Method, budget: float, *, batch: int, seed: int = 0
+    subject: Subject, task: Task, method: Method, budget: float, *, batch: int, seed: int = 0
 ) -> Row:
     """Measure one method at one budget on one task.
 
     Args:
-      model: the model.
-      task: what is asked.
-      method: which.
+      subject: the model.
+      task: texts and questions.
+      method: the method.
       budget: fraction of the bytes of full caches.
-      batch: texts that are read at once.
-      seed: of random heads.
+      batch: texts that are read at a time.
+      seed: random seed of random heads.
 
     Returns:
-      What was found, text by text, with the bytes and the setting; only a "reason" where not even
-      the smallest setting fits.
+      Scores of each text, bytes and setting; only a "reason" where not even the smallest setting
+      fits.
     """
-    full_bytes = _full_bytes(model, task)
-    setting = _setting(model, task, method, budget, seed=seed)
+    full_bytes = _full_bytes(subject, task)
+    setting = _setting(subject, task, method, budget, seed=seed)
     if isinstance(setting, str):
         return {"reason": setting, "full_bytes": full_bytes}
     answer, described = setting
@@ -94,27 +96,27 @@ def measure(
 
 
 def punctuation_tokens(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that are nothing but punctuation marks and white space around them."""
+    """Return the tokens that are punctuation marks only, apart from white space around them."""
     words = ((i, tokenizer.decode([i]).strip()) for i in range(len(tokenizer)))
     return tuple(i for i, word in words if word and set(word) <= set(string.punctuation))
 
 
 def _setting(
-    model: Model, task: Task, method: Method, budget: float, *, seed: int
-) -> tuple[Callable, Row] | str:
-    """Return how to answer and what to say of it; or why nothing fits."""
+    subject: Subject, task: Task, method: Method, budget: float, *, seed: int
+) -> tuple[Answer, Row] | str:
+    """Return how to answer, and the setting in words; or why nothing fits."""
     if method in ("H2O", "TOVA", "SnapKV", "FastGen", "HeadKV"):
-        return _evicting(model, task, method, budget)
+        return _evicting(subject, task, method, budget)
     heads_of = {
-        FULL: np.ones(model.gates.shape),
-        "duo": model.gates,
-        "profile heads": model.profile,
-        "random heads": np.random.default_rng([seed, 1]).random(model.gates.shape),
-        "all-streaming": np.zeros(model.gates.shape),
+        FULL: np.ones(subject.gates.shape),
+        "duo": subject.gates,
+        "profile heads": subject.profile,
+        "random heads": np.random.default_rng([seed, 1]).random(subject.gates.shape),
+        "all-streaming": np.zeros(subject.gates.shape),
     }
-    sizes, number = (model.sink, model.recent), _most_retrieval_heads(model, task, budget)
+    sizes, number = (subject.sink, subject.recent), _most_retrieval_heads(subject, task, budget)
     if method == FULL:
-        number = model.gates.size
+        number = subject.gates.size
     if method == "all-streaming":
         slots = int(budget * (task.length + task.room))
         if slots <= SINKS:
@@ -122,13 +124,11 @@ def _setting(
         sizes, number = (SINKS, slots - SINKS), 0
     if number is None:
         return f"streaming heads of {sum(sizes)} tokens take more"
-    chosen = choose_retrieval_heads(heads_of[method], sparsity=1 - number / model.gates.size)
-    split = _split(model.runtime, chosen, sizes)
+    chosen = choose_retrieval_heads(heads_of[method], sparsity=1 - number / subject.gates.size)
+    split = _split(subject.runtime, chosen, sizes)
 
-    def answer(texts, tails):
-        tokens, num_bytes = compare_served.predict(
-            split, texts, tails, length=task.length, room=task.room
-        )
+    def answer(texts: TokenRows, tails: TokenRows) -> eviction.Predicted:
+        tokens, num_bytes = served.predict(split, texts, tails, length=task.length, room=task.room)
         return eviction.Predicted(tokens=tokens, cache_bytes=num_bytes)
 
     described = {
@@ -139,16 +139,21 @@ def _setting(
     return answer, described
 
 
-def _evicting(model: Model, task: Task, method: Method, budget: float):
+def _evicting(
+    subject: Subject, task: Task, method: Method, budget: float
+) -> tuple[Answer, Row] | str:
+    """Return what `_setting` returns, for a method that evicts tokens."""
     policies: dict[str, Callable[[], eviction.Policy]] = {
         "H2O": eviction.H2O,
         "TOVA": eviction.TOVA,
         "SnapKV": eviction.SnapKV,
-        "FastGen": lambda: eviction.FastGen(special=model.special, punctuation=model.punctuation),
-        "HeadKV": lambda: eviction.HeadKV(importance=tuple(map(tuple, model.profile.tolist()))),
+        "FastGen": lambda: eviction.FastGen(
+            special=subject.special, punctuation=subject.punctuation
+        ),
+        "HeadKV": lambda: eviction.HeadKV(importance=tuple(map(tuple, subject.profile.tolist()))),
     }
     policy = policies[method]()
-    heads = model.gates.size
+    heads = subject.gates.size
     slots = int(budget * (task.length + task.room)) * heads
     # The methods that append keep all that is asked and answered, and at least a token of the text.
     if method not in ("H2O", "TOVA") and slots < (task.room + 1) * heads:
@@ -156,9 +161,9 @@ def _evicting(model: Model, task: Task, method: Method, budget: float):
     if slots < 2 * heads:
         return "two tokens take more"
 
-    def answer(texts, tails):
+    def answer(texts: TokenRows, tails: TokenRows) -> eviction.Predicted:
         return eviction.predict(
-            model.runtime,
+            subject.runtime,
             policy,
             texts,
             tails,
@@ -167,7 +172,7 @@ def _evicting(model: Model, task: Task, method: Method, budget: float):
             room=task.room,
         )
 
-    hidden = ("importance", "special", "punctuation")  # long, and told by the model
+    hidden = ("importance", "special", "punctuation")  # long, and known from the model
     described = {k: v for k, v in dataclasses.asdict(policy).items() if k not in hidden}
     return answer, described | {"tokens_per_head": slots // heads}
 
@@ -175,37 +180,40 @@ def _evicting(model: Model, task: Task, method: Method, budget: float):
 def _split(
     full: Runtime, heads: Bool[np.ndarray, "layers kv_heads"], sizes: tuple[int, int]
 ) -> Runtime:
-    """Return the model with these retrieval heads; what need not be reordered is shared."""
-    model = full.config.architecture
+    """Return the model with these retrieval heads; weights that keep their order are shared."""
+    architecture = full.config.architecture
     layers = tuple(
-        reorder_layer(model, layer, row)
+        reorder_layer(architecture, layer, row)
         for layer, row in zip(full.params["layers"], heads, strict=True)
     )
     return dataclasses.replace(
         full,
-        config=duo_config(model, heads, sink_size=sizes[0], recent_size=sizes[1]),
+        config=duo_config(architecture, heads, sink_size=sizes[0], recent_size=sizes[1]),
         params={**full.params, "layers": layers},
     )
 
 
-def _bytes(model: Model, task: Task, retrieval: int) -> int:
+def _bytes(subject: Subject, task: Task, retrieval: int) -> int:
     """Return the bytes of a cache with so many retrieval heads."""
-    heads = np.arange(model.gates.size).reshape(model.gates.shape) < retrieval
+    heads = np.arange(subject.gates.size).reshape(subject.gates.shape) < retrieval
     config = duo_config(
-        model.runtime.config.architecture, heads, sink_size=model.sink, recent_size=model.recent
+        subject.runtime.config.architecture,
+        heads,
+        sink_size=subject.sink,
+        recent_size=subject.recent,
     )
     max_len = task.length + task.room
-    return cache_bytes(config, batch_size=1, max_len=max_len, dtype=model.runtime.dtype)
+    return cache_bytes(config, batch_size=1, max_len=max_len, dtype=subject.runtime.dtype)
 
 
-def _full_bytes(model: Model, task: Task) -> int:
-    return _bytes(model, task, model.gates.size)
+def _full_bytes(subject: Subject, task: Task) -> int:
+    return _bytes(subject, task, subject.gates.size)
 
 
-def _most_retrieval_heads(model: Model, task: Task, budget: float) -> int | None:
-    """Return the most retrieval heads that fit; None where not even none does."""
-    most = budget * _full_bytes(model, task)
-    fitting = [n for n in range(model.gates.size + 1) if _bytes(model, task, n) <= most]
+def _most_retrieval_heads(subject: Subject, task: Task, budget: float) -> int | None:
+    """Return the most retrieval heads that fit; None where even streaming heads alone do not."""
+    most = budget * _full_bytes(subject, task)
+    fitting = [n for n in range(subject.gates.size + 1) if _bytes(subject, task, n) <= most]
     return max(fitting, default=None)
 
 

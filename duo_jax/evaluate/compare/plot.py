@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 from matplotlib.ticker import PercentFormatter
 
 from duo_jax.evaluate.compare.points import Point, points
-from duo_jax.evaluate.results import describe as settings
+from duo_jax.evaluate.results import describe
 from duo_jax.reports import figures
 
-# Split heads are drawn through, evicted tokens dashed; the colours differ to colour-blind eyes too.
+# Solid lines: split heads. Dashed: evicted tokens. Colour-blind people can tell the colours apart.
 _STYLES = {
     "duo": {"color": "#0072B2", "marker": "o", "linewidth": 4, "zorder": 1.9},
     "profile heads": {"color": "#F0A000", "marker": "s"},
@@ -48,27 +49,25 @@ def png(result: dict[str, Any]) -> bytes:
     figure.legend(handles, labels, loc="outside right upper", fontsize=8.5)
     figure.suptitle(
         f"{result['model']}: retrieval at equal bytes, {result['samples']} texts of "
-        f"{result['length']:,} tokens\n{settings.in_words(result)}",
+        f"{result['length']:,} tokens\n{describe.in_words(result)}",
         fontsize=10,
     )
     return figures.png(figure, dpi=150)
 
 
-def _draw(axes, method: str, found: list[Point]) -> None:
+def _draw(axes: Any, method: str, found: list[Point]) -> None:
     fitting = sorted((p for p in found if p.exact is not None), key=lambda point: point.budget)
     if method == "full":
         label = "full caches"
         axes.axhline(fitting[0].exact, color="black", linewidth=1, linestyle=":", label=label)
         return
     shares = [point.share for point in fitting]
-    exact = [point.exact for point in fitting]
-    errors = [2 * point.error for point in fitting]
+    exact = np.array([point.exact for point in fitting], float)
+    errors = np.array([2 * point.error for point in fitting])
     label = _NAMES.get(method, method)
-    if any(point.lowest is not None for point in fitting):
-        errors = [
-            [point.exact - point.lowest for point in fitting],
-            [point.highest - point.exact for point in fitting],
-        ]
+    spreads = [point.spread for point in fitting if point.spread is not None]
+    if spreads:
+        errors = np.abs(np.array(spreads).T - exact)
         label += " (mean, range)"
     style = {"markersize": 4.5, "linewidth": 1.5, "capsize": 2, "elinewidth": 0.8}
     axes.errorbar(shares, exact, yerr=errors, label=label, **style | _STYLES[method])

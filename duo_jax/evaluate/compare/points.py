@@ -1,4 +1,4 @@
-"""Rows of a comparison as points: a method at a budget, random draws together."""
+"""Points of a comparison: a method at a budget, with all random draws together."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,14 @@ from duo_jax.reports.statistics import standard_error
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
-    """A method at a budget; exact is None where nothing fitted."""
+    """A method at a budget; `exact` is None where nothing fits."""
 
     method: str
     budget: float
     share: float | None = None  # of the bytes of full caches, measured
     exact: float | None = None
     error: float = 0.0  # standard error over texts
-    lowest: float | None = None  # of several draws
-    highest: float | None = None
+    spread: tuple[float, float] | None = None  # lowest and highest mean of several draws
     texts: Float[np.ndarray, " texts"] | None = None  # mean over draws
 
 
@@ -36,7 +35,10 @@ def points(result: dict[str, Any], task: str) -> list[Point]:
 def differences(
     found: Sequence[Point], method: str, other: str
 ) -> Iterator[tuple[float, float, float]]:
-    """Yield budget, mean difference over texts and its standard error; full is at every budget."""
+    """Yield budget, mean difference over texts, and its standard error, for budgets that both have.
+
+    Full caches count at every budget.
+    """
     by_place = {(point.method, point.budget): point for point in found}
     for (name, budget), point in by_place.items():
         rival = by_place.get((other, 1.0 if other == "full" else budget))
@@ -53,14 +55,12 @@ def _point(method: str, budget: float, rows: Sequence[dict[str, Any]]) -> Point:
         return Point(method=method, budget=budget)
     draws = np.array([row["exact"] for row in rows])  # [draws, texts]
     means, texts = draws.mean(axis=1), draws.mean(axis=0)
-    several = len(rows) > 1
     return Point(
         method=method,
         budget=budget,
         share=max(row["cache_bytes"] / row["full_bytes"] for row in rows),
         exact=float(means.mean()),
         error=standard_error(texts),
-        lowest=float(means.min()) if several else None,
-        highest=float(means.max()) if several else None,
+        spread=(float(means.min()), float(means.max())) if len(rows) > 1 else None,
         texts=texts,
     )

@@ -1,4 +1,4 @@
-"""A comparison as JSON, tables and a picture."""
+"""The report of a comparison: JSON, tables and a picture."""
 
 import pathlib
 from collections.abc import Sequence
@@ -7,27 +7,27 @@ from typing import Any
 import numpy as np
 
 from duo_jax import files
-from duo_jax.evaluate.compare import plot as compare_plot
+from duo_jax.evaluate.compare import plot
 from duo_jax.evaluate.compare.points import Point, differences, points
-from duo_jax.evaluate.results import describe as settings
+from duo_jax.evaluate.results import describe
 from duo_jax.evaluate.results.result_json import to_json
 from duo_jax.reports import markdown
 
 
-def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
+def write(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
     """Write NAME.json, NAME.md and NAME.png into a folder, and print the tables."""
     text = to_markdown(result)
     files.write_text(folder / f"{name}.json", to_json(result))
     files.write_text(folder / f"{name}.md", text + "\n")
-    files.write_bytes(folder / f"{name}.png", compare_plot.png(result))
+    files.write_bytes(folder / f"{name}.png", plot.png(result))
     print(text)
     print(f"written: {folder / name}.json, .md, .png")
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Write a table for every task, what was measured, and how duo stands to the others."""
+    """Write the settings, and for every task a table and the differences between duo and others."""
     parts = [
-        f"{result['model']}, {settings.in_words(result)}; {result['samples']} texts of "
+        f"{result['model']}, {describe.in_words(result)}; {result['samples']} texts of "
         f"{result['length']:,} tokens, seed {result['seed']}; {result['hardware']}, jax "
         f"{result['jax']}. Budgets are bytes of live key and value buffers, as a fraction of full "
         "caches; in brackets what a method takes. ± two standard errors over texts."
@@ -60,13 +60,14 @@ def _cell(point: Point | None) -> str:
     if point.exact is None:
         return "does not fit"
     spread = f"± {200 * point.error:.1f}"
-    if point.lowest is not None:
-        spread = f"({100 * point.lowest:.1f} to {100 * point.highest:.1f})"
+    if point.spread is not None:
+        lowest, highest = point.spread
+        spread = f"({100 * lowest:.1f} to {100 * highest:.1f})"
     return f"{point.exact:.1%} {spread} [{point.share:.1%}]"
 
 
 def _compared(found: Sequence[Point]) -> list[str]:
-    """Say by how much duo differs, text by text."""
+    """Return lines with the differences between duo and each other method, paired by text."""
     lines = []
     for other in dict.fromkeys(point.method for point in found):
         parts = [

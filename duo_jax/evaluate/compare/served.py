@@ -26,17 +26,17 @@ def predict(
     Args:
       runtime: the split model.
       texts: a row each, of at most `length` tokens.
-      tails: what comes after them, at most `room` tokens.
-      length: the cache is made for texts of this length
-      room: and for this many tokens more.
+      tails: the tokens after them, at most `room`.
+      length: tokens of a text that the cache has room for.
+      room: further tokens that it has room for.
 
     Returns:
-      The likeliest token at each place of the tails, and the bytes of a row's live buffers.
+      The most likely token at each place of the tails, and the bytes of a row's live buffers.
     """
     session = Session(runtime, batch_size=len(texts), max_len=length + room)
     session.append([text.tolist() for text in texts])
     with session.borrowed() as loan:
-        cache, first = loan.take(), _likeliest(loan.logits)
+        cache, first = loan.take(), _most_likely(loan.logits)
     num_bytes = live_bytes(cache) // len(texts)
     given, counts = pad(tails, room)
     # The last token of a tail is predicted, not given.
@@ -47,12 +47,12 @@ def predict(
         cache,
         given,
         active,
-        keep=_likeliest,
+        keep=_most_likely,
         implementation=runtime.implementation,
     )
     tokens = np.concatenate([np.asarray(first)[:, None], np.asarray(rest)[:, :-1]], axis=1)
     return tokens, num_bytes
 
 
-def _likeliest(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
+def _most_likely(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
     return jnp.argmax(logits, axis=-1)

@@ -1,7 +1,7 @@
-"""What is asked of every method: texts to compress, and what comes after them.
+"""Tasks: texts to compress, and the questions and answers that follow them.
 
 needle: one passkey, and the question belongs to what is compressed. Methods that look at the end of
-the prompt see what will be asked, as in the evaluations of their papers.
+the prompt see the question, as in the evaluations of their papers.
 passkeys: the text is compressed first; then all its passkeys are asked for, one after the other, on
 the same cache. No method knows the questions in advance, as in a conversation that is served.
 """
@@ -28,8 +28,8 @@ class Task:
 
     name: TaskName
     in_words: str
-    texts: list[Int[np.ndarray, " length"]]  # what is compressed
-    tails: list[Int[np.ndarray, " tail"]]  # what is asked and answered after it
+    texts: list[Int[np.ndarray, " length"]]  # compressed
+    tails: list[Int[np.ndarray, " tail"]]  # questions and answers after them
     answers: list[tuple[tuple[int, int], ...]]  # (start, stop) in the tail
     haystack: str
 
@@ -44,14 +44,14 @@ class Task:
         return max(tail.size for tail in self.tails)
 
     def score(self, predicted: Sequence[Int[np.ndarray, " tail"]]) -> "Score":
-        """Compare each tail with the likeliest tokens, given the true ones before."""
+        """Compare each tail with the most likely tokens, each after the true ones before it."""
         right = [
             [row[start:stop] == tail[start:stop] for start, stop in answers]
             for row, tail, answers in zip(predicted, self.tails, self.answers, strict=True)
         ]
         return Score(
-            exact=np.array([np.mean([key.all() for key in row]) for row in right]),
-            tokens=np.array([np.mean([key.mean() for key in row]) for row in right]),
+            exact=np.array([np.mean([tokens.all() for tokens in row]) for row in right]),
+            tokens=np.array([np.mean([tokens.mean() for tokens in row]) for row in right]),
         )
 
 
@@ -59,11 +59,11 @@ class Task:
 class Score:
     """Means over the passkeys of each text."""
 
-    exact: Float[np.ndarray, " texts"]  # passkeys of which every token is right
-    tokens: Float[np.ndarray, " texts"]  # tokens of passkeys that are right
+    exact: Float[np.ndarray, " texts"]  # fraction of passkeys whose every token is right
+    tokens: Float[np.ndarray, " texts"]  # fraction of a passkey's tokens that are right
 
 
-def make(
+def make_task(
     name: TaskName,
     data: PasskeyTemplates,
     tokenizer: Any,

@@ -24,7 +24,7 @@ FREE = -1  # position of a slot that holds nothing
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Held:
-    """What policies know of the tokens that heads hold, besides keys and values."""
+    """Facts about the tokens that heads hold, by which policies choose."""
 
     positions: Int[Array, "*heads slots"]  # in the text; FREE where there is none
     tokens: Int[Array, "*heads slots"]
@@ -39,7 +39,7 @@ class Held:
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pool:
-    """Everything that is kept of a batch of texts."""
+    """All tokens that are kept of a batch of texts."""
 
     keys: Float[Array, "batch slots head_dim"]  # rotated
     values: Float[Array, "batch slots head_dim"]

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from duo_jax import serve
 from duo_jax.evaluate.eviction.cache import FREE, Held, Pool
@@ -30,9 +30,9 @@ def decode(
     Args:
       config: the model.
       params: its parameters, in serving form.
-      policy: what evicts.
-      pool: what is kept so far.
-      state: of the policy, see `Selection`.
+      policy: the eviction method.
+      pool: the tokens that are kept so far.
+      state: the policy's, see `Selection`.
       tokens: one per row.
       active: rows that take part; the others keep what they have, and their logits mean nothing.
     """
@@ -45,12 +45,18 @@ def decode(
     for index, layer_params in enumerate(params["layers"]):
         layer_state = jax.tree.map(lambda leaf, i=index: leaf[:, i], state)
 
-        def attend(q, k, v, layer_input):
+        def attend(
+            q: Float[Array, "batch 1 q_heads head_dim"],
+            k: Float[Array, "batch 1 kv_heads head_dim"],
+            v: Float[Array, "batch 1 kv_heads head_dim"],
+            layer_input: tuple[Pool, Any, int],
+        ) -> tuple[Float[Array, "batch 1 q_heads head_dim"], Pool]:
             pool, state, index = layer_input
             return _attend(policy, pool, state, index, tokens, active, q[:, 0], k[:, 0], v[:, 0])
 
         layer = llama.DecoderLayer(config.architecture, attend=attend)
-        x, pool = layer.apply({"params": layer_params}, x, cos_sin, (pool, layer_state, index))
+        out: Any = layer.apply({"params": layer_params}, x, cos_sin, (pool, layer_state, index))
+        x, pool = out
     pool = dataclasses.replace(pool, lengths=pool.lengths + active.astype(jnp.int32))
     return serve.logits(config, params, x)[:, 0], pool
 
@@ -76,10 +82,12 @@ def _attend(
     rows = jnp.arange(batch)[:, None, None]
     old_keys, old_values = pool.keys[rows, slots], pool.values[rows, slots]
 
-    def with_new(old, new):
+    def with_new(
+        old: Shaped[Array, "batch kv_heads slots"], new: Shaped[Array, "batch kv_heads"]
+    ) -> Shaped[Array, "batch kv_heads held"]:
         return jnp.concatenate([old, new[..., None].astype(old.dtype)], axis=-1)
 
-    def each_head(x):
+    def each_head(x: Int[Array, " batch"]) -> Int[Array, "batch kv_heads"]:
         return jnp.broadcast_to(x[:, None], (batch, kv_heads))
 
     keys = jnp.concatenate([old_keys, k[:, :, None]], axis=2)
@@ -100,7 +108,9 @@ def _attend(
     takes = kept[..., -1] & free.any(axis=-1) & active[:, None]
     new = (offsets == jnp.argmax(free, axis=-1)[..., None]) & takes[..., None]
 
-    def update(old, after):
+    def update(
+        old: Shaped[Array, "batch kv_heads slots"], after: Shaped[Array, "batch kv_heads held"]
+    ) -> Shaped[Array, "batch kv_heads slots"]:
         """Return a layer's numbers after the step; inactive rows keep theirs."""
         after = jnp.where(new, after[..., -1:], after[..., :-1])
         return jnp.where(active[:, None, None], after, old)

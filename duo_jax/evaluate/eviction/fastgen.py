@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.evaluate.eviction.cache import Prompt
 from duo_jax.evaluate.eviction.policy import Budget, Selection, Step, highest
@@ -73,8 +73,14 @@ class FastGen:
         held = self._held_by(step.held.tokens, step.held.positions, scores, lengths)
         return jnp.take_along_axis(held, state[..., None, None], axis=-2)[..., 0, :] & exists
 
-    def _held_by(self, tokens, positions, scores, lengths) -> Bool[Array, "*heads 5 slots"]:
-        """Return what each of the five policies holds of a text of `lengths` tokens."""
+    def _held_by(
+        self,
+        tokens: Int[Array, "*heads slots"],
+        positions: Int[Array, "*heads slots"],
+        scores: Float[Array, "*heads slots"],
+        lengths: Int[Array, "*#heads"],
+    ) -> Bool[Array, "*heads 5 slots"]:
+        """Return the tokens that each of the five policies holds of a text of `lengths` tokens."""
         special = _is_one_of(tokens, self.special)
         punctuation = special | _is_one_of(tokens, self.punctuation)
         number = _part(lengths, self.frequent_ratio)
@@ -84,11 +90,13 @@ class FastGen:
         return jnp.stack([special, punctuation, frequent, local, jnp.ones_like(local)], axis=-2)
 
 
-def _kinds(recovered, cost, slots: int) -> Int[Array, "layers kv_heads"]:
+def _kinds(
+    recovered: Float[Array, "layers kv_heads 5"], cost: Int[Array, "layers kv_heads 5"], slots: int
+) -> Int[Array, "layers kv_heads"]:
     """Return one text's policies at the highest threshold whose cost fits."""
     thresholds = recovered.reshape(-1)
 
-    def at(threshold):
+    def at(threshold: Float[Array, ""]) -> tuple[Int[Array, "layers kv_heads"], Int[Array, ""]]:
         # argmax: the first policy, they are in order of cost, that recovers enough.
         kind = jnp.argmax(recovered >= threshold, axis=-1)
         return kind, jnp.take_along_axis(cost, kind[..., None], axis=-1).sum()

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from duo_jax.evaluate.eviction.cache import Prompt
 from duo_jax.evaluate.eviction.policy import Budget, Selection, highest
@@ -60,8 +60,10 @@ class HeadKV(SnapKV):
         return (window + _share_out(wanted, total=free, most=length - window)).astype(np.int32)
 
 
-def _share_out(wanted, *, total: int, most: int):
-    """Round down to whole slots, none above `most`; what is cut off goes to the others, evenly."""
+def _share_out(
+    wanted: Float[np.ndarray, "layers kv_heads"], *, total: int, most: int
+) -> Int[np.ndarray, "layers kv_heads"]:
+    """Round down to whole slots, at most `most`; the rest goes to the other heads, evenly."""
     shares = np.minimum(np.floor(wanted + 1e-6), most).astype(np.int64)
     while (left := total - shares.sum()) > 0 and (shares < most).any():
         room = (shares < most).nonzero()

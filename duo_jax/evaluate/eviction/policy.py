@@ -1,4 +1,4 @@
-"""What a token-eviction method decides: which tokens stay after the prompt, and after each step."""
+"""A token-eviction method: which tokens stay after the prompt, and after each decoding step."""
 
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -10,14 +10,14 @@ from duo_jax.evaluate.eviction.cache import Held, Prompt
 
 
 class Budget(NamedTuple):
-    """What may be taken."""
+    """Slots that a method may use."""
 
     slots: int  # of a row, over all its heads, to the end of decoding
     room: int  # tokens that will be decoded; heads that keep all of them need as many free slots
 
 
 class Selection(NamedTuple):
-    """What stays of a prompt."""
+    """The tokens of a prompt that stay."""
 
     kept: Bool[Array, "batch layers kv_heads length"]
     sizes: Int[Array, "batch layers kv_heads"]  # slots of each head, for what it keeps and will
@@ -35,11 +35,15 @@ class Step(NamedTuple):
 
 @runtime_checkable
 class Policy(Protocol):
-    """A method. Hashable: static under jax.jit."""
+    """A method: a frozen dataclass, hashable, static under jax.jit."""
 
     name: ClassVar[str]
-    # How many of the prompt's last queries count in Prompt.received; None: all.
-    window: int | None
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def window(self) -> int | None:
+        """How many of the prompt's last queries count in Prompt.received; None: all."""
+        ...
 
     def select(self, prompt: Prompt, budget: Budget) -> Selection:
         """Choose what stays of a prompt."""
@@ -55,13 +59,13 @@ class Policy(Protocol):
 
 
 def share(prompt: Prompt, budget: Budget) -> int:
-    """Return the slots of a head where all heads get the same."""
+    """Return the slots of a head where all heads get equally many."""
     _, layers, heads, _, _ = prompt.keys.shape
     return budget.slots // (layers * heads)
 
 
 def equal_sizes(prompt: Prompt, budget: Budget) -> Int[Array, "batch layers kv_heads"]:
-    """Return that for every head."""
+    """Return `share` for every head."""
     return jnp.full(prompt.keys.shape[:3], share(prompt, budget), jnp.int32)
 
 

@@ -1,4 +1,4 @@
-"""Read prompts with full attention, as the eviction papers do, and note what policies ask about.
+"""Read prompts with full attention, as the eviction papers do, and sum what policies look at.
 
 Keys and values of all layers are kept until the policy has chosen, so the peak is a full cache.
 The attention that a token has received is summed over blocks of queries: there is never a whole
@@ -9,7 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from duo_jax import serve
 from duo_jax.evaluate.eviction.cache import Prompt
@@ -40,13 +40,19 @@ def read(
       tokens: the prompts; row b counts up to lengths[b], the rest is padding.
       lengths: tokens per row, at least 1.
       window: how many of each row's last queries count in `Prompt.received`; None: all.
-      implementation: of attention, see kernels.dispatch.
+      implementation: attention implementation, see kernels.dispatch.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
     cos_sin = rope.rotation(config.architecture, positions, total_length=lengths)
     x = params["embed_tokens"]["embedding"][tokens]
 
-    def attend(q, k, v, _):
+    def attend(
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        layer_input: None,
+    ) -> tuple[Float[Array, "batch length q_heads head_dim"], tuple[Array, Array, Array]]:
+        del layer_input
         scale = q.shape[-1] ** -0.5
         out = full_attention(q, k, v, softmax_scale=scale, implementation=implementation)
         keys, values = (jnp.swapaxes(part, 1, 2) for part in (k, v))
@@ -87,8 +93,11 @@ def received(
     key_positions = jnp.arange(length, dtype=jnp.int32)
     wide = accumulator(q.dtype)
 
-    def one_block(total, block):
-        at, count_in = block  # [batch, _BLOCK]
+    def one_block(
+        total: Float[Array, "batch kv_heads length"],
+        block: tuple[Int[Array, "batch block"], Bool[Array, "batch block"]],
+    ) -> tuple[Float[Array, "batch kv_heads length"], None]:
+        at, count_in = block
         chosen = jnp.take_along_axis(q, jnp.clip(at, 0, length - 1)[:, :, None, None], axis=1)
         grouped = chosen.reshape(batch, _BLOCK, kv_heads, -1, head_dim)
         scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=wide)
@@ -99,6 +108,9 @@ def received(
         counted = jnp.where(count_in[:, None, None, :, None], attention, 0)
         return total + counted.mean(axis=2).sum(axis=2).astype(jnp.float32), None
 
-    blocks = tuple(jnp.swapaxes(x.reshape(batch, -1, _BLOCK), 0, 1) for x in (queries, counts))
+    def in_blocks(x: Shaped[Array, "batch queries"]) -> Shaped[Array, "blocks batch block"]:
+        return jnp.swapaxes(x.reshape(batch, -1, _BLOCK), 0, 1)
+
+    blocks = (in_blocks(queries), in_blocks(counts))
     total, _ = jax.lax.scan(one_block, jnp.zeros((batch, kv_heads, length), jnp.float32), blocks)
     return total

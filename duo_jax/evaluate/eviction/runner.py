@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.evaluate.eviction.cache import Pool, Prompt, compress
 from duo_jax.evaluate.eviction.decode import decode
@@ -22,11 +22,11 @@ from duo_jax.session.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Predicted:
-    """What a model would have written, and the bytes of what it remembered."""
+    """Predictions of a model, and the bytes of its cache."""
 
-    tokens: Int[np.ndarray, "batch tail"]  # the likeliest token at each place of the given ones
+    tokens: Int[np.ndarray, "batch tail"]  # the most likely token at each place of a tail
     cache_bytes: int  # of one row's live buffers
-    # Of these, what the tokens of the text take that are kept, mean over rows; of evicting caches.
+    # Bytes of the tokens of the text that are kept, mean over rows; for caches that evict.
     text_bytes: float | None = None
 
 
@@ -44,10 +44,10 @@ def predict(
 
     Args:
       runtime: a model whose heads are all retrieval heads.
-      policy: what evicts.
-      texts: what is compressed, a row each.
-      tails: what comes after it.
-      slots: that a row's buffers may have, over all heads.
+      policy: the eviction method.
+      texts: rows of tokens to compress.
+      tails: the tokens after them.
+      slots: slots of a row's buffers, over all heads.
       length: to pad texts to; another length is another compilation.
       room: to pad tails to.
     """
@@ -102,12 +102,14 @@ def _decode(
     tokens: Int[Array, "batch length"],
     active: Bool[Array, "batch length"],
 ) -> Int[Array, "batch length"]:
-    """Give the tokens one by one; return the likeliest one after each."""
+    """Decode the given tokens one by one; return the most likely token after each."""
 
-    def step(pool: Pool, tokens, active):
+    def step(
+        pool: Pool, tokens: Int[Array, " batch"], active: Bool[Array, " batch"]
+    ) -> tuple[Float[Array, "batch vocab"], Pool]:
         return decode(config, params, policy, pool, state, tokens, active)
 
-    likeliest, _ = decode_given(
+    most_likely, _ = decode_given(
         step, pool, tokens, active, keep=lambda logits, _: jnp.argmax(logits, axis=-1)
     )
-    return likeliest
+    return most_likely

@@ -1,1 +1,1 @@
-"""Tasks of lm-evaluation-harness, through both caches."""
+"""Tasks of lm-evaluation-harness, answered from the caches that serve a split model."""

@@ -1,4 +1,4 @@
-"""Command line: tasks of lm-evaluation-harness, answered through the duo caches."""
+"""Command line: tasks of lm-evaluation-harness, answered from the caches of a split model."""
 
 import dataclasses
 import hashlib
@@ -16,14 +16,14 @@ from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.reports import machine
 
 _DESCRIPTION = """\
-Run tasks of lm-evaluation-harness (RULER, LongBench, MMLU, ... or your own) on a split model. Its
-answers come from the caches that serve: contexts are read in chunks, their last tokens and all that
-follows are decoded one by one.
+Run tasks of lm-evaluation-harness (RULER, LongBench, MMLU, ... or your own) on a split model.
+Answers come from the caches that serve the model: contexts are read in chunks; their last tokens,
+and all tokens after them, are decoded one by one.
 
-Needs the extra "eval": pip install "duo_jax[eval]". Tasks whose data lies here open no connection.
+Needs the extra "eval": pip install "duo_jax[eval]". Tasks with local data open no connection.
 """
-# Draws for standard errors that have no formula; lm-eval's own 100,000 take minutes without the
-# processes that it forks for them, and a process that runs jax must not be forked.
+# Bootstrap draws for standard errors that have no formula. lm-eval's own 100,000 take minutes,
+# unless it forks processes for them, and a process that runs jax must not be forked.
 _BOOTSTRAPS = 1000
 _SEEDS = (0, 1234, 1234, 1234)  # lm-eval's own: Python, numpy, torch, examples of a context
 
@@ -33,33 +33,34 @@ class LmEvalConfig(LmEvalFlags):
     """Flags of the command."""
 
     tasks: str | None = None
-    """Names of tasks, groups or tags, with commas between; * stands for anything. Default: all
-    tasks of --include-path. `lm-eval ls tasks` lists those that come with the harness."""
+    """Tasks, groups or tags, separated by commas; * matches anything. Default: all tasks of
+    --include-path. `lm-eval ls tasks` lists those that come with the harness."""
     include_path: pathlib.Path | None = None
-    """A folder of further tasks (YAML files in the harness's format)."""
+    """Folder with more tasks, as YAML files in the harness's format."""
     limit: int | None = None
-    """Documents of each task. Default: all."""
+    """Documents per task. Default: all."""
     num_fewshot: int | None = None
-    """Examples in a context. Default: the task's own."""
+    """Examples in each context. Default: the task's own number."""
     apply_chat_template: bool = False
-    """Put contexts into the model's chat template, examples as turns of their own."""
+    """Render contexts with the model's chat template, each example as a turn of its own."""
     system_instruction: str | None = None
-    """What the system says in the chat."""
+    """System message of the chat."""
     gen_kwargs: str | None = None
-    """Generation arguments instead of the tasks' own, such as temperature=0.7,max_gen_toks=64."""
+    """Generation arguments in place of the tasks' own, such as temperature=0.7,max_gen_toks=64."""
     lengths: tuple[int, ...] = ()
-    """Tokens of contexts that a task generates, as RULER's do. Default: the task's own (4,096)."""
+    """Lengths, in tokens, of the contexts that tasks such as RULER's generate. Default: the task's
+    own (4,096)."""
     run_unsafe_code: bool = False
-    """Allow tasks that run the code the model writes, such as mbpp."""
+    """Allow tasks, such as mbpp, that run code which the model writes."""
     seed: int | None = None
-    """Of everything that is drawn. Default: lm-eval's own seeds, for numbers to compare."""
+    """Random seed. Default: lm-eval's own seeds, so that scores can be compared."""
     log_samples: bool = False
-    """Write every question and answer too."""
+    """Also write every question and answer."""
     answers: pathlib.Path | None = None
-    """A folder where answers are kept as they come, so that a run that was stopped goes on. Other
-    models, splits and flags do not see each other's."""
+    """Folder where answers are kept as they come, so that a stopped run resumes. Runs with another
+    model, split or flags have their own answers."""
     out: pathlib.Path = pathlib.Path("lm-eval.json")
-    """Where to write the results."""
+    """File for the results."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,7 +76,7 @@ class LmEvalConfig(LmEvalFlags):
             raise InputError(f"lengths {self.lengths} must be at least 1")
 
 
-def evaluate(config: LmEvalConfig) -> None:
+def evaluate(flags: LmEvalConfig) -> None:
     """Run the tasks; write JSON and print the harness's table.
 
     Raises:
@@ -84,20 +85,20 @@ def evaluate(config: LmEvalConfig) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError('lm-evaluation-harness is not installed: pip install "duo_jax[eval]"')
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # see _BOOTSTRAPS
-    files.make_folder(config.out.parent)
-    manager, names = _find_tasks(config)
-    results = _run(config, manager, _load_tasks(config, manager, names))
-    files.write_text(config.out, _to_json(results))
+    files.make_folder(flags.out.parent)
+    manager, names = _find_tasks(flags)
+    results = _run(flags, manager, _load_tasks(flags, manager, names))
+    files.write_text(flags.out, _to_json(results))
     print(_tables(results))
     info = results["config"]
     if info["cache_bytes_per_row"] is not None:
         print(
             f"largest cache of a row: {info['cache_bytes_per_row'] / 1e6:,.3f} MB, with room for "
-            f"{info['cache_tokens_per_row']:,} tokens; results: {config.out}"
+            f"{info['cache_tokens_per_row']:,} tokens; results: {flags.out}"
         )
 
 
-def _find_tasks(config: LmEvalConfig) -> tuple[Any, list[str]]:
+def _find_tasks(flags: LmEvalConfig) -> tuple[Any, list[str]]:
     """Return the harness's TaskManager, and the names of the tasks, groups and tags to run.
 
     Raises:
@@ -105,18 +106,18 @@ def _find_tasks(config: LmEvalConfig) -> tuple[Any, list[str]]:
     """
     from lm_eval.tasks import TaskManager
 
-    # Where the harness's generators find a tokenizer, and what they are to make.
-    metadata: dict[str, Any] = {"tokenizer": str(pretrained.resolve(config.model))}
-    if config.lengths:
-        metadata["max_seq_lengths"] = list(config.lengths)
-    options = {"include_path": config.include_path and str(config.include_path)}
+    # For the harness's generators: their tokenizer, and the lengths of contexts.
+    metadata: dict[str, Any] = {"tokenizer": str(pretrained.resolve(flags.model))}
+    if flags.lengths:
+        metadata["max_seq_lengths"] = list(flags.lengths)
+    options: dict[str, Any] = {"include_path": flags.include_path and str(flags.include_path)}
     manager = TaskManager(**options, include_defaults=False, metadata=metadata)
-    if config.tasks is None:
+    if flags.tasks is None:
         if not manager.all_tasks:
-            raise InputError(f"{config.include_path} holds no task (*.yaml)")
+            raise InputError(f"{flags.include_path} holds no task (*.yaml)")
         names = manager.all_subtasks or manager.all_groups
     else:
-        names = [name.strip() for name in config.tasks.split(",") if name.strip()]
+        names = [name.strip() for name in flags.tasks.split(",") if name.strip()]
     found = {name: manager.match_tasks([name]) for name in names}
     # The thousands that come with the harness take seconds to list; a group may name some of them.
     if not all(found.values()) or manager.all_groups:
@@ -128,7 +129,7 @@ def _find_tasks(config: LmEvalConfig) -> tuple[Any, list[str]]:
     return manager, list(dict.fromkeys(name for matches in found.values() for name in matches))
 
 
-def _load_tasks(config: LmEvalConfig, manager: Any, names: list[str]) -> list[Any]:
+def _load_tasks(flags: LmEvalConfig, manager: Any, names: list[str]) -> list[Any]:
     """Return the harness's Task and Group objects, their data loaded or generated.
 
     Raises:
@@ -150,53 +151,55 @@ def _load_tasks(config: LmEvalConfig, manager: Any, names: list[str]) -> list[An
     unsafe = [
         name for name, task in everything["tasks"].items() if getattr(task, "UNSAFE_CODE", False)
     ]
-    if unsafe and not config.run_unsafe_code:
+    if unsafe and not flags.run_unsafe_code:
         raise InputError(
-            f"{', '.join(unsafe)}: runs code that the model writes; allow it by --run-unsafe-code"
+            f"{', '.join(unsafe)}: runs code that the model writes; allow it with --run-unsafe-code"
         )
     return loaded
 
 
-def _run(config: LmEvalConfig, manager: Any, tasks: list[Any]) -> dict[str, Any]:
-    """Return lm-eval's results, with what they were measured with in "duo_jax"."""
+def _run(flags: LmEvalConfig, manager: Any, tasks: list[Any]) -> dict[str, Any]:
+    """Return lm-eval's results, with the settings of our model under "duo_jax"."""
     from lm_eval.evaluator import simple_evaluate
 
     from duo_jax.evaluate.harness.model import DuoLM  # imports lm-eval
 
-    model = config.load()
-    lm = DuoLM(model, config, seed=config.seed or 0)
-    seeds = _SEEDS if config.seed is None else (config.seed,) * len(_SEEDS)
+    model = flags.load()
+    lm = DuoLM(model, flags, seed=flags.seed or 0)
+    seeds = _SEEDS if flags.seed is None else (flags.seed,) * len(_SEEDS)
     names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
     results = simple_evaluate(
         model=lm,
         tasks=tasks,
         task_manager=manager,
-        num_fewshot=config.num_fewshot,
-        batch_size=config.batch_size,
-        use_cache=None if config.answers is None else str(config.answers / _digest(config, model)),
-        limit=config.limit,
+        num_fewshot=flags.num_fewshot,
+        batch_size=flags.batch_size,
+        use_cache=None if flags.answers is None else str(flags.answers / _digest(flags, model)),
+        limit=flags.limit,
         bootstrap_iters=_BOOTSTRAPS,
-        log_samples=config.log_samples,
-        system_instruction=config.system_instruction,
-        apply_chat_template=config.apply_chat_template,
-        fewshot_as_multiturn=config.apply_chat_template,
-        gen_kwargs=config.gen_kwargs,
-        confirm_run_unsafe_code=config.run_unsafe_code,
+        log_samples=flags.log_samples,
+        system_instruction=flags.system_instruction,
+        apply_chat_template=flags.apply_chat_template,
+        fewshot_as_multiturn=flags.apply_chat_template,
+        gen_kwargs=flags.gen_kwargs,
+        confirm_run_unsafe_code=flags.run_unsafe_code,
         **dict(zip(names, seeds, strict=True)),
     )
+    assert results is not None  # as there is only one process
     return results | {
         "command": machine.command("duo_jax.evaluate"),
-        "seed": config.seed,
+        "seed": flags.seed,
         "duo_jax": lm.get_model_info(),
     }
 
 
-def _digest(config: LmEvalConfig, model: DuoModel) -> str:
+def _digest(flags: LmEvalConfig, model: DuoModel) -> str:
     """Return a name for all that an answer depends on besides its question."""
-    flags = {f.name: getattr(config, f.name) for f in dataclasses.fields(LmEvalFlags)}
-    for name in ("model", "pattern", "batch_size"):  # the model's numbers and heads stand for it
-        del flags[name]
-    parts = [flags, model.config, model.runtime.weights_digest, str(model.runtime.dtype)]
+    values = {f.name: getattr(flags, f.name) for f in dataclasses.fields(LmEvalFlags)}
+    # The digest of the weights and the split stand for model and pattern.
+    for name in ("model", "pattern", "batch_size"):
+        del values[name]
+    parts = [values, model.config, model.runtime.weights_digest, str(model.runtime.dtype)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

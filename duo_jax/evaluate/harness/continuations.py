@@ -1,7 +1,7 @@
-"""How likely a text is after a context, through the caches that serve.
+"""Log-likelihoods of continuations, from the caches that serve a split model.
 
-The context is read in chunks up to its last tokens; these, and what follows, are decoded one by
-one, since a streaming head keeps less while a model writes than a whole chunk could show it.
+A context is read in chunks up to its last tokens. These, and the continuation, are decoded one by
+one, because during generation a streaming head keeps less than a whole chunk would show it.
 """
 
 import dataclasses
@@ -36,15 +36,16 @@ class CacheSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Scores:
-    """How likely some continuations were."""
+    """Scores of some continuations."""
 
     logprobs: Float[np.ndarray, " rows"]  # natural logarithms
-    greedy: Bool[np.ndarray, " rows"]  # every token was the likeliest one
+    greedy: Bool[np.ndarray, " rows"]  # every token was the most likely one
     cache: CacheSize
 
 
 def cache_size(session: Session) -> CacheSize:
-    """Measure the live cache of a session."""
+    """Measure the live cache of a session that has read something."""
+    assert session.cache is not None
     return CacheSize(
         row_bytes=caches.live_bytes(session.cache) // session.batch_size,
         row_tokens=session.capacity,
@@ -58,10 +59,10 @@ def read(
 
     Args:
       runtime: the model.
-      contexts: tokens; at least one each.
-      decode_last: the last tokens of each, which are decoded one by one. The very first token is
+      contexts: their tokens, at least one each.
+      decode_last: how many of the last tokens are decoded one by one. The very first token is
         always read as a chunk.
-      room: tokens for which the caches should have room beyond.
+      room: further tokens that the caches have room for.
 
     Raises:
       InputError: as `Session.append`.
@@ -87,13 +88,13 @@ def score(
     *,
     decode_last: int,
 ) -> Scores:
-    """Score continuations; a context that several of them have is read once.
+    """Score continuations; a context that several of them share is read once.
 
     Args:
       runtime: the model.
-      pairs: tokens of a context, at least one, and tokens after it. The last one is only
-        predicted, so that it needs no room in the cache.
-      decode_last: as of `read`.
+      pairs: tokens of a context, at least one, and of its continuation, whose last token is only
+        predicted and needs no room in the cache.
+      decode_last: as in `read`.
 
     Raises:
       InputError: as `Session.append`.
@@ -115,11 +116,11 @@ def score(
     measured = CacheSize(
         row_bytes=caches.live_bytes(cache) // len(rows), row_tokens=session.capacity
     )
-    first, likeliest = _score(logits, jnp.array([row[0] if row else 0 for row in rows]))
+    first, most_likely = _score(logits, jnp.array([row[0] if row else 0 for row in rows]))
     _, logprobs, greedy = _follow(runtime, cache, rows)
     some = np.array([len(row) > 0 for row in rows])
     logprobs += np.where(some, np.asarray(first, np.float64), 0)
-    greedy &= np.asarray(likeliest) | ~some
+    greedy &= np.asarray(most_likely) | ~some
     return Scores(logprobs=logprobs, greedy=greedy, cache=measured)
 
 
@@ -130,7 +131,7 @@ def _follow(
 
     Returns:
       The cache, the log-probability of each row's tokens together, and whether every one of them
-      was the likeliest.
+      was the most likely one.
     """
     counts = np.array([max(0, len(row) - 1) for row in rows], np.int32)
     logprobs, greedy = np.zeros(len(rows)), np.ones(len(rows), bool)
@@ -138,7 +139,7 @@ def _follow(
         parts = [row[first : first + _SEGMENT + 1] for row in rows]
         tokens = np.array([part + [0] * (_SEGMENT + 1 - len(part)) for part in parts], np.int32)
         active = np.arange(_SEGMENT) < (counts - first)[:, None]
-        (logprob, likeliest), cache = _segment(
+        (logprob, most_likely), cache = _segment(
             runtime.config,
             runtime.params,
             cache,
@@ -148,7 +149,7 @@ def _follow(
             implementation=runtime.implementation,
         )
         logprobs += np.sum(np.asarray(logprob, np.float64), axis=1, where=active)
-        greedy &= np.all(np.asarray(likeliest), axis=1, where=active)
+        greedy &= np.all(np.asarray(most_likely), axis=1, where=active)
     return cache, logprobs, greedy
 
 
@@ -165,7 +166,9 @@ def _segment(
 ) -> tuple[tuple[Float[Array, "rows length"], Bool[Array, "rows length"]], Cache]:
     """Decode the active tokens; score the target after each."""
 
-    def step(cache, tokens, active):
+    def step(
+        cache: Cache, tokens: Int[Array, " rows"], active: Bool[Array, " rows"]
+    ) -> tuple[Float[Array, "rows vocab"], Cache]:
         return serve.decode(config, params, cache, tokens, active, implementation=implementation)
 
     return decode_given(
@@ -177,7 +180,7 @@ def _segment(
 def _score(
     logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]
 ) -> tuple[Float[Array, " rows"], Bool[Array, " rows"]]:
-    """Return each token's log-probability, and whether it is the likeliest."""
+    """Return each token's log-probability, and whether it is the most likely token."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     logprobs = chosen - jax.nn.logsumexp(logits, axis=-1)

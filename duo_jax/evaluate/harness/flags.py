@@ -1,4 +1,4 @@
-"""Flags of lm-evaluation-harness tasks that the command and `lm_eval --model duo_jax` share."""
+"""Flags that our command and `lm_eval --model duo_jax` share."""
 
 import dataclasses
 from typing import Literal
@@ -11,20 +11,20 @@ Side = Literal["left", "middle"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LmEvalFlags(ModelFlags):
-    """Which model answers, and how its contexts are read."""
+    """The model that answers, and how it reads contexts."""
 
     decode_last: int = 50
-    """Tokens at the end of every context that are decoded one by one, so that they, and all that
-    follows, see what a streaming head keeps while a model writes. DuoAttention's LongBench runs
-    took 50. The tokens before them are read in chunks."""
+    """Tokens at the end of every context that are decoded one by one, so that they, and all tokens
+    after them, see only what a streaming head keeps during generation. DuoAttention's LongBench
+    runs used 50. Earlier tokens are read in chunks."""
     truncate: Side = "left"
-    """Where a context that is too long is cut. middle: its beginning and its end stay, as LongBench
-    does it."""
+    """Where a context that is too long is cut. middle: its beginning and its end are kept, as in
+    LongBench."""
     max_length: int | None = None
-    """Most tokens of a context and what follows it. Default: the model's range."""
+    """Most tokens of a context and its continuation together. Default: the model's range."""
     batch_size: int = 1
-    """Rows that are decoded together; options of one question share the reading of their context
-    as far as they are in one batch."""
+    """Rows that are decoded together. The options of a question share the reading of their context
+    where they are in one batch."""
 
     def __post_init__(self) -> None:
         if self.decode_last < 0:

@@ -1,4 +1,4 @@
-"""The generation arguments of lm-evaluation-harness tasks, as we obey them."""
+"""The generation arguments of lm-evaluation-harness tasks that we support."""
 
 import dataclasses
 from typing import Any
@@ -8,13 +8,13 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from duo_jax.errors import InputError
 from duo_jax.serve.sampling import SamplingConfig
 
-_MAX_GEN_TOKS = 256  # where a task says nothing, as in lm-eval's own models
+_MAX_GEN_TOKS = 256  # the default of lm-eval's own models
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generation:
-    """What a task asks for."""
+    """How a task wants texts to be generated."""
 
     until: list[str]  # a text ends just before the first of these
     max_gen_toks: int
@@ -22,17 +22,17 @@ class Generation:
 
 
 def read_arguments(gen_kwargs: dict[str, Any]) -> Generation:
-    """Read what a task, or --gen-kwargs, says.
+    """Read the arguments of a task, or of --gen-kwargs.
 
     Raises:
-      InputError: there is an argument that we cannot obey.
+      InputError: an argument is not supported.
     """
-    kwargs = dict(normalize_gen_kwargs(gen_kwargs, _MAX_GEN_TOKS))
+    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, _MAX_GEN_TOKS))
     until, most = kwargs.pop("until"), kwargs.pop("max_gen_toks")
     if not kwargs.pop("do_sample"):
         kwargs["temperature"] = 0.0
     elif "temperature" not in gen_kwargs:
-        kwargs["temperature"] = 1.0  # what sampling means where nothing is said
+        kwargs["temperature"] = 1.0  # plain sampling
     if kwargs.get("num_beams") == 1:
         del kwargs["num_beams"]
     unknown = sorted(kwargs.keys() - set(_SAMPLING))

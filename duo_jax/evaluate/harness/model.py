@@ -1,10 +1,10 @@
-r"""A split model as lm-evaluation-harness sees models; importing this file registers "duo_jax".
+r"""A split model behind lm-evaluation-harness's interface; importing it registers "duo_jax".
 
     python -c "import duo_jax.evaluate.lm_eval_model, lm_eval.__main__ as m; m.cli_evaluate()" \
         --model duo_jax --model_args model=FOLDER,pattern=FOLDER,sparsity=0.5 --tasks mmlu
 
-`lm_eval` itself looks for models in its own list only: it has no entry points for others, and its
---include_path takes tasks. Every flag of `LmEvalFlags` is a model argument.
+`lm_eval` alone finds only the models of its own list: it has no entry points, and its
+--include_path is for tasks. Every flag of `LmEvalFlags` is a model argument.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from duo_jax.evaluate.harness import continuations
 from duo_jax.evaluate.harness.continuations import CacheSize
 from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.evaluate.harness.generation import Generation, read_arguments
-from duo_jax.evaluate.results import describe as settings
+from duo_jax.evaluate.results import describe
 from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.session.text import write_text
 
@@ -38,14 +38,13 @@ from duo_jax.session.text import write_text
 _Request = tuple[tuple[str, str] | None, list[int], list[int]]
 
 
-@register_model("duo_jax")
 class DuoLM(TemplateLM):
-    """Answers the harness's requests through the duo caches.
+    """Answers the harness's requests from the caches that serve a split model.
 
     Args:
       model: the split model.
-      flags: what it was loaded with, and how contexts are read.
-      seed: of random draws, where a task asks for some.
+      flags: how it was loaded, and how contexts are read.
+      seed: random seed, for tasks that sample.
     """
 
     def __init__(self, model: DuoModel, flags: LmEvalFlags, *, seed: int = 0) -> None:
@@ -59,7 +58,7 @@ class DuoLM(TemplateLM):
         self.flags = flags
         self.max_length = flags.max_length or longest
         self.largest_cache: CacheSize | None = None
-        self._seed = seed  # of the next batch that is written
+        self._seed = seed  # for the next batch that is generated
 
     @classmethod
     def create_from_arg_string(
@@ -74,8 +73,8 @@ class DuoLM(TemplateLM):
     ) -> "DuoLM":
         """Load a model from the flags of `LmEvalFlags`.
 
-        Of `additional_config` only the batch size says something here: the device is jax's choice,
-        and lm-eval names "cuda:0" whether there is one or not.
+        Only the batch size of `additional_config` is read: the device is jax's choice, and lm-eval
+        says "cuda:0" whether there is one or not.
 
         Raises:
           InputError: one of them does not exist or cannot be used.
@@ -104,7 +103,7 @@ class DuoLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Name of the tokenizer, by which lm-eval tells cached requests apart."""
+        """Name of the tokenizer, a part of lm-eval's keys of cached requests."""
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     @property
@@ -125,7 +124,7 @@ class DuoLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Tokenise; unless told, add what the tokenizer adds, but no second BOS."""
+        """Tokenise; by default with the tokenizer's special tokens, but no second BOS."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -135,7 +134,7 @@ class DuoLM(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """Render a chat; a template that knows no system role gets the chat without it.
+        """Render a chat; a template that has no system role gets the chat without it.
 
         Raises:
           InputError: the model has no chat template, or it cannot render this.
@@ -182,8 +181,8 @@ class DuoLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Write on from contexts; requests with equal settings share batches, the longest first."""
-        asked = [request.args for request in requests]
+        """Continue contexts; requests with equal settings share batches, the longest first."""
+        asked: list[tuple[Any, ...]] = [request.args for request in requests]
         contexts = [self.tok_encode(text) or [self.prefix_token_id] for text, _ in asked]
         alike: dict[str, list[int]] = {}
         for i in sorted(range(len(requests)), key=lambda i: -len(contexts[i])):
@@ -201,9 +200,9 @@ class DuoLM(TemplateLM):
         return texts
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what lm-eval writes beside its results; asked for when all is measured."""
+        """Return the settings that lm-eval writes beside its results; called at the end."""
         cache = self.largest_cache
-        return settings.describe(self.flags, self.model) | {
+        return describe.settings(self.flags, self.model) | {
             "decode_last": self.flags.decode_last,
             "truncate": self.flags.truncate,
             "max_length": self.max_length,
@@ -215,7 +214,7 @@ class DuoLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[_Request], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Score continuations, the longest contexts first, equal ones in a row."""
+        """Score continuations, the longest contexts first, equal contexts side by side."""
         # The last token is predicted, not read.
         pairs = [(tuple(self._cut(c, len(new) - 1)), new) for _, c, new in requests]
         order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), *pairs[i]))
@@ -230,7 +229,7 @@ class DuoLM(TemplateLM):
                 self._saw(scores.cache)
                 for i, logprob, greedy in zip(batch, scores.logprobs, scores.greedy, strict=True):
                     answers[i] = (float(logprob), bool(greedy))
-                    texts, *_ = requests[i]
+                    texts = requests[i][0]
                     if texts is not None:
                         self.cache_hook.add_partial("loglikelihood", texts, answers[i])
                 bar.update(len(batch))
@@ -267,8 +266,8 @@ class DuoLM(TemplateLM):
         most = self.max_length - room
         if most < 1:
             raise InputError(
-                f"{room:,} tokens after a context leave no room for it: the model's range, or "
-                f"max_length, is {self.max_length:,}"
+                f"{room:,} tokens after a context leave no room for it: max_length, or the model's "
+                f"range, is {self.max_length:,}"
             )
         if len(context) <= most:
             return context
@@ -278,6 +277,10 @@ class DuoLM(TemplateLM):
         largest = self.largest_cache
         if largest is None or cache.row_bytes > largest.row_bytes:
             self.largest_cache = cache
+
+
+# Not as a decorator, which would hide the class from type checkers.
+register_model("duo_jax")(DuoLM)
 
 
 def _number(name: str, value: Any, kind: type) -> Any:
@@ -291,5 +294,5 @@ def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (order[first : first + size] for first in range(0, len(order), size))
 
 
-def _bar(what: str, total: int, off: bool) -> tqdm:
-    return tqdm(desc=what, total=total, disable=off or None)
+def _bar(name: str, total: int, off: bool) -> tqdm:
+    return tqdm(desc=name, total=total, disable=off or None)

@@ -1,1 +1,1 @@
-"""One fact hidden at every depth of texts of every length."""
+"""Needle in a haystack: one fact, hidden at every depth of texts of every length."""

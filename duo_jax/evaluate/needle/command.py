@@ -1,4 +1,4 @@
-"""Command line: a needle at every depth of texts of every length, and the heat map of it."""
+"""Command line: a needle at every depth of texts of every length, drawn as a heat map."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ from duo_jax.cache import live_bytes
 from duo_jax.data.documents import load_documents
 from duo_jax.errors import InputError
 from duo_jax.evaluate.needle.documents import Document, Haystack, NeedleTemplates
-from duo_jax.evaluate.results import describe as settings
-from duo_jax.evaluate.results import grid, heat_map, scores
+from duo_jax.evaluate.results import describe, grid, heat_map, scores
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
@@ -38,13 +37,14 @@ class NeedleConfig(GridFlags):
     """Flags of the command."""
 
     depths: tuple[float, ...] = ()
-    """Where the needle is hidden, 0 (beginning) to 1 (end). Default: --num-depths of them."""
+    """Depths of the needle, from 0 (beginning of the text) to 1 (end). Default: --num-depths evenly
+    spaced ones."""
     num_depths: int = 10
-    """How many depths, evenly spaced from 0 to 1, where --depths does not name them."""
+    """Number of evenly spaced depths, where --depths is not given."""
     max_new_tokens: int = 50
-    """Tokens that are written after the question, greedily."""
+    """Tokens to generate after the question, greedily."""
     chat: bool = False
-    """Put text and question into a message of the model's chat template."""
+    """Put text and question into one message of the model's chat template."""
     needle: Annotated[NeedleTemplates, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=NeedleTemplates
     )
@@ -58,7 +58,7 @@ class NeedleConfig(GridFlags):
             if not 0 <= depth <= 1:
                 raise InputError(f"depth {depth} is not in [0, 1]")
         if len(set(self.depths)) != len(self.depths):
-            raise InputError("a depth stands twice in --depths")
+            raise InputError("--depths names a depth twice")
 
     def chosen_depths(self) -> list[float]:
         """Return the depths, in ascending order."""
@@ -66,8 +66,8 @@ class NeedleConfig(GridFlags):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One text to be measured."""
+class NeedleCell:
+    """One text, measured with one kind of caches."""
 
     caches: str  # grid.FULL, grid.DUO or grid.STREAMING
     length: int
@@ -79,67 +79,67 @@ class Cell:
         return f"{self.caches} length {self.length} depth {self.depth} sample {self.sample}"
 
 
-def evaluate(config: NeedleConfig) -> None:
+def evaluate(flags: NeedleConfig) -> None:
     """Measure what is missing; write JSON, a table and the heat map.
 
     Raises:
       InputError: anything in the configuration cannot be used.
     """
-    folder = config.folder(TASK)
-    documents = load_documents(config.text)
-    split = config.load()
+    folder = flags.folder(TASK)
+    documents = load_documents(flags.text)
+    split = flags.load()
     haystack = Haystack(
-        config.needle, split.tokenization, documents, seed=config.seed, chat=config.chat
+        flags.needle, split.tokenization, documents, seed=flags.seed, chat=flags.chat
     )
-    lengths = config.chosen_lengths(
+    lengths = flags.chosen_lengths(
         shortest=haystack.shortest() + 1,
-        longest=split.config.architecture.max_positions - config.max_new_tokens,
+        longest=split.config.architecture.max_positions - flags.max_new_tokens,
     )
-    rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
-    loaders = grid.models(config, split)
+    rows = Rows(folder, grid.identity(flags, split, documents), operational=_OPERATIONAL)
+    loaders = grid.models(flags, split)
     cells = [
-        Cell(caches=caches, length=length, depth=depth, sample=sample)
+        NeedleCell(caches=caches, length=length, depth=depth, sample=sample)
         for caches in loaders
         for length in lengths
-        for depth in config.chosen_depths()
-        for sample in range(config.samples)
+        for depth in flags.chosen_depths()
+        for sample in range(flags.samples)
     ]
 
-    def measure(model: DuoModel, some: list[Cell]) -> list[dict[str, Any]]:
+    def measure(model: DuoModel, some: list[NeedleCell]) -> list[dict[str, Any]]:
         texts = [
             haystack.document(length=cell.length, depth=cell.depth, sample=cell.sample)
             for cell in some
         ]
-        answered = _answer(config, model, texts, longest=lengths[-1])
+        answered = _answer(flags, model, texts, longest=lengths[-1])
         return [dataclasses.asdict(c) | row for c, row in zip(some, answered, strict=True)]
 
-    grid.fill(rows, cells, measure, loaders, batch=config.batch, desc=TASK)
+    grid.fill(rows, cells, measure, loaders, batch=flags.batch, desc=TASK)
     result = {
         "command": machine.command("duo_jax.evaluate"),
-        **settings.describe(config, split),
+        **describe.settings(flags, split),
         "task": "one needle",
         "repeated": haystack.text_tokens < lengths[-1],
         "text_tokens": haystack.text_tokens,
-        "seed": config.seed,
-        "max_new_tokens": config.max_new_tokens,
-        "samples": config.samples,
+        "seed": flags.seed,
+        "max_new_tokens": flags.max_new_tokens,
+        "samples": flags.samples,
         "sampled": "cell",
         "lengths": lengths,
-        "depths": config.chosen_depths(),
+        "depths": flags.chosen_depths(),
         "rows": [rows[cell.key] for cell in cells],
     }
-    heat_map.report(folder, TASK, result)
+    heat_map.write(folder, TASK, result)
 
 
 def _answer(
-    config: NeedleConfig, model: DuoModel, texts: Sequence[Document], *, longest: int
+    flags: NeedleConfig, model: DuoModel, texts: Sequence[Document], *, longest: int
 ) -> list[dict[str, Any]]:
-    """Read texts and write on; return a row for each.
+    """Generate answers; return a row for each text.
 
     The batch is filled up, so that a text gets the same answer whatever it is measured with.
     """
-    full = [*texts, *texts[-1:] * (config.batch - len(texts))]
-    new = config.max_new_tokens
+    full = [*texts, *[texts[-1]] * (flags.batch - len(texts))]
+    new = flags.max_new_tokens
     session = Session(model.runtime, batch_size=len(full), max_len=longest + new)
     session.append([text.tokens for text in full], room=new)
     assert session.cache is not None
@@ -149,7 +149,7 @@ def _answer(
         session,
         model.tokenization,
         max_new_tokens=new,
-        continues=not config.chat,
+        continues=not flags.chat,
     ):
         written = [text + piece for text, piece in zip(written, pieces, strict=True)]
     return [

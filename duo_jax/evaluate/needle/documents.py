@@ -1,17 +1,18 @@
-"""A needle in a haystack: one fact, hidden at a depth of a long text, is asked for at its end.
+"""Documents with one fact hidden at a depth, and a question about it at the end.
 
     [bos] intro | haystack up to the depth | needle | the rest of it | closing question
 
-The haystack is cut after a sentence, the nearest one to the depth; where none ends within 5% of the
-haystack, in the middle of one. Where the text is shorter than a haystack it begins again. A
-document is a pure function of (templates, tokenizer, text, seed, length, depth, sample).
+The needle stands after the sentence whose end is nearest to the depth, or inside a sentence where
+none ends within 5% of the haystack. A text shorter than the haystack is repeated. A document is
+a pure function of (templates, tokenizer, text, seed, length, depth, sample).
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from duo_jax.data.passkey_templates import word_list
 from duo_jax.errors import InputError
@@ -20,28 +21,28 @@ from duo_jax.session.tokenization import Tokenization
 
 _WORDS = "{words}"
 _ANSWER = "{answer}"
-_NEAR = 0.05  # how far from its depth a needle may stand, of the haystack
+_NEAR = 0.05  # most distance of a needle from its depth, as a fraction of the haystack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NeedleTemplates:
-    """What is hidden, and how it is asked for."""
+    """The fact that is hidden, and the question about it."""
 
     intro: str = "Here is a long text. A question about it follows.\n\n"
-    """What stands before the text."""
+    """Text before the haystack."""
     needle: str = "\n\nThe best thing to do in Lisbon on a rainy afternoon is {answer}.\n\n"
-    """The fact, as it is hidden."""
+    """The sentence that is hidden; {answer} stands for the fact."""
     answer: str = "to ride tram number 28 with a bag of roasted chestnuts and an old map"
-    """What is to be found; {words} in it stands for random words, other ones in each document."""
+    """The fact to be found; {words} stands for random words, new ones in each document."""
     question: str = (
         "\n\nQuestion: What does the text say is the best thing to do in Lisbon on a rainy "
         "afternoon?\nAnswer: The best thing to do in Lisbon on a rainy afternoon is"
     )
-    """What stands after the text; the model writes on from here."""
+    """Text after the haystack, which the model continues."""
     answer_words: int = 6
-    """Random words that {words} stands for."""
+    """Number of random words that {words} stands for."""
     words: Literal["nato", "vocabulary"] = "nato"
-    """What they are: words of the NATO alphabet, or lower-case words of one token."""
+    """Kind of random words: the NATO alphabet, or lower-case words that are one token each."""
 
     def __post_init__(self) -> None:
         if self.needle.count(_ANSWER) != 1:
@@ -67,7 +68,7 @@ class Haystack:
     Args:
       templates: needle and question.
       tokenization: the model's.
-      documents: the text.
+      documents: the text that needles are hidden in.
       seed: decides where a haystack begins, and the random words.
       chat: put everything into one message of the model's chat template.
     """
@@ -129,7 +130,7 @@ class Haystack:
         tokens = [*before, *haystack[:cut].tolist(), *needle, *haystack[cut:].tolist(), *after]
         return Document(tokens=tokens, answer=answer, depth=cut / size)
 
-    def _cut(self, ends: np.ndarray, depth: float) -> int:
+    def _cut(self, ends: Bool[np.ndarray, " tokens"], depth: float) -> int:
         """Return how many tokens of the haystack stand before the needle."""
         wanted = round(depth * ends.size)
         sentences = np.flatnonzero(ends) + 1
@@ -162,8 +163,8 @@ class Haystack:
         return self._tokenization.encode(text, continues=True) if text else []
 
 
-def _sentence_ends(text: np.ndarray, tokenizer) -> np.ndarray:
-    """Return after which tokens a sentence has ended."""
+def _sentence_ends(text: Int[np.ndarray, " tokens"], tokenizer: Any) -> Bool[np.ndarray, " tokens"]:
+    """Return, for every token, whether a sentence ends with it."""
     ids, where = np.unique(text, return_inverse=True)
     pieces = tokenizer.batch_decode([[int(i)] for i in ids])
     ends = np.array([piece.rstrip(" ").endswith((".", "\n", "!", "?")) for piece in pieces])

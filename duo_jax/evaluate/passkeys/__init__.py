@@ -1,1 +1,1 @@
-"""Several passkeys in one text."""
+"""Passkey retrieval: several passkeys, hidden in one text and all asked for."""

@@ -16,18 +16,17 @@ from duo_jax.data.passkeys import (
     Sample,
     sampler_of_first,
 )
-from duo_jax.evaluate.passkeys import retrieval as served_retrieval
-from duo_jax.evaluate.results import describe as settings
-from duo_jax.evaluate.results import grid, heat_map
+from duo_jax.evaluate.passkeys import retrieval
+from duo_jax.evaluate.results import describe, grid, heat_map
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
 
 TASK = "passkeys"
 _DESCRIPTION = """\
-Hide several passkeys in texts of every length, read each text once, then ask for all of them, one
-after the other: the task that identification learns from, on other texts, through the caches that
-serve it. A passkey counts when greedy decoding would write all of it.
+Hide several passkeys in texts of every length, read each text once, then ask for all passkeys, one
+after the other. This is the task that identification learns from, on other texts and through the
+caches that serve the model. A passkey counts when greedy decoding would write all of it.
 
 Without flags this measures the demo model that ships with duo_jax. Defaults shown are those of the
 model named by --model: its own preset (evaluate.json) where it has one.
@@ -43,15 +42,15 @@ class PasskeysConfig(GridFlags):
     """Flags of the command."""
 
     samples: int = 8
-    """Texts per length."""
+    """Texts for each length."""
     data: Annotated[PasskeyTemplates, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=PasskeyTemplates
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One text to be measured."""
+class PasskeyCell:
+    """One text, measured with one kind of caches."""
 
     caches: str  # grid.FULL, grid.DUO or grid.STREAMING
     length: int
@@ -62,39 +61,39 @@ class Cell:
         return f"{self.caches} length {self.length} sample {self.sample}"
 
 
-def evaluate(config: PasskeysConfig) -> None:
+def evaluate(flags: PasskeysConfig) -> None:
     """Measure what is missing; write JSON, a table and the heat map.
 
     Raises:
       InputError: anything in the configuration cannot be used.
     """
-    folder = config.folder(TASK)
-    documents = load_documents(config.text)
-    split = config.load()
-    lengths = config.chosen_lengths(shortest=1, longest=split.config.architecture.max_positions)
+    folder = flags.folder(TASK)
+    documents = load_documents(flags.text)
+    split = flags.load()
+    lengths = flags.chosen_lengths(shortest=1, longest=split.config.architecture.max_positions)
     samplers, haystacks = {}, {}
     for length in lengths:
-        samplers[length], haystacks[length] = _sampler(config, split, documents, length)
-    rows = Rows(folder, grid.identity(config, split, documents), operational=_OPERATIONAL)
-    loaders = grid.models(config, split)
+        samplers[length], haystacks[length] = _sampler(flags, split, documents, length)
+    rows = Rows(folder, grid.identity(flags, split, documents), operational=_OPERATIONAL)
+    loaders = grid.models(flags, split)
     cells = [
-        Cell(caches=caches, length=length, sample=index)
+        PasskeyCell(caches=caches, length=length, sample=index)
         for caches in loaders
         for length in lengths
-        for index in range(config.samples)
+        for index in range(flags.samples)
     ]
 
-    def measure(model: DuoModel, some: list[Cell]) -> list[dict[str, Any]]:
+    def measure(model: DuoModel, some: list[PasskeyCell]) -> list[dict[str, Any]]:
         drawn = [samplers[cell.length].sample(cell.sample, length=cell.length) for cell in some]
-        return _measure(config, model, drawn)
+        return _measure(flags, model, drawn)
 
-    grid.fill(rows, cells, measure, loaders, batch=config.batch, desc=TASK)
+    grid.fill(rows, cells, measure, loaders, batch=flags.batch, desc=TASK)
     result = {
         "command": machine.command("duo_jax.evaluate"),
-        **settings.describe(config, split),
-        "task": f"{config.data.num_passkeys} passkeys of {config.data.passkey_words} words",
-        "seed": config.seed,
-        "samples": config.samples,
+        **describe.settings(flags, split),
+        "task": f"{flags.data.num_passkeys} passkeys of {flags.data.passkey_words} words",
+        "seed": flags.seed,
+        "samples": flags.samples,
         "sampled": "length",
         "lengths": lengths,
         "haystacks": [haystacks[length] for length in lengths],
@@ -107,32 +106,30 @@ def evaluate(config: PasskeysConfig) -> None:
             for passkey in _by_depth(rows[cell.key])
         ],
     }
-    heat_map.report(folder, TASK, result)
+    heat_map.write(folder, TASK, result)
 
 
 def _sampler(
-    config: PasskeysConfig, model: DuoModel, documents: list[str], length: int
+    flags: PasskeysConfig, model: DuoModel, documents: list[str], length: int
 ) -> tuple[PasskeySampler, str]:
     """Return a sampler for one length, and the name of the text that it draws from.
 
     That is held-out text, or all text where the held-out part is too short for the length.
     """
-    templates = dataclasses.asdict(config.data)
+    templates = dataclasses.asdict(flags.data)
     data = PasskeyConfig(**templates, min_length=1, max_length=length)
     _, held_out = split_held_out(documents)
     texts = {"held-out text": held_out, "all text": documents}
-    return sampler_of_first(texts, data, model.tokenizer, seed=config.seed, stream=_STREAM)
+    return sampler_of_first(texts, data, model.tokenizer, seed=flags.seed, stream=_STREAM)
 
 
-def _measure(
-    config: PasskeysConfig, model: DuoModel, samples: list[Sample]
-) -> list[dict[str, Any]]:
+def _measure(flags: PasskeysConfig, model: DuoModel, samples: list[Sample]) -> list[dict[str, Any]]:
     """Read texts and ask for their passkeys; return a row for each.
 
     The batch is filled up, so that a text gets the same answers whatever it is measured with.
     """
-    full = [*samples, *samples[-1:] * (config.batch - len(samples))]
-    found = served_retrieval.retrieve(model.runtime, full, rows=config.batch)
+    full = [*samples, *samples[-1:] * (flags.batch - len(samples))]
+    found = retrieval.retrieve(model.runtime, full, rows=flags.batch)
     return [
         {
             "depths": sample.depths,

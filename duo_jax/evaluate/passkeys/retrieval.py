@@ -1,9 +1,9 @@
 """Passkey retrieval of a model as it is served: its text in chunks, then token by token.
 
-The text of a sample is read by a Session, in the formats of weights and caches that the runtime
-has. Questions and answers follow one token at a time, each decoded from the cache; whatever the
-model would have written, the next token is the true one. So a passkey counts as in
-train/retrieval_test.py: when greedy decoding would write all of it.
+A Session reads the text of a sample, in the runtime's formats of weights and caches. Questions and
+answers follow one token at a time, decoded from the cache; the next token is always the true one,
+whatever the model would have written. So a passkey counts as in train/retrieval_test.py: when
+greedy decoding would write all of it.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from duo_jax.session.session import Session
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Retrieved:
-    """What a model made of some samples."""
+    """Scores of a model on some samples."""
 
     exact: Float[np.ndarray, "samples passkeys"]  # 1 where every token of a passkey is right
     tokens: Float[np.ndarray, "samples passkeys"]  # fraction of a passkey's tokens that are right

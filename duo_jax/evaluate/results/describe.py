@@ -1,4 +1,4 @@
-"""What every result says about the model that it was measured with."""
+"""The settings that every result repeats: model, split, formats, hardware, versions."""
 
 from typing import Any
 
@@ -9,11 +9,11 @@ from duo_jax.reports import machine
 _FORMATS = {"weights": "weights", "kv": "caches"}
 
 
-def describe(flags: ModelFlags, model: DuoModel) -> dict[str, Any]:
-    """Return model, split, formats, prefill, hardware and versions, for a JSON result.
+def settings(flags: ModelFlags, model: DuoModel) -> dict[str, Any]:
+    """Return what a JSON result says of the model, as it was loaded by these flags.
 
-    "retrieval_heads" are counted per layer; "sparsity" is the fraction of streaming heads that the
-    split came out at.
+    "retrieval_heads" are counted per layer; "sparsity" is the split's own, which may differ from
+    the flag's, as heads are whole.
     """
     config, runtime = model.config, model.runtime
     return {
@@ -38,7 +38,7 @@ def sparsity(model: DuoModel) -> float:
     """Return the fraction of a model's KV heads that stream."""
     config = model.config
     heads = config.architecture.num_layers * config.architecture.num_kv_heads
-    return 1 - sum(config.retrieval_counts) / heads
+    return 1 - config.num_retrieval_heads / heads
 
 
 def in_words(result: dict[str, Any]) -> str:

@@ -1,8 +1,8 @@
-"""Length by depth: what needles and passkeys share.
+"""Evaluations over a grid of lengths and depths, which needles and passkeys share.
 
-Both ask for something that stands at a depth of a text of some length: the model as published
-("full"), the split one ("duo"), and if wanted one with every head streaming ("streaming"). Here are
-the flags that say so, and the models.
+Each asks for something that was hidden at a depth of a text of some length, and asks up to three
+models: the model as published ("full"), the split one ("duo"), and one with every head streaming
+("streaming").
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ Flags = TypeVar("Flags", bound=ModelFlags)
 
 
 @runtime_checkable
-class Cell(Protocol):
+class GridCell(Protocol):
     """A text to be measured with one kind of caches."""
 
     @property
@@ -50,7 +50,7 @@ class Cell(Protocol):
         ...
 
 
-SomeCell = TypeVar("SomeCell", bound=Cell)
+SomeCell = TypeVar("SomeCell", bound=GridCell)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,29 +58,29 @@ class GridFlags(ModelFlags):
     """Flags of evaluations over lengths and depths."""
 
     text: tuple[str, ...] = ()
-    """Files, folders, .jsonl or .jsonl.zst, or a Hugging Face data set to hide things in.
-    Default: the language reference that comes with Python (about 465 KB)."""
+    """Text to hide things in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
+    data set. Default: the language reference that comes with Python (about 465 KB)."""
     lengths: tuple[int, ...] = ()
-    """Tokens of the texts. Default: --num-lengths of them, evenly spaced."""
+    """Lengths of the texts, in tokens. Default: --num-lengths evenly spaced ones."""
     num_lengths: int = 13
-    """How many lengths, where --lengths does not name them."""
+    """Number of evenly spaced lengths, where --lengths is not given."""
     min_length: int | None = None
-    """The shortest of them. Default: a thirteenth of the longest, or what has room for the task."""
+    """Shortest of the evenly spaced lengths. Default: the longest divided by --num-lengths, or the
+    least that has room for the task."""
     max_length: int | None = None
-    """The longest of them. Default: the model's range, with room for the answer."""
+    """Longest of the evenly spaced lengths. Default: the model's range less room for the answer."""
     samples: int = 1
-    """Texts per length (and depth)."""
+    """Texts for each length (and depth)."""
     batch: int = 1
-    """Texts that are read at once: more is faster and takes more memory."""
+    """Texts read at a time; more is faster and takes more memory."""
     full: bool = True
     """Also measure the model as published, every head with a full cache."""
     all_streaming: bool = False
-    """Also measure the model with every head streaming: what its retrieval heads are there for."""
+    """Also measure the model with every head streaming, to show what the retrieval heads add."""
     seed: int = 0
-    """Of texts and what is hidden in them; two runs of a seed agree exactly."""
+    """Random seed of texts and of what is hidden in them; two runs with one seed agree exactly."""
     workdir: str | None = None
-    """Where rows and results go; started again, the command goes on from there.
-    Default: runs/, the task's name, the model's name."""
+    """Folder of rows and results; the same command resumes from it. Default: runs/TASK-MODEL."""
 
     def __post_init__(self) -> None:
         for name in ("num_lengths", "samples", "batch"):
@@ -90,7 +90,7 @@ class GridFlags(ModelFlags):
         if min(given) < 1:
             raise InputError(f"length {min(given)} is not at least 1")
         if len(set(self.lengths)) != len(self.lengths):
-            raise InputError("a length stands twice in --lengths")
+            raise InputError("--lengths names a length twice")
         if self.seed < 0:
             raise InputError(f"seed {self.seed} must not be negative")
 
@@ -125,15 +125,15 @@ class GridFlags(ModelFlags):
 
 
 def models(flags: GridFlags, split: DuoModel) -> dict[str, Callable[[], DuoModel]]:
-    """Return how to load what is to be measured, by name; `split` is what the flags load."""
+    """Return, by name, how to load each model to be measured; `split` is what the flags load."""
     config = split.config
     if config == config.all_retrieval():
         return {FULL: lambda: split}
     found = {DUO: lambda: split}
     if flags.full:
-        plain = {"pattern": NO_PATTERN}
-        plain |= dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
-        found = {FULL: functools.partial(flags.load, **plain), **found}
+        as_published: dict[str, Any] = {"pattern": NO_PATTERN}
+        as_published |= dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
+        found = {FULL: functools.partial(flags.load, **as_published), **found}
     if flags.all_streaming:
         found[STREAMING] = functools.partial(flags.load, sparsity=1.0, threshold=None)
     return found
@@ -150,15 +150,15 @@ def fill(
 ) -> None:
     """Measure the cells that have no row, up to `batch` of one length at a time.
 
-    Models are loaded one after the other, in the order of the cells, and none for nothing: copies
-    of the weights take memory, beside the split model's.
+    Models are loaded one after the other, in the order of the cells, and only where a cell needs
+    one: each takes memory for its weights, beside the split model's.
 
     Args:
-      rows: where rows are looked up and added.
-      cells: of each kind of caches, those of one length in a row.
+      rows: the rows that are done; new ones are added.
+      cells: the grid, sorted by kind of caches and length.
       measure: returns a row for each of some cells.
       loaders: by kind of caches.
-      batch: cells that are measured together at most.
+      batch: most cells that are measured together.
       desc: name of the progress bar.
     """
     missing = [cell for cell in cells if cell.key not in rows]

@@ -1,4 +1,4 @@
-"""What is found at which length and depth: JSON, a table, and the well-known picture."""
+"""Scores by length and depth: as JSON, as a table, and as the well-known heat map."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from duo_jax import files
-from duo_jax.evaluate.results import describe as settings
-from duo_jax.evaluate.results import grid
+from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.result_json import to_json
 from duo_jax.reports import figures, markdown
 
@@ -19,20 +18,19 @@ _NAMES = {
     grid.DUO: "DuoAttention",
     grid.STREAMING: "all heads streaming",
 }
-_MOST_NUMBERED = 15  # lengths up to which every cell has its number
+_MOST_NUMBERED = 15  # with more lengths, cells show no numbers
 
 
-def report(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
+def write(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
     """Write NAME.json, NAME.md and NAME.png into a folder, and print the table.
 
     Args:
-      folder: where.
-      name: of the files.
-      result: `settings.describe`, "task", "seed", "samples" per "sampled" (a word), "lengths",
+      folder: where the files go.
+      name: their name.
+      result: `describe.settings`, "task", "seed", "samples" per "sampled" (a word), "lengths",
         "depths" and "rows", each with caches, length, depth, the scores "exact" and "recall", and
-        cache_bytes; also what the scores are called ("scores") and the depths ("depth_label"),
-        where that differs from needles, and the name of the text that each length was read from
-        ("haystacks"), where there are several.
+        cache_bytes. Optional: other names of the scores ("scores") and of the depth axis
+        ("depth_label"), and the text that each length was read from ("haystacks").
     """
     table = to_markdown(result)
     files.write_text(folder / f"{name}.json", to_json(result))
@@ -95,7 +93,7 @@ def png(result: dict[str, Any]) -> bytes:
     )
     figure.suptitle(
         f"{result['model']}, {result['task']}, texts per {result['sampled']}: {result['samples']}, "
-        f"seed {result['seed']}\n{settings.in_words(result)}"
+        f"seed {result['seed']}\n{describe.in_words(result)}"
         + (f"\nhaystack: {_haystacks(result)}" if "haystacks" in result else ""),
         fontsize=10,
     )

@@ -1,4 +1,4 @@
-"""Results as JSON files that people read and compare: a row to a line."""
+"""Results as JSON files with one line per row, which diff well."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def to_json(result: Mapping[str, Any]) -> str:
-    """Write a result; every entry of its "rows" takes one line: a diff shows what changed."""
+    """Return a result as JSON, with one line for every entry of its "rows"."""
     head = json.dumps({**result, "rows": []}, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in result["rows"])
     before, after = head.rsplit('"rows": []', 1)

@@ -1,13 +1,13 @@
-"""Results of a long evaluation, row by row in a work folder; what is there is not measured again.
+"""Results of a long evaluation, row by row in a work folder, so that a killed run can resume.
 
-    rows = Rows(folder, config)
+    rows = Rows(folder, settings)
     for key in keys:
         if key not in rows:
             rows.add(key, measure(key))
     rows.values()
 
-A row is written when it is complete: a run that is killed and started again loses the row it was
-at, and repeats none.
+A row is written when it is complete: a run that is killed and started again loses the row that it
+was measuring, and repeats none.
 """
 
 import json
@@ -27,8 +27,8 @@ class Rows:
 
     Args:
       folder: the work folder; made if it does not exist.
-      config: all that the results depend on, a dataclass or a dict. What settings do not say, such
-        as `Runtime.weights_digest`, belongs into it too.
+      settings: all that the results depend on, a dataclass or a dict: flags, and what files hold,
+        such as `Runtime.weights_digest`.
       operational: its fields that may differ when a run is resumed.
 
     Raises:
@@ -36,9 +36,9 @@ class Rows:
     """
 
     def __init__(
-        self, folder: pathlib.Path, config: Any, *, operational: Sequence[str] = ()
+        self, folder: pathlib.Path, settings: Any, *, operational: Sequence[str] = ()
     ) -> None:
-        workdir.claim(folder, config, operational=operational)
+        workdir.claim(folder, settings, operational=operational)
         self._file = folder / _FILE
         self._rows = _read(self._file)
 

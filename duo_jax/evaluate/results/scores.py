@@ -1,4 +1,4 @@
-"""How an answer that was written freely is scored against the true one."""
+"""Scores of a generated answer against the true one, by words."""
 
 import re
 import unicodedata
@@ -7,7 +7,10 @@ _WORD = re.compile(r"\w+")
 
 
 def exact_match(written: str, answer: str) -> float:
-    """Return 1 if the words of the answer occur in a row, else 0; case and punctuation are free."""
+    """Return 1 if the answer's words were written one after the other, else 0.
+
+    Case and punctuation do not count.
+    """
     written_words, answer_words = _words(written), _words(answer)
     size = len(answer_words)
     starts = range(len(written_words) - size + 1)
@@ -15,13 +18,13 @@ def exact_match(written: str, answer: str) -> float:
 
 
 def word_recall(written: str, answer: str) -> float:
-    """Return which fraction of the answer's different words was written, in whatever order."""
+    """Return the fraction of the answer's distinct words that were written, in any order."""
     wanted = set(_words(answer))
     return len(wanted & set(_words(written))) / len(wanted)
 
 
 def has_words(answer: str) -> bool:
-    """Return whether there is anything to be scored."""
+    """Return whether the answer has a word to be scored."""
     return bool(_words(answer))
 
 

@@ -13,7 +13,7 @@ from duo_jax.evaluate.compare import command as compare_command
 from duo_jax.evaluate.compare import methods as compare_methods
 from duo_jax.evaluate.compare.points import differences, points
 from duo_jax.evaluate.compare.report import to_markdown
-from duo_jax.evaluate.compare.tasks import Task, make
+from duo_jax.evaluate.compare.tasks import Task, make_task
 from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
@@ -165,7 +165,7 @@ def test_what_does_not_fit_is_said(finished, model, method):
     [
         (["--budgets", "0.5,1.5"], "budget 1.5 is not in (0, 1]"),
         (["--budgets=0.5,0.5"], "--budgets must name one or more, each once"),
-        (["--sparsity", "0.5"], "--budgets say how many heads stream"),
+        (["--sparsity", "0.5"], "--budgets decide how many heads stream"),
         (["--pattern", "none"], "nothing to compare without a pattern"),
         (["--length", "5000"], "length 5,000 is beyond the model's range of 512"),
         (["--kv", "int8"], "--kv model"),
@@ -187,8 +187,8 @@ def test_needle_compresses_the_question_and_passkeys_come_after(model):
     tokenizer = load_tokenizer(model)
     documents = load_documents(())
     sizes = {"samples": 2, "length": 300, "seed": 0}
-    needle = make("needle", DATA, tokenizer, documents, **sizes)
-    passkeys = make("passkeys", DATA, tokenizer, documents, **sizes)
+    needle = make_task("needle", DATA, tokenizer, documents, **sizes)
+    passkeys = make_task("passkeys", DATA, tokenizer, documents, **sizes)
     ask = DATA.question.format(name="first")
     for text, tail in zip(needle.texts, needle.tails, strict=True):
         assert tokenizer.decode(text).endswith(ask)
@@ -203,7 +203,7 @@ def test_needle_compresses_the_question_and_passkeys_come_after(model):
 def test_a_passkey_counts_when_every_token_is_right(model):
     documents = load_documents(())
     sizes = {"samples": 1, "length": 300, "seed": 0}
-    task = make("passkeys", DATA, load_tokenizer(model), documents, **sizes)
+    task = make_task("passkeys", DATA, load_tokenizer(model), documents, **sizes)
     right = task.score(task.tails)
     assert right.exact.tolist() == right.tokens.tolist() == [1.0]
     wrong = task.tails[0].copy()
@@ -225,5 +225,5 @@ def test_differences_are_paired_by_text():
     assert (budget, change) == (0.5, 0.5)
     assert error == pytest.approx(0.25)
     drawn = found[-1]
-    assert (drawn.exact, drawn.lowest, drawn.highest) == (0.25, 0.25, 0.25)
+    assert (drawn.exact, drawn.spread) == (0.25, (0.25, 0.25))
     assert drawn.share == 0.5

@@ -205,7 +205,7 @@ def test_a_model_brings_its_own_needle(folder, tmp_path):
         ("--lengths 600", "length 600: with the answer the model has room for 506"),
         ("--lengths 9", "needs at least"),
         ("--depths 1.5", "depth 1.5 is not in [0, 1]"),
-        ("--lengths 100 100", "a length stands twice"),
+        ("--lengths 100 100", "--lengths names a length twice"),
         ("--max-new-tokens 0", "max_new_tokens 0 must be at least 1"),
         ("--batch 0", "batch 0 must be at least 1"),
         ("--needle no-answer", "the needle must hold {answer} once"),

@@ -19,7 +19,7 @@ from duo_jax.model.config import parse_config
 from duo_jax.plan import gpus
 from duo_jax.plan.__main__ import main
 from duo_jax.plan.estimate import Workload, estimate
-from duo_jax.plan.rows import cheapest, plan
+from duo_jax.plan.planner import cheapest, plan
 from duo_jax.plan.settings import Setting, all_settings
 from duo_jax.serve import ahead_of_time as compiled
 from kernels import aot

@@ -1,4 +1,4 @@
-"""A plan: one row per setting, and which row to choose for a context."""
+"""A plan: one row per setting, and the best row for a context."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from duo_jax.plan.settings import Setting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Row:
-    """A setting on a GPU."""
+class PlanRow:
+    """What a setting takes on a GPU."""
 
     setting: Setting
     estimate: Estimate | None  # None: the model cannot have these formats
     longest: int | None  # tokens per row that fit; None: not even one
 
 
-def plan(workload: Workload, settings: Sequence[Setting], gpu: PlannedGpu) -> tuple[Row, ...]:
+def plan(workload: Workload, settings: Sequence[Setting], gpu: PlannedGpu) -> tuple[PlanRow, ...]:
     """Estimate settings on a GPU.
 
     Raises:
@@ -29,11 +29,11 @@ def plan(workload: Workload, settings: Sequence[Setting], gpu: PlannedGpu) -> tu
         try:
             found = estimate(workload, setting)
         except InputError as error:
-            rows.append(Row(setting=setting, estimate=None, longest=None))
+            rows.append(PlanRow(setting=setting, estimate=None, longest=None))
             refusal = error
             continue
-        rows.append(Row(setting=setting, estimate=found, longest=found.longest(gpu.budget)))
-    # A setting that was asked for comes last; in a table of all, a row may be impossible.
+        rows.append(PlanRow(setting=setting, estimate=found, longest=found.longest(gpu.budget)))
+    # With two settings at most, the user asked for one; in a table of all, a row may be impossible.
     if refusal is not None and (len(settings) <= 2 or all(row.estimate is None for row in rows)):
         raise refusal
     if all(row.longest is None for row in rows):
@@ -46,6 +46,6 @@ def plan(workload: Workload, settings: Sequence[Setting], gpu: PlannedGpu) -> tu
     return tuple(rows)
 
 
-def cheapest(rows: Sequence[Row], context: int) -> Row | None:
-    """Return the first row, so that of least loss (duo_jax.plan.settings), that fits a context."""
+def cheapest(rows: Sequence[PlanRow], context: int) -> PlanRow | None:
+    """Return the first row that fits a context: settings are sorted by their loss of quality."""
     return next((row for row in rows if (row.longest or 0) >= context), None)
