@@ -59,7 +59,7 @@ def notes(rows: Sequence[PlanRow], workload: Workload, gpu: PlannedGpu, *, floor
     else:
         text.append(
             f"decode floor: ms to read weights and caches once at {gpu.bandwidth / 1e9:,.0f} GB/s, "
-            f"behind {floors_at:,} tokens; a step writes "
+            f"after {floors_at:,} tokens; a step writes "
             f"{workload.batch_size} token{'s' if workload.batch_size > 1 else ''}"
         )
     most = workload.config.architecture.max_positions
