@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.all_cases import AWKWARD, named
+from kernels.all_cases import AWKWARD, CASES, named
 
 SMALL = {name: case for name, case in named().items() if not case.compile_only}
 LENGTHS = named(AWKWARD)
+LAST = {next(name for name in reversed(SMALL) if name.startswith(f"{op}:")) for op in CASES}
 
 # Results are of size 1. XLA adds in another order, and may be luckier.
 FLOOR = 2e-6
@@ -72,7 +73,13 @@ def check_kernel(case, results, xla, wanted):
             assert error(got, want) <= allowed * error(other, want) + FLOOR
 
 
-@pytest.mark.parametrize("case", SMALL.values(), ids=SMALL.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=pytest.mark.core if name in LAST else ())
+        for name, case in SMALL.items()
+    ],
+)
 def test_xla_matches_float64_and_the_kernel_matches_xla(case):
     arguments = case.draw()
     wanted = case.expected(arguments)

@@ -14,6 +14,8 @@ from kernels import compat, decode_attention, limits, prefill_attention, streami
 from kernels.all_cases import CASES, named
 from kernels.gpu import Gpu
 
+pytestmark = pytest.mark.core
+
 GPUS = {
     "A100": AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=108, platform="gpu"),
     "H100": AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"),

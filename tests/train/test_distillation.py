@@ -15,6 +15,8 @@ from tests.params import random_params
 from train import gates as gated
 from train.distillation import Batch, distillation_loss, tail_of, tail_positions
 
+pytestmark = pytest.mark.core
+
 SIZES = {"sink_size": 3, "recent_size": 9}
 LENGTH, TAIL = 64, 24
 

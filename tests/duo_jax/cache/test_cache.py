@@ -15,6 +15,8 @@ from duo_jax.heads.split import DuoConfig, split_params
 from duo_jax.model.config import ModelConfig
 from tests.params import random_params
 
+pytestmark = pytest.mark.core
+
 BATCH, KV_HEADS, HEAD_DIM = 3, 2, 4
 STALE = -7.0  # what every slot holds before anything is written to it
 

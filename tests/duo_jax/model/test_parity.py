@@ -13,6 +13,8 @@ from duo_jax.model import llama, rope
 from tests import models
 from tests.golden import generate
 
+pytestmark = pytest.mark.core
+
 RUNGS = ("norm", "rope_cos", "rope_sin", "attention", "layer", "logits")
 ROWS = 4
 HAS_TORCH = importlib.util.find_spec("torch") is not None

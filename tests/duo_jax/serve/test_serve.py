@@ -19,6 +19,8 @@ from kernels import masks
 from tests import models
 from tests.params import random_params
 
+pytestmark = pytest.mark.core
+
 SINK, RECENT = 4, 6
 LENGTH = 37  # the ring wraps several times
 RAW = models.llama(num_key_value_heads=4, num_attention_heads=8, num_hidden_layers=3)

@@ -19,6 +19,8 @@ from duo_jax.session.session import Session
 from tests import models
 from tests.params import random_params
 
+pytestmark = pytest.mark.core
+
 # One layer: what sessions do with rows does not depend on layers, and compiles in half the time.
 RAW = models.llama(num_key_value_heads=4, num_attention_heads=4, num_hidden_layers=1)
 CONFIG = parse_config(RAW)
