@@ -55,10 +55,10 @@ def split_held_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:
     missing: its end is held out, from the start of a paragraph if one begins near the cut, else of
     a line or a word. With fewer than ten documents this is the end of the text.
 
-    Earlier versions held out the tenth of every ten documents and nothing else, 2.3% of the built-in
-    text. The demo model, its pattern and the committed results were made with that split. So those
-    documents come first, and stay held out; the rest of what is held out now was training text for
-    the demo model and its pattern. Passkeys hidden in it are new in either case.
+    Earlier versions held out the tenth of every ten documents and nothing else, 2.3% of the
+    built-in text. The demo model, its pattern and the committed results were made with that split.
+    So those documents come first, and stay held out; the rest of what is held out now was training
+    text for the demo model and its pattern. Passkeys hidden in it are new in either case.
 
     Returns:
       Training documents and held-out documents, each in their original order.
