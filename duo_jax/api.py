@@ -1,4 +1,4 @@
-"""A model to talk to: text in, text out.
+"""The Python interface: load a split model; text in, text out.
 
 model = duo_jax.load("path/or/hub-name", pattern="path/to/pattern", sparsity=0.5)
 model.generate(["Once upon a time"], max_new_tokens=64)
@@ -12,7 +12,7 @@ book.generate("Who did it?")  # reads only the question
 
 import dataclasses
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +74,7 @@ def load(
     Raises:
       InputError: an argument cannot be used; the message is one line.
     """
-    check_weight_format(weights)
+    weight_format = check_weight_format(weights)
     folder = pretrained.resolve(model)
     architecture = pretrained.load_config(folder)
     config, heads = split_heads(
@@ -90,7 +90,7 @@ def load(
     if dtype is None and jax.default_backend() == "cpu":
         dtype = np.float32  # CPUs compute in half precision by converting every number
     check_kv_format(config, kv)
-    params = pretrained.load_split_params(folder, heads, dtype=dtype, weights=weights)
+    params = pretrained.load_split_params(folder, heads, dtype=dtype, weights=weight_format)
     runtime = Runtime(
         config=config,
         params=params,
@@ -111,7 +111,7 @@ class DuoModel:
 
     @property
     def config(self) -> DuoConfig:
-        """Architecture, retrieval heads per layer, sink and recent sizes."""
+        """Architecture, number of retrieval heads per layer, sink and recent sizes."""
         return self.runtime.config
 
     @property
@@ -138,21 +138,21 @@ class DuoModel:
 
         Args:
           prompts: texts.
-          max_new_tokens: most tokens per prompt.
+          max_new_tokens: maximum number of new tokens per prompt.
           stop: string or strings at which a text stops; they are not returned.
-          seed: of the random draws; the same seed gives the same texts.
-          progress: called while prompts are read, with tokens read and to be read.
+          seed: random seed; the same seed gives the same texts.
+          progress: called while prompts are read, with tokens read and tokens to read.
           **sampling: temperature, top_k, top_p, min_p, repetition_penalty
-            (`duo_jax.serve.sampling.SamplingConfig`); default greedy.
+            (`duo_jax.SamplingConfig`); default: greedy.
 
         Returns:
-          What was written after each prompt.
+          The continuation of each prompt, without the prompt.
 
         Raises:
           InputError: there is no prompt, one is empty, or one is too long.
         """
         if isinstance(prompts, str):
-            raise InputError("prompts must be a list of texts; of one text, [text]")
+            raise InputError("prompts must be a list of texts, such as [text]")
         if not prompts:
             raise InputError("there is no prompt")
         config = SamplingConfig(**sampling)
@@ -171,12 +171,12 @@ class DuoModel:
             texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
         return texts
 
-    def stream(self, prompt: str, **settings: Any) -> Iterator[str]:
-        """Continue one prompt; yield text as it is written. Settings as of `generate`."""
+    def stream(self, prompt: str, **settings: Any) -> Generator[str, None, None]:
+        """Continue one prompt, and yield text as it is written; settings as in `generate`."""
         return self.conversation().stream(prompt, **settings)
 
     def conversation(self, *, max_len: int | None = None) -> Conversation:
-        """Begin a text or chat that goes on over several turns.
+        """Begin a text or chat of several turns.
 
         Args:
           max_len: tokens the cache can hold; default: it grows with the text.
@@ -186,9 +186,9 @@ class DuoModel:
     def load_conversation(
         self, folder: str | pathlib.Path, *, max_len: int | None = None
     ) -> Conversation:
-        """Load what `Conversation.save` wrote; nothing is read again.
+        """Load a conversation that `Conversation.save` wrote; its text is not read again.
 
         Raises:
-          InputError: it belongs to another model, pattern or version, or is damaged.
+          InputError: the folder belongs to another model, pattern or version, or is damaged.
         """
         return load_conversation(folder, self.runtime, self.tokenization, max_len=max_len)

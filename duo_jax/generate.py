@@ -1,7 +1,8 @@
-"""Command line: continue a text or answer a question, streamed to the terminal."""
+"""python -m duo_jax.generate: continue a text or answer a question in the terminal."""
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import signal
@@ -20,8 +21,8 @@ from duo_jax.serve.sampling import SamplingConfig, check_seed
 from duo_jax.session.conversation import Conversation
 
 _DESCRIPTION = """\
-Write on from a prompt with a model whose attention heads are split: retrieval heads keep the whole
-text, streaming heads its first and latest tokens.
+Continue a prompt with a model whose attention heads are split: retrieval heads keep the whole text,
+streaming heads only its first and latest tokens.
 
 Without flags this asks the demo model that ships with duo_jax for a passkey hidden in a text.
 """
@@ -34,31 +35,31 @@ class GenerateConfig(ModelFlags):
     """Flags of the command."""
 
     prompt: str | None = None
-    """The text to continue, or with --chat the message to answer."""
+    """Text to continue, or with --chat the message to answer."""
     prompt_file: pathlib.Path | None = None
-    """A file whose text comes before --prompt; "-" reads standard input."""
+    """File whose text comes before --prompt; "-" reads standard input."""
     chat: bool = False
     """Format the prompt with the model's chat template. Without a prompt, in a terminal: a
     conversation, line by line."""
     system: str | None = None
-    """System message of a chat."""
+    """System message of the chat."""
     load_cache: pathlib.Path | None = None
-    """A folder that --save-cache wrote: its text comes first, and is not read again."""
+    """Folder that --save-cache wrote. Its text comes first, and is not read again."""
     save_cache: pathlib.Path | None = None
-    """Save text and cache here at the end, to be continued another day."""
+    """New folder in which text and cache are saved at the end, for --load-cache."""
 
     max_new_tokens: int = 256
-    """Most tokens to write; 0 only reads the prompt (to save its cache)."""
+    """Maximum number of tokens to write; 0 only reads the prompt, to save its cache."""
     stop: tuple[str, ...] = ()
     """Strings at which to stop."""
     seed: int = 0
-    """Of the random draws; the same seed gives the same text."""
+    """Random seed; the same seed gives the same text."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SamplingConfig
     )
 
     max_len: int | None = None
-    """Tokens that the cache can hold. Default: as many as are needed."""
+    """Number of tokens the cache can hold. Default: as many as are needed."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_new_tokens < 2**31:
@@ -70,29 +71,29 @@ class GenerateConfig(ModelFlags):
             raise InputError("--system belongs to a chat; add --chat")
 
 
-def generate(config: GenerateConfig) -> None:
-    """Read the prompt, write on, and sum up in one line.
+def generate(flags: GenerateConfig) -> None:
+    """Read the prompt, continue it, and sum up in one line.
 
     Raises:
-      InputError: anything in the configuration cannot be used.
+      InputError: a flag cannot be used.
     """
-    if config.save_cache is not None:
-        _check_new(config.save_cache)
-    if hasattr(sys.stdout, "reconfigure"):  # a terminal that lacks a character shows "?"
+    if flags.save_cache is not None:
+        _check_new(flags.save_cache)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
         sys.stdout.reconfigure(errors="replace")
-    prompt, shown = _prompt(config)
-    loaded = config.load()
-    if config.load_cache is not None:
-        conversation = loaded.load_conversation(config.load_cache, max_len=config.max_len)
+    prompt, shown = _prompt(flags)
+    loaded = flags.load()
+    if flags.load_cache is not None:
+        conversation = loaded.load_conversation(flags.load_cache, max_len=flags.max_len)
     else:
-        conversation = loaded.conversation(max_len=config.max_len)
+        conversation = loaded.conversation(max_len=flags.max_len)
     print(shown, end="", flush=True)
-    if config.system is not None:
-        conversation.tell(config.system, role="system")
+    if flags.system is not None:
+        conversation.tell(flags.system, role="system")
     try:
         for text in _turns(prompt):
             try:
-                _turn(config, conversation, text)
+                _turn(flags, conversation, text)
             except InputError as error:
                 if prompt is not None:
                     raise
@@ -100,9 +101,9 @@ def generate(config: GenerateConfig) -> None:
     except (KeyboardInterrupt, OSError):  # what was read and written is worth saving
         with contextlib.suppress(OSError):
             print(flush=True)
-        _finish(config, conversation)
+        _finish(flags, conversation)
         raise
-    _finish(config, conversation)
+    _finish(flags, conversation)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -116,19 +117,19 @@ def main(args: list[str] | None = None) -> None:
     )
 
 
-def _prompt(config: GenerateConfig) -> tuple[str | None, str]:
+def _prompt(flags: GenerateConfig) -> tuple[str | None, str]:
     """Return the text to continue (None: a chat in the terminal), and what to show of it."""
     parts, shown = [], ""
-    if config.prompt_file is not None:
-        parts.append(_read_file(config.prompt_file))
-    if config.prompt is not None:
-        parts.append(config.prompt)
-    if not parts and config.chat:
+    if flags.prompt_file is not None:
+        parts.append(_read_file(flags.prompt_file))
+    if flags.prompt is not None:
+        parts.append(flags.prompt)
+    if not parts and flags.chat:
         if sys.stdin is not None and sys.stdin.isatty():
             return None, shown
         parts.append(_read_file(pathlib.Path("-")))
-    if not parts and config.load_cache is None:
-        own = pretrained.resolve(config.model) / _DEMO_PROMPT
+    if not parts and flags.load_cache is None:
+        own = pretrained.resolve(flags.model) / _DEMO_PROMPT
         if not files.is_file(own):
             raise InputError("there is no prompt; give --prompt or --prompt-file")
         text = _read_file(own)
@@ -166,7 +167,7 @@ def _turns(prompt: str | None) -> Iterator[str]:
         return
 
 
-def _turn(config: GenerateConfig, conversation: Conversation, text: str) -> None:
+def _turn(flags: GenerateConfig, conversation: Conversation, text: str) -> None:
     """Read one text and print what the model writes."""
     bar = tqdm(desc="prefill", unit="token", unit_scale=True, leave=False, disable=None)
     with bar, _interrupt_between_steps() as step_done:
@@ -178,18 +179,21 @@ def _turn(config: GenerateConfig, conversation: Conversation, text: str) -> None
                 bar.close()
             step_done()
 
-        if config.max_new_tokens == 0:
-            read = conversation.tell if config.chat else conversation.append
+        if flags.max_new_tokens == 0:
+            read = conversation.tell if flags.chat else conversation.append
             read(text, progress=progress)
             return
-        pieces = (conversation.chat if config.chat else conversation.stream)(
-            text or None,
-            max_new_tokens=config.max_new_tokens,
-            stop=config.stop,
-            seed=config.seed,
-            progress=progress,
-            **dataclasses.asdict(config.sampling),
-        )
+        settings = {
+            "max_new_tokens": flags.max_new_tokens,
+            "stop": flags.stop,
+            "seed": flags.seed,
+            "progress": progress,
+            **dataclasses.asdict(flags.sampling),
+        }
+        if flags.chat:
+            pieces = conversation.chat(text, **settings)
+        else:
+            pieces = conversation.stream(text or None, **settings)
         with contextlib.closing(pieces):  # an answer belongs to the chat, however it ends
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -199,9 +203,9 @@ def _turn(config: GenerateConfig, conversation: Conversation, text: str) -> None
 
 @contextlib.contextmanager
 def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
-    """Put Ctrl-C off until the function that this yields is called; a second one acts at once.
+    """Put Ctrl-C off until the yielded function is called; a second Ctrl-C acts at once.
 
-    In the middle of a step the cache belongs to the device, and an interrupt would lose it.
+    An interrupt in the middle of a step would lose the cache, which is donated to the step.
     """
     wanted = False
 
@@ -223,24 +227,24 @@ def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
 
 
 def _check_new(folder: pathlib.Path) -> None:
-    """Refuse, before any work is done, a folder that could not be made afterwards."""
+    """Refuse a folder that could not be made at the end, before any work is done."""
     if files.exists(folder):
         raise InputError(f"{folder} already exists; remove it or choose another name")
     parent = next(parent for parent in folder.absolute().parents if files.exists(parent))
     if not files.is_folder(parent):
         raise InputError(f"{folder} cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be written: nothing may be made in {parent}")
+        raise InputError(f"{folder} cannot be written: {parent} is not writable")
 
 
-def _finish(config: GenerateConfig, conversation: Conversation) -> None:
+def _finish(flags: GenerateConfig, conversation: Conversation) -> None:
     """Save the cache and sum up."""
-    if config.save_cache is not None and conversation.session.cache is None:
+    if flags.save_cache is not None and conversation.session.cache is None:
         print("nothing saved: the cache was lost in the middle of a step", file=sys.stderr)
-    elif config.save_cache is not None:
-        conversation.save(config.save_cache)
+    elif flags.save_cache is not None:
+        conversation.save(flags.save_cache)
         tokens = f"{conversation.num_tokens:,} tokens"
-        print(f"cache of {tokens} saved in {config.save_cache}", file=sys.stderr)
+        print(f"cache of {tokens} saved in {flags.save_cache}", file=sys.stderr)
     print(_summary(conversation), file=sys.stderr)
 
 

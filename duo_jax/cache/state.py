@@ -135,9 +135,8 @@ def init_cache(
 
     def layer(retrieval: int) -> LayerCache:
         streaming = architecture.num_kv_heads - retrieval
-        ring, ring_format = (batch_size, streaming, *ring_shape), kv_format
-        if kv_format == "int2":
-            ring_format = "model"
+        ring = (batch_size, streaming, *ring_shape)
+        ring_format: KVFormat = "model" if kv_format == "int2" else kv_format
         return LayerCache(
             full=tuple(
                 _full_cache(

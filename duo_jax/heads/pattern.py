@@ -1,8 +1,8 @@
 """Attention patterns: one gate per layer and KV head, in the file format of the published ones.
 
 A pattern is a folder with `full_attention_heads.tsv` (tab-separated numbers, a row per layer, a
-column per KV head) and `config.json` (at least sink_size and recent_size; other keys are kept).
-The same folders are read by the reference implementation and by kvpress.
+column per KV head) and `config.json` (sink_size, recent_size; other keys are kept). The reference
+implementation and kvpress read the same folders.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ _SMALLEST = {"sink_size": 0, "recent_size": 1}  # the sizes every config.json ha
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Pattern:
-    """Gates as they are stored, and the sizes of the streaming heads they were learned with."""
+    """Gates as stored, and the sizes of the streaming heads they were learned with."""
 
     gates: Float[np.ndarray, "layers kv_heads"]
     sink_size: int
@@ -47,8 +47,9 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
     gates_file, config_file = folder / _GATES_FILE, folder / _CONFIG_FILE
     for file in (gates_file, config_file):
         if not files.is_file(file):
-            raise InputError(f"{file} does not exist; a pattern folder holds {_GATES_FILE} "
-                             f"and {_CONFIG_FILE}")  # fmt: skip
+            raise InputError(
+                f"{file} does not exist; a pattern folder holds {_GATES_FILE} and {_CONFIG_FILE}"
+            )
     gates = _parse_gates(files.read_text(gates_file), gates_file)
     config = files.read_json(config_file)
     missing = [key for key in _SMALLEST if key not in config]
@@ -76,10 +77,10 @@ def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
 def choose_retrieval_heads(
     gates: Float[np.ndarray, "layers kv_heads"], *, sparsity: float
 ) -> Bool[np.ndarray, "layers kv_heads"]:
-    """Choose which KV heads keep a full cache: the highest gates of the whole model.
+    """Choose the KV heads that keep a full cache: the highest gates of the whole model.
 
-    Exactly round(n * (1 - sparsity)) of the n heads are kept, by one ranking over all layers;
-    equal gates are ranked by layer, then by head, so the choice is deterministic.
+    Of n heads exactly round(n * (1 - sparsity)) are chosen, by one ranking over all layers. Equal
+    gates are ranked by layer, then by head, so the choice is deterministic.
 
     Args:
       gates: one value per layer and KV head; clipped to [0, 1] first.
@@ -98,7 +99,7 @@ def check_fits(pattern: Pattern, *, num_layers: int, num_kv_heads: int) -> None:
     """Refuse a pattern that was made for a model of another shape.
 
     Raises:
-      InputError: with both shapes.
+      InputError: the shapes differ.
     """
     if pattern.gates.shape != (num_layers, num_kv_heads):
         layers, heads = pattern.gates.shape

@@ -1,26 +1,28 @@
 """Products of activations with quantised weights (duo_jax.model.quantised_weights).
 
-What becomes of the weights on an A100, by XLA's compiler (kernels.aot), Llama-3-8B's MLP matrices:
+What XLA compiles them to for an A100 (kernels.aot), for the MLP matrices of Llama-3-8B:
 
-    int8   y = (x @ q) * scale: q is converted on its way into the product, no buffer.
-    w8a8   y = (x_q @ q) * x_scale * scale, x_q and q int8: the int32 product is a buffer. Decoding,
-           XLA joins q, k and v and copies them side by side in int8 (25 MB; barriers do not help).
+    int8   y = (x @ q) * scale: q is converted on its way into the product, without a buffer.
+    w8a8   y = (x_q @ q) * x_scale * scale, x_q and q int8: the int32 product is a buffer. In
+           decoding XLA joins q, k and v and copies them side by side in int8 (25 MB; barriers do
+           not help).
     int4   Up to 4 rows: sums over the groups, channel by channel, then over the channels of a
-           group; q is read once per row, and the one buffer holds the partial sums, at most 7 MB.
+           group; q is read once per row, and the only buffer holds the partial sums, at most 7 MB.
            More rows: one matrix is dequantised at a time (117 MB).
 
 Tried for few int4 rows and dropped: one sum over all inputs (XLA writes a float32 transpose of a
-narrow matrix, k_proj, and of any matrix for two rows in one reduction), one dot per group (its
-partial sums weigh as much as the matrix). A kernel of our own could read int4 once for all rows.
-None has been timed on a GPU.
+narrow matrix, k_proj, and of any matrix for two rows in one reduction), and one dot per group (its
+partial sums are as large as the matrix). A custom kernel could read int4 once for all rows. None
+of this has been timed on a GPU.
 """
 
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int8
+from jaxtyping import Array, Float, Float32, Int8, Shaped
 
 from duo_jax.model.quantised_weights import LARGEST, QuantisedKernel, dequantise
 
@@ -33,13 +35,13 @@ def product(
     """Multiply activations by a quantised projection.
 
     Args:
-      x: [..., *kernel.shape[:inputs]].
+      x: activations, [..., *kernel.shape[:inputs]].
       kernel: the projection.
-      inputs: its number of input axes.
-      wide: dtype of sums and of the result.
+      inputs: number of its input axes.
+      wide: dtype of sums and result.
 
     Returns:
-      [..., *kernel.shape[inputs:]], not yet rounded to the dtype of x.
+      [..., *kernel.shape[inputs:]] in `wide`, not rounded to the dtype of x.
     """
     leading = x.shape[: x.ndim - inputs]
     rows = x.reshape(math.prod(leading), -1)
@@ -64,18 +66,22 @@ def quantise_rows(
     return jnp.round(wide / scales).astype(jnp.int8), scales
 
 
-def _int8_by_int8(rows, kernel, wide):
+def _int8_by_int8(
+    rows: Float[Array, "rows inputs"], kernel: QuantisedKernel, wide: DTypeLike
+) -> Float[Array, "rows outputs"]:
     quantised, row_scales = quantise_rows(rows)
     exact = _dot(quantised, kernel.values, jnp.int32)
     return exact.astype(wide) * row_scales.astype(wide) * _per_output(kernel, wide)
 
 
-def _per_output(kernel, wide):
-    return kernel.scales.reshape(1, -1).astype(wide)
+def _per_output(kernel: QuantisedKernel, wide: DTypeLike) -> Float[Array, "1 outputs"]:
+    return jnp.asarray(kernel.scales).reshape(1, -1).astype(wide)
 
 
-def _dot(rows, matrix, wide):
-    """Multiply; of one row XLA's GPU compiler would write all products with a narrow matrix."""
+def _dot(
+    rows: Shaped[Array, "rows inputs"], matrix: Shaped[Array | np.ndarray, "..."], wide: DTypeLike
+) -> Shaped[Array, "rows outputs"]:
+    """Multiply; pads a single row to two, or XLA:GPU writes out every product before it sums."""
     matrix = matrix.reshape(rows.shape[1], -1)
     padding = ((0, 1 if len(rows) == 1 else 0), (0, 0))
     dimensions = (((1,), (0,)), ((), ()))
@@ -85,10 +91,12 @@ def _dot(rows, matrix, wide):
     return out[: len(rows)]
 
 
-def _by_groups(rows, kernel, inputs, wide):
-    """Sum over groups first: neighbouring threads then read neighbouring weights.
+def _by_groups(
+    rows: Float[Array, "rows inputs"], kernel: QuantisedKernel, inputs: int, wide: DTypeLike
+) -> Float[Array, "rows outputs"]:
+    """Multiply, summing over groups first: neighbouring threads then read neighbouring weights.
 
-    The barrier keeps XLA from joining both sums into one, for which it transposes the matrix.
+    The barrier keeps XLA from joining both sums into one, for which it would transpose the matrix.
     """
     groups = math.prod(kernel.scales.shape[:inputs])
     values = kernel.values.reshape(groups, rows.shape[1] // groups, -1)

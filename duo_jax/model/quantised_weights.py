@@ -1,4 +1,4 @@
-"""Weights of the layers' projections in 8 or 4 bits: the formats, and how to quantise.
+"""Weights of the layers' projections in 8 or 4 bits: storage formats and quantisation.
 
     "model"  as stored: nothing is quantised
     "int8"   w = scale * q, q from -127 to 127, one scale per output channel
@@ -24,7 +24,7 @@ bfloat16, 117 MB for one of Llama-3-8B.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -49,8 +49,8 @@ _BLOCK_SIZE = 1 << 21  # values that are quantised at once
 class QuantisedKernel:
     """One projection's weights: scales (broadcast over groups) * values.
 
-    Both have the projection's own axes, inputs first. Of an input axis `scales` has as many
-    entries as it has groups: one in int8.
+    Both have the projection's own axes, inputs first. `scales` has one entry per group along an
+    input axis: one in all in int8.
     """
 
     values: Shaped[Array | np.ndarray, "..."]  # int8 or int4
@@ -59,7 +59,7 @@ class QuantisedKernel:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weights that this stands for."""
+        """Shape of the weights."""
         return self.values.shape
 
     @property
@@ -68,18 +68,21 @@ class QuantisedKernel:
         return self.values.nbytes + self.scales.nbytes
 
 
-def check_weight_format(name: str) -> None:
-    """Refuse a format that does not exist.
+def check_weight_format(name: str) -> WeightFormat:
+    """Return the format of this name.
 
     Raises:
-      InputError: it is none.
+      InputError: there is none.
     """
     if name not in get_args(WeightFormat):
-        raise InputError(f"weights {name!r} are not one of {', '.join(get_args(WeightFormat))}")
+        raise InputError(
+            f"weight format {name!r} is not one of {', '.join(get_args(WeightFormat))}"
+        )
+    return cast(WeightFormat, name)
 
 
 def stored_format(weight_format: WeightFormat) -> StoredFormat:
-    """Return how the weights of a format are stored: w8a8 is int8 that is multiplied otherwise."""
+    """Return how the weights of a format are stored: w8a8 is stored as int8."""
     return "int8" if weight_format == "w8a8" else weight_format
 
 
@@ -94,25 +97,25 @@ def num_input_axes(module: str) -> int:
 
 
 def group_size(axis: int) -> int:
-    """Return the length of the groups of "int4": the axis' largest divisor up to 128.
+    """Return the length of the groups of "int4": the largest divisor of the axis up to 128.
 
     Raises:
-      InputError: that would be less than 16, so that scales weigh more than half of what they save.
+      InputError: it would be less than 16, and the scales would weigh more than half of the saving.
     """
     size = max(size for size in range(1, min(GROUP, axis) + 1) if axis % size == 0)
     if size < min(_SMALLEST_GROUP, axis):
         raise InputError(
-            f"int4 weights come in groups of {_SMALLEST_GROUP} to {GROUP} inputs, and {axis:,} "
-            "cannot be divided so; use int8"
+            f"int4 weights come in groups of {_SMALLEST_GROUP} to {GROUP} inputs, into which "
+            f"{axis:,} inputs cannot be divided; use int8"
         )
     return size
 
 
 def scales_shape(shape: tuple[int, ...], inputs: int, stored: StoredFormat) -> tuple[int, ...]:
-    """Return the shape of the scales of a projection whose first `inputs` axes are inputs.
+    """Return the shape of a projection's scales, given its number of input axes.
 
     Raises:
-      InputError: the projection has no groups, see `group_size`.
+      InputError: as `group_size`.
     """
     if stored == "int8":
         return (1,) * inputs + shape[inputs:]
@@ -135,13 +138,13 @@ def quantise(
     """Quantise one projection's weights, rounding to nearest; on the host, block by block.
 
     Args:
-      kernel: the weights, inputs first; possibly a strided view.
-      module: what they are, such as "o_proj".
+      kernel: the weights, inputs first; may be a strided view.
+      module: name of the projection, such as "o_proj".
       weight_format: "int8", "w8a8" or "int4".
-      name: what to call them in messages.
+      name: name of the weights in messages.
 
     Raises:
-      InputError: a weight is not finite, or the projection has no groups.
+      InputError: a weight is not finite, or as `group_size`.
     """
     stored = stored_format(weight_format)
     inputs = num_input_axes(module)
@@ -182,7 +185,7 @@ def quantise_params(params: Mapping[str, Any], weight_format: WeightFormat) -> d
 
 
 def quantised_shapes(params: Mapping[str, Any], weight_format: WeightFormat) -> dict[str, Any]:
-    """Return what `quantise_params` would make of parameters that are only shapes."""
+    """Return the shapes of `quantise_params`, given the shapes of the parameters."""
 
     def convert(module: str, kernel: jax.ShapeDtypeStruct) -> QuantisedKernel:
         stored = stored_format(weight_format)
@@ -207,7 +210,7 @@ def format_of(params: Mapping[str, Any]) -> WeightFormat:
 def take(
     kernel: QuantisedKernel, indices: Shaped[np.ndarray, " count"], *, axis: int
 ) -> QuantisedKernel:
-    """Reorder a kernel's axis of heads; its scales follow where they have that axis."""
+    """Reorder a kernel along an axis of heads; scales are reordered where they have that axis."""
     size = kernel.shape[axis]
     assert kernel.scales.shape[axis] in (1, size), "groups cannot be reordered"
 
@@ -221,12 +224,12 @@ def take(
 
 
 def dequantise(kernel: QuantisedKernel) -> Float32[Array, "..."]:
-    """Return the weights that a kernel stands for."""
-    scales = kernel.scales
+    """Return the weights in float32."""
+    scales = jnp.asarray(kernel.scales)
     for axis, (size, groups) in enumerate(zip(kernel.shape, scales.shape, strict=True)):
         if groups not in (1, size):
             scales = jnp.repeat(scales, size // groups, axis=axis)
-    return kernel.values.astype(jnp.float32) * scales
+    return jnp.asarray(kernel.values).astype(jnp.float32) * scales
 
 
 def _map_kernels(
@@ -234,7 +237,7 @@ def _map_kernels(
     params: Mapping[str, Any],
     weight_format: WeightFormat,
 ) -> dict[str, Any]:
-    """Convert every projection's kernel in serving form, unless the format leaves them alone."""
+    """Convert the kernel of every projection; the format "model" leaves them alone."""
     if weight_format == "model":
         return dict(params)
 

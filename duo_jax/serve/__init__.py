@@ -1,4 +1,4 @@
-"""A split model as pure functions: (params, cache, tokens) -> (logits, cache)."""
+"""Serving a split model with pure functions: (params, cache, tokens) -> (logits, cache)."""
 
 from duo_jax.serve.attention import PrefillMode
 from duo_jax.serve.forward import decode, hidden_states, logits, prefill

@@ -1,6 +1,6 @@
-"""Serving programs compiled for a GPU that is not there: what they need of its memory.
+"""Serving programs compiled ahead of time for a described GPU, to learn how much memory they need.
 
-Nothing is allocated or executed, no weights are read; see kernels.aot for what must be installed.
+Nothing is allocated or executed, and no weights are read; kernels.aot says what must be installed.
 """
 
 import functools
@@ -24,7 +24,7 @@ from kernels import aot
 def param_shapes(
     architecture: ModelConfig, dtype: DTypeLike, *, weights: WeightFormat = "model"
 ) -> Any:
-    """Return the shapes of a model's parameters in serving form; `weights` as of duo_jax.load."""
+    """Return the shapes of a model's parameters in serving form; `weights` as in duo_jax.load."""
     heads = np.ones((architecture.num_layers, architecture.num_kv_heads), bool)
     init = functools.partial(llama.init_params, architecture, dtype=jnp.dtype(dtype))
     params = jax.eval_shape(init, jax.random.key(0))
@@ -35,7 +35,7 @@ def param_shapes(
 
 
 def tree_bytes(tree: Any) -> int:
-    """Return the bytes of arrays or their shapes on a GPU, where jax packs two int4 to a byte."""
+    """Return the bytes of arrays, or of shapes, on a GPU, where jax packs two int4 to a byte."""
     return sum(
         leaf.size // 2 if leaf.dtype == jnp.int4 else leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -52,7 +52,7 @@ def decode_step(
     weights: WeightFormat = "model",
     kv: KVFormat = "model",
 ) -> jax.stages.Compiled:
-    """Compile one decode step over caches of `max_len` tokens, which are updated in place."""
+    """Compile one decode step with caches of `max_len` tokens, which are updated in place."""
 
     def step(params, cache, tokens):
         return serve.decode(config, params, cache, tokens, implementation="triton")
@@ -76,7 +76,7 @@ def prefill_chunk(
     kv: KVFormat = "model",
     mode: serve.PrefillMode = "exact",
 ) -> jax.stages.Compiled:
-    """Compile the reading of a chunk into caches of `max_len` tokens, at any offset."""
+    """Compile the prefill of one chunk, at any offset, into caches of `max_len` tokens."""
 
     def read(params, cache, tokens, num_tokens):
         return serve.prefill(

@@ -10,11 +10,11 @@ three kinds, and one token per row takes another way through them than a chunk o
     ring                    write, decode                    streaming attention over ring and
                                                              chunk; write
 
-A token may overwrite the slot of the one that just left its window. A chunk may not: its first
-tokens still see what its last ones overwrite, so the ring is read as it was before the chunk.
+A token may overwrite its slot of the ring before attention: what was there has left its window. A
+chunk may not, since its first tokens still see what its last ones overwrite.
 
-The kernels read a quantised cache as it is. So that nothing depends on how a text is cut into
-chunks, the tokens of a chunk see each other as the cache will hold them.
+Kernels read quantised caches as they are. The tokens of a chunk see each other as the cache will
+hold them, so that nothing depends on how a text is cut into chunks.
 """
 
 import dataclasses
@@ -196,8 +196,9 @@ def _by_part(
     for attend_part, part in parts:
         end = first + part.keys.shape[1]
         dtype = jnp.bfloat16 if part.format == "bf16" else q.dtype
-        heads = q[:, :, first * group : end * group], k[:, :, first:end], v[:, :, first:end]
-        out, part = attend_part(*(x.astype(dtype) for x in heads), part)
+        queries = q[:, :, first * group : end * group].astype(dtype)
+        keys, values = (x[:, :, first:end].astype(dtype) for x in (k, v))
+        out, part = attend_part(queries, keys, values, part)
         outputs.append(out)
         after.append(part)
         first = end

@@ -1,7 +1,7 @@
 """The decode loop: one jitted lax.while_loop from token to token, sampling included.
 
-A state goes in, tokens and a state come out, so a host can run the loop to the end in one call or
-in segments (to show text as it appears); the tokens are the same.
+A host may run the loop to its end in one call, or in segments, to show text as it appears: a state
+goes in, tokens and a state come out. The tokens are the same.
 """
 
 import dataclasses
@@ -23,13 +23,13 @@ from kernels import Implementation, pytree
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeState:
-    """Where every row of a batch is between two tokens."""
+    """State of every row of a batch between two tokens."""
 
     cache: Cache
     last: Int[Array, " batch"]  # each row's latest token; not in the cache yet
-    stopped: Bool[Array, " batch"]  # rows that ended with a stop token, or that the host ended
+    stopped: Bool[Array, " batch"]  # rows ended by a stop token or by the host
     rng_keys: Key[Array, " batch"]  # one per row; a token's draw also depends on its position
-    seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and output; for the penalty only
+    seen: Bool[Array, "batch vocab"] | None  # tokens of prompt and output; only with a penalty
 
 
 def row_rng_keys(seed: int, batch_size: int) -> Key[Array, " batch"]:
@@ -78,20 +78,20 @@ def decode_segment(
     Args:
       config: the split model.
       params: its parameters.
-      state: from `begin` or from the segment before; donated.
-      options: of `sampling.SamplingConfig.options`.
+      state: from `begin` or the previous segment; donated.
+      options: from `sampling.SamplingConfig.options`.
       stop_tokens: tokens that end a row; they are part of the output.
       limits: new tokens per row, at most `size`; run-time values.
       size: length of the output, static.
-      implementation: of attention, see kernels.dispatch.
+      implementation: attention implementation, see kernels.dispatch.
 
     Returns:
-      The state after the segment, the new tokens of every row (0 beyond their number), and their
-      number.
+      The state after the segment, the new tokens of every row (padded with 0), and how many each
+      row has.
     """
     batch = state.last.shape[0]
 
-    def active(state: DecodeState, counts):
+    def active(state: DecodeState, counts: Int[Array, " batch"]) -> Bool[Array, " batch"]:
         return ~state.stopped & (counts < limits)
 
     def step(carry):
@@ -102,7 +102,7 @@ def decode_segment(
         )
         state = dataclasses.replace(state, cache=cache)
         state = _next_token(state, logits, options, stop_tokens, active=running)
-        # A row that does not run writes beyond its tokens, or (dropped) beyond the buffer.
+        # A row that does not run writes past the buffer: the write is dropped.
         at = jnp.where(running, counts, size)
         tokens = tokens.at[jnp.arange(batch), at].set(state.last, mode="drop")
         return state, tokens, counts + running.astype(counts.dtype)
@@ -122,7 +122,7 @@ def _next_token(
     *,
     active: Bool[Array, " batch"],
 ) -> DecodeState:
-    """Sample from the logits of the active rows; the others stay as they are."""
+    """Sample the next token of the active rows; the others stay as they are."""
     rng_keys = jax.vmap(jax.random.fold_in)(state.rng_keys, state.cache.lengths)
     token = sampling.sample(logits, options, rng_keys, state.seen).astype(jnp.int32)
     token = jnp.where(active, token, state.last)

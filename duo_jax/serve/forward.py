@@ -1,16 +1,18 @@
-"""A split model as pure functions: (params, cache, tokens) -> (logits, cache).
+"""Prefill and decode of a split model: (params, cache, tokens) -> (logits, cache).
 
     cache = init_cache(config, batch_size=1, max_len=4096)
     logits, cache = prefill(config, params, cache, tokens, num_tokens)   # any number of chunks
     logits, cache = decode(config, params, cache, next_tokens)           # one token per row
 
-`config` is static; jit, shard or vmap them as you like, and donate the cache: it is updated in
-place. Parameters are in serving form (duo_jax.heads.split). Rows may have different lengths; each
-row's tokens are appended to what its cache holds.
+`config` is static; jit, shard or vmap the functions as you like, and donate the cache: it is
+updated in place. Parameters are in serving form (duo_jax.heads.split). Rows may have different
+lengths; each row's tokens are appended to what its cache holds.
 
-Prefill has two semantics for streaming heads (DuoAttention, section 2.4, and its public code):
-"exact" gives every token the streaming mask, so nothing depends on how a text is cut into chunks;
-"chunk" lets a token see the cached sinks and recent tokens and all of its own chunk before it.
+Prefill has two modes for streaming heads (DuoAttention, section 2.4, and its public code):
+
+    "exact"  every token gets the streaming mask; nothing depends on how a text is cut into chunks
+    "chunk"  a token sees the cached sinks and recent tokens, and its own chunk up to itself
+
 Decoding is the same for both.
 """
 
@@ -44,16 +46,16 @@ def prefill(
     Args:
       config: the split model.
       params: its parameters.
-      cache: what the rows hold so far; rows must have room for the chunk.
-      tokens: the chunk; row b counts up to num_tokens[b], the rest is padding.
-      num_tokens: from 0 to length.
-      mode: what streaming heads see of their chunk.
-      total_lengths: tokens per row when the whole prompt is read, of which this chunk may be a
-        part; only "dynamic" rope scaling reads it. Default: up to this chunk's end.
-      implementation: of attention, see kernels.dispatch.
+      cache: the cache so far, with room for the chunk in every row.
+      tokens: the chunk; row b has num_tokens[b] tokens, the rest is padding.
+      num_tokens: 0 to length, per row.
+      mode: what streaming heads see of the chunk.
+      total_lengths: tokens per row once the whole prompt is read, of which this chunk may be a
+        part; only "dynamic" rope scaling reads it. Default: the length after this chunk.
+      implementation: attention implementation, see kernels.dispatch.
 
     Returns:
-      Logits after each row's last token (meaningless for a row of 0 tokens), and the cache.
+      Logits after each row's last token (undefined for a row of 0 tokens), and the cache.
     """
     x, cache = hidden_states(
         config,
@@ -84,11 +86,11 @@ def decode(
     Args:
       config: the split model.
       params: its parameters.
-      cache: what the rows hold so far.
+      cache: the cache so far.
       tokens: one per row.
-      active: rows that take part; the cache of the others stays as it is, and their logits mean
-        nothing. Default: all.
-      implementation: of attention, see kernels.dispatch.
+      active: rows that get their token; the others keep their cache, and their logits are
+        undefined. Default: all.
+      implementation: attention implementation, see kernels.dispatch.
     """
     if active is None:
         active = jnp.ones(tokens.shape, bool)
@@ -113,7 +115,7 @@ def hidden_states(
     total_lengths: Int[Array, " batch"] | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "batch length embed"], Cache]:
-    """Append a chunk as `prefill` does; return the residual stream at all its tokens instead."""
+    """Append a chunk as `prefill` does, but return the residual stream at all its tokens."""
     if mode not in get_args(PrefillMode):
         raise ValueError(f"{mode=} is not one of {', '.join(get_args(PrefillMode))}")
     lengths = cache.lengths
@@ -137,6 +139,6 @@ def hidden_states(
 def logits(
     config: DuoConfig, params: Params, x: Float[Array, "batch length embed"]
 ) -> Float[Array, "batch length vocab"]:
-    """Turn residual streams into next-token logits."""
+    """Turn residual streams into next-token logits (final norm and output projection)."""
     ends = {name: part for name, part in params.items() if name != "layers"}
     return llama.logits(config.architecture, ends, x)

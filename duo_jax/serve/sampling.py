@@ -1,7 +1,7 @@
-"""Choosing the next token: the options of a user, and one pure function that obeys them.
+"""Sampling the next token: a user's settings, and one pure function that follows them.
 
-The options enter compiled code as arrays. Which of them are there decides what is compiled; their
-values do not, so trying another temperature costs nothing.
+Settings enter compiled code as scalars. Only which of them are switched on decides what is
+compiled, so another temperature needs no new program.
 """
 
 import dataclasses
@@ -20,38 +20,38 @@ _LARGEST_INT = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen. The words mean what they mean in transformers."""
+    """How the next token is chosen, in the terms of transformers."""
 
     temperature: float = 0.0
-    """0 always takes the likeliest token; 1 draws from the model's own probabilities.
-    Above 1: more surprising text."""
+    """0 always takes the most probable token; 1 draws from the model's own probabilities; higher
+    values make rare tokens more likely."""
     top_k: int | None = None
-    """Draw only from this many of the likeliest tokens."""
+    """Keep only the k most probable tokens."""
     top_p: float | None = None
-    """Draw only from the likeliest tokens that reach this probability together."""
+    """Keep only the most probable tokens whose probabilities add up to p."""
     min_p: float | None = None
-    """Draw only from tokens at least this times as probable as the likeliest."""
+    """Keep only tokens with at least min_p times the probability of the most probable token."""
     repetition_penalty: float | None = None
     """Above 1: tokens that already occurred, in the prompt or the answer, become less likely."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.temperature < math.inf:
-            raise InputError(f"temperature {self.temperature} must be a number from 0")
+            raise InputError(f"temperature {self.temperature} must be a finite number, 0 or above")
         if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise InputError(f"top_k {self.top_k} must be a whole number from 1")
+            raise InputError(f"top_k {self.top_k} must be a whole number, 1 or above")
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
             raise InputError(f"min_p {self.min_p} must be in [0, 1]")
         penalty = self.repetition_penalty
         if penalty is not None and not 0.0 < penalty < math.inf:
-            raise InputError(f"repetition_penalty {penalty} must be a number above 0")
+            raise InputError(f"repetition_penalty {penalty} must be a finite number above 0")
 
     def options(self) -> dict[str, Array]:
         """Return the options that are switched on, as scalars for `sample`.
 
         None switches an option off, and so does the value that changes nothing: 1 for top_p and
-        repetition_penalty, 0 for min_p. At temperature 0 the likeliest token survives top_k,
+        repetition_penalty, 0 for min_p. At temperature 0 the most probable token survives top_k,
         top_p and min_p, so these are off as well.
         """
         on = {}
@@ -86,14 +86,15 @@ def sample(
 ) -> Int[Array, " batch"]:
     """Choose the next token of every row.
 
-    Without a temperature the likeliest token, the first one of several; with it a draw from
-    softmax(processed_logits). A row's token depends on that row's logits, key and seen tokens only.
+    Without a temperature this is the most probable token (the first of several), with it a draw
+    from softmax(processed_logits). A row's token depends only on that row's logits, key and seen
+    tokens.
 
     Args:
-      logits: of any floating dtype; a row with no finite logit gives a valid token all the same.
-      options: what SamplingConfig.options returned.
+      logits: any floating dtype; a row without finite logits gives a valid token too.
+      options: from SamplingConfig.options.
       rng_keys: one typed key per row; not used without a temperature.
-      seen: as for `processed_logits`.
+      seen: as in `processed_logits`.
     """
     scores = processed_logits(logits, options, seen)
     if "temperature" not in options:
@@ -106,19 +107,19 @@ def processed_logits(
     options: Mapping[str, Array],
     seen: Bool[Array, "batch vocab"] | None,
 ) -> Float[Array, "batch vocab"]:
-    """Return the float32 logits that are drawn from; tokens that are ruled out get -inf.
+    """Return the float32 logits to draw from; tokens that are ruled out get -inf.
 
-    In the order of transformers: repetition_penalty (a seen token's logit is divided by it where
-    positive, multiplied where negative), temperature, top_k, top_p, min_p; the last two look at
-    the probabilities of what is left. With a temperature, rows are shifted to a maximum of 0: no
+    The order is that of transformers: repetition_penalty (a seen token's logit is divided by it if
+    positive, multiplied if negative), temperature, top_k, top_p, min_p; the last two look at the
+    probabilities of what is left. With a temperature, rows are shifted to a maximum of 0: no
     probability changes, and dividing by a tiny temperature cannot overflow.
 
-    Ties: tokens equal to the last one that top_k or top_p keeps are all kept. In transformers that
-    holds for top_k; among equals top_p keeps whichever its unstable sort puts first.
+    Ties: tokens equal to the last one that top_k or top_p keeps are all kept. transformers does so
+    for top_k; for top_p it keeps those that its unstable sort puts first.
 
     Args:
-      logits: of any floating dtype.
-      options: what SamplingConfig.options returned.
+      logits: any floating dtype.
+      options: from SamplingConfig.options.
       seen: tokens of the prompt and of the output so far (see `mark_seen`); may be None
         unless there is a repetition_penalty.
     """
@@ -135,7 +136,7 @@ def processed_logits(
     x = (x - jnp.where(largest == -jnp.inf, 0.0, largest)) / options["temperature"]
     if "top_k" in options or "top_p" in options:
         x = jnp.where(x < _smallest_kept(x, options), -jnp.inf, x)
-    if "min_p" in options:  # the maximum is 0, so exp gives the ratio to the likeliest
+    if "min_p" in options:  # the maximum is 0, so exp gives the ratio to the most probable token
         x = jnp.where(jnp.exp(x) < options["min_p"], -jnp.inf, x)
     return x
 
@@ -165,7 +166,7 @@ def mark_seen(
 def _smallest_kept(
     x: Float[Array, "batch vocab"], options: Mapping[str, Array]
 ) -> Float[Array, "batch 1"]:
-    """Return the smallest logit that top_k, then top_p, keeps in each row."""
+    """Return the smallest logit of each row that top_k, then top_p, keeps."""
     vocab = x.shape[-1]
     ascending = jnp.sort(x, axis=-1)
     kept = ascending[:, :1]
@@ -182,5 +183,5 @@ def _smallest_kept(
 
 
 def _positive(value: float) -> Float[Array, ""]:
-    """Bring a positive number to where it and its reciprocal are normal in float32."""
+    """Clip a positive number so that it and its reciprocal are normal numbers in float32."""
     return jnp.asarray(min(max(value, 1e-37), 1e37), jnp.float32)

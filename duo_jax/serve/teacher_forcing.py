@@ -15,7 +15,8 @@ from duo_jax.serve.forward import decode
 from kernels import Implementation
 
 State = TypeVar("State")  # what a step reads and changes, such as a cache
-Tokens, Active = Int[Array, " batch"], Bool[Array, " batch"]
+Tokens = Int[Array, " batch"]
+Active = Bool[Array, " batch"]
 Logits = Float[Array, "batch vocab"]
 
 

@@ -1,13 +1,13 @@
-"""Caches on disk: a folder that makes a text that has been read once readable at once.
+"""Caches on disk: a folder that restores a session, so its text need not be read again.
 
-    cache.json                what it belongs to, and the lengths of its rows
-    tokens.safetensors        "0", "1", ...: the tokens of every row
-    logits.safetensors        "logits" [batch, vocab]: what follows the first logits_at tokens
+    cache.json                the model and settings it belongs to, and the lengths of its rows
+    tokens.safetensors        "0", "1", ...: the tokens of each row
+    logits.safetensors        "logits" [batch, vocab]: logits after the first logits_at tokens
     layer-00000.safetensors   "full.keys", "full.values", "streaming.keys", "streaming.values"
-                              [batch, kv_heads, slots, head_dim]; quantised ones are stored as they
-                              are: "full.keys.words", "full.keys.scales", "full.latest.keys", ...
+                              [batch, kv_heads, slots, head_dim]; quantised caches are stored as
+                              they are: "full.keys.words", "full.keys.scales", "full.latest.keys"
 
-Only slots that hold something are stored. Host memory peaks at one layer.
+Only filled slots are stored. Host memory peaks at one layer.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
 
     Args:
       session: has read something.
-      folder: must not exist, or be empty.
+      folder: does not exist, or is empty.
       extra: anything JSON can hold, kept with the cache.
 
     Raises:
@@ -126,7 +126,7 @@ _DESCRIPTIONS = {
 
 
 def _belongs_to(runtime: Runtime) -> dict[str, Any]:
-    """Describe what a cache depends on, coarsest first."""
+    """Describe everything a cache depends on, coarsest first."""
     return {
         "model": _architecture(runtime.config.architecture),
         "dtype": runtime.dtype.name,
@@ -205,20 +205,22 @@ def _leaves(cache: KVCache) -> dict[str, jax.Array]:
 
 
 def _filled(name: str, leaf: jax.Array, cache: KVCache, longest: int) -> int:
-    """Return how many of a buffer's slots `longest` tokens fill; one may serve several tokens."""
-    slots = cache.latest.slots if name.startswith("latest.") else cache.slots
+    """Return how many slots of a buffer `longest` tokens fill; a slot may hold several tokens."""
+    if name.startswith("latest.") and cache.latest is not None:
+        cache = cache.latest
+    slots = cache.slots
     return -(-min(longest, slots) * leaf.shape[2] // slots)
 
 
 def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:
-    """Return the buffers of each kind of head that a layer has; files join them."""
+    """Return a layer's caches by kind of head; a file joins those of one kind."""
     streaming = () if layer.streaming is None else (layer.streaming,)
     parts = {"full": layer.full, "streaming": streaming}
     return {kind: caches for kind, caches in parts.items() if caches}
 
 
 def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray], *, longest: int) -> LayerCache:
-    """Put what was stored of `longest` tokens into an empty layer's buffers."""
+    """Copy stored arrays, which hold `longest` tokens, into an empty layer's buffers."""
 
     def fill(kind: str, parts: tuple[KVCache, ...]) -> Iterator[KVCache]:
         first, num_heads = 0, sum(part.keys.shape[1] for part in parts)

@@ -1,7 +1,7 @@
-"""One text that grows: read, write, read more, with a cache that is never read twice."""
+"""A conversation: one text that grows by reading and writing, and is never read twice."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from duo_jax.cache import cache_bytes
@@ -16,7 +16,7 @@ from duo_jax.session.tokenization import Message, Tokenization
 
 
 class Conversation:
-    """A text of one row. Plain text grows by `append` and `stream`, a chat by `chat`.
+    """A growing text. Plain text grows by `append` and `stream`, a chat by `tell` and `chat`.
 
     Args:
       runtime: the model.
@@ -39,6 +39,11 @@ class Conversation:
     def append(self, text: str, *, room: int = 0, progress: Progress | None = None) -> None:
         """Read more plain text.
 
+        Args:
+          text: the text.
+          room: tokens for which the cache should have room beyond it.
+          progress: called while it is read, with tokens read and tokens to read.
+
         Raises:
           InputError: the text is empty or too long, or this is a chat.
         """
@@ -56,19 +61,20 @@ class Conversation:
         seed: int = 0,
         progress: Progress | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
-        """Read more plain text (if any is given), then write on; yield text as it is written.
+    ) -> Generator[str, None, None]:
+        """Read more plain text, if any is given; then continue it, and yield text as it is written.
 
         Args:
-          text: what to read first.
-          max_new_tokens: most tokens to write.
+          text: text to read first.
+          max_new_tokens: maximum number of tokens to write.
           stop: string or strings at which to stop; they are not yielded.
-          seed: of the random draws.
-          progress: called while `text` is read.
-          **sampling: fields of `duo_jax.serve.sampling.SamplingConfig`; default greedy.
+          seed: random seed.
+          progress: called while `text` is read, with tokens read and tokens to read.
+          **sampling: fields of `duo_jax.SamplingConfig`; default: greedy.
 
         Raises:
-          InputError: as `append`, or there is nothing to continue.
+          InputError: as `append`; there is nothing to continue; or the conversation went on
+            otherwise before this stream ended.
         """
         config = SamplingConfig(**sampling)
         if text is not None:
@@ -77,7 +83,7 @@ class Conversation:
             yield piece
 
     def generate(self, text: str | None = None, **settings: Any) -> str:
-        """Do what `stream` does; return the whole text."""
+        """Do what `stream` does, and return the whole text."""
         return "".join(self.stream(text, **settings))
 
     def chat(
@@ -89,10 +95,11 @@ class Conversation:
         seed: int = 0,
         progress: Progress | None = None,
         **sampling: Any,
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Say something in a chat, and yield the answer as it is written.
 
-        The model's own template formats the messages. Arguments are those of `stream`.
+        The model's own template formats the messages. Arguments are those of `stream`. An answer
+        that the caller closes early stays in the chat as far as it was written.
 
         Raises:
           InputError: the model has no chat template, the chat has become too long, or the
@@ -105,7 +112,7 @@ class Conversation:
             for (piece,) in self._write(max_new_tokens, stop, seed, config):
                 answer += piece
                 yield piece
-        finally:  # what was written counts, even if nobody wanted the rest
+        finally:  # a partial answer stays in the transcript
             self.messages.append({"role": "assistant", "content": answer})
 
     def tell(
@@ -122,9 +129,9 @@ class Conversation:
         Args:
           text: the message.
           role: "user" or "system".
-          answer: open the assistant's turn behind it.
+          answer: open the assistant's turn after it.
           room: tokens for which the cache should have room beyond these.
-          progress: called while it is read.
+          progress: called while it is read, with tokens read and tokens to read.
 
         Raises:
           InputError: as `chat`.
@@ -140,25 +147,26 @@ class Conversation:
         before, self.messages = self.messages, messages
         try:
             self.session.replace([tokens], room=room, progress=progress)
-        except InputError:  # nothing was read; after an interrupt the message is there to stay
+        except InputError:  # nothing was read; after an interrupt the message stays
             self.messages = before
             raise
 
     def cache_bytes(self) -> tuple[int, int]:
-        """Return the live cache's bytes, and what it would take with retrieval heads only."""
+        """Return the live cache's bytes, and those it would take with retrieval heads only."""
         runtime, session = self.session.runtime, self.session
         if session.cache is None:
             return 0, 0
-        plain = runtime.config.all_retrieval()
         return session.cache.nbytes, cache_bytes(
-            plain,
+            runtime.config.all_retrieval(),
             batch_size=1,
             max_len=session.capacity,
             dtype=runtime.dtype,
             kv=runtime.kv_format,
         )
 
-    def _write(self, max_new_tokens, stop, seed, sampling) -> Iterator[list[str]]:
+    def _write(
+        self, max_new_tokens: int, stop: str | Sequence[str], seed: int, sampling: SamplingConfig
+    ) -> Iterator[list[str]]:
         return write_text(
             self.session,
             self._tokenization,
@@ -186,7 +194,7 @@ def load_conversation(
     *,
     max_len: int | None = None,
 ) -> Conversation:
-    """Load a saved conversation; the text before it is not read again.
+    """Load a saved conversation; its text is not read again.
 
     Raises:
       InputError: the folder is no saved conversation, is damaged, or belongs to another model,

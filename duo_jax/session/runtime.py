@@ -1,4 +1,4 @@
-"""A split model that is ready to run, and how it reads prompts."""
+"""A split model that is ready to run: parameters, and the settings that all sessions share."""
 
 import dataclasses
 import functools
@@ -20,13 +20,13 @@ _SAMPLES_PER_LEAF = 64
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Runtime:
-    """Parameters in serving form, and what is the same for all that is done with them."""
+    """Parameters in serving form, and how they are run."""
 
     config: DuoConfig
     params: dict[str, Any]
     prefill_chunk: int = 8192  # tokens per row and step
     prefill_mode: str = "exact"  # a PrefillMode
-    implementation: str = "auto"  # of attention, see kernels.dispatch
+    implementation: str = "auto"  # of attention, a kernels.Implementation
     kv_format: str = "model"  # a KVFormat
 
     def __post_init__(self) -> None:
@@ -52,12 +52,12 @@ class Runtime:
 
     @functools.cached_property
     def weights_digest(self) -> str:
-        """A digest of some values of every parameter, in the order in which the split left them.
+        """A digest of some values of every parameter, in the order of heads that the split made.
 
-        Tells models and head orders apart; not a check against tampering.
+        Tells models and head orders apart; no protection against tampering.
         """
         digest = hashlib.sha256()
-        if self.weight_format != "model":  # w8a8 computes otherwise than int8, with the same leaves
+        if self.weight_format != "model":  # w8a8 and int8 have the same leaves
             digest.update(self.weight_format.encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
             at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)

@@ -1,4 +1,4 @@
-"""How long reading and writing took, with the time that jax spent compiling kept apart."""
+"""Timing of prefill and decoding, without the time that jax spends compiling."""
 
 import contextlib
 import dataclasses
@@ -10,23 +10,23 @@ import jax
 
 @dataclasses.dataclass
 class Timing:
-    """Sums since a session began."""
+    """Totals since a session began."""
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
-    compile_seconds: float = 0.0  # in none of the above
+    compile_seconds: float = 0.0  # not part of the above
 
     @contextlib.contextmanager
     def prefill(self) -> Iterator[None]:
-        """Count the block's time as reading."""
+        """Count the block's time as prefill."""
         with self._measured("prefill_seconds"):
             yield
 
     @contextlib.contextmanager
     def decode(self) -> Iterator[None]:
-        """Count the block's time as writing."""
+        """Count the block's time as decoding."""
         with self._measured("decode_seconds"):
             yield
 
@@ -46,9 +46,9 @@ class _Compile:
     def __init__(self) -> None:
         self.seconds = 0.0
 
-    def __call__(self, event: str, seconds: float, **_: object) -> None:
+    def __call__(self, event: str, duration_secs: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
-            self.seconds += seconds
+            self.seconds += duration_secs
 
 
 _compile = _Compile()

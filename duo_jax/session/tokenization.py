@@ -1,4 +1,4 @@
-"""Text to tokens: prompts, continued prompts and chats, and the tokens that end an answer."""
+"""Tokenisation of prompts, continued prompts and chats, and the tokens that end an answer."""
 
 import dataclasses
 import pathlib
@@ -20,7 +20,11 @@ class Tokenization:
     stop_tokens: tuple[int, ...]
 
     def encode(self, text: str, *, continues: bool = False) -> list[int]:
-        """Tokenise text; only the beginning of a row gets what the tokenizer puts in front.
+        """Tokenise text.
+
+        Args:
+          text: any text but the empty one.
+          continues: it continues a row, so no special tokens such as <s> are put in front of it.
 
         Raises:
           InputError: the text is empty.
@@ -57,8 +61,8 @@ class Tokenization:
         Args:
           messages: roles and contents.
           answer: end with the opening of the assistant's turn.
-          before: tokens of the chat so far. They are kept if they say what the messages say: a
-            model need not spell an answer with the tokens that its tokenizer would choose.
+          before: tokens of the chat so far. They are kept if the messages begin with their text: a
+            model may spell an answer with other tokens than its tokenizer would.
 
         Raises:
           InputError: the model has no chat template, or it cannot render these messages.
@@ -75,9 +79,9 @@ class Tokenization:
 
 
 def load_tokenization(folder: pathlib.Path) -> Tokenization:
-    """Load the tokenizer of the model in `folder`, and the tokens with which its answers end.
+    """Load the tokenizer of the model in `folder`, and the tokens that end its answers.
 
-    They are eos_token_id of generation_config.json or config.json (one or several), and the
+    These are eos_token_id of generation_config.json and config.json (one or several each), and the
     tokenizer's own.
 
     Raises:
@@ -87,10 +91,8 @@ def load_tokenization(folder: pathlib.Path) -> Tokenization:
     stops = {tokenizer.eos_token_id}
     for name in ("generation_config.json", "config.json"):
         stops.update(_eos_tokens(folder / name))
-    return Tokenization(
-        tokenizer=tokenizer,
-        stop_tokens=tuple(sorted(token for token in stops if token is not None)),
-    )
+    stops.discard(None)
+    return Tokenization(tokenizer=tokenizer, stop_tokens=tuple(sorted(stops)))
 
 
 def _eos_tokens(file: pathlib.Path) -> list[int]:
@@ -98,6 +100,7 @@ def _eos_tokens(file: pathlib.Path) -> list[int]:
         return []
     found = files.read_json(file).get("eos_token_id")
     found = found if isinstance(found, list) else [found]
-    if not all(token is None or type(token) is int for token in found):
+    found = [token for token in found if token is not None]
+    if not all(type(token) is int for token in found):
         raise InputError(f"eos_token_id is {found!r} in {file}, not whole numbers")
     return found

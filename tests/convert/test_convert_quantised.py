@@ -125,7 +125,7 @@ def test_generate_refuses_in_one_line(folders, capsys):
 def test_what_cannot_be_quantised_leaves_nothing_behind(tmp_path, capsys):
     models.write_hf(tmp_path / "hf", models.llama(intermediate_size=262))
     line = error_of(main, tmp_path / "hf", tmp_path / "out", "--weights", "int4", capsys=capsys)
-    assert "262 cannot be divided so; use int8" in line
+    assert "262 inputs cannot be divided; use int8" in line
     assert not (tmp_path / "out").exists()
 
 

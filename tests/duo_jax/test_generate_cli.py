@@ -215,8 +215,11 @@ def test_errors_are_one_line(error, folder, tmp_path):
         (("--prompt", "a", "--stop", ""), "a stop string is empty"),
         (("--prompt", "a", "--threshold", "nan"), "threshold nan is not in [0, 1]"),
         (("--prompt", "caf\udce9"), "half characters"),
-        (("--prompt", "a", "--temperature", -1), "temperature -1.0 must be a number from 0"),
-        (("--prompt", "a", "--top-k", 0), "top_k 0 must be a whole number from 1"),
+        (
+            ("--prompt", "a", "--temperature", -1),
+            "temperature -1.0 must be a finite number, 0 or above",
+        ),
+        (("--prompt", "a", "--top-k", 0), "top_k 0 must be a whole number, 1 or above"),
         (("--prompt", "a", "--top-p", 0), "top_p 0.0 must be above 0"),
         (("--prompt", "a", "--min-p", 2), "min_p 2.0 must be in [0, 1]"),
         (("--prompt", "a", "--repetition-penalty", 0), "repetition_penalty 0.0 must be"),
@@ -244,7 +247,7 @@ def test_an_unwritable_place_is_refused_before_any_work(error, tmp_path, monkeyp
     (tmp_path / "file").touch()
     assert "is not a folder" in error("--prompt", "a", "--save-cache", tmp_path / "file/cache")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
-    assert "nothing may be made" in error("--prompt", "a", "--save-cache", tmp_path / "cache")
+    assert "is not writable" in error("--prompt", "a", "--save-cache", tmp_path / "cache")
 
 
 def test_an_interrupt_while_reading_ends_cleanly(run, capsys, tmp_path, monkeypatch):

@@ -123,7 +123,7 @@ def test_groups_are_the_largest_that_divide(axis, size):
 
 
 def test_what_cannot_be_quantised_is_refused_in_one_line():
-    with pytest.raises(InputError, match=r"groups of 16 to 128 inputs, and 262 .* use int8"):
+    with pytest.raises(InputError, match=r"groups of 16 to 128 inputs, into which 262 .* use int8"):
         quantise(normal(262, 3), module="up_proj", weight_format="int4")
     broken = normal(32, 3)
     broken[3, 1] = np.nan
@@ -324,7 +324,9 @@ def test_weights_are_quantised_from_what_is_stored(weights, tmp_path):
 
 
 def test_load_knows_the_formats():
-    with pytest.raises(InputError, match="weights 'int3' are not one of model, int8, w8a8, int4"):
+    with pytest.raises(
+        InputError, match="weight format 'int3' is not one of model, int8, w8a8, int4"
+    ):
         model.load("demo", weights="int3")
 
 
