@@ -1,6 +1,7 @@
 """Token eviction: the pool against masked attention, and every method's defining property."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -75,32 +76,51 @@ def expected(stacked, rows, kept=None, recent=None):
       recent: how many tokens before it a query of the tail sees, per head; default: all.
     """
     config, params = stacked
-    likeliest = []
+    place = np.arange(LENGTH + ROOM)  # what follows a row's end changes nothing before it
+    found = []
     for index, (text, tail) in enumerate(zip(*rows, strict=True)):
-        tokens = np.concatenate([text, tail])
-        place = np.arange(tokens.size)
+        tokens = np.zeros(place.size, np.int32)
+        tokens[: text.size + tail.size] = np.concatenate([text, tail])
         seen = np.broadcast_to(
             place[None] <= place[:, None],
-            (config.num_layers, config.num_kv_heads, tokens.size, tokens.size),
+            (config.num_layers, config.num_kv_heads, place.size, place.size),
         ).copy()
         if kept is not None:
             seen[:, :, text.size :, : text.size] &= kept[index][:, :, None, : text.size]
         if recent is not None:
             first = place[:, None] - np.array(recent)[:, None, None]
             seen[:, :, text.size :] &= (place[None] >= first)[:, text.size :]
+        most_likely = np.asarray(most_likely_behind_mask(config, params, tokens[None], seen))
+        found.append(most_likely[text.size - 1 : text.size + tail.size - 1])
+    return found
 
-        def attend(q, k, v, seen):
-            grouped = q.reshape(q.shape[0], q.shape[1], k.shape[2], -1, k.shape[3])
-            scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k) * k.shape[3] ** -0.5
-            weights = jax.nn.softmax(jnp.where(seen[None, :, None], scores, -jnp.inf), axis=-1)
-            return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), None
 
-        x, _ = llama.hidden_states(
-            config, params, jnp.asarray(tokens[None]), attend=attend, layer_inputs=jnp.asarray(seen)
-        )
-        logits = llama.logits(config, params, x)[0]
-        likeliest.append(np.asarray(jnp.argmax(logits, axis=-1))[text.size - 1 : -1])
-    return likeliest
+@functools.partial(jax.jit, static_argnames="config")
+def most_likely_behind_mask(config, params, tokens, seen):
+    """Return the most likely token after each, where heads see what a mask lets them see."""
+
+    def attend(q, k, v, seen):
+        grouped = q.reshape(q.shape[0], q.shape[1], k.shape[2], -1, k.shape[3])
+        scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k) * k.shape[3] ** -0.5
+        weights = jax.nn.softmax(jnp.where(seen[None, :, None], scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(q.shape), None
+
+    x, _ = llama.hidden_states(config, params, tokens, attend=attend, layer_inputs=seen)
+    return jnp.argmax(llama.logits(config, params, x)[0], axis=-1)
+
+
+def select(policy, prompt: Prompt, budget: Budget) -> Selection:
+    return jax.jit(policy.select, static_argnums=1)(prompt, budget)
+
+
+def keep(policy, step: Step, state=None):
+    return jax.jit(policy.keep)(step, state)
+
+
+@pytest.fixture(scope="module")
+def from_all(stacked, rows):
+    """Return predictions that see the whole text."""
+    return expected(stacked, rows)
 
 
 def assert_same(predicted, likeliest):
@@ -133,14 +153,15 @@ class Chosen:
         return step.held.exists
 
 
-def test_decoding_from_a_pool_equals_attention_without_what_was_evicted(stacked, runtime, rows):
+def test_decoding_from_a_pool_equals_attention_without_what_was_evicted(
+    stacked, runtime, rows, from_all
+):
     shape = (3, 2, 2, LENGTH)
     slots = 4 * (LENGTH + ROOM)
     found = predict(runtime, Chosen(), rows, slots)
     with_mask = expected(stacked, rows, Chosen.mask(shape))
     assert_same(found.tokens, with_mask)
-    everything = expected(stacked, rows)
-    assert any((a != b).any() for a, b in zip(with_mask, everything, strict=True))
+    assert any((a != b).any() for a, b in zip(with_mask, from_all, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,10 +198,10 @@ def test_evicting_at_every_step_equals_attention_to_what_was_still_there(
 
 
 @pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
-def test_with_room_for_everything_nothing_changes(stacked, runtime, rows, policy):
+def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, policy):
     slots = 4 * (LENGTH + ROOM)
     found = predict(runtime, policy, rows, slots)
-    assert_same(found.tokens, expected(stacked, rows))
+    assert_same(found.tokens, from_all)
     head_dim = runtime.config.architecture.head_dim
     assert found.cache_bytes == slots * head_dim * 2 * 4
     assert found.text_bytes == pytest.approx(4 * np.mean(TEXTS) * head_dim * 2 * 4)
@@ -192,8 +213,8 @@ def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, pol
     found = predict(runtime, policy, rows, slots)
     assert found.cache_bytes <= slots * runtime.config.architecture.head_dim * 2 * 4
     assert found.text_bytes <= found.cache_bytes
-    alone = predict(runtime, policy, ([rows[0][1]], [rows[1][1]]), slots)
-    np.testing.assert_array_equal(alone.tokens[0], found.tokens[1])
+    three_times = predict(runtime, policy, tuple(3 * [part[1]] for part in rows), slots)
+    np.testing.assert_array_equal(three_times.tokens, np.stack(3 * [found.tokens[1]]))
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 70])
@@ -258,7 +279,7 @@ def positions_of(mask) -> list[int]:
 
 def test_h2o_keeps_half_recent_and_half_heavy_per_head():
     scores = [[[9, 1, 8, 2, 3, 0, 0, 0], [0, 9, 0, 8, 0, 0, 0, 0]]]
-    chosen = eviction.H2O().select(prompt_of(scores), Budget(slots=8, room=3))
+    chosen = select(eviction.H2O(), prompt_of(scores), Budget(slots=8, room=3))
     assert positions_of(chosen.kept[0, 0, 0]) == [0, 2, 6, 7]
     assert positions_of(chosen.kept[0, 0, 1]) == [1, 3, 6, 7]
 
@@ -266,10 +287,10 @@ def test_h2o_keeps_half_recent_and_half_heavy_per_head():
 def test_h2o_drops_the_lightest_that_is_not_recent_at_every_step():
     # Recent are the latest two, the new one included: position 7 is old by now.
     step = step_of([[0, 2, 6, 7, 8]], [[5, 4, 0.5, 0.1, 0.0]], np.zeros((1, 5)), size=4)
-    found = eviction.H2O().keep(step, None)
+    found = keep(eviction.H2O(), step)
     assert positions_of(found[0, 0]) == [0, 1, 3, 4]
     step = step_of([[0, 2, 6, 7, -1]], [[5, 4, 0.5, 0.1, 0.0]], np.zeros((1, 5)), size=4)
-    assert positions_of(eviction.H2O().keep(step, None)[0, 0]) == [0, 1, 2, 3]
+    assert positions_of(keep(eviction.H2O(), step)[0, 0]) == [0, 1, 2, 3]
 
 
 def test_every_step_adds_its_attention_to_what_tokens_have_received(runtime, rows):
@@ -277,7 +298,7 @@ def test_every_step_adds_its_attention_to_what_tokens_have_received(runtime, row
     prompt = read(runtime.config, runtime.params, tokens, lengths, window=None)
     budget = Budget(slots=4 * (LENGTH + 3), room=3)
     policy = eviction.H2O()
-    chosen = policy.select(prompt, budget)
+    chosen = select(policy, prompt, budget)
     pool = compress(
         prompt,
         chosen.kept,
@@ -287,10 +308,10 @@ def test_every_step_adds_its_attention_to_what_tokens_have_received(runtime, row
     )
     # A query gives each head's group 1 in all: of the text, and of every row that is active.
     np.testing.assert_allclose(pool.held.received.sum(axis=-1)[:, 0, 0], TEXTS, rtol=1e-4)
-    active = jnp.array([True, False, True])
+    active, step = jnp.array([True, False, True]), jax.jit(decode, static_argnums=(0, 2))
     for count in (1, 2, 3):
         given = jnp.array([5, 6, 7])
-        _, pool = decode(runtime.config, runtime.params, policy, pool, None, given, active)
+        _, pool = step(runtime.config, runtime.params, policy, pool, None, given, active)
         total = np.array(TEXTS)[:, None, None] + count * np.array([1, 0, 1])[:, None, None]
         found = pool.held.received.sum(axis=-1)
         np.testing.assert_allclose(found, np.broadcast_to(total, found.shape), rtol=1e-4)
@@ -304,13 +325,13 @@ def test_tova_drops_what_the_latest_query_sees_least_whichever_it_is():
         [[0.5, 0.3, 0.1, 0.1, 0.0], [0.1, 0.2, 0.3, 0.2, 0.2]],
         size=4,
     )
-    found = eviction.TOVA().keep(step, None)
+    found = keep(eviction.TOVA(), step)
     assert [positions_of(head) for head in found[0]] == [[0, 1, 2, 3]] * 2  # the new one goes
 
 
 def test_tova_heads_of_a_layer_keep_the_same():
     scores = [[[0.6, 0.1, 0.3, 0.0], [0.0, 0.5, 0.1, 0.4]], [[0, 0, 0.5, 0.5], [0, 0, 0.5, 0.5]]]
-    chosen = eviction.TOVA().select(prompt_of(scores), Budget(slots=8, room=3))
+    chosen = select(eviction.TOVA(), prompt_of(scores), Budget(slots=8, room=3))
     assert [positions_of(head) for head in chosen.kept[0, 0]] == [[0, 1]] * 2
     assert [positions_of(head) for head in chosen.kept[0, 1]] == [[2, 3]] * 2
 
@@ -319,17 +340,17 @@ def test_snapkv_keeps_the_window_and_neighbourhoods_of_what_it_sees():
     scores = np.zeros((1, 1, 20))
     scores[0, 0, 7], scores[0, 0, 12], scores[0, 0, 18] = 1.0, 0.4, 9.0  # 18 is in the window
     policy = eviction.SnapKV(window=4, kernel=3)
-    chosen = policy.select(prompt_of(scores), Budget(slots=9 + 2, room=2))
+    chosen = select(policy, prompt_of(scores), Budget(slots=9 + 2, room=2))
     assert positions_of(chosen.kept[0, 0, 0]) == [6, 7, 8, 11, 12, 16, 17, 18, 19]
     step = step_of([[0, 2, 3]], [[0, 0, 0]], [[0, 0, 1]], size=9)
-    assert np.asarray(policy.keep(step, None)).all()  # decoding only appends
+    assert np.asarray(keep(policy, step)).all()  # decoding only appends
 
 
 def test_snapkv_votes_are_of_the_text_before_padding():
     scores = np.zeros((1, 1, 12))
     scores[0, 0, 2] = 1.0
     policy = eviction.SnapKV(window=2, kernel=1)
-    chosen = policy.select(prompt_of(scores, length=8), Budget(slots=3, room=0))
+    chosen = select(policy, prompt_of(scores, length=8), Budget(slots=3, room=0))
     assert positions_of(chosen.kept[0, 0, 0]) == [2, 6, 7]
 
 
@@ -357,10 +378,12 @@ def test_headkv_with_an_empty_pool_is_snapkv(runtime, rows):
 def test_headkv_selects_in_a_head_as_snapkv():
     scores = np.random.default_rng(0).random((1, 2, 30))
     policy = eviction.HeadKV(window=4, importance=((3.0, 1.0),), beta=1.01)
-    chosen = policy.select(prompt_of(scores), Budget(slots=30, room=0))
+    chosen = select(policy, prompt_of(scores), Budget(slots=30, room=0))
     for head, size in enumerate(policy.budgets(prompt_of(scores), Budget(slots=30, room=0))[0]):
-        alone = eviction.SnapKV(window=4).select(
-            prompt_of(scores[:, head : head + 1]), Budget(slots=int(size), room=0)
+        alone = select(
+            eviction.SnapKV(window=4),
+            prompt_of(scores[:, head : head + 1]),
+            Budget(slots=int(size), room=0),
         )
         np.testing.assert_array_equal(chosen.kept[0, 0, head], alone.kept[0, 0, 0])
 
@@ -382,7 +405,7 @@ _FASTGEN = eviction.FastGen(special=(1,), punctuation=(7, 8))
 
 def test_fastgen_gives_each_head_the_cheapest_policy_that_recovers_its_attention():
     prompt = prompt_of(_HEADS, tokens=_TOKENS)
-    chosen = _FASTGEN.select(prompt, Budget(slots=1 + 3 + 7 + 13 + 20, room=0))
+    chosen = select(_FASTGEN, prompt, Budget(slots=1 + 3 + 7 + 13 + 20, room=0))
     assert chosen.state[0, 0].tolist() == [SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL]
     kept = [positions_of(head) for head in chosen.kept[0, 0]]
     assert kept[0] == [0]
@@ -396,10 +419,10 @@ def test_fastgen_gives_each_head_the_cheapest_policy_that_recovers_its_attention
 @pytest.mark.parametrize("slots", [0, 5, 20, 40, 60, 100])
 def test_fastgen_takes_the_highest_threshold_that_fits(slots):
     prompt = prompt_of(_HEADS, tokens=_TOKENS)
-    chosen = _FASTGEN.select(prompt, Budget(slots=slots, room=0))
+    chosen = select(_FASTGEN, prompt, Budget(slots=slots, room=0))
     taken = int(chosen.sizes.sum())
     assert taken <= max(slots, 5)  # five heads of one special token are the least
-    more = _FASTGEN.select(prompt, Budget(slots=slots + 40, room=0))
+    more = select(_FASTGEN, prompt, Budget(slots=slots + 40, room=0))
     assert (more.state >= chosen.state).all()
     if slots == 100:
         assert taken > 5
@@ -411,7 +434,7 @@ def test_fastgen_goes_on_with_the_policy_of_each_head():
     received_ = np.array([[0, 9, 0, 1, 0.5]] * 5)
     policy = dataclasses.replace(_FASTGEN, frequent_ratio=0.05, local_ratio=0.1)
     step = step_of(positions, received_, np.zeros((5, 5)), size=9, tokens=tokens)
-    found = policy.keep(step, jnp.arange(5, dtype=jnp.int32)[None])
+    found = keep(policy, step, jnp.arange(5, dtype=jnp.int32)[None])
     assert [positions_of(head) for head in found[0]] == [
         [0],
         [0, 2],

@@ -119,40 +119,52 @@ def run(folder, workdir, *more: str) -> dict:
     return json.loads((workdir / "needle.json").read_text())
 
 
-def test_rows_say_what_was_measured(folder, tmp_path, capsys):
-    result = run(folder, tmp_path / "a")
-    assert len(result["rows"]) == 2 * 2 * 3  # caches, lengths, depths
-    duo, full = ([r for r in result["rows"] if r["caches"] == c] for c in ("duo", "full"))
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """Return work folder and result of a whole evaluation, with all three kinds of caches."""
+    workdir = tmp_path_factory.mktemp("runs") / "needle"
+    return workdir, run(folder, workdir, "--all-streaming")
+
+
+def test_rows_say_what_was_measured(finished):
+    workdir, result = finished
+    assert len(result["rows"]) == 3 * 2 * 3  # caches, lengths, depths
+    duo, full, streaming = (
+        [r for r in result["rows"] if r["caches"] == c] for c in ("duo", "full", "streaming")
+    )
     # 2 of 4 heads in 16 slots instead of 106; a key and a value of 8 float32 channels each.
     assert {r["cache_bytes"] for r in full} == {4 * 106 * 8 * 2 * 4}
     assert {r["cache_bytes"] for r in duo} == {(2 * 106 + 2 * 16) * 8 * 2 * 4}
+    assert {r["cache_bytes"] for r in streaming} == {4 * 16 * 8 * 2 * 4}
     assert result["sparsity"] == 0.5
     assert (result["sink"], result["recent"], result["prefill_chunk"]) == (4, 12, 32)
     assert (result["kv"], result["weights"], result["prefill_mode"]) == ("model", "model", "exact")
     assert [r["written"] for r in duo] != [r["written"] for r in full]
-    assert (tmp_path / "a" / "needle.png").read_bytes().startswith(b"\x89PNG")
+    assert (workdir / "needle.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_full_caches_may_be_left_out(finished, folder, capsys):
+    """They and the streaming ones may be asked for, or not, in the folder of a finished run."""
+    workdir, whole = finished
+    result = run(folder, workdir, "--no-full")
+    assert result["rows"] == [row for row in whole["rows"] if row["caches"] == "duo"]
     assert "| DuoAttention, 50% streaming | 6 |" in capsys.readouterr().out
 
 
-def test_all_heads_may_stream_too(folder, tmp_path):
-    rows = run(folder, tmp_path / "a", "--no-full", "--all-streaming", "--depths", "1")["rows"]
-    assert [row["caches"] for row in rows] == ["duo", "duo", "streaming", "streaming"]
-    assert {row["cache_bytes"] for row in rows[2:]} == {4 * 16 * 8 * 2 * 4}
-
-
-def test_what_is_written_is_what_generate_writes(folder, tmp_path):
-    result = run(folder, tmp_path / "a", "--no-full")
+def test_what_is_written_is_what_generate_writes(finished, folder):
+    _, result = finished
     model = duo_jax.load(folder, prefill_chunk=32)
     haystack = Haystack(NeedleTemplates(**SHORT), model.tokenization, load_documents(()), seed=0)
     for row in result["rows"]:
-        document = haystack.document(length=row["length"], depth=row["depth"])
-        text = model.tokenizer.decode(document.tokens, skip_special_tokens=True)
-        assert row["written"] == model.generate([text], max_new_tokens=6)[0]
-        assert row["answer"] == document.answer
+        if row["caches"] == "duo":
+            document = haystack.document(length=row["length"], depth=row["depth"])
+            text = model.tokenizer.decode(document.tokens, skip_special_tokens=True)
+            assert row["written"] == model.generate([text], max_new_tokens=6)[0]
+            assert row["answer"] == document.answer
 
 
-def test_a_killed_run_goes_on_and_repeats_no_cell(folder, tmp_path, monkeypatch):
-    expected = run(folder, tmp_path / "whole")
+def test_a_killed_run_goes_on_and_repeats_no_cell(finished, folder, tmp_path, monkeypatch):
+    _, expected = finished
     answer, calls = needle_command._answer, []
 
     def killed(*args, **settings):
@@ -163,21 +175,21 @@ def test_a_killed_run_goes_on_and_repeats_no_cell(folder, tmp_path, monkeypatch)
 
     monkeypatch.setattr(needle_command, "_answer", killed)
     with pytest.raises(SystemExit):
-        run(folder, tmp_path / "killed")
+        run(folder, tmp_path / "killed", "--all-streaming")
     kept = (tmp_path / "killed" / "rows.jsonl").read_text()
-    assert 3 <= kept.count("\n") < 12
+    assert 3 <= kept.count("\n") < 18
     counted = []
     monkeypatch.setattr(
         needle_command,
         "_answer",
         lambda *args, **settings: counted.extend(args[2]) or answer(*args, **settings),
     )
-    resumed = run(folder, tmp_path / "killed")
-    assert len(counted) == 12 - kept.count("\n")
+    resumed = run(folder, tmp_path / "killed", "--all-streaming")
+    assert len(counted) == 18 - kept.count("\n")
     assert (tmp_path / "killed" / "rows.jsonl").read_text().startswith(kept)
     assert resumed["rows"] == expected["rows"]
     counted.clear()
-    assert run(folder, tmp_path / "killed")["rows"] == expected["rows"]
+    assert run(folder, tmp_path / "killed", "--all-streaming")["rows"] == expected["rows"]
     assert counted == []
 
 
@@ -186,7 +198,15 @@ def test_a_model_brings_its_own_needle(folder, tmp_path):
     preset = {"needle": {"max_new_tokens": 3, "needle": needle}}
     (folder / "evaluate.json").write_text(json.dumps(preset))
     try:
-        flags = ["--lengths", "60", "--depths", "0.5", "--workdir", str(tmp_path / "a")]
+        flags = [
+            "--lengths",
+            "60",
+            "--depths",
+            "0.5",
+            "--no-full",
+            "--workdir",
+            str(tmp_path / "a"),
+        ]
         command.main(["needle", "--model", str(folder), *flags])
         result = json.loads((tmp_path / "a" / "needle.json").read_text())
         assert result["max_new_tokens"] == 3

@@ -10,12 +10,12 @@ import duo_jax
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.evaluate import __main__ as command
-from duo_jax.evaluate.passkeys import retrieval as served_retrieval
+from duo_jax.evaluate.passkeys import retrieval
 from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
 TASK = ["--num-passkeys", "3", "--passkey-words", "4"]
-FLAGS = ["--lengths", "256", "400", "--samples", "3", "--batch", "2", *TASK]
+FLAGS = ["--lengths", "256", "--samples", "3", "--batch", "2", "--kv", "bf16", *TASK]
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +35,26 @@ def run(folder, workdir, *more: str) -> dict:
     return json.loads((workdir / "passkeys.json").read_text())
 
 
-def test_rows_are_those_of_served_retrieval(folder, tmp_path, capsys):
-    result = run(folder, tmp_path / "a", "--kv", "int8")
-    assert len(result["rows"]) == 2 * 2 * 3 * 3  # caches, lengths, texts, passkeys
-    assert result["kv"] == "int8"
-    assert (tmp_path / "a" / "passkeys.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert "| full caches |" in printed
-    assert "Haystack: held-out text, 256 to 400 tokens." in printed
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """Return work folder and result of a whole evaluation."""
+    workdir = tmp_path_factory.mktemp("runs") / "passkeys"
+    return workdir, run(folder, workdir)
+
+
+def test_rows_are_those_of_served_retrieval(finished, folder):
+    workdir, result = finished
+    assert len(result["rows"]) == 2 * 3 * 3  # caches, texts, passkeys
+    assert result["kv"] == "bf16"
+    assert (workdir / "passkeys.png").read_bytes().startswith(b"\x89PNG")
     assert {row["haystack"] for row in result["rows"]} == {"held-out text"}
-    model = duo_jax.load(folder, kv="int8")
+    model = duo_jax.load(folder, kv="bf16")
     data = PasskeyConfig(num_passkeys=3, passkey_words=4, min_length=1, max_length=256)
     _, held_out = split_held_out(load_documents(()))
     sampler = PasskeySampler(data, model.tokenizer, held_out, seed=0, stream=2)
     sample = sampler.sample(1, length=256)
-    found = served_retrieval.retrieve(model.runtime, [sample], rows=1)
-    rows = [
-        row
-        for row in result["rows"]
-        if (row["caches"], row["length"], row["sample"]) == ("duo", 256, 1)
-    ]
+    found = retrieval.retrieve(model.runtime, [sample, sample], rows=2)
+    rows = [row for row in result["rows"] if (row["caches"], row["sample"]) == ("duo", 1)]
     assert [row["exact"] for row in rows] == found.exact[0].tolist()
     assert [row["recall"] for row in rows] == found.tokens[0].tolist()
     for row, depth in zip(rows, sample.depths, strict=True):
@@ -83,7 +83,8 @@ def test_each_length_says_which_text_it_was_read_from(folder, tmp_path, capsys, 
     monkeypatch.setattr(
         Figure, "suptitle", lambda self, t, **more: titles.append(t) or draw(self, t, **more)
     )
-    result = run(folder, tmp_path / "a", "--text", str(text), "--no-full", "--samples", "1")
+    flags = ["--lengths", "256", "400", "--no-full", "--samples", "1"]
+    result = run(folder, tmp_path / "a", "--text", str(text), *flags)
     haystacks = {row["length"]: row["haystack"] for row in result["rows"]}
     assert haystacks == {256: "held-out text", 400: "all text"}
     assert result["haystacks"] == list(haystacks.values())
@@ -93,10 +94,13 @@ def test_each_length_says_which_text_it_was_read_from(folder, tmp_path, capsys, 
     assert words in titles[0]
 
 
-def test_a_second_start_measures_nothing(folder, tmp_path, monkeypatch):
-    expected = run(folder, tmp_path / "a")
-    monkeypatch.setattr(served_retrieval, "retrieve", None)
-    assert run(folder, tmp_path / "a")["rows"] == expected["rows"]
+def test_a_second_start_measures_nothing(finished, folder, monkeypatch, capsys):
+    workdir, expected = finished
+    monkeypatch.setattr(retrieval, "retrieve", None)
+    assert run(folder, workdir)["rows"] == expected["rows"]
+    printed = capsys.readouterr().out
+    assert "| full caches |" in printed
+    assert "Haystack: held-out text, 256 tokens." in printed
 
 
 @pytest.mark.parametrize(
