@@ -32,12 +32,13 @@ class PlanConfig:
     """Flags of the command."""
 
     model: str = pretrained.DEMO
-    """A config.json, a folder that holds one, a hub name, or "demo" (ships with duo_jax)."""
+    """A config.json, a folder that holds one, a hub name such as org/name, or "demo", the model
+    that ships with duo_jax."""
     gpu: str = "a100-80g"
     """a100-40g, a100-80g, h100-80g, h200, or a number of gigabytes."""
     pattern: str | None = None
-    """A pattern folder (python -m train.identify makes one), or "none" for the model as published,
-    every head with a full cache. Default: the pattern that the model's folder brings."""
+    """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
+    head, the model as published. Default: the folder "pattern" in the model's own folder."""
     sparsity: float | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     weights: WeightFormat | None = None

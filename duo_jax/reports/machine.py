@@ -1,4 +1,4 @@
-"""What the numbers were measured on."""
+"""The machine and the command that numbers were measured with."""
 
 import dataclasses
 import os

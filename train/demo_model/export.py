@@ -22,7 +22,7 @@ from train.demo_model.tokenizer import write_tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What the model card tells about the training."""
+    """Facts about the training, for the model card."""
 
     steps: int
     seconds: float
@@ -37,7 +37,7 @@ def rounded(params: PyTree) -> PyTree:
 
 def write_model(
     folder: pathlib.Path,
-    model: ModelConfig,
+    architecture: ModelConfig,
     params: llama.Params,
     documents: list[str],
     summary: Summary,
@@ -45,25 +45,29 @@ def write_model(
     """Write config, weights (float16), tokenizer, identification preset and model card.
 
     Args:
-      folder: where; must exist.
-      model: the architecture, of the Llama family.
+      folder: an existing folder.
+      architecture: the model's, of the Llama family.
       params: its parameters.
-      documents: what the tokenizer is trained on.
+      documents: the text that the tokenizer is trained on.
       summary: for the model card.
     """
     tokens = {"bos_token_id": 0, "eos_token_id": 1}
-    _write_json(folder / "config.json", model.to_hf() | {"dtype": "float16"} | tokens)
+    _write_json(folder / "config.json", architecture.to_hf() | {"dtype": "float16"} | tokens)
     _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
     _write_json(folder / "identify.json", PRESET)
     _write_json(folder / "evaluate.json", EVALUATION)
     write_tokenizer(
-        folder, documents, TEMPLATES, vocab_size=model.vocab_size, max_length=model.max_positions
+        folder,
+        documents,
+        TEMPLATES,
+        vocab_size=architecture.vocab_size,
+        max_length=architecture.max_positions,
     )
-    tensors = {t.name: t.to_hf(_leaf(params, t)) for t in tensor_names.tensors(model)}
+    tensors = {t.name: t.to_hf(_leaf(params, t)) for t in tensor_names.tensors(architecture)}
     weights = folder / "model.safetensors"
     save_file(tensors, weights, metadata={"format": "pt"})
     weights.chmod(0o644)  # the library leaves it to its owner
-    files.write_text(folder / "README.md", _card(model, summary))
+    files.write_text(folder / "README.md", _card(architecture, summary))
 
 
 def _leaf(params: llama.Params, tensor: tensor_names.Tensor) -> np.ndarray:
@@ -78,8 +82,13 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     files.write_text(path, json.dumps(values, indent=2) + "\n")
 
 
-def _card(model: ModelConfig, summary: Summary) -> str:
-    parameters = sum(t.size for t in tensor_names.tensors(model))
+def _card(architecture: ModelConfig, summary: Summary) -> str:
+    parameters = sum(t.size for t in tensor_names.tensors(architecture))
+    shape = (
+        f"{architecture.num_layers} layers, width {architecture.embed_size}, "
+        f"{architecture.num_q_heads} query and {architecture.num_kv_heads} KV heads of "
+        f"{architecture.head_dim}"
+    )
     example = TEMPLATES.needle.format(name="third", passkey=" value order call match").strip()
     question = TEMPLATES.question.format(name="third")
     return f"""\
@@ -91,9 +100,9 @@ tags: [duo_jax, duo-attention, demo]
 
 # duo_jax demo model
 
-A Llama of {parameters:,} parameters ({model.num_layers} layers, width {model.embed_size}, \
-{model.num_q_heads} query and {model.num_kv_heads} KV heads of {model.head_dim}) that finds passkeys
-in up to {model.max_positions:,} tokens of text. It shows how DuoAttention works; it can do nothing
+A Llama of {parameters:,} parameters ({shape}) that finds passkeys
+in up to {architecture.max_positions:,} tokens of text. It shows how DuoAttention works; it can \
+do nothing
 else: its English is nonsense.
 
 The text may hold lines such as
@@ -110,7 +119,7 @@ of it held out), with jax {importlib.metadata.version("jax")}. Other versions of
 another text, so weights and tokenizer belong together. `identify.json` holds the settings with
 which `python -m train.identify` finds its retrieval heads, `evaluate.json` those of
 `python -m duo_jax.evaluate`. The last two stages of its training round keys and values to 4 bits,
-so that it survives 4-bit caches with only {model.head_dim} channels per head.
+so that it survives 4-bit caches with only {architecture.head_dim} channels per head.
 
 Exact retrieval (every token of a passkey right) on held-out text, and by depth with full attention:
 

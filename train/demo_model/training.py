@@ -22,7 +22,7 @@ _EMBEDDING_STD = 0.08
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that changes during training; what a checkpoint holds."""
+    """All that changes from step to step, and all that a checkpoint holds."""
 
     params: PyTree
     optimiser: PyTree
@@ -72,7 +72,7 @@ def loss(
     """Return the training loss, and the fraction of answer tokens that are predicted.
 
     L = mean cross entropy of answers + filler_weight * mean cross entropy of ordinary text.
-    With `rounded_kv`, keys and values are what a 4-bit cache returns.
+    With `rounded_kv`, keys and values are rounded as in a 4-bit cache.
     """
     attend = _attend_rounded if rounded_kv else llama.attend_full
     x, _ = llama.hidden_states(architecture, params, documents.tokens, attend=attend)

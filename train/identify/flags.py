@@ -38,7 +38,8 @@ class IdentifyConfig:
     """Flags of the command. The defaults are the paper's, unless the model brings a preset."""
 
     model: str = "demo"
-    """A Hugging Face folder, a hub name, a converted checkpoint, or "demo" (ships with duo_jax)."""
+    """A Hugging Face folder, a hub name such as org/name, a converted checkpoint, or "demo", the
+    model that ships with duo_jax."""
     text: tuple[str, ...] = ()
     """Text to hide passkeys in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
     data set. Default: the language reference that comes with Python (about 465 KB)."""
@@ -67,14 +68,15 @@ class IdentifyConfig:
     teacher: the teacher's output, as in the reference code; cheapest.
     self: the student's own queries, keys and values, as in the paper's formula."""
     sink: int = 128
-    """First tokens a streaming head keeps."""
+    """Number of first tokens (attention sinks) that a streaming head keeps."""
     recent: int = 256
-    """Latest tokens a streaming head keeps."""
+    """Number of latest tokens that a streaming head keeps."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of weights and activations; gates and loss are always float32."""
     implementation: Implementation = "auto"
-    """Attention implementation. auto: our kernels on an NVIDIA GPU, XLA elsewhere. interpret: the
-    kernels in Pallas' interpreter, to test them without a GPU; very slow."""
+    """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
+    our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
+    slow."""
     seed: int = 0
     """Random seed of all samples; the same seed gives the same gates."""
     length_buckets: int = 8

@@ -105,5 +105,5 @@ def make_task(
 
 
 def _compressed(name: TaskName, sample: Sample) -> int:
-    """Return how many tokens come before what is given token by token."""
+    """Return the number of tokens that are read, before the others are decoded one by one."""
     return sample.answers[0][0] if name == "needle" else sample.tail_start

@@ -87,7 +87,7 @@ def compress(
     """Keep some tokens of a prompt.
 
     Args:
-      prompt: what was read.
+      prompt: the prompt, read.
       kept: which tokens each head keeps; at most `sizes` of them.
       sizes: slots of each head.
       slots: of a row's pool; at least the sum of a row's sizes.

@@ -38,7 +38,7 @@ class SnapKV:
     kernel: int = 7  # positions that are pooled; odd
 
     def select(self, prompt: Prompt, budget: Budget) -> Selection:
-        """Keep the observation window and what it votes for."""
+        """Keep the observation window and the tokens that it votes for."""
         sizes = equal_sizes(prompt, budget)
         scores = window_votes(prompt, window=self.window, kernel=self.kernel)
         return Selection(kept=highest(scores, sizes - budget.room), sizes=sizes)
