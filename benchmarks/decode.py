@@ -1,44 +1,32 @@
-"""What decoding one token costs with full caches, with split ones, and in other libraries.
+"""Cost of decoding one token: full caches, split ones, and other libraries.
 
     python -m benchmarks.decode
 
-A Llama of random weights with the attention of a published model decodes token after token behind a
+A Llama of random weights with the attention of a published model decodes token after token after a
 context of random keys and values. All splits of the model are timed in turn, in one process; beside
 each stands the time of its attention part (a model of the same attention and width 2), the bytes of
 its live cache, and the ratio of the bytes that a step has to read at least. transformers and
 kvpress follow at every context, on the same saved weights (see benchmarks.serving.rivals).
 
-A table of its own has one of the splits with the cache in every format
-(benchmarks.serving.decode_kv).
+A second table has one split with the cache in every format; its ratios are against the same split
+in the model's own dtype.
 """
 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import jax.numpy as jnp
 from tqdm import tqdm
 
-from benchmarks.serving import (
-    decode_kv,
-    decode_kv_report,
-    decode_report,
-    floors,
-    shapes,
-    sweep,
-    timing,
-)
-from benchmarks.serving import (
-    variants as serving,
-)
+from benchmarks.serving import floors, report, shapes, sweep, timing, variants
 from benchmarks.serving.decode_parts import StepAndAttention
+from benchmarks.serving.flags import ServingFlags
 from benchmarks.serving.rivals import Rival, RivalError
-from benchmarks.serving.settings import ServingSettings
 from benchmarks.serving.variants import Variant
 from duo_jax import cli, files
-from duo_jax.cache import KVFormat, live_bytes
+from duo_jax.cache import KVFormat, cache_bytes, live_bytes
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
 from duo_jax.reports import machine
@@ -47,7 +35,7 @@ _WARMUP = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeConfig(ServingSettings):
+class DecodeFlags(ServingFlags):
     """Flags of the benchmark."""
 
     contexts: tuple[int, ...] = (1024, 4096, 16384, 32768)
@@ -78,46 +66,44 @@ class DecodeConfig(ServingSettings):
             raise InputError("the table of KV formats needs a fraction of retrieval heads")
 
 
-def main(config: DecodeConfig) -> None:
+def main(flags: DecodeFlags) -> None:
     """Measure, print tables, write them, JSON and pictures."""
-    files.make_folder(config.out.parent)
+    files.make_folder(flags.out.parent)
     extra = {"read_bandwidth": machine.read_bandwidth}
-    if "splits" in config.tables:
-        rows_of = functools.partial(_sweep, config)
-        result = sweep.measure(config, rows_of, module="benchmarks.decode", extra=extra)
-        sweep.publish(result, config.out, decode_report)
-    if "kv" in config.tables:
-        only = dataclasses.replace(config, geometries=(config.kv_geometry,), rivals=())
-        rows_of = functools.partial(_formats, config)
+    if "splits" in flags.tables:
+        rows_of = functools.partial(_splits, flags)
+        result = sweep.measure(flags, rows_of, module="benchmarks.decode", extra=extra)
+        sweep.publish(result, flags.out, report.DECODE)
+    if "kv" in flags.tables:
+        only = dataclasses.replace(flags, geometries=(flags.kv_geometry,), rivals=())
+        rows_of = functools.partial(_formats, flags)
         result = sweep.measure(only, rows_of, module="benchmarks.decode", extra=extra)
-        out = config.out.with_name(f"{config.out.name}_kv")
-        sweep.publish(result, out, decode_kv_report)
+        out = flags.out.with_name(f"{flags.out.name}_kv")
+        sweep.publish(result, out, report.DECODE_KV)
 
 
-def _sweep(
-    config: DecodeConfig,
+def _splits(
+    flags: DecodeFlags,
     geometry: str,
     model: ModelConfig,
     folder: pathlib.Path,
     libraries: list[Rival],
 ) -> Iterator[dict[str, Any]]:
-    """Yield the rows of one model."""
-    params = serving.load_params(folder, model)
-    attention_params = serving.attention_params(model, config.dtype)
-    variants = serving.variants(
-        model, config.retrieval, sink_size=config.sink, recent_size=config.recent
-    )
-    for context in tqdm(config.contexts, desc=geometry, disable=None):
-        rows = _ours(config, context, variants, params, attention_params)
-        rows += [row for rival in libraries for row in _theirs(config, context, variants, rival)]
-        for row in rows:
+    """Yield the rows of one model: its splits, and other libraries."""
+    splits, measure = flags.variants(model), _Model(flags, model, folder)
+    for context in tqdm(flags.contexts, desc=geometry, disable=None):
+        full, *others = measure.rows([(variant, "model") for variant in splits], context)
+        rows = [_compared(row, full) for row in (full, *others)]
+        for row in (row for rival in libraries for row in _theirs(flags, context, splits, rival)):
             if "ms" in row:
-                row["speedup"] = rows[0]["ms"]["median"] / row["ms"]["median"]
+                row["speedup"] = full["ms"]["median"] / row["ms"]["median"]
+            rows.append(row)
+        for row in rows:
             yield {"geometry": geometry, "context": context, **row}
 
 
 def _formats(
-    config: DecodeConfig,
+    flags: DecodeFlags,
     geometry: str,
     model: ModelConfig,
     folder: pathlib.Path,
@@ -125,96 +111,95 @@ def _formats(
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one model, its cache in every format."""
     del libraries
-    full, duo, *_ = serving.variants(
-        model, config.retrieval, sink_size=config.sink, recent_size=config.recent
-    )
-    params = serving.load_params(folder, model)
-    attention_params = serving.attention_params(model, config.dtype)
-    for context in tqdm(config.kv_contexts, desc=f"{geometry}, KV", disable=None):
-        rows = decode_kv.rows(
-            [(full, "model"), (duo, "model"), *((duo, kv) for kv in config.kv)],
-            params,
-            attention_params,
-            context=context,
-            steps=config.steps,
-            dtype=config.dtype,
-        )
+    full, duo, *_ = flags.variants(model)
+    kinds = [(full, "model"), (duo, "model"), *((duo, kv) for kv in flags.kv)]
+    measure = _Model(flags, model, folder)
+    for context in tqdm(flags.kv_contexts, desc=f"{geometry}, KV", disable=None):
+        rows = measure.rows(kinds, context)
+        own = {row["name"]: row for row in rows if row["kv"] == "model"}
         for row in rows:
+            row = _compared(row, own[row["name"]])
+            row["floor"] = row.pop("floor_step_speedup")
+            row["attention_floor"] = row.pop("floor_attention_speedup")
             yield {"geometry": geometry, "context": context, **row}
 
 
-def _ours(
-    config: DecodeConfig, context: int, variants: list[Variant], params, attention_params
-) -> list[dict[str, Any]]:
-    """Measure all splits at one context."""
-    max_len = context + 2 * (1 + config.steps)  # two programs decode into each cache
-    measured = {
-        variant.name: StepAndAttention(
-            variant.config,
-            params,
-            attention_params,
-            context=context,
-            max_len=max_len,
-            dtype=config.dtype,
-        )
-        for variant in variants
-    }
-    calls = {
-        f"{name} {part}": call
-        for name, one in measured.items()
-        for part, call in (("step", one.step), ("attention", one.attention))
-    }
-    for call in calls.values():
-        call()
-    # One step at a time: so gigabytes of weights pass between two steps of an attention part,
-    # which finds its cache in main memory then, as it does within a whole step.
-    seconds = timing.interleaved(calls, rounds=config.steps)
+class _Model:
+    """The parameters of one model, which all of its splits share."""
 
-    rows = []
-    itemsize = jnp.dtype(config.dtype).itemsize
-    for variant in variants:
-        heads, one = variant.config.retrieval_counts, measured[variant.name]
-        rows.append(
+    def __init__(self, flags: DecodeFlags, model: ModelConfig, folder: pathlib.Path) -> None:
+        self._flags = flags
+        self._params = variants.load_params(folder, model)
+        self._attention_params = variants.attention_params(model, flags.dtype)
+
+    def rows(self, kinds: Sequence[tuple[Variant, KVFormat]], context: int) -> list[dict[str, Any]]:
+        """Time splits and formats of the cache in turn at one context; return a row for each."""
+        steps, dtype = self._flags.steps, self._flags.dtype
+        max_len = context + 2 * (1 + steps)  # two programs decode into each cache
+        measured = [
+            StepAndAttention(
+                variant.config,
+                self._params,
+                self._attention_params,
+                context=context,
+                max_len=max_len,
+                dtype=dtype,
+                kv=kv,
+            )
+            for variant, kv in kinds
+        ]
+        calls = {
+            f"{part} {i}": call
+            for i, one in enumerate(measured)
+            for part, call in (("step", one.step), ("attention", one.attention))
+        }
+        for call in calls.values():
+            call()
+        # One step at a time: so gigabytes of weights pass between two steps of an attention part,
+        # which finds its cache in main memory then, as it does within a whole step.
+        seconds = timing.interleaved(calls, rounds=steps)
+        return [
             {
                 "name": variant.name,
+                "kv": kv,
                 "library": "duo_jax",
                 "retrieval": variant.retrieval,
-                "retrieval_heads": heads,
-                "ms": timing.summary(seconds[f"{variant.name} step"], scale=1e3),
-                "attention_ms": timing.summary(seconds[f"{variant.name} attention"], scale=1e3),
-                "cache_bytes": live_bytes(one.cache),
-                "cache_bytes_formula": floors.kv_bytes(
-                    variant.config.architecture,
-                    heads,
-                    retrieval_tokens=max_len,
-                    streaming_tokens=config.sink + config.recent,
-                    itemsize=itemsize,
+                "retrieval_heads": variant.config.retrieval_counts,
+                "ms": timing.summary(seconds[f"step {i}"], scale=1e3),
+                "attention_ms": timing.summary(seconds[f"attention {i}"], scale=1e3),
+                "cache_bytes": live_bytes(measured[i].cache),
+                "cache_bytes_formula": cache_bytes(
+                    variant.config, batch_size=1, max_len=max_len, dtype=dtype, kv=kv
                 ),
-                "in_place": one.in_place,
-                "temp_bytes": one.temp_bytes,
+                "in_place": measured[i].in_place,
+                "temp_bytes": measured[i].temp_bytes,
                 "floor_bytes": floors.decode_bytes(
-                    variant.config.architecture,
-                    heads,
-                    context=context,
-                    ring_slots=config.sink + config.recent,
-                    itemsize=itemsize,
+                    variant.config, context=context, dtype=dtype, kv=kv
                 ),
             }
-        )
-    full = rows[0]
-    for row in rows:
-        row["attention_speedup"] = full["attention_ms"]["median"] / row["attention_ms"]["median"]
-        for part in ("step", "attention"):
-            ratio = full["floor_bytes"][part] / row["floor_bytes"][part]
-            row[f"floor_{part}_speedup"] = ratio
-    return rows
+            for i, (variant, kv) in enumerate(kinds)
+        ]
+
+
+def _compared(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its speed-ups against another one, and the floors of both."""
+    floors = {
+        f"floor_{part}_speedup": base["floor_bytes"][part] / row["floor_bytes"][part]
+        for part in ("step", "attention")
+    }
+    return {
+        **row,
+        "speedup": base["ms"]["median"] / row["ms"]["median"],
+        "attention_speedup": base["attention_ms"]["median"] / row["attention_ms"]["median"],
+        **floors,
+    }
 
 
 def _theirs(
-    config: DecodeConfig, context: int, variants: list[Variant], rival: Rival
+    flags: DecodeFlags, context: int, splits: list[Variant], rival: Rival
 ) -> Iterator[dict[str, Any]]:
     """Measure a library at one context."""
-    common = {"context": context, "warmup": _WARMUP, "steps": config.rival_steps}
+    common = {"context": context, "warmup": _WARMUP, "steps": flags.rival_steps}
     if rival.library == "transformers":
         requests = {
             f"transformers, {cache}": {"cache": cache} for cache in ("DynamicCache", "StaticCache")
@@ -223,10 +208,10 @@ def _theirs(
         requests = {
             f"kvpress {variant.retrieval:.0%}": {
                 "retrieval_heads": variant.config.retrieval_counts,
-                "sink": config.sink,
-                "recent": config.recent,
+                "sink": flags.sink,
+                "recent": flags.recent,
             }
-            for variant in variants[1:]
+            for variant in splits[1:]
         }
     for name, request in requests.items():
         try:
@@ -245,7 +230,7 @@ def _theirs(
 if __name__ == "__main__":
     cli.run(
         main,
-        DecodeConfig,
+        DecodeFlags,
         prog="python -m benchmarks.decode",
         description=__doc__.split("\n\n")[0],
     )

@@ -1,4 +1,4 @@
-"""What reading a prompt costs with full caches, with split ones, and in other libraries.
+"""Cost of reading a prompt: full caches, split ones, and other libraries.
 
     python -m benchmarks.prefill
 
@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.serving import floors, prefill_report, sweep, timing
-from benchmarks.serving import variants as serving
+from benchmarks.serving import floors, report, sweep, timing, variants
+from benchmarks.serving.flags import ServingFlags
 from benchmarks.serving.rivals import Rival, RivalError
-from benchmarks.serving.settings import ServingSettings
 from benchmarks.serving.variants import Reader, Variant
 from duo_jax import cli, files
 from duo_jax.cache import live_bytes
@@ -31,7 +30,7 @@ from duo_jax.session.runtime import Runtime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillConfig(ServingSettings):
+class PrefillFlags(ServingFlags):
     """Flags of the benchmark."""
 
     lengths: tuple[int, ...] = (1024, 4096, 16384)
@@ -59,29 +58,26 @@ class PrefillConfig(ServingSettings):
             raise InputError("lengths, chunk and rounds must be at least 1")
 
 
-def main(config: PrefillConfig) -> None:
+def main(flags: PrefillFlags) -> None:
     """Measure, print a table, write it, JSON and a picture."""
-    files.make_folder(config.out.parent)
-    rows_of = functools.partial(_sweep, config)
-    result = sweep.measure(config, rows_of, module="benchmarks.prefill", extra={})
-    sweep.publish(result, config.out, prefill_report)
+    files.make_folder(flags.out.parent)
+    rows_of = functools.partial(_rows, flags)
+    result = sweep.measure(flags, rows_of, module="benchmarks.prefill", extra={})
+    sweep.publish(result, flags.out, report.PREFILL)
 
 
-def _sweep(
-    config: PrefillConfig,
+def _rows(
+    flags: PrefillFlags,
     geometry: str,
     model: ModelConfig,
     folder: pathlib.Path,
     libraries: list[Rival],
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of one model."""
-    params = serving.load_params(folder, model)
-    variants = serving.variants(
-        model, config.retrieval, sink_size=config.sink, recent_size=config.recent
-    )
-    for length in tqdm(config.lengths, desc=geometry, disable=None):
-        rows = _ours(config, length, variants, params)
-        rows += [row for rival in libraries for row in _theirs(config, length, variants, rival)]
+    params, splits = variants.load_params(folder, model), flags.variants(model)
+    for length in tqdm(flags.lengths, desc=geometry, disable=None):
+        rows = _ours(flags, length, splits, params)
+        rows += [row for rival in libraries for row in _theirs(flags, length, splits, rival)]
         for row in rows:
             if "seconds" in row:
                 row["speedup"] = rows[0]["seconds"]["median"] / row["seconds"]["median"]
@@ -89,26 +85,26 @@ def _sweep(
 
 
 def _ours(
-    config: PrefillConfig, length: int, variants: list[Variant], params: dict[str, Any]
+    flags: PrefillFlags, length: int, splits: list[Variant], params: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Measure all splits at one length."""
-    vocab_size = variants[0].config.architecture.vocab_size
+    vocab_size = splits[0].config.architecture.vocab_size
     tokens = np.random.default_rng(length).integers(0, vocab_size, length, np.int32)
     readers = {
         variant.name: Reader(
             variant.config,
             params,
             tokens,
-            chunk=config.chunk,
-            mode=config.mode,
-            dtype=config.dtype,
+            chunk=flags.chunk,
+            mode=flags.mode,
+            dtype=flags.dtype,
         )
-        for variant in variants
+        for variant in splits
     }
     # Programs are compiled before; a run to warm up would cost as much as a round. The median of
     # three does not mind a slow first one.
     calls = {name: reader.read for name, reader in readers.items()}
-    seconds = timing.interleaved(calls, rounds=config.rounds)
+    seconds = timing.interleaved(calls, rounds=flags.rounds)
     rows = [
         {
             "name": variant.name,
@@ -118,15 +114,9 @@ def _ours(
             "seconds": timing.summary(seconds[variant.name]),
             "cache_bytes": live_bytes(readers[variant.name].cache),
             "temp_bytes": readers[variant.name].temp_bytes,
-            "floor_flops": floors.prefill_flops(
-                variant.config.architecture,
-                variant.config.retrieval_counts,
-                length=length,
-                sink_size=config.sink,
-                recent_size=config.recent,
-            ),
+            "floor_flops": floors.prefill_flops(variant.config, length=length),
         }
-        for variant in variants
+        for variant in splits
     ]
     for row in rows:
         row["floor_speedup"] = rows[0]["floor_flops"]["all"] / row["floor_flops"]["all"]
@@ -134,7 +124,7 @@ def _ours(
 
 
 def _theirs(
-    config: PrefillConfig, length: int, variants: list[Variant], rival: Rival
+    flags: PrefillFlags, length: int, splits: list[Variant], rival: Rival
 ) -> Iterator[dict[str, Any]]:
     """Measure a library at one length."""
     requests: dict[str, dict[str, Any]] = {"transformers, DynamicCache": {}}
@@ -142,16 +132,16 @@ def _theirs(
         requests = {
             f"kvpress {variant.retrieval:.0%}": {
                 "retrieval_heads": variant.config.retrieval_counts,
-                "sink": config.sink,
-                "recent": config.recent,
+                "sink": flags.sink,
+                "recent": flags.recent,
             }
-            for variant in variants[1:2]  # it reads a prompt alike for every split
+            for variant in splits[1:2]  # it reads a prompt alike for every split
         }
     for name, request in requests.items():
         try:
             answers = [
                 rival.measure("prefill", length=length, **request)
-                for _ in range(config.rival_rounds)
+                for _ in range(flags.rival_rounds)
             ]
         except RivalError as error:
             yield {"skipped": f"{name} at {length:,} tokens: {error}"}
@@ -167,7 +157,7 @@ def _theirs(
 if __name__ == "__main__":
     cli.run(
         main,
-        PrefillConfig,
+        PrefillFlags,
         prog="python -m benchmarks.prefill",
         description=__doc__.split("\n\n")[0],
     )

@@ -14,8 +14,7 @@ from benchmarks.gpu import memory, models
 from benchmarks.gpu.models import Published
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.tables import Table
-from benchmarks.serving import floors, timing
-from benchmarks.serving import variants as serving
+from benchmarks.serving import floors, timing, variants
 from duo_jax.cache import cache_shapes
 from kernels.aot import COMPILER_OPTIONS
 
@@ -43,11 +42,11 @@ class Decoding(Program):
         read = sum(self._floor_bytes(context) for context in self.contexts)
         return steps * read / self.settings.bytes_per_second
 
-    def compile(self) -> serving.Decoder:
+    def compile(self) -> variants.Decoder:
         empty = cache_shapes(
             self.variant.config, batch_size=1, max_len=self.max_len, dtype=self.settings.dtype
         )
-        return serving.Decoder(
+        return variants.Decoder(
             self.variant.config,
             models.param_shapes(self.published.model, self.settings.dtype),
             empty,
@@ -55,12 +54,12 @@ class Decoding(Program):
             compiler_options=COMPILER_OPTIONS,
         )
 
-    def measure(self, compiled: serving.Decoder, params: dict[str, Any], table: Table) -> None:
+    def measure(self, compiled: variants.Decoder, params: dict[str, Any], table: Table) -> None:
         """Add a row per context."""
         settings, config = self.settings, self.variant.config
         watch = memory.Watch()
         compiled.params = params
-        cache = serving.filled_cache(
+        cache = variants.filled_cache(
             config, context=max(self.contexts), max_len=self.max_len, dtype=settings.dtype
         )
 
@@ -91,14 +90,9 @@ class Decoding(Program):
 
     def _floor_bytes(self, context: int) -> int:
         """Return the bytes that a step at `context` tokens must move."""
-        config = self.variant.config
-        return floors.decode_bytes(
-            config.architecture,
-            config.retrieval_counts,
-            context=context,
-            ring_slots=config.ring_slots,
-            itemsize=jnp.dtype(self.settings.dtype).itemsize,
-        )["step"]
+        return floors.decode_bytes(self.variant.config, context=context, dtype=self.settings.dtype)[
+            "step"
+        ]
 
 
 def compare(published: Published, rows: Sequence[dict[str, Any]]) -> None:

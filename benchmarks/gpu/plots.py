@@ -5,17 +5,13 @@ import pathlib
 from typing import Any
 
 from benchmarks.gpu.tables import Table
-from benchmarks.serving import charts
 
 
 def draw(tables: dict[str, Table], folder: pathlib.Path, *, title: str) -> str:
     """Write report.png, a panel for each table there is; say what was done."""
     if importlib.util.find_spec("matplotlib") is None:
         return "no picture: matplotlib is not installed"
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from duo_jax.reports import figures
 
     kernels, decoding = (
         [row for row in tables[name].rows if wanted in row] if name in tables else []
@@ -25,15 +21,13 @@ def draw(tables: dict[str, Table], folder: pathlib.Path, *, title: str) -> str:
     if not panels:
         return "no picture: nothing was measured"
     heights = [max(3.0, 0.22 * len(rows)) if panel is _kernels else 5.0 for panel, rows in panels]
-    figure, axes = plt.subplots(
-        len(panels), figsize=(9, sum(heights)), height_ratios=heights, layout="constrained",
-        squeeze=False,
-    )  # fmt: skip
+    figure, axes = figures.new_figure(
+        9.0, sum(heights), nrows=len(panels), height_ratios=heights, squeeze=False
+    )
     for (panel, rows), one in zip(panels, axes[:, 0], strict=True):
         panel(one, rows)
     figure.suptitle(title, fontsize=9)
-    figure.savefig(folder / "report.png", dpi=130)
-    plt.close(figure)
+    figures.save(figure, folder / "report.png", dpi=130)
     return "picture: report.png"
 
 
@@ -50,6 +44,8 @@ def _kernels(axes: Any, rows: list[dict[str, Any]]) -> None:
 
 def _decode(axes: Any, rows: list[dict[str, Any]]) -> None:
     """Draw milliseconds per token over the context."""
+    from benchmarks.serving import report
+
     for name in dict.fromkeys((row["model"], row["name"]) for row in rows):
         mine = [row for row in rows if (row["model"], row["name"]) == name]
         mine.sort(key=lambda row: row["context"])
@@ -59,7 +55,7 @@ def _decode(axes: Any, rows: list[dict[str, Any]]) -> None:
             "o-" if name[1] == "duo" else "s--",
             label=" ".join(name),
         )
-    charts.token_axis(axes, [row["context"] for row in rows])
+    report.token_axis(axes, [row["context"] for row in rows])
     axes.tick_params(axis="x", rotation=60, labelsize=7)
     axes.set_xlabel("tokens in the cache")
     axes.set_ylabel("ms per token")

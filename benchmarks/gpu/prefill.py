@@ -13,8 +13,7 @@ from benchmarks.gpu import memory, models
 from benchmarks.gpu.models import Published
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.tables import Table
-from benchmarks.serving import floors, timing
-from benchmarks.serving import variants as serving
+from benchmarks.serving import floors, timing, variants
 from kernels.aot import COMPILER_OPTIONS
 
 
@@ -32,26 +31,19 @@ class Prefill(Program):
 
     def floor(self) -> float:
         """Return the operations that the prompt takes at least, 2 per multiply-add."""
-        config = self.variant.config
-        return floors.prefill_flops(
-            config.architecture,
-            config.retrieval_counts,
-            length=self.published.prompt,
-            sink_size=config.sink_size,
-            recent_size=config.recent_size,
-        )["all"]
+        return floors.prefill_flops(self.variant.config, length=self.published.prompt)["all"]
 
     def expected_seconds(self, table: Table) -> float:
         """Return the time at the rate of the slowest prompt so far."""
         rates = [row["flops_per_second"] for row in table.rows if "flops_per_second" in row]
         return self.floor() / min(rates or [self.settings.flops_per_second])
 
-    def compile(self) -> serving.Reader:
+    def compile(self) -> variants.Reader:
         model = self.published.model
         tokens = np.random.default_rng(0).integers(
             0, model.vocab_size, self.published.prompt, np.int32
         )
-        return serving.Reader(
+        return variants.Reader(
             self.variant.config,
             models.param_shapes(model, self.settings.dtype),
             tokens,
@@ -62,7 +54,7 @@ class Prefill(Program):
             compiler_options=COMPILER_OPTIONS,
         )
 
-    def measure(self, compiled: serving.Reader, params: dict[str, Any], table: Table) -> None:
+    def measure(self, compiled: variants.Reader, params: dict[str, Any], table: Table) -> None:
         """Add the row; a prompt that takes little of the time is read up to three times."""
         watch = memory.Watch()
         compiled.params = params

@@ -6,15 +6,14 @@ from typing import Any
 import jax
 from jax.typing import DTypeLike
 
-from benchmarks.serving import shapes
-from benchmarks.serving import variants as serving
+from benchmarks.serving import shapes, variants
 from benchmarks.serving.variants import Decoder
 from duo_jax.cache import Cache
 from duo_jax.heads.split import DuoConfig
 
 
 class StepAndAttention:
-    """Decodes token after token behind a context of random keys and values.
+    """Decodes token after token after a context of random keys and values.
 
     Args:
       config: the split model.
@@ -37,7 +36,7 @@ class StepAndAttention:
         dtype: DTypeLike,
         kv: str = "model",
     ) -> None:
-        self.cache = serving.filled_cache(
+        self.cache = variants.filled_cache(
             config, context=context, max_len=max_len, dtype=dtype, kv=kv
         )
         only = dataclasses.replace(config, architecture=shapes.attention_only(config.architecture))

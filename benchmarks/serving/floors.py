@@ -7,97 +7,55 @@ two floors, full to split, is what the split saves; the ratio of times comes out
 saved part is the slower one per byte or operation, as attention is on a CPU.
 """
 
-from collections.abc import Sequence
+import functools
 
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import tensor_names
-from duo_jax.model.config import ModelConfig
-
-
-def weight_bytes(model: ModelConfig, *, itemsize: int) -> int:
-    """Return the bytes of all weights that one decode step reads: one row of the embedding."""
-    read = sum(
-        model.embed_size if tensor.name == "model.embed_tokens.weight" else tensor.size
-        for tensor in tensor_names.tensors(model)
-    )
-    if model.tie_embeddings:  # the table is then the output projection as well
-        read += model.vocab_size * model.embed_size
-    return itemsize * read
-
-
-def kv_bytes(
-    model: ModelConfig,
-    retrieval_counts: Sequence[int],
-    *,
-    retrieval_tokens: int,
-    streaming_tokens: int,
-    itemsize: int,
-) -> int:
-    """Return the bytes of keys and values of one row.
-
-    Args:
-      model: the model.
-      retrieval_counts: KV heads with a full cache, per layer.
-      retrieval_tokens: tokens that each of them holds.
-      streaming_tokens: tokens that each of the others holds.
-      itemsize: bytes of a value.
-    """
-    tokens = sum(
-        heads * retrieval_tokens + (model.num_kv_heads - heads) * streaming_tokens
-        for heads in retrieval_counts
-    )
-    return 2 * itemsize * model.head_dim * tokens
+from duo_jax.heads.split import DuoConfig
+from duo_jax.plan import estimate
+from duo_jax.plan.estimate import Estimate, Workload
+from duo_jax.plan.settings import Setting
 
 
 def decode_bytes(
-    model: ModelConfig,
-    retrieval_counts: Sequence[int],
-    *,
-    context: int,
-    ring_slots: int,
-    itemsize: int,
+    config: DuoConfig, *, context: int, dtype: DTypeLike, kv: KVFormat = "model"
 ) -> dict[str, int]:
     """Return the bytes that one step reads at `context` cached tokens: all, and its attention's."""
-    attention = kv_bytes(
-        model,
-        retrieval_counts,
-        retrieval_tokens=context,
-        streaming_tokens=min(context, ring_slots),
-        itemsize=itemsize,
-    )
-    return {
-        "step": weight_bytes(model, itemsize=itemsize) + attention,
-        "attention": attention,
-    }
+    counted = _estimate(config, jnp.dtype(dtype).name, kv)
+    attention = counted.cache_read(context)
+    return {"step": counted.weights_read + attention, "attention": attention}
 
 
-def prefill_flops(
-    model: ModelConfig,
-    retrieval_counts: Sequence[int],
-    *,
-    length: int,
-    sink_size: int,
-    recent_size: int,
-) -> dict[str, float]:
+@functools.cache
+def _estimate(config: DuoConfig, dtype: str, kv: KVFormat) -> Estimate:
+    return estimate.estimate(Workload(config=config, dtype=dtype), Setting(duo=True, kv=kv))
+
+
+def prefill_flops(config: DuoConfig, *, length: int) -> dict[str, float]:
     """Count the operations of reading `length` tokens, 2 per multiply-add, in "exact" mode.
 
-    Attention counts visible (query, key) pairs only: i + 1 of them for query i of a retrieval head,
-    at most sink_size + recent_size for a streaming head. The output projection runs once, after the
-    last token.
+    "linear" are the projections of the layers. Attention counts visible (query, key) pairs only:
+    i + 1 of them for query i of a retrieval head, at most ring_slots for a streaming head. The
+    output projection runs once, after the last token, and counts in "all" only.
     """
-    linear = sum(
+    model, ring_slots = config.architecture, config.ring_slots
+    weights = sum(
         tensor.size
         for tensor in tensor_names.tensors(model)
         if tensor.layer is not None and tensor.path[-1] == "kernel"
     )
-    ring_slots = sink_size + recent_size
     filling = min(length, ring_slots)
     streaming_pairs = filling * (filling + 1) // 2 + (length - filling) * ring_slots
     full_pairs = length * (length + 1) // 2
     pairs = sum(
         heads * full_pairs + (model.num_kv_heads - heads) * streaming_pairs
-        for heads in retrieval_counts
+        for heads in config.retrieval_counts
     )
     per_pair = 4 * model.head_dim * model.q_per_kv  # q.k and p.v, of every query head of the group
     attention = float(per_pair * pairs)
     last = 2.0 * model.embed_size * model.vocab_size
-    return {"all": 2.0 * length * linear + attention + last, "attention": attention}
+    linear = 2.0 * length * weights
+    return {"all": linear + attention + last, "linear": linear, "attention": attention}

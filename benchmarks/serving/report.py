@@ -100,7 +100,7 @@ def _draw_splits(report: Report, result: Result) -> Any:
 def _draw_formats(report: Report, result: Result) -> Any:
     """Draw the time of the attention part, and beside it the bytes of the cache."""
     rows = result["rows"]
-    figure, (times, sizes) = figures.new_figure(11, 4.5, ncols=2)
+    figure, (times, sizes) = figures.new_figure(11.0, 4.5, ncols=2)
     for name, kv in dict.fromkeys((row["name"], row["kv"]) for row in rows):
         mine = [row for row in rows if (row["name"], row["kv"]) == (name, kv)]
         tokens, label = [row[report.axis] for row in mine], f"{name}, {kv}"

@@ -4,12 +4,12 @@ import json
 import pathlib
 import time
 from collections.abc import Callable, Iterator
-from types import ModuleType
 from typing import Any
 
 from benchmarks.serving import random_model
+from benchmarks.serving.flags import ServingFlags
+from benchmarks.serving.report import Report
 from benchmarks.serving.rivals import Rival, running
-from benchmarks.serving.settings import ServingSettings
 from duo_jax import files
 from duo_jax.model.config import ModelConfig
 from duo_jax.reports import machine
@@ -18,12 +18,12 @@ Rows = Callable[[str, ModelConfig, pathlib.Path, list[Rival]], Iterator[dict[str
 
 
 def measure(
-    config: ServingSettings, rows_of: Rows, *, module: str, extra: dict[str, Callable[[], Any]]
+    flags: ServingFlags, rows_of: Rows, *, module: str, extra: dict[str, Callable[[], Any]]
 ) -> dict[str, Any]:
     """Measure every geometry, ours and the rivals on the same saved weights.
 
     Args:
-      config: the benchmark's flags.
+      flags: the benchmark's flags.
       rows_of: yields the rows of one model; a row with "skipped" is a line about what was not
         measured.
       module: what `python -m` was given.
@@ -31,11 +31,11 @@ def measure(
     """
     began, environment = time.monotonic(), machine.environment()
     rows, skipped, versions = [], [], {}
-    for geometry in config.geometries:
-        model = config.model(geometry)
-        folder = random_model.ensure_folder(model, config.models, dtype=config.dtype)
+    for geometry in flags.geometries:
+        model = flags.model(geometry)
+        folder = random_model.ensure_folder(model, flags.models, dtype=flags.dtype)
         with running(
-            config.rivals, folder, dtype=config.dtype, kvpress_python=config.kvpress_python
+            flags.rivals, folder, dtype=flags.dtype, kvpress_python=flags.kvpress_python
         ) as (libraries, lines):
             skipped += [line for line in lines if line not in skipped]
             versions |= {rival.library: rival.versions for rival in libraries}
@@ -46,7 +46,7 @@ def measure(
                     rows.append(row)
     return {
         "command": machine.command(module),
-        "settings": machine.to_json(config),
+        "settings": machine.to_json(flags),
         **environment,
         **{name: measured() for name, measured in extra.items()},
         "rival_versions": versions,
@@ -56,16 +56,10 @@ def measure(
     }
 
 
-def publish(result: dict[str, Any], out: pathlib.Path, report: ModuleType) -> None:
+def publish(result: dict[str, Any], out: pathlib.Path, report: Report) -> None:
     """Write .json, .md and .png, and print the table."""
     files.write_text(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
     report.plot(result, out.with_suffix(".png"))
     table = report.to_markdown(result)
     files.write_text(out.with_suffix(".md"), table + "\n")
     print(table)
-
-
-def longest(result: dict[str, Any], axis: str) -> dict[str, Any]:
-    """Return a result with the rows of its largest `axis` ("context" or "length") only."""
-    most = max(row[axis] for row in result["rows"])
-    return result | {"rows": [row for row in result["rows"] if row[axis] == most]}

@@ -102,10 +102,12 @@ class Estimate:
           context: tokens in every row's cache.
           bandwidth: bytes per second of the GPU's memory.
         """
-        parts = self.parts(context)
-        filled = min(1.0, context / self.config.ring_slots)
-        read = self.weights_read + parts.full_cache + filled * parts.streaming_cache
-        return read / bandwidth
+        return (self.weights_read + self.cache_read(context)) / bandwidth
+
+    def cache_read(self, context: int) -> int:
+        """Return the bytes of keys and values that a decode step reads at `context` tokens."""
+        parts, slots = self.parts(context), self.config.ring_slots
+        return parts.full_cache + parts.streaming_cache * min(context, slots) // slots
 
 
 def estimate(workload: Workload, setting: Setting) -> Estimate:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from benchmarks import decode, prefill
-from benchmarks.serving import floors, random_model, shapes, timing
-from benchmarks.serving import variants as serving
+from benchmarks.serving import floors, random_model, shapes, timing, variants
 from benchmarks.serving.rivals import running
 from duo_jax import serve
 from duo_jax.cache import init_cache
+from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama
 from kernels import masks
 
@@ -44,22 +44,29 @@ def test_splits_keep_exactly_the_fraction_and_layers_differ(fraction):
     assert len(set(counts)) > 1
 
 
+def split(model, counts, sink=3, recent=8):
+    return DuoConfig(
+        architecture=model, retrieval_counts=counts, sink_size=sink, recent_size=recent
+    )
+
+
 def test_bytes_of_a_step_are_those_of_weights_and_visible_keys():
     model = small_model()
     params = llama.init_params(model, jax.random.key(0))
     table = params.pop("embed_tokens")["embedding"]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + table[0].nbytes
-    assert floors.weight_bytes(model, itemsize=4) == weights
-
-    tied = dataclasses.replace(model, tie_embeddings=True)
-    assert floors.weight_bytes(tied, itemsize=4) == weights  # the table replaces the projection
 
     # 2 KV heads per layer: 1 + 0 of them keep 50 tokens, the others 11.
-    count = floors.decode_bytes(model, (1, 0), context=50, ring_slots=11, itemsize=4)
+    count = floors.decode_bytes(split(model, (1, 0)), context=50, dtype="float32")
     assert count["attention"] == (50 + 3 * 11) * 2 * 128 * 4
     assert count["step"] == count["attention"] + weights
-    short = floors.decode_bytes(model, (1, 0), context=7, ring_slots=11, itemsize=4)
+    short = floors.decode_bytes(split(model, (1, 0)), context=7, dtype="float32")
     assert short["attention"] == 4 * 7 * 2 * 128 * 4
+
+    tied = dataclasses.replace(model, tie_embeddings=True)
+    count = floors.decode_bytes(split(tied, (1, 0)), context=50, dtype="float32")
+    # The table takes the place of the projection, and the row that is looked up is one of it.
+    assert count["step"] == count["attention"] + weights - table[0].nbytes
 
 
 @pytest.mark.parametrize("length", [5, 11, 50])
@@ -68,18 +75,19 @@ def test_operations_of_prefill_are_those_of_the_visible_pairs(length):
     positions = jnp.arange(length)
     full = int(masks.causal(positions, positions).sum())
     streaming = int(masks.streaming(positions, positions, sink_size=3, recent_size=8).sum())
-    count = floors.prefill_flops(model, (1, 0), length=length, sink_size=3, recent_size=8)
+    count = floors.prefill_flops(split(model, (1, 0)), length=length)
     assert count["attention"] == 4 * 128 * 4 * (full + 3 * streaming)  # 4 query heads per KV head
     per_layer = 64 * 128 * (8 + 2 + 2 + 8) + 3 * 64 * model.mlp_size
     last = 2 * 64 * model.vocab_size
-    assert count["all"] == count["attention"] + 2 * length * 2 * per_layer + last
+    assert count["linear"] == 2 * length * 2 * per_layer
+    assert count["all"] == count["attention"] + count["linear"] + last
 
 
 def test_attention_only_has_the_cache_of_the_model_and_hardly_any_weights():
     model = shapes.model_config("gqa", layers=4)
     only = shapes.attention_only(model)
     counts = [
-        floors.decode_bytes(m, (8,) * 4, context=1024, ring_slots=384, itemsize=4)
+        floors.decode_bytes(split(m, (8,) * 4, 128, 256), context=1024, dtype="float32")
         for m in (model, only)
     ]
     assert counts[0]["attention"] == counts[1]["attention"]
@@ -122,10 +130,10 @@ def test_folder_is_the_same_model_here_and_in_transformers(tmp_path):
     with torch.inference_mode():
         expected = theirs(torch.tensor(tokens).long()).logits[:, -1].numpy()
 
-    (full,) = serving.variants(model, (), sink_size=4, recent_size=4)
+    (full,) = variants.variants(model, (), sink_size=4, recent_size=4)
     logits, _ = serve.prefill(
         full.config,
-        serving.load_params(folder, model),
+        variants.load_params(folder, model),
         init_cache(full.config, batch_size=1, max_len=20),
         jnp.asarray(tokens),
         jnp.array([20]),
@@ -135,10 +143,10 @@ def test_folder_is_the_same_model_here_and_in_transformers(tmp_path):
 
 def test_every_reading_starts_at_the_beginning(tmp_path):
     model = small_model()
-    params = serving.load_params(random_model.ensure_folder(model, tmp_path), model)
-    _, duo = serving.variants(model, (0.5,), sink_size=4, recent_size=4)
+    params = variants.load_params(random_model.ensure_folder(model, tmp_path), model)
+    _, duo = variants.variants(model, (0.5,), sink_size=4, recent_size=4)
     tokens = np.arange(20, dtype=np.int32)
-    reader = serving.Reader(duo.config, params, tokens, chunk=8, mode="exact", dtype="float32")
+    reader = variants.Reader(duo.config, params, tokens, chunk=8, mode="exact", dtype="float32")
     reader.read()
     once = [np.array(leaf) for leaf in jax.tree.leaves(reader.cache)]
     reader.read()
@@ -148,7 +156,7 @@ def test_every_reading_starts_at_the_beginning(tmp_path):
 
 
 def test_smallest_decode_run(tmp_path, capsys):
-    config = decode.DecodeConfig(
+    config = decode.DecodeFlags(
         contexts=(600,), geometries=("gqa",), layers=1, embed=64, q_heads=32, sink=16, recent=32,
         steps=3, rivals=("kvpress",), kvpress_python=NO_KVPRESS, models=tmp_path / "models",
         out=tmp_path / "decode", tables=("splits",),
@@ -175,7 +183,7 @@ def test_smallest_decode_run(tmp_path, capsys):
 
 
 def test_smallest_run_of_cache_formats(tmp_path, capsys):
-    config = decode.DecodeConfig(
+    config = decode.DecodeFlags(
         kv_contexts=(600,), kv=("bf16", "int4", "int2"), layers=1, embed=64, q_heads=8, sink=16,
         recent=32, steps=2, models=tmp_path / "models", out=tmp_path / "decode", tables=("kv",),
     )  # fmt: skip
@@ -201,7 +209,7 @@ def test_smallest_run_of_cache_formats(tmp_path, capsys):
 
 
 def test_smallest_prefill_run(tmp_path, capsys):
-    config = prefill.PrefillConfig(
+    config = prefill.PrefillFlags(
         lengths=(100,), chunk=64, geometries=("mha",), layers=1, embed=64, q_heads=4, sink=4,
         recent=8, rounds=1, rivals=(), models=tmp_path / "models", out=tmp_path / "prefill",
     )  # fmt: skip

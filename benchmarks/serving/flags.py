@@ -4,14 +4,15 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from benchmarks.serving import shapes
+from benchmarks.serving import shapes, variants
 from benchmarks.serving.rivals import KVPRESS_PYTHON, Library
+from benchmarks.serving.variants import Variant
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServingSettings:
+class ServingFlags:
     """Which models, which splits, which other libraries."""
 
     geometries: tuple[shapes.Geometry, ...] = ("gqa", "mha")
@@ -47,4 +48,10 @@ class ServingSettings:
         """Return the model of one geometry."""
         return shapes.model_config(
             geometry, layers=self.layers, embed=self.embed, q_heads=self.q_heads
+        )
+
+    def variants(self, model: ModelConfig) -> list[Variant]:
+        """Return the model with full caches, then its splits."""
+        return variants.variants(
+            model, self.retrieval, sink_size=self.sink, recent_size=self.recent
         )
