@@ -239,14 +239,6 @@ def test_streamed_pieces_are_the_text(model, text):
     assert "".join(pieces) == text
 
 
-def test_a_text_is_as_long_as_asked(model):
-    conversation = model.conversation()
-    conversation.append(TEXT)
-    before = conversation.num_tokens
-    conversation.generate(max_new_tokens=7)
-    assert conversation.num_tokens == before + 7
-
-
 @pytest.mark.parametrize("width", [1, 5])
 def test_a_stop_string_is_cut_off_and_nothing_follows_it(model, text, width):
     windows = [text[i : i + width] for i in range(len(text) - width + 1)]
@@ -292,18 +284,6 @@ def test_text_of_many_bytes_streams_in_whole_characters(model, monkeypatch):
     assert pieces == ["", "é", "", "", "", "😀", "", "é", ""]
     [cut_off] = endless.generate([TEXT], max_new_tokens=10)
     assert cut_off == "é😀é\N{REPLACEMENT CHARACTER}"
-
-
-def test_seeds_decide_draws(model):
-    def write(**settings):
-        return model.generate([TEXT], max_new_tokens=30, temperature=1.0, **settings)
-
-    assert write() == write(seed=0)
-    assert write() != write(seed=1)
-    assert write(top_k=1) == model.generate([TEXT], max_new_tokens=30)
-    assert (
-        "".join(model.stream(TEXT, max_new_tokens=30, temperature=1.0, seed=1)) == write(seed=1)[0]
-    )
 
 
 def test_progress_counts_the_tokens_of_the_prompt(model):

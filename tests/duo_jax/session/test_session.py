@@ -84,12 +84,6 @@ def test_segments_do_not_change_the_tokens(runtime, segment):
     assert read_and_write(runtime, prompt(20), segment=segment, **settings) == whole
 
 
-def test_a_batch_of_ragged_prompts_equals_each_alone(runtime):
-    prompts = [prompt(35), prompt(3, seed=1), prompt(17, seed=2)]
-    together = read_and_write(runtime, *prompts)
-    assert together == [read_and_write(runtime, p)[0] for p in prompts]
-
-
 def test_seeds_decide_the_draws(runtime):
     hot = SamplingConfig(temperature=2.0)
     first = read_and_write(runtime, prompt(9), prompt(9), sampling=hot, seed=1)
@@ -128,34 +122,6 @@ def test_a_caller_can_end_a_row(runtime):
         ended.add(1)
     assert counts == [10, 1]
     assert [len(row) for row in session.tokens] == [15, 8]
-
-
-def test_appending_equals_reading_at_once(runtime):
-    text, question = prompt(40), prompt(7, seed=1)
-    session = Session(runtime)
-    session.append([text])
-    answer = write(session)[0]
-    session.append([question])
-    second = write(session)[0]
-    at_once = read_and_write(runtime, [*text, *answer, *question])
-    assert [second] == at_once
-    assert session.tokens == [[*text, *answer, *question, *second]]
-
-
-def test_a_second_question_costs_only_its_own_tokens(runtime):
-    session = Session(runtime)
-    session.append([prompt(60)])
-    write(session)
-    before = session.timing.prefill_tokens
-    session.append([prompt(7, seed=1)])
-    assert session.timing.prefill_tokens - before == 7 + 1  # the last answered token was not read
-
-
-def test_writing_goes_on_where_it_ended(runtime):
-    session = Session(runtime)
-    session.append([prompt(30)])
-    parts = write(session, 5)[0] + write(session, 7)[0]
-    assert [parts] == read_and_write(runtime, prompt(30))
 
 
 def test_rows_may_be_appended_to_unevenly(runtime):
@@ -266,8 +232,6 @@ def test_impossible_sessions(runtime):
         Session(runtime, batch_size=0)
     with pytest.raises(InputError, match="cache of 0 tokens"):
         Session(runtime, max_len=0)
-    with pytest.raises(InputError, match="max_new_tokens 0"):
-        next(Session(runtime).decode(max_new_tokens=0))
     with pytest.raises(InputError, match="nothing has been read"):
         Session(runtime).snapshot()
     with pytest.raises(InputError, match="1 rows of tokens for a session of 2"):
