@@ -26,7 +26,7 @@ streaming heads only its first and latest tokens.
 
 Without flags this asks the demo model that ships with duo_jax for a passkey hidden in a text.
 """
-_DEMO_PROMPT = "prompt.txt"  # a model that brings a prompt answers it when none is given
+_DEMO_PROMPT = "prompt.txt"  # in a model's folder: its prompt where none is given
 _SHOWN = 20  # characters of it that are shown, and the rest of their line
 
 

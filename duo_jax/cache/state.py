@@ -1,4 +1,4 @@
-"""The two KV caches of a split model: full caches, and rings behind their sinks.
+"""The two KV caches of a split model: full caches, and sinks with a ring.
 
 Both are laid out [batch, kv_heads, slots, head_dim], the order in which decoding reads them: the
 tokens of one head lie together. A retrieval head keeps position p in slot p. A streaming head has

@@ -48,7 +48,7 @@ AttendPart = Callable[[Queries, NewKV, NewKV, KVCache], tuple[Queries, KVCache]]
 @pytree.register
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerInput:
-    """What a layer's attention gets besides queries, keys and values."""
+    """A layer's cache, and the place of the new tokens in it."""
 
     cache: LayerCache
     lengths: Int[Array, " batch"]  # tokens before these

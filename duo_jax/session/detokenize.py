@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: whole characters only, up to a stop string."""
+"""Detokenisation of a stream of tokens: whole characters only, up to a stop string."""
 
 import re
 from collections.abc import Sequence

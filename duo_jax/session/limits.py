@@ -11,7 +11,7 @@ _SMALLEST_CACHE = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a model, and a cache of a chosen size, can hold."""
+    """Limits set by the model, and by the cache if its size is fixed."""
 
     architecture: ModelConfig
     max_len: int | None  # slots of the cache; None: as many as the rows need

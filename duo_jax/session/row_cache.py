@@ -1,4 +1,4 @@
-"""The cache behind a session: it holds a prefix of every row and reads what it lacks, in chunks."""
+"""The cache of a session: it holds a prefix of every row, and reads what it lacks in chunks."""
 
 from collections.abc import Callable, Sequence
 

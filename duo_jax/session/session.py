@@ -1,4 +1,4 @@
-"""A session: rows of tokens that are read, continued and appended to, with a cache behind them.
+"""A session: rows of tokens that are read, continued and appended to, and their cache.
 
 The tokens are kept on the host and are the truth; the cache holds a prefix of each row. What it
 lacks is read before anything is decoded, so a second question about the same book costs only its

@@ -1,4 +1,4 @@
-"""What several test files of duo_jax share."""
+"""Fixtures that several test files of duo_jax share."""
 
 import jax
 import pytest

@@ -143,7 +143,7 @@ def test_draws_follow_the_softmax(flags):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_without_a_temperature_the_first_of_the_likeliest_is_taken(dtype):
+def test_without_a_temperature_the_first_of_the_most_probable_is_taken(dtype):
     logits = jnp.asarray(random_logits(vocab=40)).astype(dtype)
     greedy = SamplingConfig(top_k=3, top_p=0.5, min_p=0.1).options()
     assert greedy == {}
@@ -289,7 +289,7 @@ def test_extreme_logits_give_valid_tokens(logits, dtype):
             assert possible[token]
 
 
-def test_a_tiny_temperature_takes_the_likeliest():
+def test_a_tiny_temperature_takes_the_most_probable():
     logits = jnp.asarray(random_logits())
     options = SamplingConfig(temperature=1e-300).options()
     np.testing.assert_array_equal(
