@@ -128,8 +128,8 @@ def flops(model: ModelConfig, length: int, *, sink: int, recent: int) -> dict[st
 
 
 def _measure(flags: IdentifyFlags, params: dict[str, Any], length: int) -> dict[str, float]:
-    model = flags.architecture
-    config = StepConfig(
+    architecture = flags.architecture
+    step = StepConfig(
         num_steps=1000,
         learning_rate=0.02,
         reg_weight=0.05,
@@ -139,24 +139,26 @@ def _measure(flags: IdentifyFlags, params: dict[str, Any], length: int) -> dict[
         mixing="teacher",
         tail_size=min(_TAIL, length // 2),
     )
-    tokens = np.random.default_rng(length).integers(0, model.vocab_size, (1, length), np.int32)
+    tokens = np.random.default_rng(length).integers(
+        0, architecture.vocab_size, (1, length), np.int32
+    )
     batch = Batch(
         tokens=jnp.asarray(tokens),
-        tail_start=jnp.array([length - config.tail_size]),
+        tail_start=jnp.array([length - step.tail_size]),
         total_length=jnp.array([length]),
     )
-    forward = jax.jit(lambda params, tokens: llama.hidden_states(model, params, tokens)[0])
-    step = jax.jit(functools.partial(train_step, model=model, config=config))
-    state = init_state(model, config)
+    forward = jax.jit(lambda params, tokens: llama.hidden_states(architecture, params, tokens)[0])
+    train = jax.jit(functools.partial(train_step, architecture=architecture, step=step))
+    state = init_state(architecture, step)
     calls = {
         "forward_s": lambda: jax.block_until_ready(forward(params, batch.tokens)),
-        "step_s": lambda: jax.block_until_ready(step(state, params, batch)),
+        "step_s": lambda: jax.block_until_ready(train(state, params, batch)),
     }
     timing.interleaved(calls, rounds=1)  # compiles
     seconds = timing.interleaved(calls, rounds=flags.repeats)
     times = {name: timing.summary(of_call)["median"] for name, of_call in seconds.items()}
 
-    count = flops(model, length, sink=flags.sink, recent=flags.recent)
+    count = flops(architecture, length, sink=flags.sink, recent=flags.recent)
     linear, full = count["linear"], count["full_attention"]
     streaming = count["streaming_attention"]
     floor = 3 * linear + full + 3 * streaming
