@@ -1,4 +1,4 @@
-"""What one step of gate training costs, in forwards of the same model at the same length.
+"""Cost of one step of gate training, in forwards of the same model at the same length.
 
     python -m benchmarks.identify
 
@@ -13,28 +13,38 @@ repeat the student's forward, which the floor does not count.
 import dataclasses
 import functools
 import json
-import os
 import pathlib
-import platform
-import time
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import columns
+from benchmarks.columns import Column
+from benchmarks.serving import floors, report, timing
 from duo_jax import cli, files
+from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig, RopeConfig
+from duo_jax.reports import figures, machine
 from train.distillation import Batch
 from train.optimisation import StepConfig, init_state, train_step
 
 _TAIL = 512
+_COLUMNS = (
+    Column("tokens", "length", "{:,}"),
+    Column("forward s", "forward_s", "{:.2f}"),
+    Column("step s", "step_s", "{:.2f}"),
+    Column("step / forward", "ratio", "{:.2f}"),
+    Column("floor (FLOPs)", "floor", "{:.2f}"),
+    Column("floor with remat", "floor_remat", "{:.2f}"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class IdentifyFlags:
     """Flags of the benchmark."""
 
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -55,119 +65,107 @@ class BenchmarkConfig:
     """Dtype of weights and activations."""
     repeats: int = 3
     """Timed rounds per length, after one that compiles; the median counts."""
-    out: str = "benchmarks/results/identify"
+    out: pathlib.Path = pathlib.Path("benchmarks/results/identify")
     """Where to write .json and .png."""
 
+    @property
+    def architecture(self) -> ModelConfig:
+        """The model that is trained on."""
+        return ModelConfig(
+            family="llama",
+            vocab_size=1024,
+            embed_size=self.embed,
+            mlp_size=self.embed * 7 // 2,
+            num_layers=self.layers,
+            num_q_heads=self.q_heads,
+            num_kv_heads=self.kv_heads,
+            head_dim=128,
+            norm_eps=1e-5,
+            max_positions=1 << 20,
+            rope=RopeConfig(theta=500_000.0),
+        )
 
-def main(config: BenchmarkConfig) -> None:
+
+def main(flags: IdentifyFlags) -> None:
     """Measure, print a table, write JSON and a picture."""
-    model = _model(config)
-    params = llama.init_params(model, jax.random.key(0), jnp.dtype(config.dtype))
-    rows = [_measure(config, model, params, n) for n in tqdm(config.lengths, disable=None)]
-    device = jax.devices()[0]
+    environment = machine.environment()
+    params = llama.init_params(flags.architecture, jax.random.key(0), jnp.dtype(flags.dtype))
     result = {
-        "command": "python -m benchmarks.identify",
-        "settings": dataclasses.asdict(config),
+        "command": machine.command("benchmarks.identify"),
+        "settings": machine.to_json(flags),
         "mixing": "teacher",
-        "hardware": f"{device.device_kind}, {_cores()} cores, {platform.machine()}",
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "rows": rows,
+        **environment,
+        "rows": [_measure(flags, params, length) for length in tqdm(flags.lengths, disable=None)],
     }
-    out = pathlib.Path(config.out)
-    files.make_folder(out.parent)
-    files.write_text(out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
-    _plot(result, out.with_suffix(".png"))
+    files.make_folder(flags.out.parent)
+    files.write_text(flags.out.with_suffix(".json"), json.dumps(result, indent=2) + "\n")
+    _plot(result, flags.out.with_suffix(".png"))
     print(to_markdown(result))
 
 
-def to_markdown(result: dict) -> str:
+def to_markdown(result: dict[str, Any]) -> str:
     """Write the rows as a table."""
-    lines = [
-        "| tokens | forward s | step s | step / forward | floor (FLOPs) | floor with remat |",
-        "|--------|-----------|--------|----------------|---------------|------------------|",
-    ]
-    lines += [
-        f"| {r['length']:,} | {r['forward_s']:.2f} | {r['step_s']:.2f} | {r['ratio']:.2f} "
-        f"| {r['floor']:.2f} | {r['floor_remat']:.2f} |"
-        for r in result["rows"]
-    ]
-    return "\n".join(lines)
+    return columns.table(_COLUMNS, result["rows"])
 
 
 def flops(model: ModelConfig, length: int, *, sink: int, recent: int) -> dict[str, float]:
     """Count the operations of one forward, 2 per multiply-add: linear maps and attention.
 
-    Attention counts visible (query, key) pairs only: length * (length + 1) / 2 in full heads.
+    Attention counts visible (query, key) pairs only.
     """
-    heads, head_dim = model.num_q_heads, model.head_dim
-    per_token = model.embed_size * (2 * heads + 2 * model.num_kv_heads) * head_dim
-    per_token += 3 * model.embed_size * model.mlp_size
-    seen = [min(i + 1, recent + min(sink, max(0, i + 1 - recent))) for i in range(length)]
-    per_pair = 4 * heads * head_dim * model.num_layers
+    streaming = DuoConfig(
+        architecture=model,
+        retrieval_counts=(0,) * model.num_layers,
+        sink_size=sink,
+        recent_size=recent,
+    )
+    full = floors.prefill_flops(streaming.all_retrieval(), length=length)
     return {
-        "linear": 2.0 * length * per_token * model.num_layers,
-        "full_attention": per_pair * length * (length + 1) / 2,
-        "streaming_attention": float(per_pair * sum(seen)),
+        "linear": full["linear"],
+        "full_attention": full["attention"],
+        "streaming_attention": floors.prefill_flops(streaming, length=length)["attention"],
     }
 
 
-def _model(config: BenchmarkConfig) -> ModelConfig:
-    return ModelConfig(
-        family="llama",
-        vocab_size=1024,
-        embed_size=config.embed,
-        mlp_size=config.embed * 7 // 2,
-        num_layers=config.layers,
-        num_q_heads=config.q_heads,
-        num_kv_heads=config.kv_heads,
-        head_dim=128,
-        norm_eps=1e-5,
-        max_positions=1 << 20,
-        rope=RopeConfig(theta=500_000.0),
-    )
-
-
-def _measure(config: BenchmarkConfig, model: ModelConfig, params, length: int) -> dict[str, float]:
-    step_config = StepConfig(
+def _measure(flags: IdentifyFlags, params: dict[str, Any], length: int) -> dict[str, float]:
+    architecture = flags.architecture
+    step = StepConfig(
         num_steps=1000,
         learning_rate=0.02,
         reg_weight=0.05,
         target_sparsity=None,
-        sink_size=config.sink,
-        recent_size=config.recent,
+        sink_size=flags.sink,
+        recent_size=flags.recent,
         mixing="teacher",
         tail_size=min(_TAIL, length // 2),
     )
-    tokens = np.random.default_rng(length).integers(0, model.vocab_size, (1, length), np.int32)
+    tokens = np.random.default_rng(length).integers(
+        0, architecture.vocab_size, (1, length), np.int32
+    )
     batch = Batch(
         tokens=jnp.asarray(tokens),
-        tail_start=jnp.array([length - step_config.tail_size]),
+        tail_start=jnp.array([length - step.tail_size]),
         total_length=jnp.array([length]),
     )
-    forward = jax.jit(lambda params, tokens: llama.hidden_states(model, params, tokens)[0])
-    step = jax.jit(functools.partial(train_step, architecture=model, step=step_config))
-    state = init_state(model, step_config)
+    forward = jax.jit(lambda params, tokens: llama.hidden_states(architecture, params, tokens)[0])
+    train = jax.jit(functools.partial(train_step, architecture=architecture, step=step))
+    state = init_state(architecture, step)
     calls = {
-        "forward_s": lambda: forward(params, batch.tokens),
-        "step_s": lambda: step(state, params, batch),
+        "forward_s": lambda: jax.block_until_ready(forward(params, batch.tokens)),
+        "step_s": lambda: jax.block_until_ready(train(state, params, batch)),
     }
-    times = {name: [] for name in calls}
-    for _ in range(config.repeats + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            jax.block_until_ready(call())
-            times[name].append(time.perf_counter() - began)
-    row = {name: float(np.median(seconds[1:])) for name, seconds in times.items()}
+    timing.interleaved(calls, rounds=1)  # compiles
+    seconds = timing.interleaved(calls, rounds=flags.repeats)
+    times = {name: timing.summary(of_call)["median"] for name, of_call in seconds.items()}
 
-    count = flops(model, length, sink=config.sink, recent=config.recent)
+    count = flops(architecture, length, sink=flags.sink, recent=flags.recent)
     linear, full = count["linear"], count["full_attention"]
     streaming = count["streaming_attention"]
     floor = 3 * linear + full + 3 * streaming
     return {
         "length": length,
-        **row,
-        "ratio": row["step_s"] / row["forward_s"],
+        **times,
+        "ratio": times["step_s"] / times["forward_s"],
         "forward_flops": linear + full,
         "floor_flops": floor,
         "floor": floor / (linear + full),
@@ -175,47 +173,28 @@ def _measure(config: BenchmarkConfig, model: ModelConfig, params, length: int) -
     }
 
 
-def _cores() -> int:
-    """Count the cores this process may use (fewer than the machine's under taskset)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _plot(result: dict, path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def _plot(result: dict[str, Any], path: pathlib.Path) -> None:
     rows = result["rows"]
-    lengths = [r["length"] for r in rows]
-    figure, axes = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
-    axes.plot(lengths, [r["ratio"] for r in rows], "o-", label="measured")
-    axes.plot(lengths, [r["floor"] for r in rows], "s--", label="least possible (FLOPs)")
-    axes.plot(
-        lengths, [r["floor_remat"] for r in rows], "^:", label="with rematerialised layers (FLOPs)"
-    )
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    lengths = [row["length"] for row in rows]
+    figure, axes = figures.new_figure(6.4, 4.0)
+    for key, style, label in (
+        ("ratio", "o-", "measured"),
+        ("floor", "s--", "least possible (FLOPs)"),
+        ("floor_remat", "^:", "with rematerialised layers (FLOPs)"),
+    ):
+        axes.plot(lengths, [row[key] for row in rows], style, label=label)
+    report.token_axis(axes, lengths)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("tokens")
     axes.set_ylabel("cost of a step, in plain forwards")
-    axes.set_title(
-        f"One step of gate training\n{result['hardware']}, jax {result['jax']}, "
-        f"{result['settings']['dtype']}",
-        fontsize=10,
-    )
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes.set_title(report.title(result, "One step of gate training"), fontsize=10)
+    figures.save(figure, path, dpi=150)
 
 
 if __name__ == "__main__":
     cli.run(
         main,
-        BenchmarkConfig,
+        IdentifyFlags,
         prog="python -m benchmarks.identify",
         description=__doc__.split("\n\n")[0],
     )

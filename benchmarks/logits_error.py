@@ -1,7 +1,7 @@
 """How far quantised weights move the logits: the relative error of each format, as a table.
 
-The error is |logits - logits of the model's own weights| / |the latter|, Euclidean, over all
-tokens of a text. Beside it, how often the likeliest next token stays the same.
+The error is that of benchmarks.quantised, over all tokens of a text. Beside it, how often the most
+likely next token stays the same.
 """
 
 import dataclasses
@@ -11,37 +11,32 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 import duo_jax
+from benchmarks.quantised import LogitsError, compare_logits
 from duo_jax import cli, files, serve
 from duo_jax.api import DuoModel
 from duo_jax.cache import init_cache
 from duo_jax.checkpoints import pretrained
 from duo_jax.model.quantised_weights import WeightFormat
+from duo_jax.reports import markdown
 
 _TOKENS = 512  # of the text, at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitsErrorConfig:
+class LogitsErrorFlags:
     """Which model and formats."""
 
     model: str = pretrained.DEMO
-    """As of python -m duo_jax.generate; its own prompt.txt is read."""
+    """A model as python -m duo_jax.generate takes it; its own prompt.txt is read."""
     formats: tuple[WeightFormat, ...] = ("int8", "w8a8", "int4")
     """Formats of weights."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogitsError:
-    """What a setting does to the logits."""
-
-    relative: float  # Euclidean norms, all tokens and the whole vocabulary
-    same_choice: float  # fraction of tokens after which the likeliest one is the same
-
-
-def logits(model: DuoModel, tokens: Sequence[int]) -> np.ndarray:
-    """Return the logits [tokens, vocab] after every token, read in one chunk."""
+def logits(model: DuoModel, tokens: Sequence[int]) -> Float[np.ndarray, "tokens vocab"]:
+    """Return the logits after every token, read in one chunk."""
     cache = init_cache(model.config, batch_size=1, max_len=len(tokens), dtype=model.runtime.dtype)
 
     @jax.jit
@@ -53,14 +48,6 @@ def logits(model: DuoModel, tokens: Sequence[int]) -> np.ndarray:
     return np.asarray(read(model.params, cache, row, length), np.float32)
 
 
-def compare(got: np.ndarray, want: np.ndarray) -> LogitsError:
-    """Compare logits [tokens, vocab] of a setting with those of the model's own."""
-    return LogitsError(
-        relative=float(np.linalg.norm(got - want) / np.linalg.norm(want)),
-        same_choice=float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean()),
-    )
-
-
 def by_weights(name: str, formats: Sequence[WeightFormat]) -> dict[str, LogitsError]:
     """Return the error of each format on a model that brings a prompt.txt and a pattern."""
     load = functools.partial(duo_jax.load, name)
@@ -68,24 +55,27 @@ def by_weights(name: str, formats: Sequence[WeightFormat]) -> dict[str, LogitsEr
     text = files.read_text(pretrained.resolve(name) / "prompt.txt")
     tokens = own.tokenization.encode(text)[:_TOKENS]
     want = logits(own, tokens)
-    return {weights: compare(logits(load(weights=weights), tokens), want) for weights in formats}
+    return {
+        weights: compare_logits(logits(load(weights=weights), tokens), want) for weights in formats
+    }
 
 
 def to_markdown(errors: dict[str, LogitsError]) -> str:
     """Return the table."""
-    lines = ["| weights | relative error of logits | same likeliest token |", "|---|---|---|"]
-    lines += [
-        f"| {weights} | {error.relative:.2%} | {error.same_choice:.1%} |"
-        for weights, error in errors.items()
-    ]
-    return "\n".join(lines)
+    return markdown.table(
+        ("weights", "relative error of logits", "same most likely token"),
+        [
+            (weights, f"{error.relative:.2%}", f"{error.same_choice:.1%}")
+            for weights, error in errors.items()
+        ],
+    )
 
 
 def main() -> None:
     """Run the command line."""
     cli.run(
-        lambda config: print(to_markdown(by_weights(config.model, config.formats))),
-        LogitsErrorConfig,
+        lambda flags: print(to_markdown(by_weights(flags.model, flags.formats))),
+        LogitsErrorFlags,
         prog="python -m benchmarks.logits_error",
         description=__doc__.split("\n\n")[0],
     )

@@ -1,12 +1,12 @@
-"""What smaller caches and weights cost the demo model: passkeys found, logits moved, bytes kept.
+"""Cost of smaller caches and weights on the demo model: passkeys found, logits moved, bytes kept.
 
     python -m benchmarks.quantised
 
 Every setting answers the same questions on held-out text, through the caches that serve it (see
 duo_jax.evaluate.passkeys.retrieval). Half of the heads stream, as the demo's pattern says; the
 first row is the model with full caches. Differences are paired, text by text, against the split
-model in its own dtype. Of the logits, as in benchmarks.logits_error: |logits - that model's| /
-|that model's|, after every token of all questions and answers.
+model in its own dtype. The relative error of logits is |logits - that model's| / |that model's|,
+after every token of all questions and answers.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ import time
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 import duo_jax
-from benchmarks import logits_error
 from duo_jax import cli, files
 from duo_jax.api import DuoModel
 from duo_jax.cache import KVFormat
@@ -30,13 +30,13 @@ from duo_jax.evaluate.passkeys import retrieval as served_retrieval
 from duo_jax.evaluate.passkeys.retrieval import Retrieved
 from duo_jax.heads.choose import DEFAULT_SPARSITY, NO_PATTERN
 from duo_jax.model.quantised_weights import WeightFormat
-from duo_jax.reports import machine
+from duo_jax.reports import machine, markdown, statistics
 from train.demo_model.presets import TEMPLATES
 from train.retrieval_test import RetrievalTest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantisedConfig:
+class QuantisedFlags:
     """Flags of the benchmark."""
 
     kv: tuple[KVFormat, ...] = ("bf16", "int8", "int4", "int2")
@@ -68,8 +68,8 @@ class QuantisedConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
-    """A row of the table."""
+class Formats:
+    """How the model is served; a row of the table."""
 
     heads: str
     weights: WeightFormat = "model"
@@ -84,32 +84,32 @@ class Setting:
 _FULL, _DUO = "full", f"duo {1 - DEFAULT_SPARSITY:.0%}"
 
 
-def settings(config: QuantisedConfig) -> list[Setting]:
+def all_formats(flags: QuantisedFlags) -> list[Formats]:
     """Return the rows: full caches, the split model to compare with, then what is smaller."""
     return [
-        Setting(heads=_FULL),
-        Setting(heads=_DUO),
-        *(Setting(heads=_DUO, kv=kv) for kv in config.kv),
-        *(Setting(heads=_DUO, weights=weights) for weights in config.weights),
-        *(Setting(heads=_DUO, weights=weights, kv=kv) for weights, kv in config.both),
+        Formats(heads=_FULL),
+        Formats(heads=_DUO),
+        *(Formats(heads=_DUO, kv=kv) for kv in flags.kv),
+        *(Formats(heads=_DUO, weights=weights) for weights in flags.weights),
+        *(Formats(heads=_DUO, weights=weights, kv=kv) for weights, kv in flags.both),
     ]
 
 
-def measure(config: QuantisedConfig) -> dict[str, Any]:
-    """Measure all settings."""
+def measure(flags: QuantisedFlags) -> dict[str, Any]:
+    """Measure all formats."""
     began, environment = time.monotonic(), machine.environment()
     model = duo_jax.load(pretrained.DEMO)
-    test = held_out(config, model)
+    test = held_out(flags, model)
     rows, base = [], None
-    for setting in tqdm(settings(config), desc="settings", disable=None):
-        model = _load(setting, config)
-        found = served_retrieval.retrieve(model.runtime, test.samples, rows=config.rows)
-        if setting == Setting(heads=_DUO):
+    for formats in tqdm(all_formats(flags), desc="formats", disable=None):
+        model = _load(formats, flags.chunk)
+        found = served_retrieval.retrieve(model.runtime, test.samples, rows=flags.rows)
+        if formats == Formats(heads=_DUO):
             base = found
-        rows.append(dataclasses.asdict(setting) | numbers(found, None if setting.full else base))
+        rows.append(dataclasses.asdict(formats) | numbers(found, None if formats.full else base))
     return {
         "command": machine.command("benchmarks.quantised"),
-        "settings": machine.to_json(config),
+        "settings": machine.to_json(flags),
         **environment,
         "model": pretrained.DEMO,
         "dtype": str(model.runtime.dtype),
@@ -125,7 +125,7 @@ def measure(config: QuantisedConfig) -> dict[str, Any]:
 
 
 def numbers(found: Retrieved, base: Retrieved | None) -> dict[str, Any]:
-    """Return the numbers of a setting.
+    """Return the numbers of a row.
 
     Args:
       found: what it made of the samples.
@@ -140,7 +140,7 @@ def numbers(found: Retrieved, base: Retrieved | None) -> dict[str, Any]:
     }
     if base is not None:
         change = found.exact - base.exact
-        error = logits_error.compare(found.logits, base.logits)
+        error = compare_logits(found.logits, base.logits)
         values |= {
             "change": float(change.mean()),
             "change_error": _standard_error(change),
@@ -150,33 +150,49 @@ def numbers(found: Retrieved, base: Retrieved | None) -> dict[str, Any]:
     return values
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitsError:
+    """How far formats move the logits."""
+
+    relative: float  # Euclidean norms, all tokens and the whole vocabulary
+    same_choice: float  # fraction of tokens after which the most likely one is the same
+
+
+def compare_logits(
+    got: Float[np.ndarray, "tokens vocab"], want: Float[np.ndarray, "tokens vocab"]
+) -> LogitsError:
+    """Compare logits with those of the model's own weights and cache."""
+    return LogitsError(
+        relative=float(np.linalg.norm(got - want) / np.linalg.norm(want)),
+        same_choice=float((got.argmax(axis=-1) == want.argmax(axis=-1)).mean()),
+    )
+
+
 def to_markdown(result: dict[str, Any]) -> str:
     """Write the table; errors are two standard errors over texts."""
-    lines = [
-        "| caches | weights | KV | exact retrieval | change, points | tokens right "
-        "| relative error of logits | cache kB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [f"| {' | '.join(_cells(row))} |" for row in result["rows"]]
-    return "\n".join(lines)
+    columns = (
+        "caches", "weights", "KV", "exact retrieval", "change, points", "tokens right",
+        "relative error of logits", "cache kB",
+    )  # fmt: skip
+    return markdown.table(columns, map(_cells, result["rows"]))
 
 
-def main(config: QuantisedConfig) -> None:
+def main(flags: QuantisedFlags) -> None:
     """Measure, write JSON and print the table."""
-    result = measure(config)
-    files.make_folder(config.out.parent)
-    files.write_text(config.out, json.dumps(result, indent=2) + "\n")
+    result = measure(flags)
+    files.make_folder(flags.out.parent)
+    files.write_text(flags.out, json.dumps(result, indent=2) + "\n")
     print(to_markdown(result))
 
 
-def held_out(config: QuantisedConfig, model: DuoModel) -> RetrievalTest:
+def held_out(flags: QuantisedFlags, model: DuoModel) -> RetrievalTest:
     """Return the texts, which training never saw."""
     data = dataclasses.replace(
         TEMPLATES,
-        num_passkeys=config.passkeys,
-        passkey_words=config.passkey_words,
+        num_passkeys=flags.passkeys,
+        passkey_words=flags.passkey_words,
         min_length=1,
-        max_length=config.length,
+        max_length=flags.length,
     )
     training_text, held_out_text = split_held_out(load_documents(()))
     return RetrievalTest(
@@ -184,25 +200,24 @@ def held_out(config: QuantisedConfig, model: DuoModel) -> RetrievalTest:
         model.tokenizer,
         training_text,
         held_out_text,
-        num_samples=config.samples,
-        seed=config.seed,
+        num_samples=flags.samples,
+        seed=flags.seed,
     )
 
 
-def _load(setting: Setting, config: QuantisedConfig) -> DuoModel:
+def _load(formats: Formats, chunk: int) -> DuoModel:
     return duo_jax.load(
         pretrained.DEMO,
-        pattern=NO_PATTERN if setting.full else None,
-        weights=setting.weights,
-        kv=setting.kv,
-        prefill_chunk=config.chunk,
+        pattern=NO_PATTERN if formats.full else None,
+        weights=formats.weights,
+        kv=formats.kv,
+        prefill_chunk=chunk,
     )
 
 
-def _standard_error(passkeys: np.ndarray) -> float:
-    """Return that of the mean of values [samples, passkeys]; those of one text hang together."""
-    texts = passkeys.mean(axis=1)
-    return float(texts.std(ddof=1) / np.sqrt(texts.size)) if texts.size > 1 else 0.0
+def _standard_error(passkeys: Float[np.ndarray, "samples passkeys"]) -> float:
+    """Return the standard error of the mean; passkeys of one text hang together."""
+    return statistics.standard_error(passkeys.mean(axis=1))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -222,7 +237,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
 if __name__ == "__main__":
     cli.run(
         main,
-        QuantisedConfig,
+        QuantisedFlags,
         prog="python -m benchmarks.quantised",
         description=__doc__.split("\n\n")[0],
     )

@@ -5,27 +5,11 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from duo_jax.reports import figures, markdown
+from benchmarks import columns
+from benchmarks.columns import Column
+from duo_jax.reports import figures
 
 Result = dict[str, Any]
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """A column of a table; rows that lack its key, as those of other libraries may, are empty."""
-
-    title: str
-    key: str
-    form: str = "{}"
-    unit: float = 1.0
-
-    def cell(self, row: Row) -> str:
-        """Return what a row shows."""
-        if self.key not in row:
-            return ""
-        value = row[self.key]
-        return self.form.format(value if self.unit == 1.0 else value / self.unit)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,15 +29,13 @@ class Report:
 
     def to_markdown(self, result: Result) -> str:
         """Write the rows as a table, and below it what was skipped."""
-        rows = [[column.cell(row) for column in self.columns] for row in result["rows"]]
-        table = markdown.table([column.title for column in self.columns], rows)
+        table = columns.table(self.columns, result["rows"])
         return "\n".join([table, *("\n" + line for line in result["skipped"])])
 
     def plot(self, result: Result, path: pathlib.Path) -> None:
         """Draw the rows over the number of tokens."""
         figure = self.draw(self, result)
-        where = f"{result['hardware']}, jax {result['jax']}, {result['settings']['dtype']}"
-        figure.suptitle(f"{self.title}\n{where}", fontsize=10)
+        figure.suptitle(title(result, self.title), fontsize=10)
         figures.save(figure, path, dpi=150)
 
     def longest(self, result: Result) -> Result:
@@ -112,6 +94,11 @@ def _draw_formats(report: Report, result: Result) -> Any:
         token_axis(panel, [row[report.axis] for row in rows])
         panel.set_xlabel(report.axis_label)
     return figure
+
+
+def title(result: Result, what: str) -> str:
+    """Say what was measured, on what."""
+    return f"{what}\n{result['hardware']}, jax {result['jax']}, {result['settings']['dtype']}"
 
 
 def token_axis(axes: Any, tokens: Sequence[int]) -> None:

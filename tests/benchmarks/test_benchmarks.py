@@ -10,8 +10,8 @@ from kernels import masks
 
 
 def test_operations_are_those_of_the_visible_pairs():
-    config = identify.BenchmarkConfig(embed=256, q_heads=2, kv_heads=1)
-    model = identify._model(config)
+    flags = identify.IdentifyFlags(embed=256, q_heads=2, kv_heads=1)
+    model = flags.architecture
     positions = jax.numpy.arange(50)
     count = identify.flops(model, 50, sink=3, recent=8)
     per_pair = 4 * 2 * 128 * model.num_layers  # q.k and p.v, 2 each per channel
@@ -23,10 +23,10 @@ def test_operations_are_those_of_the_visible_pairs():
 
 
 def test_smallest_run_writes_json_and_picture(tmp_path, capsys):
-    config = identify.BenchmarkConfig(
-        lengths=(128, 256), embed=64, q_heads=2, kv_heads=1, repeats=1, out=str(tmp_path / "cost")
+    flags = identify.IdentifyFlags(
+        lengths=(128, 256), embed=64, q_heads=2, kv_heads=1, repeats=1, out=tmp_path / "cost"
     )
-    identify.main(config)
+    identify.main(flags)
     result = json.loads((tmp_path / "cost.json").read_text())
     assert [row["length"] for row in result["rows"]] == [128, 256]
     assert result["rows"][0]["ratio"] == pytest.approx(

@@ -8,14 +8,14 @@ import pytest
 
 import duo_jax
 from benchmarks import quantised
-from benchmarks.quantised import QuantisedConfig
+from benchmarks.quantised import QuantisedFlags
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.evaluate.passkeys import retrieval as served_retrieval
 from duo_jax.evaluate.passkeys.retrieval import Retrieved
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 
-TINY = QuantisedConfig(
+TINY = QuantisedFlags(
     samples=3, length=256, passkeys=4, chunk=64, rows=2, kv=("int4",), weights=("int8",), both=()
 )
 
@@ -78,4 +78,4 @@ def test_changes_are_paired_text_by_text():
 
 def test_no_samples_are_refused():
     with pytest.raises(InputError, match="at least 1"):
-        QuantisedConfig(samples=0)
+        QuantisedFlags(samples=0)

@@ -78,8 +78,8 @@ def test_table_of_formats_is_that_of_the_committed_run():
 
 
 def test_table_of_weights_is_what_its_benchmark_finds():
-    config = logits_error.LogitsErrorConfig()
-    errors = logits_error.by_weights(config.model, config.formats)
+    flags = logits_error.LogitsErrorFlags()
+    errors = logits_error.by_weights(flags.model, flags.formats)
     assert logits_error.to_markdown(errors) in page("formats")
 
 
