@@ -1,4 +1,6 @@
-"""Compile in another process: some programs abort the compiler, and a GPU at hand hides others.
+"""Compile in another process: some programs abort the compiler.
+
+Where there is a GPU, this process would compile for it instead.
 
     with Compiler() as compiler:
         compiler.call(peak_bytes, "decode", 1_000_000)  # a function of a module, arguments as JSON

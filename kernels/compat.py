@@ -1,4 +1,4 @@
-"""Everything that depends on the jax version or on the GPU at hand: the only file that asks.
+"""Everything that depends on the jax version or on the GPU at hand; no other file checks either.
 
 Pallas has two lowerings for GPUs. Only the Triton one has matrix instructions on A100 (sm_80); it
 is chosen by its compiler parameters, since a bare pallas_call means Mosaic on jax 0.10 and Triton

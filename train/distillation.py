@@ -1,4 +1,4 @@
-"""The distillation loss of the gates (DuoAttention, section 2.3).
+"""The distillation loss of the gates (DuoAttention, section 2.2).
 
 A teacher runs with full attention everywhere, a student with gate-mixed attention. With H the
 output of the final norm in float32, at the positions of the questions and answers:

@@ -1,4 +1,4 @@
-"""What the gates minimise (DuoAttention, section 2.3, as in its code, duo_attn/train.py).
+"""What the gates minimise (DuoAttention, section 2.2, as in its code, duo_attn/train.py).
 
     L(alpha) = mean_t mean_c (H_full[t, c] - H_mixed[t, c])^2 + 0.05 mean |alpha|
 

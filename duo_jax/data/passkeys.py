@@ -1,4 +1,4 @@
-"""Synthetic passkey retrieval, the calibration data of DuoAttention (section 2.3).
+"""Synthetic passkey retrieval, the calibration data of DuoAttention (section 2.2).
 
 One sample is a long text with passkeys hidden at random depths, then one question per passkey with
 its answer. Recalling an answer needs keys and values from far back, so a KV head's share in the

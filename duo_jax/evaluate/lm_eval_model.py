@@ -1,4 +1,4 @@
-"""The model "duo" for lm-evaluation-harness; importing this module registers it."""
+"""The model "duo_jax" for lm-evaluation-harness; importing this module registers it."""
 
 from duo_jax.evaluate.harness.model import DuoLM
 

@@ -51,9 +51,7 @@ def table(rows: Sequence[PlanRow], gpu: PlannedGpu, *, floors_at: int) -> str:
 
 def notes(rows: Sequence[PlanRow], workload: Workload, gpu: PlannedGpu, *, floors_at: int) -> str:
     """Explain the columns that need it."""
-    text = [
-        "longest context: tokens per row; peak: the larger one of a decode step's and a chunk's"
-    ]
+    text = ["longest context: tokens per row; peak: the larger of a decode step's and a chunk's"]
     if gpu.bandwidth is None:
         text.append("no decode floor: the memory bandwidth of this GPU is not known")
     else:

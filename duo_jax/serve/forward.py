@@ -8,7 +8,7 @@
 updated in place. Parameters are in serving form (duo_jax.heads.split). Rows may have different
 lengths; each row's tokens are appended to what its cache holds.
 
-Prefill has two modes for streaming heads (DuoAttention, section 2.4, and its public code):
+Prefill has two modes for streaming heads (DuoAttention, section 2.3, and its public code):
 
     "exact"  every token gets the streaming mask; nothing depends on how a text is cut into chunks
     "chunk"  a token sees the cached sinks and recent tokens, and its own chunk up to itself

@@ -123,7 +123,7 @@ class Detokenizer:
         """Move the window over new tokens; return the text they complete."""
         self._window += token_ids
         text = self._text_of(self._window)
-        # A character that is cut off shows as one U+FFFD, the last; those before are there to stay.
+        # A character that is cut off shows as one U+FFFD, the last; earlier ones are final.
         certain = text if last else text.removesuffix(_REPLACEMENT)
         new = certain[self._decoded :]
         self._window = self._window[-_CONTEXT:]

@@ -1,6 +1,6 @@
 """A session: rows of tokens that are read, continued and appended to, and their cache.
 
-The tokens are kept on the host and are the truth; the cache holds a prefix of each row. What it
+The tokens are kept on the host and are authoritative; the cache holds a prefix of each row. What it
 lacks is read before anything is decoded, so a second question about the same book costs only its
 own tokens, and a cache that was lost (an interrupt in the middle of a step) is rebuilt.
 """
@@ -38,7 +38,7 @@ class Snapshot:
 
 @dataclasses.dataclass(kw_only=True)
 class Loan:
-    """A session's cache in other hands; what the loan holds in the end goes back to the session."""
+    """A session's cache, lent out; what the loan holds in the end goes back to the session."""
 
     cache: Cache | None  # None: used up; the session would read its tokens again
     logits: Float[Array, "batch vocab"]  # after every row

@@ -105,7 +105,7 @@ def _setting(
     subject: Subject, task: Task, method: Method, budget: float, *, seed: int
 ) -> tuple[Answer, Row] | str:
     """Return how to answer, and the setting in words; or why nothing fits."""
-    if method in ("H2O", "TOVA", "SnapKV", "FastGen", "HeadKV"):
+    if method in _POLICIES:
         return _evicting(subject, task, method, budget)
     heads_of = {
         FULL: np.ones(subject.gates.shape),
@@ -139,24 +139,29 @@ def _setting(
     return answer, described
 
 
+# The methods that evict tokens, for one model.
+_POLICIES: dict[str, Callable[[Subject], eviction.Policy]] = {
+    "H2O": lambda _: eviction.H2O(),
+    "TOVA": lambda _: eviction.TOVA(),
+    "SnapKV": lambda _: eviction.SnapKV(),
+    "FastGen": lambda subject: eviction.FastGen(
+        special=subject.special, punctuation=subject.punctuation
+    ),
+    "HeadKV": lambda subject: eviction.HeadKV(
+        importance=tuple(map(tuple, subject.profile.tolist()))
+    ),
+}
+
+
 def _evicting(
     subject: Subject, task: Task, method: Method, budget: float
 ) -> tuple[Answer, Row] | str:
     """Return what `_setting` returns, for a method that evicts tokens."""
-    policies: dict[str, Callable[[], eviction.Policy]] = {
-        "H2O": eviction.H2O,
-        "TOVA": eviction.TOVA,
-        "SnapKV": eviction.SnapKV,
-        "FastGen": lambda: eviction.FastGen(
-            special=subject.special, punctuation=subject.punctuation
-        ),
-        "HeadKV": lambda: eviction.HeadKV(importance=tuple(map(tuple, subject.profile.tolist()))),
-    }
-    policy = policies[method]()
+    policy = _POLICIES[method](subject)
     heads = subject.gates.size
     slots = int(budget * (task.length + task.room)) * heads
-    # The methods that append keep all that is asked and answered, and at least a token of the text.
-    if method not in ("H2O", "TOVA") and slots < (task.room + 1) * heads:
+    # A policy that keeps what is written keeps at least a token of the text as well.
+    if policy.keeps_written and slots < (task.room + 1) * heads:
         return f"what is asked and answered takes more ({task.room} tokens)"
     if slots < 2 * heads:
         return "two tokens take more"

@@ -9,7 +9,7 @@ from duo_jax.evaluate.compare.points import Point, points
 from duo_jax.evaluate.results import describe
 from duo_jax.reports import figures
 
-# Solid lines: split heads. Dashed: evicted tokens. Colour-blind people can tell the colours apart.
+# Solid lines: split heads. Dashed: evicted tokens. The palette is colour-blind safe.
 _STYLES = {
     "duo": {"color": "#0072B2", "marker": "o", "linewidth": 4, "zorder": 1.9},
     "profile heads": {"color": "#F0A000", "marker": "s"},
@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def png(result: dict[str, Any]) -> bytes:
-    """Draw it."""
+    """Draw accuracy against bytes, a panel per task; return a PNG."""
     tasks = result["tasks"]
     figure, (panels,) = figures.new_figure(
         4.6 * len(tasks) + 2.6, 4.9, ncols=len(tasks), sharey=True, squeeze=False

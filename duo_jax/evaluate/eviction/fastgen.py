@@ -33,9 +33,10 @@ SPECIAL, PUNCTUATION, FREQUENT, LOCAL, FULL = range(5)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastGen:
-    """The policy."""
+    """The policy of FastGen; the module's docstring describes it."""
 
     name: ClassVar[str] = "FastGen"
+    keeps_written: ClassVar[bool] = True
     window: int | None = None
     special: tuple[int, ...]  # tokens such as the beginning of a text
     punctuation: tuple[int, ...]
@@ -97,7 +98,7 @@ def _kinds(
     thresholds = recovered.reshape(-1)
 
     def at(threshold: Float[Array, ""]) -> tuple[Int[Array, "layers kv_heads"], Int[Array, ""]]:
-        # argmax: the first policy, they are in order of cost, that recovers enough.
+        # argmax gives the first, hence cheapest, policy that recovers enough.
         kind = jnp.argmax(recovered >= threshold, axis=-1)
         return kind, jnp.take_along_axis(cost, kind[..., None], axis=-1).sum()
 

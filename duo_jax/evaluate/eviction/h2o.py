@@ -29,9 +29,10 @@ from duo_jax.evaluate.eviction.policy import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class H2O:
-    """The policy."""
+    """The policy of H2O; the module's docstring describes it."""
 
     name: ClassVar[str] = "H2O"
+    keeps_written: ClassVar[bool] = False
     window: int | None = None
     recent_share: float = 0.5  # of the budget
 

@@ -29,9 +29,10 @@ from duo_jax.evaluate.eviction.snapkv import SnapKV, window_votes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadKV(SnapKV):
-    """The policy."""
+    """The policy of HeadKV; the module's docstring describes it."""
 
     name: ClassVar[str] = "HeadKV"
+    keeps_written: ClassVar[bool] = True
     importance: tuple[tuple[float, ...], ...]  # per layer and KV head, at least 0
     beta: float = 1.01
 

@@ -20,7 +20,7 @@ class Selection(NamedTuple):
     """The tokens of a prompt that stay."""
 
     kept: Bool[Array, "batch layers kv_heads length"]
-    sizes: Int[Array, "batch layers kv_heads"]  # slots of each head, for what it keeps and will
+    sizes: Int[Array, "batch layers kv_heads"]  # slots of each head, for kept and future tokens
     state: Any = None  # for `keep`: a tree of arrays [batch, layers, kv_heads, ...]
 
 
@@ -38,6 +38,7 @@ class Policy(Protocol):
     """A method: a frozen dataclass, hashable, static under jax.jit."""
 
     name: ClassVar[str]
+    keeps_written: ClassVar[bool]  # what is decoded stays; only the prompt is evicted from
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property

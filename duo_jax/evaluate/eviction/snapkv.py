@@ -31,9 +31,10 @@ from duo_jax.evaluate.eviction.policy import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SnapKV:
-    """The policy."""
+    """The policy of SnapKV; the module's docstring describes it."""
 
     name: ClassVar[str] = "SnapKV"
+    keeps_written: ClassVar[bool] = True
     window: int = 32
     kernel: int = 7  # positions that are pooled; odd
 

@@ -29,9 +29,10 @@ from duo_jax.evaluate.eviction.policy import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TOVA:
-    """The policy."""
+    """The policy of TOVA; the module's docstring describes it."""
 
     name: ClassVar[str] = "TOVA"
+    keeps_written: ClassVar[bool] = False
     window: int | None = 1
 
     def select(self, prompt: Prompt, budget: Budget) -> Selection:
