@@ -133,6 +133,7 @@ class Chosen:
     """Keeps a random part of the text, another for every row and head, and all that comes."""
 
     name: ClassVar[str] = "chosen"
+    keeps_written: ClassVar[bool] = True
     window: int | None = 1
 
     @staticmethod
@@ -169,6 +170,7 @@ class Recent:
     """Keeps the latest tokens, in each head as many as it may."""
 
     name: ClassVar[str] = "recent"
+    keeps_written: ClassVar[bool] = False
     window: int | None = 1
     sizes: tuple[int, int] = (6, 9)
 
