@@ -38,7 +38,7 @@ from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads
-from duo_jax.reports import machine
+from duo_jax.reports import machine, statistics
 from train.identify import IdentifyConfig, default_config, profile, training
 from train.identify.flags import Method
 from train.retrieval_test import RetrievalTest
@@ -255,9 +255,7 @@ class _Lab:
             self.model, self._params, heads, sink_size=sink, recent_size=recent
         )
         texts = found.mean(axis=1)  # passkeys of one text hang together
-        if texts.size > 1:
-            error = float(texts.std(ddof=1) / np.sqrt(texts.size))
-            self.largest_error = max(self.largest_error, error)
+        self.largest_error = max(self.largest_error, statistics.standard_error(texts))
         self.bar.update()
         return float(found.mean())
 

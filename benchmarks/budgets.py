@@ -21,7 +21,7 @@ from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama
 from duo_jax.model.quantised_weights import WeightFormat
-from duo_jax.reports import machine
+from duo_jax.reports import machine, markdown
 from duo_jax.serve import ahead_of_time as compiled
 from kernels import aot
 from kernels.aot_process import Compiler
@@ -146,7 +146,7 @@ PROGRAMS: dict[str, Callable[[], jax.stages.Compiled]] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BudgetConfig:
+class BudgetFlags:
     """Which programs, and where the results go."""
 
     program: str | None = None
@@ -166,11 +166,11 @@ class BudgetConfig:
             raise InputError(f"nothing can be compiled for a GPU here: {reason}")
 
 
-def measure(config: BudgetConfig) -> None:
+def measure(flags: BudgetFlags) -> None:
     """Compile one program and print its bytes, or all and write them."""
     with Compiler() as compiler:
-        if config.program is not None:
-            print(json.dumps(compiler.call(compile_program, config.program, config.layers)))
+        if flags.program is not None:
+            print(json.dumps(compiler.call(compile_program, flags.program, flags.layers)))
             return
         programs = {}
         for name in PROGRAMS:
@@ -185,9 +185,9 @@ def measure(config: BudgetConfig) -> None:
         "recent": DUO_3.recent_size,
         "programs": programs,
     }
-    files.make_folder(config.out)
-    files.write_text(config.out / "budgets.json", json.dumps(result, indent=1) + "\n")
-    files.write_text(config.out / "budgets.md", to_markdown(result) + "\n")
+    files.make_folder(flags.out)
+    files.write_text(flags.out / "budgets.json", json.dumps(result, indent=1) + "\n")
+    files.write_text(flags.out / "budgets.md", to_markdown(result) + "\n")
 
 
 def compile_program(name: str, layers: Sequence[int] | None = None) -> dict[str, int]:
@@ -210,15 +210,17 @@ def needs(program: jax.stages.Compiled) -> dict[str, int]:
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Return the table, in gigabytes (1e9)."""
-    lines = [
-        "| program | weights, caches, inputs | workspace | peak GB | of 83 |",
-        "|---|---|---|---|---|",
-    ]
-    for name, program in result["programs"].items():
-        fits = "fits" if program["peak"] <= BUDGET else "does not fit"
-        gigabytes = (program[key] / 1e9 for key in ("arguments", "temp", "peak"))
-        lines.append(f"| {name} | " + " | ".join(f"{x:.2f}" for x in gigabytes) + f" | {fits} |")
-    return "\n".join(lines)
+    return markdown.table(
+        ("program", "weights, caches, inputs", "workspace", "peak GB", "of 83"),
+        [
+            (
+                name,
+                *(f"{program[key] / 1e9:.2f}" for key in ("arguments", "temp", "peak")),
+                "fits" if program["peak"] <= BUDGET else "does not fit",
+            )
+            for name, program in result["programs"].items()
+        ],
+    )
 
 
 def main() -> None:
@@ -226,7 +228,7 @@ def main() -> None:
     aot.on_cpu()
     cli.run(
         measure,
-        BudgetConfig,
+        BudgetFlags,
         prog="python -m benchmarks.budgets",
         description=__doc__.split("\n\n")[0],
     )

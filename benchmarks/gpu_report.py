@@ -93,16 +93,7 @@ def _stages(settings: Settings, found: dict[str, Table], arguments) -> list[Stag
     ]
     assert tuple(stage.name for stage in stages) == STAGES
 
-    def fail(table: Table) -> None:
-        raise RuntimeError(f"--fail {table.name}")
-
-    return [
-        Stage(name=stage.name, share=stage.share, run=fail)
-        if stage.name == arguments.fail
-        else stage
-        for stage in stages
-        if stage.name in arguments.stages
-    ]
+    return [stage for stage in stages if stage.name in arguments.stages]
 
 
 def _header(settings: Settings) -> dict[str, Any]:
@@ -144,7 +135,7 @@ def _driver() -> str | None:
 def _finish(found: dict[str, Table], folder: pathlib.Path, header: dict[str, Any], title: str):
     """Judge the targets, write them, and print the summary."""
     judged = targets.judge(found, hardware=header["hardware"])
-    content = {**header, "targets": [target.plain() for target in judged]}
+    content = {**header, "targets": [target.to_json() for target in judged]}
     files.write_text(folder / "targets.json", json.dumps(content, indent=2) + "\n")
     print("\n".join(summary.lines(found, judged, title=title)), flush=True)
 
@@ -174,7 +165,6 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
         "--stages", type=lambda text: text.split(","), default=list(STAGES),
         help=f"some of {','.join(STAGES)} (default: all)",
     )  # fmt: skip
-    parser.add_argument("--fail", choices=STAGES, help="let this stage fail, to see what is left")
     arguments = parser.parse_args(words)
     if arguments.out is None:
         ours = "runs/gpu-smoke" if arguments.smoke else "benchmarks/results/gpu"

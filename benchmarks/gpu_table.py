@@ -18,6 +18,7 @@ from benchmarks.gpu.settings import Settings, real
 from benchmarks.serving.variants import Variant
 from duo_jax import cli, files
 from duo_jax.errors import InputError
+from duo_jax.reports import markdown
 
 _NOTHING = "not measured yet"
 _NEEDED = {
@@ -27,7 +28,7 @@ _NEEDED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TableConfig:
+class TableFlags:
     """Flags of the command."""
 
     result: pathlib.Path = pathlib.Path("benchmarks/results/gpu/serving.json")
@@ -35,9 +36,9 @@ class TableConfig:
     measured."""
 
 
-def main(config: TableConfig) -> None:
+def main(flags: TableFlags) -> None:
     """Print the table."""
-    print(to_markdown(read(config.result)))
+    print(to_markdown(read(flags.result)))
 
 
 def read(file: pathlib.Path) -> dict[str, Any] | None:
@@ -63,43 +64,40 @@ def read(file: pathlib.Path) -> dict[str, Any] | None:
 def to_markdown(result: dict[str, Any] | None) -> str:
     """Return the table, and what it was measured on."""
     settings, known = real(), result or {"rows": [], "does_not_fit": []}
-    lines = [
-        "| | byte or FLOP floor | published, A100 | duo_jax |",
-        "|---|---|---|---|",
-        *(
+    table = markdown.table(
+        ("", "byte or FLOP floor", "published, A100", "duo_jax"),
+        [
             _row(settings, published, headline, known)
             for headlines in zip(*(model.headlines for model in settings.models), strict=True)
             for published, headline in zip(settings.models, headlines, strict=True)
-        ),
-    ]
-    if result is not None:
-        sizes = "; ".join(
-            f"{x['name']}: sink {x['sink']}, recent {x['recent']}, chunks of {x['chunk']:,}"
-            for x in result["models"]
-        )
-        lines += [
-            "",
-            f"{result['hardware']}, jax {result['jax']}, {result['dtype']}, prefill mode "
-            f"{result['prefill_mode']}; {sizes}.",
-        ]
-    return "\n".join(lines)
+        ],
+    )
+    if result is None:
+        return table
+    sizes = "; ".join(
+        f"{x['name']}: sink {x['sink']}, recent {x['recent']}, chunks of {x['chunk']:,}"
+        for x in result["models"]
+    )
+    return (
+        f"{table}\n\n{result['hardware']}, jax {result['jax']}, {result['dtype']}, prefill mode "
+        f"{result['prefill_mode']}; {sizes}."
+    )
 
 
 def _row(
     settings: Settings, published: Published, headline: Headline, result: dict[str, Any]
-) -> str:
+) -> list[str]:
     duo, full = published.variants
     of_duo, of_full = (_program(settings, published, variant, headline) for variant in (duo, full))
     row = headline.row(result["rows"])
     too_large = any(line.startswith(f"{of_full.name}:") for line in result["does_not_fit"])
-    cells = [
+    return [
         f"{headline.what} speed-up, {published.name}, {duo.retrieval:.0%} retrieval heads, "
         f"{headline.tokens // 1000}K tokens",
         f"{of_full.floor() / of_duo.floor():.2f}",
         f"{headline.published:.2f}",
         f"**{row['speedup']:.2f}**" if row else "full does not fit" if too_large else _NOTHING,
     ]
-    return f"| {' | '.join(cells)} |"
 
 
 def _program(
@@ -114,7 +112,7 @@ def _program(
 if __name__ == "__main__":
     cli.run(
         main,
-        TableConfig,
+        TableFlags,
         prog="python -m benchmarks.gpu_table",
         description=__doc__.split("\n\n")[0],
     )

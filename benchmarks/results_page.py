@@ -8,14 +8,16 @@ what. Nothing is measured.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import quantised
+from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
 from benchmarks.quality import ablations_report, published
 from duo_jax import cli, files
 from duo_jax.evaluate.compare import report as compare_report
 from duo_jax.evaluate.results import describe, heat_map
+from duo_jax.reports import markdown
 
 _HEAD = """\
 # Results
@@ -28,7 +30,7 @@ billions of parameters, or on a GPU.** Numbers of others are marked as published
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PageConfig:
+class PageFlags:
     """Flags of the command."""
 
     results: pathlib.Path = pathlib.Path("benchmarks/results")
@@ -97,7 +99,7 @@ SECTIONS = (
 )
 
 
-def write_page(config: PageConfig) -> None:
+def write_page(flags: PageFlags) -> None:
     """Write the page.
 
     Raises:
@@ -105,14 +107,14 @@ def write_page(config: PageConfig) -> None:
     """
     parts = [_HEAD]
     for section in SECTIONS:
-        result = files.read_json(config.results / f"{section.name}.json")
+        result = files.read_json(flags.results / f"{section.name}.json")
         parts += [f"## {section.title}\n", f"{section.text}\n", f"{where(result)}\n"]
         parts.append(section.table(result) + "\n")
         if section.picture:
-            parts.append(f"![{section.title}](../{config.results}/{section.name}.png)\n")
+            parts.append(f"![{section.title}](../{flags.results}/{section.name}.png)\n")
     parts.append(_published())
-    files.write_text(config.out, "\n".join(parts))
-    print(f"written: {config.out}")
+    files.write_text(flags.out, "\n".join(parts))
+    print(f"written: {flags.out}")
 
 
 def where(result: dict[str, Any]) -> str:
@@ -135,45 +137,50 @@ def _without_title(markdown: str) -> str:
 
 def _published() -> str:
     """Write the tables of others."""
-    lines = [
-        "## Published by others",
-        "",
-        f"From {published.DUO}, measured by its authors on one A100-80G, BF16, batch 1. Ours on a "
-        "GPU: not measured yet; see the README.",
-        "",
-        "| full caches / DuoAttention | published |",
-        "|---|---|",
-        *(f"| {what} | {ratio:.2f}x |" for what, ratio in published.EFFICIENCY),
-        "",
-        "LongBench, average of 21 tasks, published in the same paper. Ours: not measured yet "
-        "(`python -m duo_jax.evaluate lm-eval --tasks longbench` measures it).",
-        "",
-        f"| model | {' | '.join(published.LONGBENCH_METHODS)} |",
-        "|---|" + "---|" * len(published.LONGBENCH_METHODS),
-        *(
-            f"| {model} | {' | '.join(f'{score:.2f}' for score in scores)} |"
-            for model, scores in published.LONGBENCH
-        ),
-        "",
-        "RULER at 4K, Llama-3.1-8B-Instruct, published on kvpress' leaderboard (dense prefill, "
-        f"question unseen when the cache is cut; full caches {published.RULER_FULL}). Ours: not "
-        "measured yet.",
-        "",
-        f"| heads by | {' | '.join(f'{s:g}% streaming' for s in published.RULER_STREAMING)} |",
-        "|---|" + "---|" * len(published.RULER_STREAMING),
-        *(
-            f"| {heads} | {' | '.join(f'{score:.2f}' for score in scores)} |"
-            for heads, scores in published.RULER
-        ),
-    ]
-    return "\n".join(lines) + "\n"
+    efficiency = markdown.table(("full caches / DuoAttention", "published"), _efficiency())
+    longbench = markdown.table(
+        ("model", *published.LONGBENCH_METHODS),
+        [(model, *(f"{x:.2f}" for x in scores)) for model, scores in published.LONGBENCH],
+    )
+    ruler = markdown.table(
+        ("heads by", *(f"{share:g}% streaming" for share in published.RULER_STREAMING)),
+        [(heads, *(f"{x:.2f}" for x in scores)) for heads, scores in published.RULER],
+    )
+    return f"""\
+## Published by others
+
+From {published.DUO}, measured by its authors on one A100-80G, BF16, batch 1. Ours on a GPU: not \
+measured yet; see the README.
+
+{efficiency}
+
+LongBench, average of 21 tasks, published in the same paper. Ours: not measured yet \
+(`python -m duo_jax.evaluate lm-eval --tasks longbench` measures it).
+
+{longbench}
+
+RULER at 4K, Llama-3.1-8B-Instruct, published on kvpress' leaderboard (dense prefill, question \
+unseen when the cache is cut; full caches {published.RULER_FULL}). Ours: not measured yet.
+
+{ruler}
+"""
+
+
+def _efficiency() -> Iterator[tuple[str, str]]:
+    """Yield the speed-ups and savings of the models that benchmarks.gpu_report measures."""
+    for model in (LLAMA_2_7B, LLAMA_3_8B):
+        of = f"{model.name}, {model.variants[0].retrieval:.0%} retrieval heads"
+        for headline in model.headlines:
+            what = f"{headline.what}, {of}, {headline.tokens // 1000}K tokens"
+            yield what, f"{headline.published:.2f}x"
+        yield f"memory, {of}", f"{model.memory_saving:.2f}x"
 
 
 def main(args: list[str] | None = None) -> None:
     """Run the command on a list of words; default: the process's own."""
     cli.run(
         write_page,
-        PageConfig,
+        PageFlags,
         prog="python -m benchmarks.results_page",
         description="Write docs/results.md from the committed result files.",
         args=args,

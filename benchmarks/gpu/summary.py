@@ -1,9 +1,9 @@
 """The last lines of a run: what passed, what was measured, which targets were met."""
 
-from benchmarks.gpu import ceilings, packed
+from benchmarks.gpu import ceilings
 from benchmarks.gpu.models import DECODE, PREFILL
 from benchmarks.gpu.tables import Table
-from benchmarks.gpu.targets import Target
+from benchmarks.gpu.targets import Target, packed_speedups
 
 _MAX_LINES = 40
 _WIDTH = 160
@@ -53,7 +53,7 @@ def _packed(tables: dict[str, Table]) -> list[str]:
     return [
         f"decode attention at 500K, int{x.bits} KV: {1e3 * x.seconds:.4g} ms, "
         f"{x.speedup:.2f}x bf16 (floor {x.floor:.2f}x)"
-        for x in packed.speedups(tables)
+        for x in packed_speedups(tables)
     ]
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from benchmarks.gpu import packed
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Headline
-from benchmarks.gpu.settings import FULL_32K, STREAMING_32K
+from benchmarks.gpu.settings import DECODE_500K, FULL_32K, STREAMING_32K, packed_name
 from benchmarks.gpu.tables import Table
+from kernels.cached_case import LAYOUTS
 
 _LONG = 10_000_000  # bytes: decode cases that read less are bound by their launch
 _OF_FLOOR = 0.95
@@ -36,7 +36,7 @@ class Target:
         value = "-" if self.value is None else f"{self.value:.3g}{self.unit}"
         return f"{self.status:>12}  {value:>8}  (goal {self.goal:.3g}{self.unit})  {self.what}"
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON holds them."""
         return dataclasses.asdict(self) | {"status": self.status}
 
@@ -79,12 +79,44 @@ def judge(tables: dict[str, Table], *, hardware: str) -> list[Target]:
         Target(
             what="decode attention at 500K, int4 KV against bf16",
             goal=2.5,
-            value=next((x.speedup for x in packed.speedups(tables) if x.bits == 4), None),
+            value=next((x.speedup for x in packed_speedups(tables) if x.bits == 4), None),
         ),
     ]
     for model in (LLAMA_2_7B, LLAMA_3_8B):
         for headline in model.headlines:
             found += _of_headline(headline, _rows(tables, "serving"))
+    return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedSpeedup:
+    """Decode attention from a cache in few bits against bfloat16, the same heads and tokens."""
+
+    bits: int
+    seconds: float
+    speedup: float
+    floor: float  # the ratio of their bytes
+
+
+def packed_speedups(tables: dict[str, Table]) -> list[PackedSpeedup]:
+    """Return those that the kernels stage has measured."""
+    timed = {row["name"]: row for row in _rows(tables, "kernels") if "seconds" in row}
+    plain = timed.get(f"decode: {DECODE_500K}")
+    if plain is None:
+        return []
+    found = []
+    for bits in LAYOUTS:
+        row = timed.get(f"decode_packed: {packed_name(bits)}")
+        if row is not None:
+            seconds = row["seconds"]["median"]
+            found.append(
+                PackedSpeedup(
+                    bits=bits,
+                    seconds=seconds,
+                    speedup=plain["seconds"]["median"] / seconds,
+                    floor=plain["bytes"] / row["bytes"],
+                )
+            )
     return found
 
 

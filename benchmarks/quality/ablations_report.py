@@ -5,6 +5,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
+
+from duo_jax.reports import figures, markdown
 
 METHODS = {
     "optimise": "distillation on passkeys",
@@ -35,7 +38,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"(a) How heads are chosen; mean and range of {_seeds(settings['seeds'])} (random: "
         f"{_seeds(settings['random_seeds'])}), counted from 0.",
         "",
-        *_table(
+        markdown.table(
             ("heads by", *streaming),
             [
                 (label, *(_spread(row["exact"]) for row in _rows(methods, method=method)))
@@ -45,7 +48,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         "",
         "(b) What streaming heads see, in the same number of slots; seed 0.",
         "",
-        *_table(
+        markdown.table(
             ("identified with", "deployed with", "sink", "recent", *streaming),
             [
                 (
@@ -66,7 +69,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             "",
             f"(c) Deployed sizes, {sparsity:.1%} of the heads streaming; seed 0.",
             "",
-            *_table(
+            markdown.table(
                 ("", *(f"recent {recent}" for recent in settings["recents"])),
                 [
                     (f"sink {sink}", *(f"{value:.1%}" for value in values))
@@ -84,14 +87,9 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     """Draw (a) and (b) as curves over the sparsity, and below them (c) as heat maps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     settings, how = result["settings"], result["identification"]
     maps = settings["grid_sparsities"]
-    figure = plt.figure(figsize=(11, 9.6), layout="constrained")
+    figure = Figure(figsize=(11, 9.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.4, 1))
     of_methods, of_windows = above.subplots(1, 2, sharey=True)
     _draw_methods(of_methods, result)
@@ -125,8 +123,7 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
         f"jax {result['jax']}",
         fontsize=10,
     )
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    figures.save(figure, path, dpi=150)
 
 
 def _draw_methods(panel: Any, result: dict[str, Any]) -> None:
@@ -202,8 +199,3 @@ def _seeds(count: int) -> str:
 def _spread(values: Sequence[float]) -> str:
     mean = f"{np.mean(values):.1%}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1%} to {max(values):.1%})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [f"| {' | '.join(row)} |" for row in (header, *rows)]
-    return [lines[0], "|" + "---|" * len(header), *lines[1:]]

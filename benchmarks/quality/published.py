@@ -2,16 +2,6 @@
 
 DUO = "DuoAttention (Xiao et al., ICLR 2025, arXiv 2410.10819)"
 
-# One A100-80G, BF16, batch 1: (model, speed-up or saving, published).
-EFFICIENCY = (
-    ("decode, Llama-2-7B, 25% retrieval heads, 134K tokens", 2.18),
-    ("decode, Llama-3-8B, 50%, 517K tokens", 1.50),
-    ("memory, Llama-2-7B, 25%", 2.55),
-    ("memory, Llama-3-8B, 50%", 1.67),
-    ("prefill, Llama-2-7B, 25%, 100K tokens", 1.73),
-    ("prefill, Llama-3-8B, 50%, 320K tokens", 1.63),
-)
-
 # LongBench, average of 21 tasks.
 LONGBENCH_METHODS = ("full", "H2O", "StreamingLLM", "TOVA", "DuoAttention")
 LONGBENCH = (

@@ -67,7 +67,7 @@ def test_the_number_of_compiled_cases_is_that_of_the_committed_run():
 
 
 def test_gpu_table_is_that_of_the_committed_run_or_says_that_there_is_none():
-    result = gpu_table.read(ROOT / gpu_table.TableConfig().result)
+    result = gpu_table.read(ROOT / gpu_table.TableFlags().result)
     assert gpu_table.to_markdown(result) in page("gpu")
 
 
@@ -96,7 +96,7 @@ def test_serving_tables_are_those_of_the_committed_benchmarks(name):
 def test_results_page_is_that_of_the_committed_files(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     written = tmp_path / "results.md"
-    results_page.write_page(results_page.PageConfig(out=written))
+    results_page.write_page(results_page.PageFlags(out=written))
     assert written.read_text() == page("results")
     for name in published.LONGBENCH_METHODS:
         assert name in page("results").split("## Published by others")[1]
