@@ -88,7 +88,7 @@ def fail(error: InputError | UnsupportedError) -> NoReturn:
 def _stdout_fails() -> bool:
     """Whether nothing can be printed, such as into a file on a full disk.
 
-    Prints a line end: of an error before it, nothing may be left in the buffer.
+    Prints a line end: after an earlier error the buffer may be empty.
     """
     try:
         print(flush=True)

@@ -42,9 +42,9 @@ class PlanConfig:
     sparsity: float | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     weights: WeightFormat | None = None
-    """Plan only this format of the layers' projections, beside the model as it is."""
+    """Plan only this format of the layers' projections, in addition to the unquantised model."""
     kv: KVFormat | None = None
-    """Plan only this format of the caches, beside the model as it is."""
+    """Plan only this format of the caches, in addition to the unquantised model."""
 
     batch: int = 1
     """Rows that are served together."""

@@ -19,7 +19,8 @@ class Setting:
         return f"{caches} caches, weights {self.weights}, KV {self.kv}"
 
 
-# 8 bits cost next to nothing, a 4-bit cache less than 4-bit weights, a 2-bit cache most.
+# 8 bits cost next to nothing, 4-bit caches and 4-bit weights about equally little (docs/formats.md):
+# caches come first, as they save more. A 2-bit cache costs most.
 _FORMATS: tuple[tuple[WeightFormat, KVFormat], ...] = (
     ("model", "model"),
     ("model", "int8"),
@@ -37,7 +38,7 @@ _FORMATS: tuple[tuple[WeightFormat, KVFormat], ...] = (
 
 
 def all_settings(*, duo: bool) -> tuple[Setting, ...]:
-    """Return every sensible setting, the one with the least loss of quality first.
+    """Return the usual settings, the one with the least loss of quality first.
 
     Formats come in the order of `_FORMATS`; with equal formats, full caches come first.
 

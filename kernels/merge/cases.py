@@ -28,7 +28,7 @@ class MergeCase(Case):
     parts: int
     length: int = 1
     empty_parts: int = 0  # the first ones saw no key
-    empty_rows: int = 0  # nor did the first queries in any part
+    empty_rows: int = 0  # the first rows, which saw no key in any part
 
     def shapes(self) -> tuple[Any, ...]:
         rows = (self.parts, self.length, self.q_heads)
