@@ -19,7 +19,7 @@ class Setting:
         return f"{caches} caches, weights {self.weights}, KV {self.kv}"
 
 
-# 8 bits cost next to nothing, 4-bit caches and 4-bit weights about equally little (docs/formats.md):
+# 8 bits cost next to nothing, 4-bit caches and 4-bit weights about the same (docs/formats.md):
 # caches come first, as they save more. A 2-bit cache costs most.
 _FORMATS: tuple[tuple[WeightFormat, KVFormat], ...] = (
     ("model", "model"),
