@@ -31,8 +31,9 @@ import numpy as np
 from jaxtyping import Bool, Float
 from tqdm import tqdm
 
+from benchmarks import command
 from benchmarks.quality import ablations_report
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.checkpoints import pretrained
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
@@ -48,7 +49,7 @@ Gates = Float[np.ndarray, "layers kv_heads"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AblationsConfig:
+class AblationsFlags:
     """Flags of the benchmark."""
 
     model: str = pretrained.DEMO
@@ -85,25 +86,25 @@ class AblationsConfig:
             raise InputError("sinks must be at least 0 and recents at least 1")
 
 
-def main(config: AblationsConfig) -> None:
+def main(flags: AblationsFlags) -> None:
     """Measure, write the results, draw them and print the tables."""
-    result = measure(config)
-    files.make_folder(config.out.parent)
-    files.write_text(config.out, json.dumps(result, indent=2) + "\n")
+    result = measure(flags)
+    files.make_folder(flags.out.parent)
+    files.write_text(flags.out, json.dumps(result, indent=2) + "\n")
     table = ablations_report.to_markdown(result)
-    files.write_text(config.out.with_suffix(".md"), table)
-    ablations_report.plot(result, config.out.with_suffix(".png"))
+    files.write_text(flags.out.with_suffix(".md"), table)
+    ablations_report.plot(result, flags.out.with_suffix(".png"))
     print(table)
 
 
-def measure(config: AblationsConfig) -> dict[str, Any]:
+def measure(flags: AblationsFlags) -> dict[str, Any]:
     """Measure all three panels."""
     began, environment = time.monotonic(), machine.environment()
-    lab = _Lab(config)
+    lab = _Lab(flags)
     with lab.bar:
-        methods, gates = _methods(lab, config)
-        windows = _windows(lab, config, gates["optimise"][0])
-        sizes = _sizes(lab, config, gates["optimise"][0])
+        methods, gates = _methods(lab, flags)
+        windows = _windows(lab, flags, gates["optimise"][0])
+        sizes = _sizes(lab, flags, gates["optimise"][0])
         full, streaming = (
             lab.exact(np.full(lab.shape, keep), sink=lab.preset.sink, recent=lab.preset.recent)
             for keep in (True, False)
@@ -111,9 +112,9 @@ def measure(config: AblationsConfig) -> dict[str, Any]:
     preset = dataclasses.asdict(lab.preset)
     return {
         "command": machine.command("benchmarks.ablations"),
-        "settings": machine.to_json(config),
+        "settings": machine.to_json(flags),
         **environment,
-        "model": config.model,
+        "model": flags.model,
         "layers": lab.model.num_layers,
         "kv_heads": lab.model.num_kv_heads,
         "identification": {
@@ -135,15 +136,15 @@ def measure(config: AblationsConfig) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _methods(lab: "_Lab", config: AblationsConfig):
+def _methods(lab: "_Lab", flags: AblationsFlags):
     """Panel (a): rows, and the gates of every method and seed."""
     gates: dict[Method, list[Gates]] = {
-        method: [lab.identify(method, seed=seed) for seed in range(config.seeds)]
+        method: [lab.identify(method, seed=seed) for seed in range(flags.seeds)]
         for method in ("optimise", "profile", "lm")
     }
     sizes = {"sink": lab.preset.sink, "recent": lab.preset.recent}
     rows = []
-    for sparsity in config.sparsities:
+    for sparsity in flags.sparsities:
         chosen = {
             method: [choose_retrieval_heads(g, sparsity=sparsity) for g in of_seeds]
             for method, of_seeds in gates.items()
@@ -151,7 +152,7 @@ def _methods(lab: "_Lab", config: AblationsConfig):
         heads = chosen["optimise"][0]
         chosen["random"] = [
             np.random.default_rng([seed, heads.sum()]).permutation(heads.ravel()).reshape(lab.shape)
-            for seed in range(config.random_seeds)
+            for seed in range(flags.random_seeds)
         ]
         for method, masks in chosen.items():
             rows.append(
@@ -165,7 +166,7 @@ def _methods(lab: "_Lab", config: AblationsConfig):
     return rows, gates
 
 
-def _windows(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[str, Any]]:
+def _windows(lab: "_Lab", flags: AblationsFlags, learned: Gates) -> list[dict[str, Any]]:
     """Panel (b): rows for every kind of window, identified with it or with both."""
     sink, recent = lab.preset.sink, lab.preset.recent
     slots = sink + recent
@@ -189,11 +190,11 @@ def _windows(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[
             ),
         }
         for identified_with, deployed in pairs
-        for sparsity in config.sparsities
+        for sparsity in flags.sparsities
     ]
 
 
-def _sizes(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[str, Any]]:
+def _sizes(lab: "_Lab", flags: AblationsFlags, learned: Gates) -> list[dict[str, Any]]:
     """Panel (c): rows of the grid of deployed sizes."""
     return [
         {
@@ -204,23 +205,23 @@ def _sizes(lab: "_Lab", config: AblationsConfig, learned: Gates) -> list[dict[st
                 choose_retrieval_heads(learned, sparsity=sparsity), sink=sink, recent=recent
             ),
         }
-        for sink in config.sinks
-        for recent in config.recents
-        for sparsity in config.grid_sparsities
+        for sink in flags.sinks
+        for recent in flags.recents
+        for sparsity in flags.grid_sparsities
     ]
 
 
 class _Lab:
     """A loaded model, with which heads are identified and tested."""
 
-    def __init__(self, config: AblationsConfig) -> None:
-        folder = pretrained.resolve(config.model)
-        self.preset = default_config(config.model, folder)
+    def __init__(self, flags: AblationsFlags) -> None:
+        folder = pretrained.resolve(flags.model)
+        self.preset = default_config(flags.model, folder)
         self.model = pretrained.load_config(folder)
         self.shape = (self.model.num_layers, self.model.num_kv_heads)
         self.largest_error = 0.0  # standard error over texts of any number measured
         self.bar = tqdm(desc="identified or tested", unit="", disable=None)
-        self._lm_reg_weight = config.lm_reg_weight
+        self._lm_reg_weight = flags.lm_reg_weight
         self._params = pretrained.load_params(folder, dtype=jnp.dtype(self.preset.dtype))
         self._tokenizer = pretrained.load_tokenizer(folder)
         self._training_text, held_out_text = split_held_out(load_documents(()))
@@ -229,7 +230,7 @@ class _Lab:
             self._tokenizer,
             self._training_text,
             held_out_text,
-            num_samples=config.samples,
+            num_samples=flags.samples,
             seed=0,
         )
 
@@ -261,9 +262,4 @@ class _Lab:
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        AblationsConfig,
-        prog="python -m benchmarks.ablations",
-        description=__doc__.split("\n\n")[0],
-    )
+    command.run(main, AblationsFlags)

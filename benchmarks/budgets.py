@@ -14,8 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import command
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.cache import KVFormat, cache_bytes
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
@@ -166,7 +167,7 @@ class BudgetFlags:
             raise InputError(f"nothing can be compiled for a GPU here: {reason}")
 
 
-def measure(flags: BudgetFlags) -> None:
+def main(flags: BudgetFlags) -> None:
     """Compile one program and print its bytes, or all and write them."""
     with Compiler() as compiler:
         if flags.program is not None:
@@ -200,6 +201,7 @@ def compile_program(name: str, layers: Sequence[int] | None = None) -> dict[str,
 def needs(program: jax.stages.Compiled) -> dict[str, int]:
     """Return the bytes of a compiled program on its GPU."""
     memory = program.memory_analysis()
+    assert memory is not None
     return {
         "peak": memory.peak_memory_in_bytes,
         "arguments": memory.argument_size_in_bytes,
@@ -223,16 +225,6 @@ def to_markdown(result: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Run the command line."""
-    aot.on_cpu()
-    cli.run(
-        measure,
-        BudgetFlags,
-        prog="python -m benchmarks.budgets",
-        description=__doc__.split("\n\n")[0],
-    )
-
-
 if __name__ == "__main__":
-    main()
+    aot.on_cpu()
+    command.run(main, BudgetFlags)

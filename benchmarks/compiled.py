@@ -1,4 +1,4 @@
-"""What the compilers make of every kernel, for an A100 and an H200, without either.
+"""Every kernel as the compilers leave it, for an A100 and an H200, without either.
 
     python -m benchmarks.compiled
 
@@ -20,8 +20,9 @@ from typing import Any, get_args
 import jax
 from tqdm import tqdm
 
+from benchmarks import command
 from benchmarks.compile import report, roofline, worker
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.errors import InputError
 from duo_jax.reports import machine
 from kernels import aot, compat
@@ -35,7 +36,7 @@ Job = tuple[str, str]  # op and case
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CompiledConfig:
+class CompiledFlags:
     """Flags of the benchmark."""
 
     targets: tuple[aot.Target, ...] = get_args(aot.Target)
@@ -53,17 +54,17 @@ class CompiledConfig:
             raise InputError(f"ops are {', '.join(CASES)}, not {', '.join(unknown) or 'none'}")
 
 
-def main(config: CompiledConfig) -> None:
+def main(flags: CompiledFlags) -> None:
     """Compile, count, and write both files."""
     aot.on_cpu()
     reason = aot.unavailable()
     if reason is not None:
         raise InputError(reason)
     began = time.monotonic()
-    jobs = [(op, case) for op in config.ops for case in CASES[op]]
+    jobs = [(op, case) for op in flags.ops for case in CASES[op]]
     rows = []
-    with tqdm(total=len(jobs) * len(config.targets), unit="case", disable=None) as bar:
-        for target in config.targets:
+    with tqdm(total=len(jobs) * len(flags.targets), unit="case", disable=None) as bar:
+        for target in flags.targets:
             bar.set_description(target)
             for row in compile_all(jobs, target):
                 rows.append(row)
@@ -74,12 +75,12 @@ def main(config: CompiledConfig) -> None:
         "ptxas": _ptxas_version(),
         "run_minutes": round((time.monotonic() - began) / 60, 1),
         "rows": rows,
-        "roofline": roofline.rows(config.ops),
+        "roofline": roofline.rows(flags.ops),
     }
-    for path in (config.result, config.document):
+    for path in (flags.result, flags.document):
         files.make_folder(path.parent)
-    files.write_text(config.result, json.dumps(result, indent=1) + "\n")
-    files.write_text(config.document, report.to_markdown(result))
+    files.write_text(flags.result, json.dumps(result, indent=1) + "\n")
+    files.write_text(flags.document, report.to_markdown(result))
     print(report.summary(result))
 
 
@@ -102,13 +103,9 @@ def compile_all(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, A
 
 def _ptxas_version() -> str:
     said = subprocess.run([aot.ptxas(), "--version"], capture_output=True, text=True, check=True)
-    return re.search(r"V([\d.]+)", said.stdout)[1]
+    found = re.search(r"V([\d.]+)", said.stdout)
+    return found[1] if found else "unknown"
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        CompiledConfig,
-        prog="python -m benchmarks.compiled",
-        description=__doc__.split("\n\n")[0],
-    )
+    command.run(main, CompiledFlags)

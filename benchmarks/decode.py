@@ -20,12 +20,13 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
+from benchmarks import command
 from benchmarks.serving import floors, report, shapes, sweep, timing, variants
 from benchmarks.serving.decode_parts import StepAndAttention
 from benchmarks.serving.flags import ServingFlags
 from benchmarks.serving.rivals import Rival, RivalError
 from benchmarks.serving.variants import Variant
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.cache import KVFormat, cache_bytes, live_bytes
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
@@ -112,7 +113,8 @@ def _formats(
     """Yield the rows of one model, its cache in every format."""
     del libraries
     full, duo, *_ = flags.variants(model)
-    kinds = [(full, "model"), (duo, "model"), *((duo, kv) for kv in flags.kv)]
+    formats: list[KVFormat] = ["model", *flags.kv]
+    kinds = [(full, formats[0]), *((duo, kv) for kv in formats)]
     measure = _Model(flags, model, folder)
     for context in tqdm(flags.kv_contexts, desc=f"{geometry}, KV", disable=None):
         rows = measure.rows(kinds, context)
@@ -228,9 +230,4 @@ def _theirs(
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        DecodeFlags,
-        prog="python -m benchmarks.decode",
-        description=__doc__.split("\n\n")[0],
-    )
+    command.run(main, DecodeFlags)

@@ -18,6 +18,7 @@ _BEGAN = time.monotonic()
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
 import functools  # noqa: E402
+import importlib.metadata  # noqa: E402
 import json  # noqa: E402
 import pathlib  # noqa: E402
 import subprocess  # noqa: E402
@@ -101,7 +102,7 @@ def _header(settings: Settings) -> dict[str, Any]:
         "smoke": settings.smoke,
         "command": machine.command("benchmarks.gpu_report"),
         **machine.environment(),
-        "jaxlib": jax.lib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "backend": jax.default_backend(),
         "driver": _driver(),
         "memory_limit_bytes": memory.limit(),
@@ -150,7 +151,7 @@ def _stop(finish) -> None:
 def _parse(words: list[str] | None = None) -> argparse.Namespace:
     # Not tyro, as elsewhere: machines with a GPU may lack it, and have nothing to install from.
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_report", description=__doc__.split("\n\n")[0]
+        prog="python -m benchmarks.gpu_report", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument(
         "--out", type=pathlib.Path,

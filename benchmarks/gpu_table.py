@@ -10,13 +10,14 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from benchmarks import command
 from benchmarks.gpu.decode import Decoding
 from benchmarks.gpu.models import DECODE, Headline, Published
 from benchmarks.gpu.prefill import Prefill
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.settings import Settings, real
 from benchmarks.serving.variants import Variant
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.errors import InputError
 from duo_jax.reports import markdown
 
@@ -110,9 +111,4 @@ def _program(
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        TableFlags,
-        prog="python -m benchmarks.gpu_table",
-        description=__doc__.split("\n\n")[0],
-    )
+    command.run(main, TableFlags)

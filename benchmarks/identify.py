@@ -21,10 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks import columns
+from benchmarks import columns, command
 from benchmarks.columns import Column
 from benchmarks.serving import floors, report, timing
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig, RopeConfig
@@ -192,9 +192,4 @@ def _plot(result: dict[str, Any], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        IdentifyFlags,
-        prog="python -m benchmarks.identify",
-        description=__doc__.split("\n\n")[0],
-    )
+    command.run(main, IdentifyFlags)

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 import duo_jax
+from benchmarks import command
 from benchmarks.quantised import LogitsError, compare_logits
-from duo_jax import cli, files, serve
+from duo_jax import files, serve
 from duo_jax.api import DuoModel
 from duo_jax.cache import init_cache
 from duo_jax.checkpoints import pretrained
@@ -71,15 +72,10 @@ def to_markdown(errors: dict[str, LogitsError]) -> str:
     )
 
 
-def main() -> None:
-    """Run the command line."""
-    cli.run(
-        lambda flags: print(to_markdown(by_weights(flags.model, flags.formats))),
-        LogitsErrorFlags,
-        prog="python -m benchmarks.logits_error",
-        description=__doc__.split("\n\n")[0],
-    )
+def main(flags: LogitsErrorFlags) -> None:
+    """Print the table."""
+    print(to_markdown(by_weights(flags.model, flags.formats)))
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main, LogitsErrorFlags)

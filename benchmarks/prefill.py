@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks import command
 from benchmarks.serving import floors, report, sweep, timing, variants
 from benchmarks.serving.flags import ServingFlags
 from benchmarks.serving.rivals import Rival, RivalError
 from benchmarks.serving.variants import Reader, Variant
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.cache import live_bytes
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
@@ -155,9 +156,4 @@ def _theirs(
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        PrefillFlags,
-        prog="python -m benchmarks.prefill",
-        description=__doc__.split("\n\n")[0],
-    )
+    command.run(main, PrefillFlags)

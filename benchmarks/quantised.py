@@ -20,7 +20,8 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 import duo_jax
-from duo_jax import cli, files
+from benchmarks import command
+from duo_jax import files
 from duo_jax.api import DuoModel
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
@@ -235,9 +236,4 @@ def _cells(row: dict[str, Any]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(
-        main,
-        QuantisedFlags,
-        prog="python -m benchmarks.quantised",
-        description=__doc__.split("\n\n")[0],
-    )
+    command.run(main, QuantisedFlags)

@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import quantised
+from benchmarks import command, quantised
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
 from benchmarks.quality import ablations_report, published
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.evaluate.compare import report as compare_report
 from duo_jax.evaluate.results import describe, heat_map
 from duo_jax.reports import markdown
@@ -176,16 +176,5 @@ def _efficiency() -> Iterator[tuple[str, str]]:
         yield f"memory, {of}", f"{model.memory_saving:.2f}x"
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run the command on a list of words; default: the process's own."""
-    cli.run(
-        write_page,
-        PageFlags,
-        prog="python -m benchmarks.results_page",
-        description="Write docs/results.md from the committed result files.",
-        args=args,
-    )
-
-
 if __name__ == "__main__":
-    main()
+    command.run(write_page, PageFlags)

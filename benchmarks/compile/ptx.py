@@ -1,4 +1,4 @@
-"""What the texts of the GPU compilers say about a kernel: PTX, ptxas -v, XLA's list of launches."""
+"""Parsers of PTX, of the output of ptxas -v, and of XLA's list of launches."""
 
 import collections
 import dataclasses
@@ -79,8 +79,9 @@ def parse_ptxas(text: str) -> dict[str, int]:
 
 def run_ptxas(path: str, text: str) -> dict[str, int]:
     """Assemble a PTX file for the architecture that it names, and read what ptxas says of it."""
-    architecture = _TARGET.search(text)[1]
-    command = [aot.ptxas(), "-v", f"-arch={architecture}", path, "-o", "/dev/null"]
+    target = _TARGET.search(text)
+    assert target is not None, path
+    command = [aot.ptxas(), "-v", f"-arch={target[1]}", path, "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return parse_ptxas(done.stderr)
 

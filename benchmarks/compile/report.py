@@ -85,8 +85,8 @@ def summary(result: dict[str, Any]) -> str:
 def to_markdown(result: dict[str, Any]) -> str:
     """Write the whole document."""
     sheets = "\n".join(
-        f"- {name.upper()}: {GPUS[name].flops / 1e12:,.0f} TFLOP/s, "
-        f"{GPUS[name].bandwidth / 1e9:,.0f} GB/s"
+        f"- {name.upper()}: {(GPUS[name].flops or 0) / 1e12:,.0f} TFLOP/s, "
+        f"{(GPUS[name].bandwidth or 0) / 1e9:,.0f} GB/s"
         for name in roofline.SHOWN
     )
     parts = [

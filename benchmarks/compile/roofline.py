@@ -29,6 +29,8 @@ def rows(ops: Sequence[str]) -> list[dict[str, Any]]:
 
 def floor(gpu: Gpu, flops: float, num_bytes: float) -> dict[str, Any]:
     """Return the least seconds of a call, and which of the two bounds it."""
+    assert gpu.flops is not None
+    assert gpu.bandwidth is not None
     compute, memory = flops / gpu.flops, num_bytes / gpu.bandwidth
     return {
         "seconds": max(compute, memory),

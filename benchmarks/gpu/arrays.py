@@ -38,8 +38,9 @@ def upcast(tree: Any) -> Any:
     """
 
     def one(x):
-        floating = not isinstance(x, Packed) and jnp.issubdtype(x.dtype, jnp.floating)
-        return x.astype(jnp.float32) if floating else x
+        if isinstance(x, Packed) or not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return x.astype(jnp.float32)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Packed))
 

@@ -73,7 +73,8 @@ def compiled(case: Case, implementation: Implementation) -> Programs:
 def run(case: Case, programs: Programs, *, seed: int) -> dict[str, Any]:
     """Check a case by its compiled programs."""
     arguments = arrays.draw(case, seed)
-    scratch = programs.kernel.memory_analysis().temp_size_in_bytes
+    memory = programs.kernel.memory_analysis()
+    scratch = 0 if memory is None else memory.temp_size_in_bytes
     runs, unpoisoned = [], set()
     for poison in _POISONS:
         buffers = arrays.filled_like(programs.outputs, poison)
@@ -98,7 +99,7 @@ def run(case: Case, programs: Programs, *, seed: int) -> dict[str, Any]:
         expected = jax.tree.leaves(exact(*arrays.upcast(mine)))
         for i, (out, other, reference) in enumerate(zip(outs, xla, expected, strict=True)):
             pair = error(out[piece.rows], reference), error(other, reference)
-            errors[i] = tuple(max(old, new) for old, new in zip(errors[i], pair, strict=True))
+            errors[i] = max(errors[i][0], pair[0]), max(errors[i][1], pair[1])
             if not pair[0] <= max(MAX_RATIO * pair[1], _SLACK):  # nan fails
                 problems.append(
                     f"output {i}: error {pair[0]:.2e}, XLA's {pair[1]:.2e} ({piece.name})"
@@ -139,7 +140,8 @@ def _error(out, reference):
 def _xla(case: Case, arguments: Any) -> jax.stages.Compiled:
     program = jax.jit(lambda *arguments: case.run(*arguments, implementation="xla"))
     # Each runs once: searching for the fastest matrix products takes longer.
-    return program.lower(*arguments).compile(compiler_options={"xla_gpu_autotune_level": 0})
+    options: dict[str, Any] = {"xla_gpu_autotune_level": 0}
+    return program.lower(*arguments).compile(compiler_options=options)
 
 
 def _same_products(case: Case):

@@ -36,10 +36,11 @@ def _row(settings: Settings, case: Case, limits: tuple[float | None, float | Non
         "flops_per_second": cost.flops / time["median"],
         "bytes_per_second": cost.num_bytes / time["median"],
     }
-    if None not in limits:
-        floors = {"matmul": cost.flops / limits[0], "copy": cost.num_bytes / limits[1]}
+    flops, num_bytes = limits
+    if flops is not None and num_bytes is not None:
+        floors = {"matmul": cost.flops / flops, "copy": cost.num_bytes / num_bytes}
         row["of_ceiling"] = {name: floor / time["median"] for name, floor in floors.items()}
-        row["bound"] = max(floors, key=floors.get)
+        row["bound"] = max(floors, key=lambda name: floors[name])
     row["rivals"] = _rivals(settings, case, arguments, time["median"])
     return row
 

@@ -27,8 +27,8 @@ class Headline:
     what: str  # DECODE or PREFILL
     model: str
     tokens: int  # in the cache, or in the prompt
-    published: float | None
-    goal: float | None
+    published: float
+    goal: float
 
     def row(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
         """Return the row of the serving stage that measured it, or None."""
@@ -57,12 +57,12 @@ class Published:
     prompt: int  # tokens to prefill
     chunk: int
     decode_ms: dict[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    decode_speedup: float | None = None  # at the headline
+    decode_speedup: float  # at the headline
     prefill_seconds: tuple[float, float] | None = None
-    prefill_speedup: float | None = None
-    memory_saving: float | None = None
-    decode_goal: float | None = None
-    prefill_goal: float | None = None
+    prefill_speedup: float
+    memory_saving: float
+    decode_goal: float
+    prefill_goal: float
 
     @property
     def headlines(self) -> tuple[Headline, Headline]:

@@ -23,7 +23,7 @@ def jax_attention(implementation: str, case: Case, work: Equivalent, *, seconds:
     if implementation == "xla":
         _refuse_large_scores(work)
 
-    total = None
+    times = []
     for call in work.calls:
         function = functools.partial(
             jax.nn.dot_product_attention,
@@ -38,8 +38,8 @@ def jax_attention(implementation: str, case: Case, work: Equivalent, *, seconds:
             def function(q, k, v, d_out, forward=forward):
                 return jax.vjp(forward, q, k, v)[1](d_out)
 
-        total = _add(total, timers.of_function(function, *arguments, seconds=seconds))
-    return total
+        times.append(timers.of_function(function, *arguments, seconds=seconds))
+    return _total(times)
 
 
 def torch_attention(case: Case, work: Equivalent, *, seconds: float):
@@ -50,7 +50,7 @@ def torch_attention(case: Case, work: Equivalent, *, seconds: float):
         raise UnsuitableError("torch is not installed") from None
     if not torch.cuda.is_available():
         raise UnsuitableError("torch has no CUDA device here")
-    total = None
+    times = []
     for call in work.calls:
         if call.window is not None:
             raise UnsuitableError("no sliding window")
@@ -73,8 +73,8 @@ def torch_attention(case: Case, work: Equivalent, *, seconds: float):
             time = timers.seconds_per_call(
                 attend, seconds=seconds, wait=lambda _: torch.cuda.synchronize()
             )
-        total = _add(total, time)
-    return total
+        times.append(time)
+    return _total(times)
 
 
 TIMERS: dict[str, Callable[..., dict[str, float]]] = {
@@ -84,10 +84,9 @@ TIMERS: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 
-def _add(total: dict[str, float] | None, time: dict[str, float]) -> dict[str, float]:
-    if total is None:
-        return time
-    return total | {key: total[key] + time[key] for key in ("median", "low", "high")}
+def _total(times: list[dict[str, float]]) -> dict[str, float]:
+    """Return the time of calls that follow each other."""
+    return times[0] | {key: sum(time[key] for time in times) for key in ("median", "low", "high")}
 
 
 def _refuse_large_scores(work: Equivalent) -> None:

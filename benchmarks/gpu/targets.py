@@ -127,12 +127,12 @@ def _of_headline(headline: Headline, rows: list[dict[str, Any]]) -> list[Target]
         Target(
             what=f"{where} (published {headline.published:.2f}x)",
             goal=headline.goal,
-            value=row and row["speedup"],
+            value=None if row is None else row["speedup"],
         ),
         Target(
             what=f"{where} over that of its floor",
             goal=_OF_FLOOR,
-            value=row and row["speedup"] / row["floor_speedup"],
+            value=None if row is None else row["speedup"] / row["floor_speedup"],
             unit="",
         ),
     ]

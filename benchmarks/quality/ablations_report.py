@@ -90,7 +90,8 @@ def plot(result: dict[str, Any], path: pathlib.Path) -> None:
     settings, how = result["settings"], result["identification"]
     maps = settings["grid_sparsities"]
     figure = Figure(figsize=(11, 9.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(1.4, 1))
+    halves: Any = figure.subfigures(2, 1, height_ratios=(1.4, 1))
+    above, below = halves
     of_methods, of_windows = above.subplots(1, 2, sharey=True)
     _draw_methods(of_methods, result)
     _draw_windows(of_windows, result)

@@ -1,6 +1,6 @@
 """The PyTorch side of the benchmarks: a process that measures one library on request.
 
-    python -m benchmarks.serving.variants.rival_worker transformers MODEL_FOLDER DTYPE THREADS
+    python -m benchmarks.serving.rival_worker transformers MODEL_FOLDER DTYPE THREADS
 
 Prints one line of JSON when the model is loaded, then answers every line of JSON on its standard
 input with one on its standard output (see benchmarks.serving.rivals, which starts it). It runs in
@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -97,7 +97,7 @@ class KVPress(Transformers):
         press.post_init_from_model(self.model)
         cache = self._filled(transformers.DynamicCache(), context)
         layers = [layer.self_attn for layer in self.model.model.layers]
-        for attention, cached in zip(layers, cache.layers, strict=True):
+        for attention, cached in zip(layers, _layers(cache), strict=True):
             # What the press does at the end of a prompt.
             cached.keys, cached.values = press.compress(
                 attention, None, cached.keys, cached.values, None, {}
@@ -120,7 +120,7 @@ class KVPress(Transformers):
             return super().prefill(length=length)
 
     def _press(self, retrieval_heads: Sequence[int], sink: int, recent: int):
-        import kvpress
+        import kvpress  # pyright: ignore[reportMissingImports]: it has an environment of its own
         import numpy as np
 
         num_kv_heads = self.model.config.num_key_value_heads
@@ -161,9 +161,14 @@ def _timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
+def _layers(cache: transformers.Cache) -> list[Any]:
+    """Return the layers, all of which hold keys and values."""
+    return cast(list[Any], cache.layers)
+
+
 def _cache_bytes(cache: transformers.Cache) -> int:
     """Return the bytes that keys and values occupy, views counted as what they keep alive."""
-    buffers = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    buffers = [part for layer in _layers(cache) for part in (layer.keys, layer.values)]
     storages = {part.untyped_storage().data_ptr(): part.untyped_storage() for part in buffers}
     return sum(storage.nbytes() for storage in storages.values())
 

@@ -26,7 +26,7 @@ from duo_jax.reports import machine
 
 Library = Literal["transformers", "kvpress"]
 
-_ROOT = pathlib.Path(__file__).parents[1]
+_ROOT = pathlib.Path(__file__).parents[2]
 KVPRESS_PYTHON = pathlib.Path(".venv-kvpress/bin/python")
 
 
@@ -49,12 +49,11 @@ class Rival:
           RivalError: the worker died; its last words are in the message.
         """
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"measure": what, **request}) + "\n")
-            self._process.stdin.flush()
+            print(json.dumps({"measure": what, **request}), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline() if self._process.stdout else ""
         if line:
             return json.loads(line)
         code = self._process.wait()

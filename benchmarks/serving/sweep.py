@@ -3,7 +3,7 @@
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from benchmarks.serving import random_model
@@ -18,7 +18,7 @@ Rows = Callable[[str, ModelConfig, pathlib.Path, list[Rival]], Iterator[dict[str
 
 
 def measure(
-    flags: ServingFlags, rows_of: Rows, *, module: str, extra: dict[str, Callable[[], Any]]
+    flags: ServingFlags, rows_of: Rows, *, module: str, extra: Mapping[str, Callable[[], Any]]
 ) -> dict[str, Any]:
     """Measure every geometry, ours and the rivals on the same saved weights.
 

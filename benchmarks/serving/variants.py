@@ -99,7 +99,7 @@ class Decoder:
         cache: Cache,
         *,
         implementation: Implementation = "auto",
-        compiler_options: Mapping[str, Any] | None = None,
+        compiler_options: Mapping[str, str | bool] | None = None,
     ) -> None:
         """Compile for parameters and caches like these, which may be descriptions."""
         self.params, self._tokens = params, jnp.zeros(1, jnp.int32)
@@ -131,10 +131,10 @@ class Reader:
         mode: serve.PrefillMode,
         dtype: DTypeLike,
         implementation: Implementation = "auto",
-        compiler_options: Mapping[str, Any] | None = None,
+        compiler_options: Mapping[str, str | bool] | None = None,
     ) -> None:
         """Compile for this prompt, and for parameters like these, which may be descriptions."""
-        self.params, self.cache = params, None
+        self.params, self._cache = params, None
         empty = cache_shapes(config, batch_size=1, max_len=len(tokens), dtype=dtype)
         parts = [jnp.asarray(tokens[None, i : i + chunk]) for i in range(0, len(tokens), chunk)]
         self._chunks = [(part, jnp.array([part.shape[1]], jnp.int32)) for part in parts]
@@ -151,12 +151,19 @@ class Reader:
 
     def read(self) -> None:
         """Read the prompt; return when it is done."""
-        cache = self._init_cache() if self.cache is None else self.cache
-        self.cache = dataclasses.replace(cache, lengths=jnp.zeros(1, jnp.int32))
+        cache = self._init_cache() if self._cache is None else self._cache
+        cache = dataclasses.replace(cache, lengths=jnp.zeros(1, jnp.int32))
         for part, num_tokens in self._chunks:
             program = self._read[part.shape]
-            logits, self.cache = program(self.params, self.cache, part, num_tokens)
-        jax.block_until_ready((logits, self.cache))
+            logits, cache = program(self.params, cache, part, num_tokens)
+        self._cache = cache
+        jax.block_until_ready((logits, cache))
+
+    @property
+    def cache(self) -> Cache:
+        """The cache of the prompt that was read."""
+        assert self._cache is not None, "nothing was read"
+        return self._cache
 
 
 class _Program:
@@ -170,7 +177,7 @@ class _Program:
     def __init__(
         self,
         function: Callable,
-        compiler_options: Mapping[str, Any] | None,
+        compiler_options: Mapping[str, str | bool] | None,
         params: dict[str, Any],
         cache: Cache,
         *rest,
@@ -182,8 +189,10 @@ class _Program:
             return logits, jax.tree.leaves(cache)
 
         lowered = jax.jit(on_buffers, donate_argnums=1).lower(params, buffers, *rest)
-        self._compiled = lowered.compile(compiler_options=compiler_options)
-        self.temp_bytes: int = self._compiled.memory_analysis().temp_size_in_bytes
+        self._compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
+        memory = self._compiled.memory_analysis()
+        assert memory is not None
+        self.temp_bytes = memory.temp_size_in_bytes
 
     def __call__(self, params: dict[str, Any], cache: Cache, *rest) -> tuple[jax.Array, Cache]:
         logits, buffers = self._compiled(params, jax.tree.leaves(cache), *rest)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import ablations
-from benchmarks.ablations import AblationsConfig
+from benchmarks.ablations import AblationsFlags
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from tests import models
@@ -59,7 +59,7 @@ def result(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "some" / "ablations.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RetrievalTest, "accuracy", accuracy)
-        ablations.main(AblationsConfig(model=str(model), out=out, **TINY))
+        ablations.main(AblationsFlags(model=str(model), out=out, **TINY))
     return json.loads(out.read_text()), out
 
 
@@ -117,11 +117,11 @@ def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch):
         return np.ones((model.num_layers, model.num_kv_heads)), None
 
     monkeypatch.setattr(ablations.training, "train", train)
-    lab = ablations._Lab(AblationsConfig(model=str(model), samples=1))
+    lab = ablations._Lab(AblationsFlags(model=str(model), samples=1))
     lab.identify("optimise", sink=15, recent=1)
     lab.identify("lm", seed=2)
     assert seen == [("optimise", 0, 15, 1, 0.05), ("lm", 2, 4, 12, 0.05)]
-    lab = ablations._Lab(AblationsConfig(model=str(model), samples=1, lm_reg_weight=0.3))
+    lab = ablations._Lab(AblationsFlags(model=str(model), samples=1, lm_reg_weight=0.3))
     lab.identify("lm")
     assert seen[-1] == ("lm", 0, 4, 12, 0.3)
 
@@ -157,4 +157,4 @@ def test_table_and_picture_show_what_was_measured(result):
 )
 def test_unusable_settings_are_refused(changes):
     with pytest.raises(InputError):
-        AblationsConfig(**changes)
+        AblationsFlags(**changes)
