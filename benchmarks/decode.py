@@ -113,8 +113,8 @@ def _formats(
     """Yield the rows of one model, its cache in every format."""
     del libraries
     full, duo, *_ = flags.variants(model)
-    formats: list[KVFormat] = ["model", *flags.kv]
-    kinds = [(full, formats[0]), *((duo, kv) for kv in formats)]
+    kinds: list[tuple[Variant, KVFormat]] = [(full, "model"), (duo, "model")]
+    kinds.extend((duo, kv) for kv in flags.kv)
     measure = _Model(flags, model, folder)
     for context in tqdm(flags.kv_contexts, desc=f"{geometry}, KV", disable=None):
         rows = measure.rows(kinds, context)
