@@ -1,4 +1,4 @@
-"""What DuoAttention's choices are worth on the demo model: the paper's ablations (section 3.5).
+"""The paper's ablations (section 3.5) on the demo model: methods, windows and their sizes.
 
     python -m benchmarks.ablations
 

@@ -45,15 +45,15 @@ def identification(length: int, mixing: Mixing = "teacher") -> jax.stages.Compil
         tail_size=1024,
         implementation="triton",
     )
-    state = jax.eval_shape(lambda: init_state(LLAMA_3_8B.model, step))
+    state = jax.eval_shape(lambda: init_state(LLAMA_3_8B.architecture, step))
     params = jax.eval_shape(
-        lambda: llama.init_params(LLAMA_3_8B.model, jax.random.key(0), dtype=jnp.bfloat16)
+        lambda: llama.init_params(LLAMA_3_8B.architecture, jax.random.key(0), dtype=jnp.bfloat16)
     )
     row = jnp.zeros(1, jnp.int32)
     batch = jax.eval_shape(
         lambda: Batch(tokens=jnp.zeros((1, length), jnp.int32), tail_start=row, total_length=row)
     )
-    function = functools.partial(train_step, architecture=LLAMA_3_8B.model, step=step)
+    function = functools.partial(train_step, architecture=LLAMA_3_8B.architecture, step=step)
     return aot.compile_for("a100", function, state, params, batch)
 
 

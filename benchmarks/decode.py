@@ -2,11 +2,11 @@
 
     python -m benchmarks.decode
 
-A Llama of random weights with the attention of a published model decodes token after token after a
-context of random keys and values. All splits of the model are timed in turn, in one process; beside
-each stands the time of its attention part (a model of the same attention and width 2), the bytes of
-its live cache, and the ratio of the bytes that a step has to read at least. transformers and
-kvpress follow at every context, on the same saved weights (see benchmarks.serving.rivals).
+A Llama of random weights with the attention of a published model decodes one token after another
+from a context of random keys and values. All splits of the model are timed in turn, in one process;
+beside each stands the time of its attention part (a model of the same attention and width 2), the
+bytes of its live cache, and the ratio of the bytes that a step has to read at least. transformers
+and kvpress follow at every context, on the same saved weights (see benchmarks.serving.rivals).
 
 A second table has one split with the cache in every format; its ratios are against the same split
 in the model's own dtype.
@@ -46,13 +46,13 @@ class DecodeFlags(ServingFlags):
     rival_steps: int = 6
     """Timed steps of other libraries."""
     tables: tuple[Literal["splits", "kv"], ...] = ("splits", "kv")
-    """What to measure: splits and other libraries, formats of the cache."""
+    """Tables to measure: splits and other libraries, formats of the cache."""
     kv: tuple[KVFormat, ...] = ("bf16", "int8", "int4", "int2")
     """Formats of the cache, beside the model's own."""
     kv_contexts: tuple[int, ...] = (1024, 4096, 16384)
-    """As contexts, of the table of formats."""
+    """Tokens in the cache for the table of formats."""
     kv_geometry: shapes.Geometry = "gqa"
-    """As geometries, of the table of formats."""
+    """Attention for the table of formats."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/decode")
     """Where to write .json, .md and .png; the table of formats goes to OUT_kv."""
 

@@ -33,7 +33,7 @@ class TableFlags:
     """Flags of the command."""
 
     result: pathlib.Path = pathlib.Path("benchmarks/results/gpu/serving.json")
-    """What the report's stage `serving` wrote; without it the table says that nothing is
+    """The file of the report's stage `serving`; without it the table says that nothing is
     measured."""
 
 

@@ -1,4 +1,4 @@
-"""How far quantised weights move the logits: the relative error of each format, as a table.
+"""Relative error of the logits for each format of quantised weights, as a table.
 
 The error is that of benchmarks.quantised, over all tokens of a text. Beside it, how often the most
 likely next token stays the same.

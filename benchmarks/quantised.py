@@ -59,7 +59,7 @@ class QuantisedFlags:
     rows: int = 16
     """Texts in a batch."""
     seed: int = 0
-    """Of texts and passkeys."""
+    """Random seed of texts and passkeys."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/quantised.json")
     """Where to write the result."""
 
@@ -153,7 +153,7 @@ def numbers(found: Retrieved, base: Retrieved | None) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitsError:
-    """How far formats move the logits."""
+    """Difference of logits from those of the model's own formats."""
 
     relative: float  # Euclidean norms, all tokens and the whole vocabulary
     same_choice: float  # fraction of tokens after which the most likely one is the same

@@ -29,7 +29,7 @@ _LAUNCH = re.compile(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How XLA starts a kernel."""
+    """Grid, threads and shared memory of a kernel's launch."""
 
     grid: tuple[int, int, int]
     threads: int  # of one program

@@ -1,4 +1,4 @@
-"""How fast the cases of real size could be at best: counted, not measured.
+"""Floors of time of the cases of real size: counted, not measured.
 
 A call takes at least as long as its bytes need at the GPU's memory bandwidth, and at least as long
 as its operations need at its matrix units' rate. Both come from data sheets (kernels.gpu): dense

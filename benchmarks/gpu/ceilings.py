@@ -1,4 +1,4 @@
-"""What this device reaches at best: a large matrix product, and a large copy."""
+"""Ceilings of this device, measured: a large matrix product, and a large copy."""
 
 import functools
 

@@ -33,7 +33,7 @@ _POISONS = (float("nan"), 3e4)  # the second fits in float16
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Programs:
-    """What a check runs, compiled."""
+    """The compiled programs of a check."""
 
     kernel: jax.stages.Compiled  # (buffers for the outputs, *arguments) -> outputs
     outputs: Any  # their shapes

@@ -48,7 +48,7 @@ class Decoding(Program):
         )
         return variants.Decoder(
             self.variant.config,
-            models.param_shapes(self.published.model, self.settings.dtype),
+            models.param_shapes(self.published.architecture, self.settings.dtype),
             empty,
             implementation=self.settings.implementation,
             compiler_options=COMPILER_OPTIONS,

@@ -1,10 +1,10 @@
-"""How much of the device's memory is taken, and how much there is."""
+"""The device's memory: live arrays, peak and limit."""
 
 from typing import Any
 
 import jax
 
-# Of the limit, what a program may be given: the allocator needs some room to move.
+# Fraction of the limit that a program may take: the allocator needs some room to move.
 _USABLE = 0.97
 
 
@@ -33,7 +33,7 @@ def fits(num_bytes: float) -> bool:
 
 
 class Watch:
-    """Memory of one program: what lies there, what it needs beside, and the peak if it is new.
+    """Memory of one program: live arrays, its workspace, and the peak if it is a new maximum.
 
     The device counts one peak for the whole process, so it says something about this program only
     if it rose.

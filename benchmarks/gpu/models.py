@@ -1,4 +1,4 @@
-"""The two published models whose serving is measured, and what is known of them."""
+"""The two published models whose serving is measured, with their published numbers."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ class Published:
     """A model, its published split, and its published times on one A100-80G (bfloat16, batch 1)."""
 
     name: str
-    model: ModelConfig
+    architecture: ModelConfig
     retrieval_counts: tuple[int, ...]  # per layer, of the published pattern
     sink: int = 128
     recent: int = 256
@@ -87,9 +87,9 @@ class Published:
     @property
     def variants(self) -> tuple[Variant, Variant]:
         """Return the split model and the full one."""
-        layers, heads = self.model.num_layers, self.model.num_kv_heads
+        layers, heads = self.architecture.num_layers, self.architecture.num_kv_heads
         duo = DuoConfig(
-            architecture=self.model,
+            architecture=self.architecture,
             retrieval_counts=self.retrieval_counts,
             sink_size=self.sink,
             recent_size=self.recent,
@@ -104,7 +104,7 @@ class Published:
 # Heads kept by the published patterns; times and speed-ups are those of arXiv 2410.10819.
 LLAMA_2_7B = Published(
     name="Llama-2-7B-32K",
-    model=shapes.model_config("mha", layers=32),
+    architecture=shapes.model_config("mha", layers=32),
     retrieval_counts=(
         *(2, 10, 2, 5, 3, 4, 9, 8, 9, 5, 8, 10, 4, 6, 12, 9),
         *(12, 10, 9, 6, 11, 8, 14, 5, 12, 8, 12, 3, 6, 6, 12, 16),
@@ -130,7 +130,7 @@ LLAMA_2_7B = Published(
 )
 LLAMA_3_8B = Published(
     name="Llama-3-8B-1048k",
-    model=shapes.model_config("gqa", layers=32),
+    architecture=shapes.model_config("gqa", layers=32),
     retrieval_counts=(
         *(1, 1, 3, 2, 2, 4, 2, 4, 6, 4, 5, 3, 2, 6, 5, 5),
         *(5, 6, 3, 5, 6, 3, 3, 6, 4, 4, 3, 4, 6, 5, 8, 2),

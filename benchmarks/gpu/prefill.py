@@ -39,7 +39,7 @@ class Prefill(Program):
         return self.floor() / min(rates or [self.settings.flops_per_second])
 
     def compile(self) -> variants.Reader:
-        model = self.published.model
+        model = self.published.architecture
         tokens = np.random.default_rng(0).integers(
             0, model.vocab_size, self.published.prompt, np.int32
         )

@@ -14,7 +14,7 @@ from duo_jax.cache import cache_bytes
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program(abc.ABC):
-    """What both kinds share."""
+    """A way to split a model, at one kind of work; subclasses say which."""
 
     settings: Settings
     published: Published
@@ -48,7 +48,7 @@ class Program(abc.ABC):
 
     def needed_bytes(self) -> int:
         """Return the bytes of its parameters and caches."""
-        params = models.param_bytes(self.published.model, self.settings.dtype)
+        params = models.param_bytes(self.published.architecture, self.settings.dtype)
         return params + self.cache_bytes(self.max_len)
 
     def cache_bytes(self, max_len: int) -> int:

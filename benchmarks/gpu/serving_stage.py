@@ -83,7 +83,7 @@ class _Weights:
             self._published, self._params = None, {}  # before the next model's are made
             gc.collect()
             self._params = jax.block_until_ready(
-                models.random_params(published.model, self._settings.dtype)
+                models.random_params(published.architecture, self._settings.dtype)
             )
             self._published = published
         return self._params

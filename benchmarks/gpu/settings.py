@@ -1,4 +1,4 @@
-"""What the GPU report runs, and its small copy that a CPU gets through."""
+"""Sizes and cases of the GPU report, and of its miniature for a CPU."""
 
 import dataclasses
 import itertools
@@ -121,7 +121,7 @@ def smoke() -> Settings:
         models=(
             Published(
                 name="tiny",
-                model=model,
+                architecture=model,
                 retrieval_counts=(1,),
                 sink=2,
                 recent=6,

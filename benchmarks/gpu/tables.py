@@ -86,7 +86,7 @@ class Stage:
     """A part of the report."""
 
     name: str
-    share: float  # of the whole time; what one stage leaves, the next ones have
+    share: float  # fraction of the time; unused time passes on
     run: Callable[[Table], None]
 
 

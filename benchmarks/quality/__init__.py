@@ -1,1 +1,1 @@
-"""What methods and settings cost in accuracy."""
+"""Accuracy: published numbers, and the report of the ablations."""

@@ -13,7 +13,7 @@ from duo_jax.heads.split import DuoConfig
 
 
 class StepAndAttention:
-    """Decodes token after token after a context of random keys and values.
+    """Decodes one token after another from a context of random keys and values.
 
     Args:
       config: the split model.

@@ -14,7 +14,7 @@ Result = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one benchmark shows of its rows."""
+    """Table and picture of one benchmark."""
 
     title: str
     columns: Sequence[Column]

@@ -1,4 +1,4 @@
-"""What a user would run instead, each library in a process of its own, on the same saved weights.
+"""Other libraries, each in a process of its own, on the same saved weights.
 
 transformers runs in the environment of the benchmark (PyTorch is needed: `pip install '.[test]'`).
 kvpress pins an older transformers, so it has an environment of its own:

@@ -1,4 +1,4 @@
-"""The two attention geometries that the benchmarks run on, and how heads are split in them."""
+"""Two attention geometries for the benchmarks, and the split of their heads."""
 
 import dataclasses
 from typing import Literal

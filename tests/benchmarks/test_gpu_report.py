@@ -47,7 +47,7 @@ def test_smoke_run_writes_every_table(tmp_path):
     duo.sort(key=lambda row: row["what"])
     assert [row.get("context", row.get("length")) for row in duo] == [64, 32, 32]
     assert all(row["speedup"] > 0 and row["floor_speedup"] > 1 for row in duo)
-    params = models.param_bytes(smoke().models[0].model, "float32")
+    params = models.param_bytes(smoke().models[0].architecture, "float32")
     assert duo[0]["memory"]["counted_bytes"] > duo[0]["cache_bytes"] + params
     judged = json.loads((tmp_path / "targets.json").read_text())["targets"]
 

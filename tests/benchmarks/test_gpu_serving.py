@@ -170,7 +170,7 @@ def test_floors_of_the_published_models_are_those_of_the_published_points():
 
 
 def test_random_parameters_are_in_serving_form():
-    model = smoke().models[0].model
+    model = smoke().models[0].architecture
     params = models.random_params(model, jnp.float32)
     init = functools.partial(llama.init_params, model)
     heads = np.ones((model.num_layers, model.num_kv_heads), bool)
