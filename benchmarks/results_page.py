@@ -150,7 +150,7 @@ def _published() -> str:
 ## Published by others
 
 From {published.DUO}, measured by its authors on one A100-80G, BF16, batch 1. Ours on a GPU: not \
-measured yet; see the README.
+measured yet: [GPU](gpu.md).
 
 {efficiency}
 

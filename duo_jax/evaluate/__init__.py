@@ -1,1 +1,1 @@
-"""Does a model survive its pattern? Needles, lm-evaluation-harness tasks, and other methods."""
+"""What a pattern costs: needles, lm-evaluation-harness tasks, and other methods."""
