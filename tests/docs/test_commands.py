@@ -32,6 +32,7 @@ MARKS = {"needs: gpu", "needs: download", "takes minutes"}
 OTHERS = (
     ["python3", "-m", "venv"],
     [".", ".venv/bin/activate"],
+    ["pip", "install", "pre-commit"],
     ["pre-commit", "install"],
     ["mkdocs", "serve"],
     ["mkdocs", "build", "--strict"],  # test_site.py
