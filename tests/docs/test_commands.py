@@ -32,7 +32,6 @@ MARKS = {"needs: gpu", "needs: download", "takes minutes"}
 OTHERS = (
     ["python3", "-m", "venv"],
     [".", ".venv/bin/activate"],
-    ["pip", "install", "pre-commit"],
     ["pre-commit", "install"],
     ["mkdocs", "serve"],
     ["mkdocs", "build", "--strict"],  # test_site.py
@@ -151,8 +150,8 @@ def test_other_commands_are_known(shown):
 
 
 def _targets() -> set[str]:
-    """Return what pip may be told to install: this package, with one of its extras."""
-    return {"."} | {f".[{extra}]" for extra in EXTRAS}
+    """Return what pip may be told to install: this package, with one of its extras, or pre-commit."""
+    return {".", "pre-commit"} | {f".[{extra}]" for extra in EXTRAS}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
