@@ -150,7 +150,7 @@ def test_other_commands_are_known(shown):
 
 
 def _targets() -> set[str]:
-    """Return what pip may be told to install: this package, with one of its extras, or pre-commit."""
+    """Return what pip may install: this package, with one of its extras, or pre-commit."""
     return {".", "pre-commit"} | {f".[{extra}]" for extra in EXTRAS}
 
 
