@@ -41,25 +41,8 @@ def run(
       default: values to start from instead of the dataclass's own.
       args: the words of the command line; default sys.argv[1:].
     """
-    complaint = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            flags = tyro.cli(
-                flags_type,
-                prog=prog,
-                description=description,
-                args=args,
-                default=tyro.MISSING_NONPROP if default is None else default,
-            )
-    except InputError as error:  # from a dataclass within the dataclass
-        fail(error)
-    except SystemExit as exit_:
-        if exit_.code:
-            complained = re.sub(r"^Error parsing \w*Config: ", "", _unboxed(complaint.getvalue()))
-            fail(InputError(f"{complained} (see {prog} --help)"))
-        raise
-    try:
-        main(flags)
+        main(_parse(flags_type, prog=prog, description=description, default=default, args=args))
     except (InputError, UnsupportedError) as error:
         fail(error)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -83,6 +66,33 @@ def fail(error: InputError | UnsupportedError) -> NoReturn:
     """Report in one line what cannot be used, and exit with code 2."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(2)
+
+
+def _parse(
+    flags_type: type[Flags],
+    *,
+    prog: str,
+    description: str,
+    default: Flags | None,
+    args: Sequence[str] | None,
+) -> Flags:
+    """Parse flags; what tyro or the dataclass refuses is an InputError, --help exits."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                flags_type,
+                prog=prog,
+                description=description,
+                args=args,
+                default=tyro.MISSING_NONPROP if default is None else default,
+            )
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        text = _unboxed(complaint.getvalue())
+        complained = re.sub(r"^Error parsing \w*(Config|Flags): ", "", text)
+        raise InputError(f"{complained} (see {prog} --help)") from None
 
 
 def _stdout_fails() -> bool:

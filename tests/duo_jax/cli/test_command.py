@@ -1,6 +1,7 @@
 """Errors of commands: one line for what they refuse, a traceback for a defect."""
 
 import dataclasses
+import signal
 import subprocess
 import sys
 
@@ -113,3 +114,14 @@ def test_output_that_cannot_be_written_is_one_line():
     assert line == "error: standard output cannot be written: No space left on device"
     assert "Traceback" not in done.stderr
     assert "Exception ignored" not in done.stderr
+
+
+def test_help_that_nobody_reads_to_its_end_is_no_error():
+    command = [sys.executable, "-m", "duo_jax.plan", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # as head does
+        complaint = process.stderr.read().decode()
+        assert process.wait() == 128 + signal.SIGPIPE
+    assert "Traceback" not in complaint
