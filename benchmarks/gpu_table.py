@@ -20,6 +20,7 @@ from benchmarks.serving.variants import Variant
 from duo_jax import files
 from duo_jax.errors import InputError
 from duo_jax.reports import markdown
+from duo_jax.schema.json_reader import read_json
 
 _NOTHING = "not measured yet"
 _NEEDED = {
@@ -50,7 +51,7 @@ def read(file: pathlib.Path) -> dict[str, Any] | None:
     """
     if not files.exists(file):
         return None
-    result = files.read_json(file)
+    result = read_json(file)
     missing = _NEEDED - result.keys()
     if missing:
         raise InputError(

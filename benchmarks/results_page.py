@@ -18,6 +18,7 @@ from duo_jax import files
 from duo_jax.evaluate.compare import report as compare_report
 from duo_jax.evaluate.results import describe, heat_map
 from duo_jax.reports import markdown
+from duo_jax.schema.json_reader import read_json
 
 _HEAD = """\
 # Results
@@ -107,7 +108,7 @@ def write_page(flags: PageFlags) -> None:
     """
     parts = [_HEAD]
     for section in SECTIONS:
-        result = files.read_json(flags.results / f"{section.name}.json")
+        result = read_json(flags.results / f"{section.name}.json")
         parts += [f"## {section.title}\n", f"{section.text}\n", f"{where(result)}\n"]
         parts.append(section.table(result) + "\n")
         if section.picture:

@@ -23,7 +23,8 @@ from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import shortened
 from duo_jax.checkpoints.weights import HuggingFaceFiles, WeightFiles, open_weights
 from duo_jax.errors import InputError
-from duo_jax.files import new_folder, read_json
+from duo_jax.files import new_folder
+from duo_jax.schema.json_reader import read_json
 
 
 def convert(flags: ConvertConfig) -> None:

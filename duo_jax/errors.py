@@ -3,14 +3,40 @@
 import importlib.metadata
 import importlib.util
 import pathlib
+from typing import Any
+
+_LONGEST_MESSAGE = 2_000  # characters; what a message quotes may be as long as a file
+_LONGEST_QUOTED = 80
 
 
 class InputError(ValueError):
     """Something the caller gave cannot be used.
 
-    The message is one line for the person who gave it: what was wrong, and what is accepted.
+    The message is one line for the person who gave it: what was wrong, and what is accepted. It is
+    cut where it is very long, as it may quote other libraries' messages, which quote whole files.
     Command lines print it and exit with code 2; anything else is a defect and shows a traceback.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(cut(message, _LONGEST_MESSAGE))
+
+
+def cut(text: str, limit: int) -> str:
+    """Return the beginning of a text, with a word on how much was left out."""
+    left_out = len(text) - limit
+    return text if left_out <= 0 else f"{text[:limit]}... ({left_out:,} more characters)"
+
+
+def quoted(value: Any) -> str:
+    """Return a value as a message quotes it: as Python writes it, cut where it is long."""
+    if isinstance(value, str | bytes):
+        value = value[: _LONGEST_QUOTED + 1]
+    elif isinstance(value, int) and abs(value) >= 1 << 256:  # Python refuses to write the longest
+        return f"a whole number of {value.bit_length():,} bits"
+    elif isinstance(value, list | tuple | dict | set) and len(value) > _LONGEST_QUOTED:
+        return f"a {type(value).__name__} of {len(value):,}"
+    text = repr(value)
+    return text if len(text) <= _LONGEST_QUOTED else f"{text[:_LONGEST_QUOTED]}..."
 
 
 # Files of ours that hold this mark: those that Python imports first, and those of the same path in

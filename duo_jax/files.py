@@ -7,7 +7,6 @@ defect of ours, and shows a traceback. Outputs appear under their names only whe
 
 import contextlib
 import errno
-import json
 import os
 import pathlib
 import re
@@ -15,11 +14,11 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from typing import Any
 
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, cut
 
 _LONGEST_SHOWN = 200  # characters of a path in a message
+_LARGEST_TEXT = 1 << 28  # bytes; a text of 4M tokens has about 20 MB
 # What a disk or its permissions refuse, wherever in a block of code it happens.
 _REFUSALS = (
     errno.EACCES,
@@ -72,9 +71,9 @@ def reading(path: str | pathlib.Path) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError:
-        raise InputError(f"{_shown(path)} is not UTF-8 text") from None
+        raise InputError(f"{shown(path)} is not UTF-8 text") from None
     except OSError as error:
-        raise InputError(f"{_shown(path)} cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{shown(path)} cannot be read: {error.strerror or error}") from None
 
 
 @contextlib.contextmanager
@@ -93,30 +92,19 @@ def writing(path: str | pathlib.Path) -> Iterator[None]:
         raise _cannot_be_written(path, code) from None
 
 
-def read_text(path: str | pathlib.Path) -> str:
+def read_text(path: str | pathlib.Path, *, max_bytes: int = _LARGEST_TEXT) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-      InputError: it cannot be read, or is not UTF-8.
+      InputError: it cannot be read, has more than `max_bytes`, or is not UTF-8.
     """
     with reading(path):
-        return pathlib.Path(path).read_text(encoding="utf-8")
-
-
-def read_json(path: str | pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object from a UTF-8 file; every JSON file of a user is read here.
-
-    Raises:
-      InputError: the file cannot be read, is not JSON, or holds something else than an object.
-    """
-    text = read_text(path)
-    try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{_shown(path)} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise InputError(f"{_shown(path)} holds no JSON object")
-    return values
+        with pathlib.Path(path).open("rb") as file:
+            content = file.read(max_bytes + 1)  # devices have no size to look at
+        if len(content) > max_bytes:
+            raise InputError(f"{shown(path)} has more than {max_bytes:,} bytes")
+        # Line ends as Python's text mode reads them.
+        return content.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def make_folder(path: str | pathlib.Path) -> None:
@@ -209,9 +197,9 @@ def _mode(path: str | pathlib.Path) -> int:
             return 0
 
 
-def _shown(path: str | pathlib.Path) -> str:
-    shown = str(path)
-    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+def shown(path: str | pathlib.Path) -> str:
+    """Return a path for a message, cut where it is very long."""
+    return cut(str(path), _LONGEST_SHOWN)
 
 
 def _errno(error: Exception) -> int | None:
@@ -225,7 +213,7 @@ def _errno(error: Exception) -> int | None:
 
 
 def _cannot_be_written(path: str | pathlib.Path, code: int) -> InputError:
-    return InputError(f"{_shown(path)} cannot be written: {os.strerror(code)}")
+    return InputError(f"{shown(path)} cannot be written: {os.strerror(code)}")
 
 
 def _take_place(partial: pathlib.Path, path: pathlib.Path) -> None:

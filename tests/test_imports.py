@@ -8,6 +8,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROWS = """
 errors
 files
+schema
 kernels
 model data
 heads reports

@@ -18,6 +18,7 @@ from duo_jax.checkpoints import tensor_names
 from duo_jax.checkpoints.tensor_info import DTYPES
 from duo_jax.checkpoints.tensor_names import Tensor
 from duo_jax.model.config import ModelConfig
+from duo_jax.model.hf_config import to_hf
 from duo_jax.model.quantised_weights import StoredFormat
 
 _DTYPES = {"float32": DTYPES["F32"], "bfloat16": DTYPES["BF16"], "float16": DTYPES["F16"]}
@@ -63,7 +64,7 @@ def ensure_folder(
     Raises:
       InputError: the folder cannot be written.
     """
-    raw = config.to_hf() | {"dtype": dtype, "bos_token_id": 0, "eos_token_id": 1}
+    raw = to_hf(config) | {"dtype": dtype, "bos_token_id": 0, "eos_token_id": 1}
     identity = hashlib.sha256(json.dumps([raw, seed]).encode()).hexdigest()[:12]
     folder = cache / f"random-{identity}"
     if folder.is_dir():

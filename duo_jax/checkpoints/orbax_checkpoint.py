@@ -24,7 +24,7 @@ from duo_jax.checkpoints import tensor_info, tensor_names
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.errors import InputError
-from duo_jax.files import exists, read_json
+from duo_jax.files import exists
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
@@ -34,6 +34,7 @@ from duo_jax.model.quantised_weights import (
     scales_shape,
     value_dtype,
 )
+from duo_jax.schema.json_reader import read_json
 
 MARKER_FILE = "duo_jax.json"
 PARAMS_FOLDER = "params"

@@ -26,7 +26,8 @@ from duo_jax.checkpoints.weights import WeightFiles, open_weights, read_array
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
-from duo_jax.model.config import ModelConfig, read_config
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.hf_config import read_config
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
     WeightFormat,

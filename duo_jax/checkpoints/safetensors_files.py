@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo, shortened
 from duo_jax.errors import InputError
-from duo_jax.files import exists, read_json
+from duo_jax.files import exists
+from duo_jax.schema.json_reader import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -18,7 +18,8 @@ from duo_jax.checkpoints.orbax_checkpoint import CheckpointFiles, is_checkpoint
 from duo_jax.checkpoints.safetensors_files import SafetensorsFiles
 from duo_jax.checkpoints.tensor_info import TensorInfo
 from duo_jax.checkpoints.tensor_names import Tensor
-from duo_jax.model.config import ModelConfig, read_config
+from duo_jax.model.config import ModelConfig
+from duo_jax.model.hf_config import read_config
 from duo_jax.model.quantised_weights import QuantisedKernel, StoredFormat
 
 

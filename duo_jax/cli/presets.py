@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from duo_jax import cli
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
-from duo_jax.files import is_file, read_json
+from duo_jax.files import is_file
+from duo_jax.schema.json_reader import read_json
 
 Config = TypeVar("Config")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from duo_jax import files
 from duo_jax.errors import InputError
+from duo_jax.schema.json_reader import read_json
 
 _CONFIG_FILE = "config.json"
 
@@ -37,7 +38,7 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
         if others:
             raise InputError(f"workdir {path} holds other files; choose an empty or new folder")
         return
-    before, after = _flat(files.read_json(file)), _flat(_as_json(config))
+    before, after = _flat(read_json(file)), _flat(_as_json(config))
     changed = [
         f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
         for name in sorted(before.keys() | after.keys())

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 
 from duo_jax import files
 from duo_jax.errors import InputError
+from duo_jax.schema.json_reader import read_json
 
 _GATES_FILE = "full_attention_heads.tsv"
 _CONFIG_FILE = "config.json"
@@ -51,7 +52,7 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
                 f"{file} does not exist; a pattern folder holds {_GATES_FILE} and {_CONFIG_FILE}"
             )
     gates = _parse_gates(files.read_text(gates_file), gates_file)
-    config = files.read_json(config_file)
+    config = read_json(config_file)
     missing = [key for key in _SMALLEST if key not in config]
     if missing:
         raise InputError(f"{config_file} lacks {', '.join(missing)}")

@@ -12,7 +12,7 @@ from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.heads.choose import split_heads
-from duo_jax.model.config import read_config
+from duo_jax.model.hf_config import read_config
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
 from duo_jax.plan.estimate import Workload

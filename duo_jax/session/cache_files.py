@@ -27,6 +27,7 @@ from duo_jax import files
 from duo_jax.cache import KVCache, LayerCache
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
+from duo_jax.schema.json_reader import read_json
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session, Snapshot
 
@@ -155,7 +156,7 @@ def _read_marker(folder: pathlib.Path) -> dict[str, Any]:
     file = folder / _MARKER
     if not files.exists(file):
         raise InputError(f"{folder} is no saved cache: there is no {_MARKER} in it")
-    marker = files.read_json(file)
+    marker = read_json(file)
     found = (marker.get("format"), marker.get("version"))
     if found != (FORMAT, VERSION):
         raise InputError(

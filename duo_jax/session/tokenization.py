@@ -8,6 +8,7 @@ from typing import Any
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
+from duo_jax.schema.json_reader import read_json
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
@@ -98,7 +99,7 @@ def load_tokenization(folder: pathlib.Path) -> Tokenization:
 def _eos_tokens(file: pathlib.Path) -> list[int]:
     if not files.is_file(file):
         return []
-    found = files.read_json(file).get("eos_token_id")
+    found = read_json(file).get("eos_token_id")
     found = found if isinstance(found, list) else [found]
     found = [token for token in found if token is not None]
     if not all(type(token) is int for token in found):

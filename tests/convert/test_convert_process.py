@@ -15,7 +15,7 @@ import pytest
 from convert.__main__ import main
 from duo_jax.checkpoints import tensor_names
 from duo_jax.checkpoints.weights import open_weights
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from tests import models
 
 both_ways = pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])

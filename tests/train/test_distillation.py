@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from duo_jax.model import llama
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from kernels import full_attention, streaming_attention
 from tests import models
 from tests.params import random_params

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from duo_jax.model import llama
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from tests import models
 from train import optimisation
 from train.distillation import Batch, distillation_loss

@@ -16,6 +16,7 @@ from duo_jax import files
 from duo_jax.checkpoints import tensor_names
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
+from duo_jax.model.hf_config import to_hf
 from train.demo_model.presets import EVALUATION, PRESET, TEMPLATES
 from train.demo_model.tokenizer import write_tokenizer
 
@@ -52,7 +53,7 @@ def write_model(
       summary: for the model card.
     """
     tokens = {"bos_token_id": 0, "eos_token_id": 1}
-    _write_json(folder / "config.json", architecture.to_hf() | {"dtype": "float16"} | tokens)
+    _write_json(folder / "config.json", to_hf(architecture) | {"dtype": "float16"} | tokens)
     _write_json(folder / "generation_config.json", tokens | {"do_sample": False})
     _write_json(folder / "identify.json", PRESET)
     _write_json(folder / "evaluate.json", EVALUATION)

@@ -11,7 +11,7 @@ from benchmarks.serving import shapes
 from duo_jax import serve
 from duo_jax.cache import cache_shapes, grow, init_cache
 from duo_jax.heads.split import DuoConfig, duo_config, split_params
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.serve import ahead_of_time
 from kernels import address_limit
 from tests import models

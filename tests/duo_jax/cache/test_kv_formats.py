@@ -13,7 +13,7 @@ from duo_jax.cache import KVCache, cache_bytes, grow, init_cache
 from duo_jax.cache.update import as_cached
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig, duo_config, split_params
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.serve import attention
 from duo_jax.session import cache_files
 from duo_jax.session.runtime import Runtime

@@ -9,7 +9,7 @@ import pytest
 from duo_jax.checkpoints import tensor_names
 from duo_jax.checkpoints.orbax_checkpoint import flattened, stored_path
 from duo_jax.model import llama
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from tests import models
 
 needs_torch = pytest.mark.skipif(

@@ -19,7 +19,7 @@ from duo_jax.evaluate.eviction.prompt import read, received
 from duo_jax.evaluate.eviction.runner import pad
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model import llama
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.session.runtime import Runtime
 from tests import models
 

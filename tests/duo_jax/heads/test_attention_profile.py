@@ -12,7 +12,7 @@ from duo_jax.data.passkeys import Sample
 from duo_jax.heads import attention_profile as profiling
 from duo_jax.heads.attention_profile import attention_profile, kv_scores, sample_profile
 from duo_jax.model import llama
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from tests import models
 from tests.params import random_params
 

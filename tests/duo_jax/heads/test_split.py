@@ -9,7 +9,7 @@ from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from duo_jax.heads.split import DuoConfig, duo_config, head_order, reorder_layer, split_params
 from duo_jax.model import llama
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from tests import models
 from tests.duo_jax.heads.test_pattern import COUNTS, needs_published, published
 from tests.params import random_params

@@ -15,7 +15,7 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.cli import model_flags
 from duo_jax.errors import InputError
 from duo_jax.heads import split
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.model.quantised_linear import product, quantise_rows
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,

@@ -15,7 +15,7 @@ from matplotlib import image
 from duo_jax.cache import cache_bytes
 from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.heads.split import DuoConfig
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.plan import gpus
 from duo_jax.plan.__main__ import main
 from duo_jax.plan.estimate import Workload, estimate

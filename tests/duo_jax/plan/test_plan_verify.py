@@ -11,7 +11,7 @@ import pytest
 from benchmarks.gpu.models import LLAMA_2_7B
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from duo_jax.heads.split import DuoConfig, duo_config
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.plan import __main__ as command
 from duo_jax.plan import gpus, verify
 from duo_jax.plan.estimate import Workload, estimate

@@ -11,7 +11,7 @@ import pytest
 from duo_jax.cache import init_cache
 from duo_jax.errors import InputError
 from duo_jax.heads.split import duo_config, split_params
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.serve import decoding, prefill, sampling
 from duo_jax.session.runtime import Runtime
 from tests import models

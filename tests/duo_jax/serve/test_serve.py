@@ -14,7 +14,7 @@ from duo_jax import serve
 from duo_jax.cache import init_cache
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model import llama
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from kernels import masks
 from tests import models
 from tests.params import random_params

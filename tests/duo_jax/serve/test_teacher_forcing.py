@@ -8,7 +8,7 @@ import pytest
 from duo_jax import serve
 from duo_jax.cache import init_cache
 from duo_jax.heads.split import duo_config, split_params
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.serve.teacher_forcing import decode_given, decode_tokens
 from tests import models
 from tests.params import random_params

@@ -12,7 +12,7 @@ import pytest
 
 from duo_jax.errors import InputError
 from duo_jax.heads.split import duo_config, split_params
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.session import cache_files
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session

@@ -9,7 +9,7 @@ from duo_jax import serve
 from duo_jax.cache import init_cache
 from duo_jax.errors import InputError
 from duo_jax.heads.split import duo_config, split_params
-from duo_jax.model.config import parse_config
+from duo_jax.model.hf_config import parse_config
 from duo_jax.serve import decoding
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.serve.teacher_forcing import decode_tokens

@@ -1,0 +1,114 @@
+"""The one reader of JSON, for files of ours and of others; what it costs is bounded by the text.
+
+Stricter than Python's own: only UTF-8, no NaN or infinity (they are not JSON), no number that
+overflows, no key twice in an object (readers differ in which one counts), bounded size, depth and
+digits. Types are the business of `duo_jax.schema.check`.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from duo_jax import files
+from duo_jax.errors import InputError, quoted
+
+MAX_BYTES = 16 << 20  # the largest index of a published model has 9 MB
+_MAX_DEPTH = 64
+_MAX_DIGITS = 100  # transformers writes an endless model_max_length with 31
+
+
+def read_json(path: str | pathlib.Path, *, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+      InputError: the file cannot be read, is larger than `max_bytes`, is not JSON as above, or
+        holds something else than an object.
+    """
+    values = parse_json(files.read_text(path, max_bytes=max_bytes), files.shown(path))
+    if not isinstance(values, dict):
+        raise InputError(f"{files.shown(path)} holds no JSON object")
+    return values
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON text.
+
+    Args:
+      text: the whole text.
+      where: the file, or the file and its line, for messages.
+
+    Raises:
+      InputError: with `where` and, where it is known, the place.
+    """
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_object(where),
+            parse_int=_integer(where),
+            parse_float=_real(where),
+            parse_constant=_constant(where),
+        )
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise _too_deep(where) from None
+    _check_depth(value, where)
+    return value
+
+
+def _object(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            seen: set[str] = set()
+            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise InputError(f"{where} has the key {quoted(twice)} twice in one object")
+        return values
+
+    return build
+
+
+def _integer(where: str) -> Callable[[str], int]:
+    def parse(digits: str) -> int:
+        if len(digits) > _MAX_DIGITS:
+            raise InputError(f"{where} holds a number of {len(digits):,} digits: {quoted(digits)}")
+        return int(digits)
+
+    return parse
+
+
+def _real(where: str) -> Callable[[str], float]:
+    def parse(digits: str) -> float:
+        number = float(digits)
+        if math.isinf(number):
+            raise InputError(f"{where} holds a number beyond float64: {quoted(digits)}")
+        return number
+
+    return parse
+
+
+def _constant(where: str) -> Callable[[str], float]:
+    def refuse(name: str) -> float:
+        raise InputError(f"{where} is not JSON: {name} is no number there")
+
+    return refuse
+
+
+def _check_depth(value: Any, where: str) -> None:
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return
+    raise _too_deep(where)
+
+
+def _too_deep(where: str) -> InputError:
+    return InputError(f"{where} is nested more than {_MAX_DEPTH} deep")

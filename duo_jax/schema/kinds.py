@@ -1,0 +1,20 @@
+"""The kinds of numbers that files and arguments hold, as annotated types.
+
+    recent: Count | None = None
+
+`duo_jax.schema.check` enforces them; for everybody else they are plain int and float.
+"""
+
+from typing import Annotated
+
+from msgspec import Meta
+
+LARGEST_INT32 = 2**31 - 1  # positions and sizes are int32 on the device
+
+Count = Annotated[int, Meta(ge=1, le=LARGEST_INT32)]
+Size = Annotated[int, Meta(ge=0, le=LARGEST_INT32)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+# Within float32 on the device, squares included.
+Positive = Annotated[float, Meta(gt=0.0, le=1e18)]
+NotNegative = Annotated[float, Meta(ge=0.0, le=1e18)]
