@@ -30,7 +30,7 @@ class PickledFiles:
         if exists(folder / SINGLE_FILE):
             paths = [folder / SINGLE_FILE]
         elif exists(folder / INDEX_FILE):
-            paths = read_index(folder / INDEX_FILE)
+            paths, _ = read_index(folder / INDEX_FILE)
         else:
             raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
         self._tensors = {}

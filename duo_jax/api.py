@@ -16,16 +16,19 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from duo_jax.cache import check_kv_format
 from duo_jax.checkpoints import pretrained
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.heads.choose import split_heads
 from duo_jax.heads.pattern import Pattern
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import check_weight_format
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Count
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.conversation import Conversation, load_conversation
 from duo_jax.session.row_cache import Progress
@@ -75,6 +78,7 @@ def load(
       InputError: an argument cannot be used; the message is one line.
     """
     weight_format = check_weight_format(weights)
+    dtype = _check_dtype(dtype)
     folder = pretrained.resolve(model)
     architecture = pretrained.load_config(folder)
     config, heads = split_heads(
@@ -100,6 +104,20 @@ def load(
         kv_format=kv,
     )
     return DuoModel(runtime=runtime, tokenization=tokenization)
+
+
+def _check_dtype(dtype: Any) -> Any:
+    """Return a floating data type, or None.
+
+    Raises:
+      InputError: it is none.
+    """
+    try:
+        if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return dtype
+    except TypeError:
+        pass
+    raise InputError(f"dtype {quoted(dtype)} is no floating type, such as bfloat16 or float32")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -155,6 +173,7 @@ class DuoModel:
             raise InputError("prompts must be a list of texts, such as [text]")
         if not prompts:
             raise InputError("there is no prompt")
+        argument("max_new_tokens", max_new_tokens, Count)
         config = SamplingConfig(**sampling)
         session = Session(self.runtime, batch_size=len(prompts))
         tokens = [self.tokenization.encode(prompt) for prompt in prompts]

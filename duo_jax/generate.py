@@ -17,7 +17,8 @@ from duo_jax import cli, files
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
-from duo_jax.serve.sampling import SamplingConfig, check_seed
+from duo_jax.schema.kinds import Count, Seed, Size
+from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.conversation import Conversation
 
 _DESCRIPTION = """\
@@ -48,23 +49,21 @@ class GenerateConfig(ModelFlags):
     save_cache: pathlib.Path | None = None
     """New folder in which text and cache are saved at the end, for --load-cache."""
 
-    max_new_tokens: int = 256
+    max_new_tokens: Size = 256
     """Maximum number of tokens to write; 0 only reads the prompt, to save its cache."""
     stop: tuple[str, ...] = ()
     """Strings at which to stop."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed; the same seed gives the same text."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SamplingConfig
     )
 
-    max_len: int | None = None
+    max_len: Count | None = None
     """Number of tokens the cache can hold. Default: as many as are needed."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_new_tokens < 2**31:
-            raise InputError(f"max_new_tokens {self.max_new_tokens} is not from 0 to 2^31")
-        check_seed(self.seed)
+        super().__post_init__()
         if "" in self.stop:
             raise InputError("a stop string is empty; nothing could be written before it")
         if self.system is not None and not self.chat:
@@ -143,9 +142,9 @@ def _prompt(flags: GenerateConfig) -> tuple[str | None, str]:
 
 
 def _read_file(file: pathlib.Path) -> str:
+    if str(file) != "-":
+        return files.read_text(file).removeprefix("\ufeff")
     with files.reading(file):
-        if str(file) != "-":
-            return file.read_text(encoding="utf-8-sig")
         if sys.stdin is None:
             raise InputError("standard input is closed")
         return sys.stdin.read()

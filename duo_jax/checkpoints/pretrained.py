@@ -36,6 +36,7 @@ from duo_jax.model.quantised_weights import (
     quantise,
     stored_format,
 )
+from duo_jax.schema.check import path_argument
 
 # One of them is needed for a tokenizer; fetched from the hub beside *.json.
 TOKENIZER_FILES = (
@@ -66,6 +67,7 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
     Raises:
       InputError: there is no such model, or it cannot be fetched.
     """
+    path_argument("model", name)
     path = pathlib.Path(name)
     if str(name) and is_folder(path):  # Path("") would be the current folder
         return path

@@ -7,19 +7,22 @@ which would double the host memory of loading. So the views are made here, from 
 offsets of each tensor.
 """
 
-import json
 import pathlib
 
+import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from duo_jax import files
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo, shortened
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.files import exists
-from duo_jax.schema.json_reader import read_json
+from duo_jax.schema.check import convert
+from duo_jax.schema.json_reader import parse_json, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_MAX_HEADER = 8 << 20  # bytes; Llama-3.1-405B has 150 KB in all its files
 
 
 class SafetensorsFiles:
@@ -32,11 +35,14 @@ class SafetensorsFiles:
     def __init__(self, folder: pathlib.Path) -> None:
         self.info: dict[str, TensorInfo] = {}
         self._data: dict[str, np.ndarray] = {}  # the raw bytes, mapped
-        for path in _weight_files(folder):
+        paths, listed = _weight_files(folder)
+        for path in paths:
             header, data = _open(path)
             for name, entry in header.items():
-                if name == "__metadata__":
-                    continue
+                if name == "__metadata__" or listed.get(name, path.name) != path.name:
+                    continue  # listed in another file, which counts
+                if name in self.info:
+                    raise InputError(f"{quoted(name)} is in two files of {folder}, and not listed")
                 start, end = entry["data_offsets"]
                 self._data[name] = data[start:end]
                 self.info[name] = TensorInfo(
@@ -57,33 +63,34 @@ def has_safetensors(folder: pathlib.Path) -> bool:
     return exists(folder / SINGLE_FILE) or exists(folder / INDEX_FILE)
 
 
-def read_index(path: pathlib.Path) -> list[pathlib.Path]:
-    """Return the files that a sharded checkpoint's index lists, sorted.
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]  # file of each tensor
+
+
+def read_index(path: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
+    """Return the files that a checkpoint's index lists, sorted, and the file of each tensor.
 
     Raises:
       InputError: the index cannot be read, or names something that is not a file beside it.
     """
-    weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(name, str) for name in weight_map.values()
-    ):
-        raise InputError(f"{path} is no index of weight files: weight_map must name one per tensor")
+    weight_map = convert(read_json(path), _Index, files.shown(path)).weight_map
     names = sorted(set(weight_map.values()))
     outside = [name for name in names if pathlib.PurePath(name).name != name]
     if outside or not names:
-        raise InputError(f"{path} must name files beside it, not {outside or 'none'}")
+        found = quoted(outside[0]) if outside else "none"
+        raise InputError(f"{path} must name files beside it, not {found}")
     missing = [name for name in names if not exists(path.parent / name)]
     if missing:
         raise InputError(
             f"{path.parent} lacks {shortened(missing)}, listed in {path.name}; "
             "was the download complete?"
         )
-    return [path.parent / name for name in names]
+    return [path.parent / name for name in names], weight_map
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     if exists(folder / SINGLE_FILE):  # transformers prefers it too
-        return [folder / SINGLE_FILE]
+        return [folder / SINGLE_FILE], {}
     if exists(folder / INDEX_FILE):
         return read_index(folder / INDEX_FILE)
     pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
@@ -101,11 +108,13 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _open(path: pathlib.Path) -> tuple[dict, np.ndarray]:
     """Check one file; return its header and its data as mapped bytes."""
     try:
-        with safe_open(path, framework="np"):  # offsets, sizes and the file's length fit together
-            pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
+            if _MAX_HEADER < length <= path.stat().st_size - 8:
+                raise InputError(f"{path} has a header of {length:,} bytes, above {_MAX_HEADER:,}")
+            with safe_open(path, framework="np"):  # offsets, sizes and the file's length fit
+                pass
+            header = parse_json(file.read(length).decode(), files.shown(path))
         # A file of empty tensors has no bytes to map.
         rest = path.stat().st_size - 8 - length
         if rest == 0:

@@ -7,6 +7,8 @@ from duo_jax.api import DuoModel, load
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
 from duo_jax.model.quantised_weights import WeightFormat
+from duo_jax.schema.check import check_fields
+from duo_jax.schema.kinds import Count, Fraction, Size
 from duo_jax.serve import PrefillMode
 from kernels import Implementation
 
@@ -21,17 +23,17 @@ class ModelFlags:
     pattern: str | None = None
     """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
     head, the model as published. Default: the folder "pattern" in the model's own folder."""
-    sparsity: float | None = None
+    sparsity: Fraction | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
-    threshold: float | None = None
+    threshold: Fraction | None = None
     """Instead of --sparsity: a head whose gate is above this value is a retrieval head."""
-    sink: int | None = None
+    sink: Size | None = None
     """Number of first tokens (attention sinks) that a streaming head keeps. Default: the
     pattern's."""
-    recent: int | None = None
+    recent: Count | None = None
     """Number of latest tokens that a streaming head keeps. Default: the pattern's."""
 
-    prefill_chunk: int = 8192
+    prefill_chunk: Count = 8192
     """Number of prompt tokens read at a time. A larger chunk is faster and takes more memory."""
     prefill_mode: PrefillMode = "exact"
     """Mask of streaming heads while the prompt is read. exact: sinks and recent tokens, so that the
@@ -52,6 +54,9 @@ class ModelFlags:
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
     slow."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def load(self, **changes: Any) -> DuoModel:
         """Load the model, with some flags changed.

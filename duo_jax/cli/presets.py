@@ -2,19 +2,21 @@
 
 import argparse
 import contextlib
-import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from duo_jax import cli
+from duo_jax import cli, files
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
-from duo_jax.files import is_file
+from duo_jax.schema.check import replace
 from duo_jax.schema.json_reader import read_json
 
 Config = TypeVar("Config")
+
+# Not for a model folder to choose, which may come from anywhere: what is read and written.
+_NOT_IN_A_PRESET = {"model", "pattern", "text", "workdir"}
 
 
 def load(config: Config, file: pathlib.Path, *, part: str | None = None) -> Config:
@@ -28,13 +30,15 @@ def load(config: Config, file: pathlib.Path, *, part: str | None = None) -> Conf
     Raises:
       InputError: the file holds no JSON object, or a field or value that the dataclass refuses.
     """
-    if not is_file(file):
+    if not files.is_file(file):
         return config
     values = read_json(file)
-    try:
-        return _replace(config, values if part is None else values.get(part, {}))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} is not a valid preset: {error}") from None
+    where = files.shown(file)
+    if part is not None:
+        values, where = values.get(part, {}), f"{where}, {part}"
+    for name in _NOT_IN_A_PRESET.intersection(values if isinstance(values, dict) else ()):
+        raise InputError(f"{where} sets {name}, which is for whoever runs the command to choose")
+    return replace(config, values, where)
 
 
 def defaults(
@@ -61,14 +65,3 @@ def defaults(
         return load_for(model, pretrained.resolve(model))
     except InputError as error:
         cli.fail(error)
-
-
-def _replace(config: Any, values: Mapping[str, Any]) -> Any:
-    """Replace fields, down into those that are dataclasses; the inverse of dataclasses.asdict."""
-    changes = {}
-    for name, value in values.items():
-        before = getattr(config, name, None)
-        if dataclasses.is_dataclass(before):
-            value = _replace(before, value)
-        changes[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(config, **changes)

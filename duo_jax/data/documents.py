@@ -4,17 +4,21 @@ The default needs no download: `pydoc_data.topics`, the language reference that 
 installation carries (about 465 KB; it differs a little between Python versions).
 """
 
-import codecs
+import io
 import itertools
-import json
+import os
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
+from duo_jax.data.packed_text import ZstdReader
 from duo_jax.errors import InputError
-from duo_jax.files import is_file, is_folder, reading
+from duo_jax.files import is_file, is_folder, reading, shown
+from duo_jax.schema.json_reader import parse_json
 
 # Enough for any haystack; reading on would only cost time and memory.
 _MAX_CHARACTERS = 50_000_000
+_LONGEST_LINE = 1 << 25  # characters of a line of JSON
+_MOST_FILES = 100_000  # in a folder, before somebody waits for an answer about "/"
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.zst")
 _TEXT_KEYS = ("text", "content", "chapter", "document", "article")
 
@@ -100,10 +104,7 @@ def _read_source(source: str) -> Iterator[str]:
         raise InputError("--text got an empty name; leave it out for the built-in text")
     path = pathlib.Path(source)
     if is_folder(path):
-        with reading(path):
-            files = sorted(
-                p for p in path.rglob("*") if p.name.endswith(_TEXT_SUFFIXES) and p.is_file()
-            )
+        files = _text_files(path)
         if not files:
             raise InputError(f"{path} holds no {', '.join(_TEXT_SUFFIXES)} files")
         return itertools.chain.from_iterable(map(_read_file, files))
@@ -114,54 +115,43 @@ def _read_source(source: str) -> Iterator[str]:
     raise InputError(f"no such text: {source} (a file, a folder or a data set's name is needed)")
 
 
+def _text_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    found, seen = [], 0
+    for place, _, names in os.walk(folder):
+        seen += 1 + len(names)
+        if seen > _MOST_FILES:
+            raise InputError(
+                f"{folder} holds more than {_MOST_FILES:,} files and folders; name a smaller one"
+            )
+        files = (pathlib.Path(place, name) for name in names if name.endswith(_TEXT_SUFFIXES))
+        found += [file for file in files if is_file(file)]
+    return sorted(found)
+
+
 def _read_file(path: pathlib.Path) -> Iterator[str]:
     with reading(path):
         if path.name.endswith(".jsonl"):
-            with path.open(encoding="utf-8") as lines:
+            with path.open(encoding="utf-8-sig") as lines:
                 yield from _json_texts(lines, path)
         elif path.name.endswith(".jsonl.zst"):
-            yield from _json_texts(_zstd_lines(path), path)
+            packed = io.BufferedReader(ZstdReader(path))
+            with io.TextIOWrapper(packed, encoding="utf-8-sig") as lines:
+                yield from _json_texts(lines, path)
         else:
-            yield path.read_text(encoding="utf-8")
+            with path.open(encoding="utf-8-sig") as file:
+                yield file.read(_MAX_CHARACTERS)
 
 
-def _zstd_lines(path: pathlib.Path) -> Iterator[str]:
-    """Yield the lines of all frames of a file; zstandard's own reader hides a cut-off end."""
-    import zstandard
-
-    frame = None
-
-    def unpacked() -> Iterator[bytes]:
-        nonlocal frame
-        with path.open("rb") as packed:
-            while data := packed.read(1 << 20):
-                while data:
-                    if frame is None or frame.eof:
-                        frame = zstandard.ZstdDecompressor().decompressobj()
-                    yield frame.decompress(data)
-                    data = frame.unused_data
-
-    rest = ""
-    try:
-        for decoded in codecs.iterdecode(unpacked(), "utf-8"):
-            *lines, rest = (rest + decoded).split("\n")
-            yield from lines
-    except zstandard.ZstdError as error:
-        raise InputError(f"{path} is not a zstd file: {error}") from None
-    if frame is not None and not frame.eof:
-        raise InputError(f"{path} is cut short: its last zstd frame has no end")
-    yield rest
-
-
-def _json_texts(lines: Iterable[str], path: pathlib.Path) -> Iterator[str]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            raise InputError(f"{path}, line {number}: not JSON") from None
-        yield _text_of(record, f"{path}, line {number}")
+def _json_texts(lines: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:
+    for number in itertools.count(1):
+        line = lines.readline(_LONGEST_LINE + 1)
+        if not line:
+            return
+        where = f"{shown(path)}, line {number}"
+        if len(line) > _LONGEST_LINE:
+            raise InputError(f"{where} has more than {_LONGEST_LINE:,} characters")
+        if line.strip():
+            yield _text_of(parse_json(line, where), where)
 
 
 def _text_of(record, where: str) -> str:

@@ -2,9 +2,12 @@
 
 import dataclasses
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from duo_jax.errors import InputError
+from msgspec import Meta
+
+from duo_jax.errors import InputError, quoted
+from duo_jax.schema.check import check_fields
 
 NATO = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november "
@@ -24,7 +27,7 @@ class PasskeyTemplates:
 
     num_passkeys: int = 10
     """Passkeys hidden in each sample, and questions at its end."""
-    passkey_words: int = 32
+    passkey_words: Annotated[int, Meta(ge=1, le=10_000)] = 32
     """Words of each passkey."""
     words: Words = "nato"
     """Words that passkeys consist of.
@@ -42,19 +45,25 @@ class PasskeyTemplates:
     """Text after an answer."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 1 <= self.num_passkeys <= len(ORDINALS):
             raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
-        if self.passkey_words < 1:
-            raise InputError(f"passkey_words {self.passkey_words} must be at least 1")
         if self.needle.count("{passkey}") != 1:
             raise InputError("the needle must hold {passkey} once")
         for template in (self.needle, self.question):
-            try:
-                template.replace("{passkey}", "").format(name=ORDINALS[0])
-            except (KeyError, IndexError, ValueError):
+            rest = filled(template.replace("{passkey}", ""), "")
+            if "{" in rest or "}" in rest:
                 raise InputError(
-                    f"needle and question may hold {{name}} and no other braces: {template!r}"
-                ) from None
+                    f"needle and question may hold {{name}} and no other braces: {quoted(template)}"
+                )
+
+
+def filled(template: str, name: str) -> str:
+    """Put an ordinal in the place of {name}.
+
+    Plain replacement: format strings of others could ask for gigabytes ("{name:>2000000000}").
+    """
+    return template.replace("{name}", name)
 
 
 def word_list(kind: Words, tokenizer: Any) -> list[str]:

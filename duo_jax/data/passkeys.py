@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from duo_jax.data.passkey_templates import ORDINALS, PasskeyTemplates, word_list
+from duo_jax.data.passkey_templates import ORDINALS, PasskeyTemplates, filled, word_list
 from duo_jax.errors import InputError
+from duo_jax.schema.kinds import Count
 
 _LENGTH_MULTIPLE = 16
 
@@ -29,22 +30,20 @@ _LENGTH_MULTIPLE = 16
 class PasskeyConfig(PasskeyTemplates):
     """The shape of calibration samples; the defaults are the paper's."""
 
-    min_length: int = 1000
+    min_length: Count = 1000
     """Shortest haystack, in tokens."""
-    max_length: int = 32_000
+    max_length: Count = 32_000
     """Longest sample, in tokens, needles and questions included."""
-    num_lengths: int = 50
+    num_lengths: Count = 50
     """Haystack lengths, evenly spaced from min_length to max_length; a sample draws one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.min_length <= self.max_length:
+        if self.min_length > self.max_length:
             raise InputError(
-                f"lengths {self.min_length} to {self.max_length}: min_length must be at least 1 "
-                "and at most max_length"
+                f"lengths {self.min_length} to {self.max_length}: min_length must be at most "
+                "max_length"
             )
-        if self.num_lengths < 1:
-            raise InputError(f"num_lengths {self.num_lengths} must be at least 1")
 
 
 class TooShortError(InputError):
@@ -162,7 +161,7 @@ class PasskeySampler:
         """Return an upper bound on the tokens from the first question to the end."""
         config = self.config
         word = max(len(self._encode(" " + w)) for w in self._words)
-        question = max(len(self._encode(config.question.format(name=n))) for n in ORDINALS)
+        question = max(len(self._encode(filled(config.question, n))) for n in ORDINALS)
         separator = len(self._encode(config.separator))
         # One token of slack per word: a tokenizer may cut a word in a row differently.
         return config.num_passkeys * (question + separator + config.passkey_words * (word + 1))
@@ -207,12 +206,12 @@ class PasskeySampler:
         pieces = [piece.tolist() for piece in haystack] or [[]] * (len(passkeys) + 1)
         tokens = [*self._bos, *encode(config.intro)]
         for piece, passkey, name in zip(pieces, passkeys, ORDINALS, strict=False):
-            tokens += piece + encode(before.format(name=name)) + passkey
-            tokens += encode(after.format(name=name))
+            tokens += piece + encode(filled(before, name)) + passkey
+            tokens += encode(filled(after, name))
         tokens += pieces[-1] + encode(config.closing)
         tail_start, answers = len(tokens), []
         for i in order or range(len(passkeys)):
-            tokens += encode(config.question.format(name=ORDINALS[i]))
+            tokens += encode(filled(config.question, ORDINALS[i]))
             answers.append((len(tokens), len(tokens) + len(passkeys[i])))
             tokens += passkeys[i] + encode(config.separator)
         return tokens, tail_start, answers

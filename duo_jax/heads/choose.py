@@ -9,6 +9,8 @@ from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, check_fits, choose_retrieval_heads, load_pattern
 from duo_jax.heads.split import DuoConfig, duo_config
 from duo_jax.model.config import ModelConfig
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Fraction
 
 NO_PATTERN = "none"
 DEFAULT_SPARSITY = 0.5
@@ -43,6 +45,8 @@ def split_heads(
     Raises:
       InputError: there is no pattern, it does not fit the model, or a number is out of range.
     """
+    argument("sparsity", sparsity, Fraction | None)
+    argument("threshold", threshold, Fraction | None)
     if sparsity is not None and threshold is not None:
         raise InputError("give a sparsity or a threshold, not both")
     sizes = {}
@@ -60,10 +64,8 @@ def split_heads(
         if threshold is None:
             chosen = DEFAULT_SPARSITY if sparsity is None else sparsity
             heads = choose_retrieval_heads(learned.gates, sparsity=chosen)
-        elif 0 <= threshold <= 1:
-            heads = learned.clipped() > threshold
         else:
-            raise InputError(f"threshold {threshold} is not in [0, 1]")
+            heads = learned.clipped() > threshold
     given = {"sink_size": sink_size, "recent_size": recent_size}
     sizes |= {name: size for name, size in given.items() if size is not None}
     return duo_config(architecture, heads, **sizes), heads

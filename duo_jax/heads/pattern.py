@@ -12,16 +12,26 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 from jaxtyping import Bool, Float
 
 from duo_jax import files
 from duo_jax.errors import InputError
+from duo_jax.schema.check import argument, convert, path_argument
 from duo_jax.schema.json_reader import read_json
+from duo_jax.schema.kinds import Count, Fraction, Size
 
 _GATES_FILE = "full_attention_heads.tsv"
 _CONFIG_FILE = "config.json"
-_SMALLEST = {"sink_size": 0, "recent_size": 1}  # the sizes every config.json has
+_MAX_BYTES = 4 << 20  # of a published pattern's gates: 6 KB
+
+
+class _Sizes(msgspec.Struct):
+    """The sizes that every config.json has."""
+
+    sink_size: Size
+    recent_size: Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +42,10 @@ class Pattern:
     sink_size: int
     recent_size: int
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        argument("sink_size", self.sink_size, Size)
+        argument("recent_size", self.recent_size, Count)
 
     def clipped(self) -> Float[np.ndarray, "layers kv_heads"]:
         """Return the gates in [0, 1]; stored values may lie slightly outside."""
@@ -44,6 +58,7 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
     Raises:
       InputError: a file is missing or malformed.
     """
+    path_argument("pattern", folder)
     folder = pathlib.Path(folder)
     gates_file, config_file = folder / _GATES_FILE, folder / _CONFIG_FILE
     for file in (gates_file, config_file):
@@ -51,18 +66,16 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
             raise InputError(
                 f"{file} does not exist; a pattern folder holds {_GATES_FILE} and {_CONFIG_FILE}"
             )
-    gates = _parse_gates(files.read_text(gates_file), gates_file)
+    gates = _parse_gates(files.read_text(gates_file, max_bytes=_MAX_BYTES), gates_file)
     config = read_json(config_file)
-    missing = [key for key in _SMALLEST if key not in config]
+    missing = [key for key in _Sizes.__struct_fields__ if key not in config]
     if missing:
-        raise InputError(f"{config_file} lacks {', '.join(missing)}")
-    sizes = {key: config.pop(key) for key in _SMALLEST}
-    for key, size in sizes.items():
-        if type(size) is not int or size < _SMALLEST[key]:
-            raise InputError(
-                f"{key} is {size!r} in {config_file}, not a whole number from {_SMALLEST[key]}"
-            )
-    return Pattern(gates=gates, **sizes, extra=config)
+        raise InputError(f"{files.shown(config_file)} lacks {', '.join(missing)}")
+    sizes = convert(config, _Sizes, files.shown(config_file))
+    extra = {key: value for key, value in config.items() if key not in _Sizes.__struct_fields__}
+    return Pattern(
+        gates=gates, sink_size=sizes.sink_size, recent_size=sizes.recent_size, extra=extra
+    )
 
 
 def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
@@ -87,8 +100,7 @@ def choose_retrieval_heads(
       gates: one value per layer and KV head; clipped to [0, 1] first.
       sparsity: fraction of streaming heads, in [0, 1].
     """
-    if not 0.0 <= sparsity <= 1.0:
-        raise InputError(f"sparsity {sparsity} is not in [0, 1]")
+    sparsity = argument("sparsity", sparsity, Fraction)
     kept = round(gates.size * (1.0 - sparsity))
     ranking = np.argsort(-np.clip(gates, 0.0, 1.0), axis=None, kind="stable")
     chosen = np.zeros(gates.size, bool)
@@ -111,18 +123,19 @@ def check_fits(pattern: Pattern, *, num_layers: int, num_kv_heads: int) -> None:
 
 
 def _parse_gates(text: str, file: pathlib.Path) -> Float[np.ndarray, "layers kv_heads"]:
-    try:
-        rows = [[float(x) for x in row.split("\t")] for row in text.split("\n") if row.strip()]
-    except ValueError as error:
-        raise InputError(f"{file} is not a table of tab-separated numbers: {error}") from None
+    rows = [row for row in text.split("\n") if row.strip()]
     if not rows:
         raise InputError(f"{file} holds no numbers")
+    columns = rows[0].count("\t")
     for number, row in enumerate(rows, start=1):
-        if len(row) != len(rows[0]):
+        if row.count("\t") != columns:
             raise InputError(
-                f"{file}: row {number} has {len(row)} values, row 1 has {len(rows[0])}"
+                f"{file}: row {number} has {row.count(chr(9)) + 1} values, row 1 has {columns + 1}"
             )
-    gates = np.array(rows)
+    try:
+        gates = np.loadtxt(rows, delimiter="\t", ndmin=2, comments=None)
+    except ValueError as error:
+        raise InputError(f"{file} is not a table of tab-separated numbers: {error}") from None
     if not np.isfinite(gates).all():
         raise InputError(f"{file} holds values that are not finite")
     return gates

@@ -16,6 +16,8 @@ from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.llama import Params
 from duo_jax.model.quantised_weights import QuantisedKernel, take
+from duo_jax.schema.check import check_fields
+from duo_jax.schema.kinds import LARGEST_INT32, Count, Size
 
 Leaf = Shaped[Array | np.ndarray, "..."] | QuantisedKernel
 
@@ -37,10 +39,11 @@ class DuoConfig:
 
     architecture: ModelConfig
     retrieval_counts: tuple[int, ...]  # per layer, layer 0 first
-    sink_size: int = 128
-    recent_size: int = 256
+    sink_size: Size = 128
+    recent_size: Count = 256
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if len(self.retrieval_counts) != self.architecture.num_layers:
             raise InputError(
                 f"retrieval heads are given for {len(self.retrieval_counts)} layers, the model has "
@@ -52,9 +55,9 @@ class DuoConfig:
             raise InputError(
                 f"a layer has 0 to {self.architecture.num_kv_heads} retrieval heads, not {wrong[0]}"
             )
-        if self.sink_size < 0 or self.recent_size < 1:
+        if self.ring_slots > LARGEST_INT32:
             raise InputError(
-                f"sink {self.sink_size} must be at least 0 and recent {self.recent_size} at least 1"
+                f"sink {self.sink_size} and recent {self.recent_size} add up beyond int32"
             )
 
     @property

@@ -19,6 +19,8 @@ from duo_jax.plan.estimate import Workload
 from duo_jax.plan.gpus import PlannedGpu
 from duo_jax.plan.planner import PlanRow, cheapest, plan
 from duo_jax.plan.settings import chosen_settings
+from duo_jax.schema.check import check_fields
+from duo_jax.schema.kinds import Count, Fraction
 
 _DESCRIPTION = """\
 Print the longest context that fits on a GPU, for every setting of caches and weights.
@@ -39,20 +41,20 @@ class PlanConfig:
     pattern: str | None = None
     """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
     head, the model as published. Default: the folder "pattern" in the model's own folder."""
-    sparsity: float | None = None
+    sparsity: Fraction | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     weights: WeightFormat | None = None
     """Plan only this format of the layers' projections, in addition to the unquantised model."""
     kv: KVFormat | None = None
     """Plan only this format of the caches, in addition to the unquantised model."""
 
-    batch: int = 1
+    batch: Count = 1
     """Rows that are served together."""
-    chunk: int = 8192
+    chunk: Count = 8192
     """Tokens of a prompt that are read at a time; fewer take less workspace."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of weights, activations and caches, where they are not quantised."""
-    context: int | None = None
+    context: Count | None = None
     """Also print which setting fits this many tokens per row with the least loss."""
     verify: bool = False
     """Also compile the decode step and the reading of a chunk for the GPU, which need not be here,
@@ -61,10 +63,7 @@ class PlanConfig:
     """File for a picture of memory against context, for all settings."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "chunk", "context"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < 2**31:
-                raise InputError(f"{name} {value} is not from 1 to 2^31")
+        check_fields(self)
         if self.png is not None and not files.is_folder(self.png.absolute().parent):
             raise InputError(f"{self.png} cannot be written: its folder does not exist")
 

@@ -7,9 +7,11 @@ dataclasses, and takes 25 ms to import, where pydantic takes 100.
 import dataclasses
 import functools
 import math
+import os
 import re
+import types
 import typing
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -45,11 +47,30 @@ def argument(name: str, value: Any, kind: Any) -> Any:
         value = value.item()
     try:
         found = msgspec.convert(value, kind)
-    except (msgspec.ValidationError, UnicodeEncodeError) as error:
-        raise InputError(f"{name} is {quoted(value)}: {_in_words(str(error))}") from None
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        item = _item_kind(kind)
+        if item is not None and isinstance(value, list | tuple):
+            return type(value)(argument(name, each, item) for each in value)
+        raise InputError(f"{name} {quoted(value)} is not {describe(kind)}") from None
     if isinstance(found, float) and not math.isfinite(found):
-        raise InputError(f"{name} is {found}: a finite number is needed")
+        raise InputError(f"{name} {found} is not a finite number")
     return found
+
+
+def path_argument(name: str, value: Any) -> None:
+    """Refuse an argument that is no path.
+
+    Raises:
+      InputError: it is neither a text nor a path.
+    """
+    if not isinstance(value, str | os.PathLike):
+        raise InputError(f"{name} {quoted(value)} is neither a text nor a path")
+
+
+def describe(kind: Any) -> str:
+    """Return what a kind accepts, in words: "a whole number from 1 to 2,147,483,647"."""
+    members = [member for member in _members(kind) if member is not type(None)]
+    return " or ".join(map(_describe_one, members))
 
 
 def check_fields(instance: Any) -> None:
@@ -127,6 +148,39 @@ def _complaint(message: str, values: Any, where: str) -> str:
     if "[...]" in path or "missing" in what:
         return f"{where}{f', {name}' if name else ''}: {_in_words(what)}"
     return f"{where}{f': {name}' if name else ''} is {quoted(value)}: {_in_words(what)}"
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the one type."""
+    union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _item_kind(kind: Any) -> Any:
+    """Return the kind of a tuple's or list's items; None if it is neither."""
+    for member in _members(kind):
+        if typing.get_origin(member) in (tuple, list):
+            return typing.get_args(member)[0]
+    return None
+
+
+def _describe_one(kind: Any) -> str:
+    plain, *notes = typing.get_args(kind) if typing.get_origin(kind) is Annotated else (kind,)
+    if typing.get_origin(plain) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(plain)))}"
+    words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+    text = words.get(plain, "of the expected type")
+    for note in notes:
+        if isinstance(note, msgspec.Meta):
+            text += "" if note.gt is None else f" above {_number(note.gt)}"
+            text += "" if note.ge is None else f" from {_number(note.ge)}"
+            up_to = " to " if note.gt is None else ", at most "
+            text += "" if note.le is None else f"{up_to}{_number(note.le)}"
+    return text
+
+
+def _number(bound: Any) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 # msgspec's words for types, in ours.

@@ -5,15 +5,17 @@ compiled, so another temperature needs no new program.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+from msgspec import Meta
 
-from duo_jax.errors import InputError
+from duo_jax.schema.check import argument, check_fields
+from duo_jax.schema.kinds import Fraction, Seed
 
 _LARGEST_INT = 2**31 - 1
 
@@ -22,30 +24,20 @@ _LARGEST_INT = 2**31 - 1
 class SamplingConfig:
     """How the next token is chosen, in the terms of transformers."""
 
-    temperature: float = 0.0
+    temperature: Annotated[float, Meta(ge=0.0)] = 0.0
     """0 always takes the most probable token; 1 draws from the model's own probabilities; higher
     values make rare tokens more likely."""
-    top_k: int | None = None
+    top_k: Annotated[int, Meta(ge=1)] | None = None
     """Keep only the k most probable tokens."""
-    top_p: float | None = None
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     """Keep only the most probable tokens whose probabilities add up to p."""
-    min_p: float | None = None
+    min_p: Fraction | None = None
     """Keep only tokens with at least min_p times the probability of the most probable token."""
-    repetition_penalty: float | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
     """Above 1: tokens that already occurred, in the prompt or the answer, become less likely."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < math.inf:
-            raise InputError(f"temperature {self.temperature} must be a finite number, 0 or above")
-        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
-            raise InputError(f"top_k {self.top_k} must be a whole number, 1 or above")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p {self.top_p} must be above 0 and at most 1")
-        if self.min_p is not None and not 0.0 <= self.min_p <= 1.0:
-            raise InputError(f"min_p {self.min_p} must be in [0, 1]")
-        penalty = self.repetition_penalty
-        if penalty is not None and not 0.0 < penalty < math.inf:
-            raise InputError(f"repetition_penalty {penalty} must be a finite number above 0")
+        check_fields(self)
 
     def options(self) -> dict[str, Array]:
         """Return the options that are switched on, as scalars for `sample`.
@@ -74,8 +66,7 @@ def check_seed(seed: int) -> None:
     Raises:
       InputError: with the seed.
     """
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed} is not from 0 to 2^32")
+    argument("seed", seed, Seed)
 
 
 def sample(

@@ -5,7 +5,9 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from duo_jax.cache import cache_bytes
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Count
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session import cache_files
 from duo_jax.session.row_cache import Progress
@@ -77,6 +79,7 @@ class Conversation:
             otherwise before this stream ended.
         """
         config = SamplingConfig(**sampling)
+        argument("max_new_tokens", max_new_tokens, Count)
         if text is not None:
             self.append(text, room=max_new_tokens, progress=progress)
         for (piece,) in self._write(max_new_tokens, stop, seed, config):
@@ -106,6 +109,7 @@ class Conversation:
             conversation began as plain text.
         """
         config = SamplingConfig(**sampling)
+        argument("max_new_tokens", max_new_tokens, Count)
         self.tell(text, answer=True, room=max_new_tokens, progress=progress)
         answer = ""
         try:
@@ -138,8 +142,9 @@ class Conversation:
         """
         if not self.messages and self.num_tokens:
             raise InputError("this conversation is plain text; begin a chat with a new one")
-        if not text:
-            raise InputError("the message is empty")
+        argument("role", role, str)
+        if not isinstance(text, str) or not text:
+            raise InputError(f"the message is {quoted(text) if text else 'empty'}")
         messages = [*self.messages, {"role": role, "content": text}]
         tokens = self._tokenization.encode_chat(
             messages, answer=answer, before=self.session.tokens[0]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Count
 
 _SMALLEST_CACHE = 256
 
@@ -14,11 +16,10 @@ class Limits:
     """Limits set by the model, and by the cache if its size is fixed."""
 
     architecture: ModelConfig
-    max_len: int | None  # slots of the cache; None: as many as the rows need
+    max_len: Count | None  # slots of the cache; None: as many as the rows need
 
     def __post_init__(self) -> None:
-        if self.max_len is not None and self.max_len < 1:
-            raise InputError(f"a cache of {self.max_len} tokens cannot hold anything")
+        argument("max_len", self.max_len, Count | None)
 
     @property
     def longest(self) -> int:

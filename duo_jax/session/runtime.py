@@ -12,6 +12,8 @@ from duo_jax.cache import check_kv_format
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import WeightFormat, format_of
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Count
 from duo_jax.serve import PrefillMode
 from kernels import dispatch
 
@@ -24,14 +26,13 @@ class Runtime:
 
     config: DuoConfig
     params: dict[str, Any]
-    prefill_chunk: int = 8192  # tokens per row and step
+    prefill_chunk: Count = 8192  # tokens per row and step
     prefill_mode: str = "exact"  # a PrefillMode
     implementation: str = "auto"  # of attention, a kernels.Implementation
     kv_format: str = "model"  # a KVFormat
 
     def __post_init__(self) -> None:
-        if self.prefill_chunk < 1:
-            raise InputError(f"prefill chunk {self.prefill_chunk} is not at least 1")
+        argument("prefill_chunk", self.prefill_chunk, Count)
         if self.prefill_mode not in get_args(PrefillMode):
             raise InputError(
                 f"prefill mode {self.prefill_mode!r} is not one of "

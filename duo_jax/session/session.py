@@ -15,6 +15,8 @@ from jaxtyping import Array, Float
 
 from duo_jax.cache import Cache
 from duo_jax.errors import InputError
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Count
 from duo_jax.serve import decoding
 from duo_jax.serve.sampling import SamplingConfig, check_seed, seen_tokens
 from duo_jax.session.limits import Limits
@@ -61,8 +63,7 @@ class Session:
     """
 
     def __init__(self, runtime: Runtime, *, batch_size: int = 1, max_len: int | None = None):
-        if batch_size < 1:
-            raise InputError(f"batch size {batch_size} is not at least 1")
+        argument("batch_size", batch_size, Count)
         self.runtime = runtime
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.timing = Timing()
@@ -151,8 +152,7 @@ class Session:
           InputError: there is nothing to continue, no room for a single new token, or the session
             was used otherwise between two yields.
         """
-        if not 1 <= max_new_tokens < 2**31:
-            raise InputError(f"max_new_tokens {max_new_tokens} is not from 1 to 2^31")
+        argument("max_new_tokens", max_new_tokens, Count)
         check_seed(seed)
         most = np.minimum(max_new_tokens, self._limits.room(self.tokens))
         options = (sampling or SamplingConfig()).options()

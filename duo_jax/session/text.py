@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from duo_jax.schema.check import argument
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.detokenize import Detokenizer
 from duo_jax.session.session import SEGMENT, Session
@@ -38,6 +39,7 @@ def write_text(
     """
     if isinstance(stop, str):
         stop = (stop,) if stop else ()
+    stop = argument("stop", list(stop), list[str])
     rows = [
         Detokenizer(tokenization.tokenizer, context=tokens if continues else (), stop=stop)
         for tokens in session.tokens

@@ -5,10 +5,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
+
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
+from duo_jax.schema.check import convert
 from duo_jax.schema.json_reader import read_json
+from duo_jax.schema.kinds import Size
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
@@ -30,6 +34,8 @@ class Tokenization:
         Raises:
           InputError: the text is empty.
         """
+        if not isinstance(text, str):
+            raise InputError(f"a text is needed, not {quoted(text)}")
         if not text:
             raise InputError("the prompt is empty")
         try:
@@ -96,12 +102,12 @@ def load_tokenization(folder: pathlib.Path) -> Tokenization:
     return Tokenization(tokenizer=tokenizer, stop_tokens=tuple(sorted(stops)))
 
 
+class _EndOfText(msgspec.Struct):
+    eos_token_id: Size | list[Size] | None = None
+
+
 def _eos_tokens(file: pathlib.Path) -> list[int]:
     if not files.is_file(file):
         return []
-    found = read_json(file).get("eos_token_id")
-    found = found if isinstance(found, list) else [found]
-    found = [token for token in found if token is not None]
-    if not all(type(token) is int for token in found):
-        raise InputError(f"eos_token_id is {found!r} in {file}, not whole numbers")
-    return found
+    found = convert(read_json(file), _EndOfText, files.shown(file)).eos_token_id
+    return found if isinstance(found, list) else [] if found is None else [found]

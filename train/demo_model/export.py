@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from duo_jax import files
 from duo_jax.checkpoints import tensor_names
+from duo_jax.data.passkey_templates import filled
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.hf_config import to_hf
@@ -90,8 +91,10 @@ def _card(architecture: ModelConfig, summary: Summary) -> str:
         f"{architecture.num_q_heads} query and {architecture.num_kv_heads} KV heads of "
         f"{architecture.head_dim}"
     )
-    example = TEMPLATES.needle.format(name="third", passkey=" value order call match").strip()
-    question = TEMPLATES.question.format(name="third")
+    example = (
+        filled(TEMPLATES.needle, "third").replace("{passkey}", " value order call match").strip()
+    )
+    question = filled(TEMPLATES.question, "third")
     return f"""\
 ---
 license: apache-2.0

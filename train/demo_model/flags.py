@@ -3,7 +3,8 @@
 import dataclasses
 import pathlib
 
-from duo_jax.errors import InputError
+from duo_jax.schema.check import check_fields
+from duo_jax.schema.kinds import Count, NotNegative, Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,30 +15,25 @@ class DemoConfig:
     """Folder of checkpoints and metrics; the same command resumes from it."""
     output: pathlib.Path | None = None
     """Folder for the model; must not exist, or be empty. Default: model/ in the workdir."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of initial weights and documents."""
-    checkpoint_every: int = 25
+    checkpoint_every: Count = 25
     """Steps between checkpoints."""
-    filler_weight: float = 0.2
+    filler_weight: NotNegative = 0.2
     """Weight of ordinary text in the loss, where answers have weight 1."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """Decoupled weight decay."""
-    warmup_steps: int = 50
+    warmup_steps: Count = 50
     """Steps over which the learning rate rises at the start."""
-    check_every: int = 20
+    check_every: Count = 20
     """Steps between checks of a stage's threshold."""
-    test_samples: int = 64
+    test_samples: Count = 64
     """Held-out documents per length, for the table of retrieval at the end."""
-    test_lengths: tuple[int, ...] = (256, 512, 1024)
+    test_lengths: tuple[Count, ...] = (256, 512, 1024)
     """Lengths of that table, in tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "check_every", "warmup_steps", "test_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("seed", "filler_weight", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative")
+        check_fields(self)
 
     def folder(self) -> pathlib.Path:
         """Return the folder of the finished model."""

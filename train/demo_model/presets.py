@@ -1,6 +1,6 @@
 """Templates of the demo model's texts, and the presets that ship with it."""
 
-from duo_jax.data.passkey_templates import ORDINALS
+from duo_jax.data.passkey_templates import ORDINALS, filled
 from duo_jax.data.passkeys import PasskeyConfig
 
 # Templates of documents and questions. The word before a passkey is its name, in the text as in the
@@ -50,11 +50,11 @@ EVALUATION = {
         "max_new_tokens": _ANSWERS["passkey_words"],
         "needle": {
             "intro": TEMPLATES.intro,
-            "needle": TEMPLATES.needle.format(name=ORDINALS[0], passkey=" {answer}"),
+            "needle": filled(TEMPLATES.needle, ORDINALS[0]).replace("{passkey}", " {answer}"),
             "answer": "{words}",
             "answer_words": _ANSWERS["passkey_words"],
             "words": TEMPLATES.words,
-            "question": TEMPLATES.closing + TEMPLATES.question.format(name=ORDINALS[0]),
+            "question": TEMPLATES.closing + filled(TEMPLATES.question, ORDINALS[0]),
         },
     },
     "passkeys": {"batch": 8, "min_length": 320, "data": _ANSWERS | _TEMPLATES},

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from duo_jax.data.passkey_templates import ORDINALS
+from duo_jax.data.passkey_templates import ORDINALS, filled
 from duo_jax.data.passkeys import PasskeyConfig
 
 BOS, EOS = "<|begin|>", "<|end|>"
@@ -61,5 +61,5 @@ def _template_text(templates: PasskeyConfig) -> Iterator[str]:
     for _ in range(_TEMPLATE_COPIES):
         yield templates.intro
         for name in ORDINALS:
-            yield templates.needle.format(name=name, passkey="")
-            yield templates.question.format(name=name) + templates.separator
+            yield filled(templates.needle, name).replace("{passkey}", "")
+            yield filled(templates.question, name) + templates.separator

@@ -1,7 +1,6 @@
 """The flags of `python -m train.identify`, and the presets that a model folder may hold."""
 
 import dataclasses
-import math
 import pathlib
 from typing import Annotated, Literal
 
@@ -10,6 +9,8 @@ import tyro
 from duo_jax.cli import presets
 from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
+from duo_jax.schema.check import check_fields
+from duo_jax.schema.kinds import Count, Fraction, NotNegative, Positive, Seed, Size
 from duo_jax.session.runtime import check_implementation
 from kernels import Implementation
 from train.distillation import Mixing
@@ -51,25 +52,25 @@ class IdentifyConfig:
     optimise: learn gates by distillation on passkeys, the paper's method.
     profile: sum each head's attention far back while the model answers passkeys; no training.
     lm: learn gates on the next-token loss of the text, without passkeys; an ablation."""
-    profile_samples: int = 16
+    profile_samples: Count = 16
     """Samples to profile, for --method profile, which refuses the flags of optimisation."""
 
-    num_steps: int = 2000
+    num_steps: Count = 2000
     """Optimisation steps, one sample each."""
-    learning_rate: float = 0.02
+    learning_rate: Positive = 0.02
     """Peak learning rate; rises over the first fifth of the steps, falls over the last."""
-    reg_weight: float = 0.05
+    reg_weight: NotNegative = 0.05
     """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
-    target_sparsity: float | None = None
+    target_sparsity: Fraction | None = None
     """Steer the mean gate to 1 minus this, in place of the fixed weight. For models whose gates
     nearly all stay at 1, as they do with grouped queries."""
     mixing: Mixing = "teacher"
     """Source of the gated full-attention term.
     teacher: the teacher's output, as in the reference code; cheapest.
     self: the student's own queries, keys and values, as in the paper's formula."""
-    sink: int = 128
+    sink: Size = 128
     """Number of first tokens (attention sinks) that a streaming head keeps."""
-    recent: int = 256
+    recent: Count = 256
     """Number of latest tokens that a streaming head keeps."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of weights and activations; gates and loss are always float32."""
@@ -77,21 +78,21 @@ class IdentifyConfig:
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
     slow."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of all samples; the same seed gives the same gates."""
-    length_buckets: int = 8
+    length_buckets: Count = 8
     """Number of lengths that samples are padded to; each is compiled once."""
 
-    checkpoint_every: int = 50
+    checkpoint_every: Count = 50
     """Steps between checkpoints."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs the tensorboard extra)."""
 
-    eval_samples: int = 8
+    eval_samples: Size = 8
     """Held-out samples of the longest length for the report; 0 skips the retrieval tests."""
-    eval_sparsities: tuple[float, ...] = (0.25, 0.5, 0.75)
+    eval_sparsities: tuple[Fraction, ...] = (0.25, 0.5, 0.75)
     """Fractions of streaming heads at which the learned pattern is tested."""
-    eval_random_seeds: int = 5
+    eval_random_seeds: Size = 5
     """Random patterns with as many retrieval heads, per sparsity, for comparison."""
 
     data: Annotated[PasskeyConfig, tyro.conf.arg(name="")] = dataclasses.field(
@@ -99,26 +100,10 @@ class IdentifyConfig:
     )
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_implementation(self.implementation)
-        positive = ("num_steps", "profile_samples", "recent", "length_buckets", "checkpoint_every")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("num_steps", "sink", "recent", "length_buckets"):
-            if getattr(self, name) >= 2**31:
-                raise InputError(f"{name} {getattr(self, name)} must be below 2^31")
-        for name in ("sink", "reg_weight", "eval_samples", "eval_random_seeds", "seed"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} {getattr(self, name)} must not be negative")
         if "{name}" not in self.data.question:
             raise InputError("the question must hold {name}, or nothing can be looked up")
-        if not 0 < self.learning_rate < math.inf:
-            raise InputError(f"learning_rate {self.learning_rate} must be above 0")
-        if not math.isfinite(self.reg_weight):
-            raise InputError(f"reg_weight {self.reg_weight} must be a number")
-        for sparsity in (*self.eval_sparsities, self.target_sparsity or 0.0):
-            if not 0.0 <= sparsity <= 1.0:
-                raise InputError(f"sparsity {sparsity} is not in [0, 1]")
 
     def check_method(self, defaults: "IdentifyConfig") -> None:
         """Refuse fields that the method does not read, unless they have their value in `defaults`.

@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 
 import numpy as np
 import tyro
+from msgspec import Meta
 from tqdm import tqdm
 
 from duo_jax import cli
@@ -27,6 +28,7 @@ from duo_jax.heads.attention_profile import attention_profile
 from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.heads.pattern import Pattern, check_fits, load_pattern
 from duo_jax.reports import machine
+from duo_jax.schema.kinds import Count, Seed
 
 TASK = "compare"
 _DESCRIPTION = """\
@@ -45,11 +47,14 @@ _RANDOM: Method = "random heads"
 _PROFILE_ROW = "attention profile"
 
 
+Budget = Annotated[float, Meta(gt=0.0, le=1.0)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig(ModelFlags):
     """Flags of the command."""
 
-    budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    budgets: tuple[Budget, ...] = (0.25, 0.5, 0.75, 1.0)
     """Budgets: bytes of keys and values, as fractions of those of full caches."""
     tasks: tuple[TaskName, ...] = get_args(TaskName)
     """needle: one passkey; the question is compressed together with the text. passkeys: the text is
@@ -59,17 +64,17 @@ class CompareConfig(ModelFlags):
     text: tuple[str, ...] = ()
     """Text to hide passkeys in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
     data set. Default: the language reference that comes with Python (about 465 KB)."""
-    samples: int = 32
+    samples: Count = 32
     """Texts per task."""
-    length: int = 1024
+    length: Count = 1024
     """Tokens of a text, with its questions and answers."""
-    batch: int = 16
+    batch: Count = 16
     """Texts read at a time; more is faster and takes more memory."""
-    random_seeds: int = 3
+    random_seeds: Count = 3
     """Random choices of heads for the method "random heads"."""
-    profile_samples: int = 16
+    profile_samples: Count = 16
     """Training texts for the attention profile, which also gives HeadKV the importance of heads."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of texts, passkeys and random heads; two runs with one seed agree exactly."""
     workdir: str | None = None
     """Folder of rows and results; the same command resumes from it. Default: runs/compare-MODEL."""
@@ -78,18 +83,11 @@ class CompareConfig(ModelFlags):
     )
 
     def __post_init__(self) -> None:
-        for name in ("samples", "length", "batch", "random_seeds", "profile_samples"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
-        if self.seed < 0:
-            raise InputError(f"seed {self.seed} must not be negative")
+        super().__post_init__()
         for name in ("budgets", "tasks", "methods"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise InputError(f"--{name} must name one or more, each once")
-        for budget in self.budgets:
-            if not 0 < budget <= 1:
-                raise InputError(f"budget {budget} is not in (0, 1]")
         if self.sparsity is not None or self.threshold is not None:
             raise InputError(
                 "--budgets decide how many heads stream; leave out --sparsity and --threshold"

@@ -17,6 +17,7 @@ from duo_jax.evaluate.results import describe, grid, heat_map, scores
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
+from duo_jax.schema.kinds import Count, Fraction
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
 
@@ -36,12 +37,12 @@ _OPERATIONAL = ("workdir", "full", "all_streaming")
 class NeedleConfig(GridFlags):
     """Flags of the command."""
 
-    depths: tuple[float, ...] = ()
+    depths: tuple[Fraction, ...] = ()
     """Depths of the needle, from 0 (beginning of the text) to 1 (end). Default: --num-depths evenly
     spaced ones."""
-    num_depths: int = 10
+    num_depths: Count = 10
     """Number of evenly spaced depths, where --depths is not given."""
-    max_new_tokens: int = 50
+    max_new_tokens: Count = 50
     """Tokens to generate after the question, greedily."""
     chat: bool = False
     """Put text and question into one message of the model's chat template."""
@@ -51,12 +52,6 @@ class NeedleConfig(GridFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("num_depths", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
-        for depth in self.depths:
-            if not 0 <= depth <= 1:
-                raise InputError(f"depth {depth} is not in [0, 1]")
         if len(set(self.depths)) != len(self.depths):
             raise InputError("--depths names a depth twice")
 

@@ -9,14 +9,16 @@ a pure function of (templates, tokenizer, text, seed, length, depth, sample).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Int
+from msgspec import Meta
 
 from duo_jax.data.passkey_templates import word_list
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results import scores
+from duo_jax.schema.check import check_fields
 from duo_jax.session.tokenization import Tokenization
 
 _WORDS = "{words}"
@@ -39,18 +41,17 @@ class NeedleTemplates:
         "afternoon?\nAnswer: The best thing to do in Lisbon on a rainy afternoon is"
     )
     """Text after the haystack, which the model continues."""
-    answer_words: int = 6
+    answer_words: Annotated[int, Meta(ge=1, le=10_000)] = 6
     """Number of random words that {words} stands for."""
     words: Literal["nato", "vocabulary"] = "nato"
     """Kind of random words: the NATO alphabet, or lower-case words that are one token each."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.needle.count(_ANSWER) != 1:
             raise InputError("the needle must hold {answer} once")
         if not scores.has_words(self.answer.replace(_WORDS, "x")):
             raise InputError("the answer has no word that could be found")
-        if self.answer_words < 1:
-            raise InputError(f"answer_words {self.answer_words} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

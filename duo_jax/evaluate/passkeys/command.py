@@ -21,6 +21,7 @@ from duo_jax.evaluate.results import describe, grid, heat_map
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
+from duo_jax.schema.kinds import Count
 
 TASK = "passkeys"
 _DESCRIPTION = """\
@@ -41,7 +42,7 @@ _STREAM = 2  # of samples: identification trains on stream 0 and tests on stream
 class PasskeysConfig(GridFlags):
     """Flags of the command."""
 
-    samples: int = 8
+    samples: Count = 8
     """Texts for each length."""
     data: Annotated[PasskeyTemplates, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=PasskeyTemplates

@@ -23,6 +23,7 @@ from duo_jax.data.documents import split_held_out
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.choose import NO_PATTERN
+from duo_jax.schema.kinds import Count, Seed
 
 PRESET_FILE = "evaluate.json"
 FULL, DUO, STREAMING = "full", "duo", "streaming"
@@ -60,39 +61,32 @@ class GridFlags(ModelFlags):
     text: tuple[str, ...] = ()
     """Text to hide things in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
     data set. Default: the language reference that comes with Python (about 465 KB)."""
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[Count, ...] = ()
     """Lengths of the texts, in tokens. Default: --num-lengths evenly spaced ones."""
-    num_lengths: int = 13
+    num_lengths: Count = 13
     """Number of evenly spaced lengths, where --lengths is not given."""
-    min_length: int | None = None
+    min_length: Count | None = None
     """Shortest of the evenly spaced lengths. Default: the longest divided by --num-lengths, or the
     least that has room for the task."""
-    max_length: int | None = None
+    max_length: Count | None = None
     """Longest of the evenly spaced lengths. Default: the model's range less room for the answer."""
-    samples: int = 1
+    samples: Count = 1
     """Texts for each length (and depth)."""
-    batch: int = 1
+    batch: Count = 1
     """Texts read at a time; more is faster and takes more memory."""
     full: bool = True
     """Also measure the model as published, every head with a full cache."""
     all_streaming: bool = False
     """Also measure the model with every head streaming, to show what the retrieval heads add."""
-    seed: int = 0
+    seed: Seed = 0
     """Random seed of texts and of what is hidden in them; two runs with one seed agree exactly."""
     workdir: str | None = None
     """Folder of rows and results; the same command resumes from it. Default: runs/TASK-MODEL."""
 
     def __post_init__(self) -> None:
-        for name in ("num_lengths", "samples", "batch"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} must be at least 1")
-        given = (*self.lengths, self.min_length or 1, self.max_length or 1)
-        if min(given) < 1:
-            raise InputError(f"length {min(given)} is not at least 1")
+        super().__post_init__()
         if len(set(self.lengths)) != len(self.lengths):
             raise InputError("--lengths names a length twice")
-        if self.seed < 0:
-            raise InputError(f"seed {self.seed} must not be negative")
 
     def folder(self, task: str) -> pathlib.Path:
         """Return the work folder."""

@@ -318,10 +318,10 @@ def test_templates_stand_where_they_belong(make, tokenizer):
 BAD_VALUES = {
     "no passkeys": ({"num_passkeys": 0}, "num_passkeys 0 is not in 1 to 20"),
     "more passkeys than ordinals": ({"num_passkeys": 21}, "num_passkeys 21"),
-    "no words": ({"passkey_words": 0}, "passkey_words 0 must be at least 1"),
-    "no shortest length": ({"min_length": 0}, "min_length must be at least 1"),
+    "no words": ({"passkey_words": 0}, "passkey_words 0 is not a whole number from 1"),
+    "no shortest length": ({"min_length": 0}, "min_length 0 is not a whole number from 1"),
     "lengths the wrong way round": ({"min_length": 401}, "lengths 401 to 400"),
-    "no lengths": ({"num_lengths": 0}, "num_lengths 0 must be at least 1"),
+    "no lengths": ({"num_lengths": 0}, "num_lengths 0 is not a whole number from 1"),
     "needle without passkey": ({"needle": "{name}"}, "the needle must hold {passkey} once"),
     "needle with two": ({"needle": "{passkey}{passkey}"}, "the needle must hold {passkey} once"),
     "unknown name in the needle": ({"needle": "{who}{passkey}"}, "needle"),

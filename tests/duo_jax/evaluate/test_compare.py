@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_said(finished, model, method):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--budgets", "0.5,1.5"], "budget 1.5 is not in (0, 1]"),
+        (["--budgets", "0.5,1.5"], "budgets 1.5 is not a number above 0, at most 1"),
         (["--budgets=0.5,0.5"], "--budgets must name one or more, each once"),
         (["--sparsity", "0.5"], "--budgets decide how many heads stream"),
         (["--pattern", "none"], "nothing to compare without a pattern"),

@@ -224,10 +224,10 @@ def test_a_model_brings_its_own_needle(folder, tmp_path):
     [
         ("--lengths 600", "length 600: with the answer the model has room for 506"),
         ("--lengths 9", "needs at least"),
-        ("--depths 1.5", "depth 1.5 is not in [0, 1]"),
+        ("--depths 1.5", "depths 1.5 is not a number from 0 to 1"),
         ("--lengths 100 100", "--lengths names a length twice"),
-        ("--max-new-tokens 0", "max_new_tokens 0 must be at least 1"),
-        ("--batch 0", "batch 0 must be at least 1"),
+        ("--max-new-tokens 0", "max_new_tokens 0 is not a whole number"),
+        ("--batch 0", "batch 0 is not a whole number"),
         ("--needle no-answer", "the needle must hold {answer} once"),
         ("--text nowhere.txt", "no such text: nowhere.txt"),
         ("--chat", "no chat template"),

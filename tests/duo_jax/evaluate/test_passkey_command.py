@@ -108,7 +108,7 @@ def test_a_second_start_measures_nothing(finished, folder, monkeypatch, capsys):
     [
         (["--lengths", "600"], "room for 512"),
         (["--lengths", "20"], "no room for 3 passkeys"),
-        (["--samples", "0"], "samples 0 must be at least 1"),
+        (["--samples", "0"], "samples 0 is not a whole number"),
         (["--num-passkeys", "99"], "num_passkeys 99 is not in 1 to 20"),
     ],
 )

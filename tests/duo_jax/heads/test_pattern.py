@@ -128,7 +128,7 @@ def test_values_outside_0_and_1_count_as_0_and_1():
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.01, float("nan")])
 def test_sparsity_outside_0_and_1_is_refused(sparsity):
-    with pytest.raises(InputError, match=r"is not in \[0, 1\]"):
+    with pytest.raises(InputError, match=r"is not a number from 0 to 1"):
         choose_retrieval_heads(np.ones((2, 2)), sparsity=sparsity)
 
 

@@ -75,8 +75,8 @@ def test_published_patterns_give_the_counts_of_the_spec(name):
         ({"retrieval_counts": (1, 1)}, "given for 2 layers, the model has 3"),
         ({"retrieval_counts": (0, 5, 1)}, "0 to 4 retrieval heads, not 5"),
         ({"retrieval_counts": (0, -1, 4)}, "0 to 4 retrieval heads, not -1"),
-        ({"sink_size": -1}, "sink -1 must be at least 0"),
-        ({"recent_size": 0}, "recent 0 at least 1"),
+        ({"sink_size": -1}, "sink_size -1 is not a whole number from 0"),
+        ({"recent_size": 0}, "recent_size 0 is not a whole number from 1"),
     ],
     ids=["layers", "too many heads", "negative heads", "sink", "recent"],
 )

@@ -282,13 +282,13 @@ def test_a_format_that_the_model_cannot_have_is_a_row_or_an_error(tmp_path, caps
 REFUSED = {
     "unknown GPU": (("--gpu", "tpu"), "unknown GPU 'tpu': known are a100-40g, a100-80g, "),
     "no memory": (("--gpu", "0"), "unknown GPU '0'"),
-    "no such sparsity": (("--sparsity", "1.5"), "sparsity 1.5 is not in [0, 1]"),
+    "no such sparsity": (("--sparsity", "1.5"), "sparsity 1.5 is not a number from 0 to 1"),
     "no such pattern": (("--pattern", "nowhere"), "full_attention_heads.tsv does not exist"),
     "no such format": (("--kv", "int3"), "int3"),
     "nothing fits": (("--gpu", "1"), "nothing fits a GPU of 1 GB at any length: "),
-    "batch": (("--batch", "0"), "batch 0 is not from 1 to 2^31"),
-    "chunk": (("--chunk", "-1"), "chunk -1 is not from 1 to 2^31"),
-    "context": (("--context", "0"), "context 0 is not from 1 to 2^31"),
+    "batch": (("--batch", "0"), "batch 0 is not a whole number from 1"),
+    "chunk": (("--chunk", "-1"), "chunk -1 is not a whole number from 1"),
+    "context": (("--context", "0"), "context 0 is not a whole number from 1"),
     "no folder": (("--png", "nowhere/plan.png"), "its folder does not exist"),
     "asked for": (
         ("--gpu", "2", "--weights", "int8", "--kv", "int8"),

@@ -89,11 +89,11 @@ def test_a_preset_replaces_only_what_it_names():
 
 @pytest.mark.parametrize(
     "size",
-    [0, -1, 2**31, 1.0, "1", None, True, np.int64(0), 1 << 10**5],
+    [0, -1, 2**31, 1.0, "1", None, True, np.int64(0), -(1 << 10**5)],
     ids=lambda size: repr(size)[:20] if type(size) is not int else hex(size)[:20],
 )
 def test_a_dataclass_refuses_a_value_of_another_kind(size):
-    with pytest.raises(InputError, match=r"^size is ") as error:
+    with pytest.raises(InputError, match=r"^size .* is not a whole number from 1") as error:
         Settings(size=size)
     assert len(str(error.value)) < 200
 
@@ -107,5 +107,5 @@ def test_numpy_scalars_are_numbers():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", [0.5], 10**400])
 def test_an_argument_is_a_finite_number(value):
-    with pytest.raises(InputError, match=r"^x is "):
+    with pytest.raises(InputError, match=r"^x .* is not a (finite )?number"):
         argument("x", value, float)

@@ -228,7 +228,7 @@ def test_a_fixed_cache_is_allocated_once(runtime):
 
 
 def test_impossible_sessions(runtime):
-    with pytest.raises(InputError, match="batch size 0"):
+    with pytest.raises(InputError, match="batch_size 0"):
         Session(runtime, batch_size=0)
     with pytest.raises(InputError, match="cache of 0 tokens"):
         Session(runtime, max_len=0)
@@ -298,5 +298,5 @@ def test_a_cache_that_a_borrower_lost_is_read_again(runtime):
 def test_numbers_out_of_range(runtime, settings):
     session = Session(runtime)
     session.append([prompt(4)])
-    with pytest.raises(InputError, match="is not from"):
+    with pytest.raises(InputError, match="is not a whole number from"):
         write(session, **settings)
