@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 _STEP = 512  # packed bytes taken at a time; the format unpacks 4 bytes to 128 KB at most
 _MOST_EXPANSION = 1000  # text packs 3- to 10-fold; a line that repeats, 100-fold
-_FREE = 1 << 20  # bytes that any file may unpack to
+_FREE = 1 << 26  # bytes that any file may unpack to, such as one word over and over
 
 
 class ZstdReader(io.RawIOBase):

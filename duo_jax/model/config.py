@@ -22,7 +22,7 @@ FAMILIES = {  # model_type: class in transformers
 # the rotary embedding finite in float32, and whatever lists layers or heads short.
 NumLayers = Annotated[int, Meta(ge=1, le=4096)]
 NumHeads = Annotated[int, Meta(ge=1, le=4096)]
-Width = Annotated[int, Meta(ge=1, le=1 << 24)]
+Width = Annotated[int, Meta(ge=1, le=1 << 30)]
 Epsilon = Annotated[float, Meta(ge=1e-30, le=1.0)]
 Theta = Annotated[float, Meta(gt=1.0, le=1e18)]
 Factor = Annotated[float, Meta(ge=0.01, le=1e6)]

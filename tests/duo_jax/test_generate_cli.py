@@ -205,7 +205,7 @@ def test_errors_are_one_line(error, folder, tmp_path):
         (("--prompt", TEXT, "--max-len", 20), "too many: the cache was made for 20"),
         (("--prompt", "a " * 31_000), "too many: the model's range is 30,000"),
         (("--prompt", "a", "--max-len", 0), "max_len 0 is not a whole number from 1"),
-        (("--prompt", "a", "--sparsity", 2), "sparsity 2.0 is not in [0, 1]"),
+        (("--prompt", "a", "--sparsity", 2), "sparsity 2.0 is not a number from 0 to 1"),
         (("--prompt", "a", "--sparsity", 0.5, "--threshold", 0.5), "not both"),
         (("--prompt", "a", "--pattern", tmp_path), "does not exist; a pattern folder holds"),
         (("--prompt", "a", "--system", "b"), "--system belongs to a chat; add --chat"),

@@ -239,10 +239,13 @@ BROKEN_SHARDS = {
     "missing shard": (break_file(SHARDS[1], None), f"lacks {SHARDS[1]}, listed in {INDEX}"),
     "empty shard": (break_file(SHARDS[0], b""), f"{SHARDS[0]} is not a complete safetensors file"),
     "cut shard": (break_file(SHARDS[1], 20_000), f"{SHARDS[1]} is not a complete safetensors"),
-    "broken index": (break_file(INDEX, b"{}"), f"{INDEX} is no index of weight files"),
+    "broken index": (
+        break_file(INDEX, b"{}"),
+        f"{INDEX}: object missing required field `weight_map`",
+    ),
     "index to elsewhere": (
         break_file(INDEX, b'{"weight_map": {"a": "../model.safetensors"}}'),
-        "must name files beside it, not .'../model.safetensors'.",
+        "must name files beside it, not '../model.safetensors'",
     ),
     "index of one shard": (
         break_file(INDEX, json.dumps({"weight_map": {"a": SHARDS[0]}}).encode()),

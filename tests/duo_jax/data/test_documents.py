@@ -147,7 +147,7 @@ UNUSABLE = {
         zstandard.ZstdCompressor().compress(b'{"text": "\xff"}\n'),
         "is not UTF-8 text",
     ),
-    "broken JSON line": ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "line 3: not JSON"),
+    "broken JSON line": ("a.jsonl", '{"text": "a"}\n\n{"text": \n', "line 3 is not JSON"),
     "no text key": ("a.jsonl", '{"title": "a"}\n', "line 1: no text under any of text, content"),
     "text is a number": ("a.jsonl", '{"text": 1}\n', "line 1: no text under"),
     "line is a list": ("a.jsonl", '["a"]\n', "line 1: no text under"),

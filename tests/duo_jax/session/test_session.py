@@ -230,7 +230,7 @@ def test_a_fixed_cache_is_allocated_once(runtime):
 def test_impossible_sessions(runtime):
     with pytest.raises(InputError, match="batch_size 0"):
         Session(runtime, batch_size=0)
-    with pytest.raises(InputError, match="cache of 0 tokens"):
+    with pytest.raises(InputError, match="max_len 0 is not"):
         Session(runtime, max_len=0)
     with pytest.raises(InputError, match="nothing has been read"):
         Session(runtime).snapshot()
