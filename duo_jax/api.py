@@ -12,7 +12,7 @@ book.generate("Who did it?")  # reads only the question
 
 import dataclasses
 import pathlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -169,11 +169,11 @@ class DuoModel:
         Raises:
           InputError: there is no prompt, one is empty, or one is too long.
         """
-        if isinstance(prompts, str):
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise InputError("prompts must be a list of texts, such as [text]")
         if not prompts:
             raise InputError("there is no prompt")
-        argument("max_new_tokens", max_new_tokens, Count)
+        max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
         config = SamplingConfig(**sampling)
         session = Session(self.runtime, batch_size=len(prompts))
         tokens = [self.tokenization.encode(prompt) for prompt in prompts]

@@ -2,12 +2,9 @@
 
 import io
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from duo_jax.errors import InputError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 _STEP = 512  # packed bytes taken at a time; the format unpacks 4 bytes to 128 KB at most
 _MOST_EXPANSION = 1000  # text packs 3- to 10-fold; a line that repeats, 100-fold
@@ -42,7 +39,7 @@ class ZstdReader(io.RawIOBase):
         self._packed.close()
         super().close()
 
-    def readinto(self, buffer: "Buffer") -> int:
+    def readinto(self, buffer: Any) -> int:
         out = memoryview(buffer).cast("B")
         while not self._ready:
             if not self._unpack():

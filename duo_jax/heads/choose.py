@@ -45,8 +45,8 @@ def split_heads(
     Raises:
       InputError: there is no pattern, it does not fit the model, or a number is out of range.
     """
-    argument("sparsity", sparsity, Fraction | None)
-    argument("threshold", threshold, Fraction | None)
+    sparsity = argument("sparsity", sparsity, Fraction | None)
+    threshold = argument("threshold", threshold, Fraction | None)
     if sparsity is not None and threshold is not None:
         raise InputError("give a sparsity or a threshold, not both")
     sizes = {}

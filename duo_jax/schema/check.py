@@ -168,6 +168,8 @@ def _describe_one(kind: Any) -> str:
     plain, *notes = typing.get_args(kind) if typing.get_origin(kind) is Annotated else (kind,)
     if typing.get_origin(plain) is typing.Literal:
         return f"one of {', '.join(map(str, typing.get_args(plain)))}"
+    if typing.get_origin(plain) in (tuple, list):
+        return f"a list, each item {describe(_item_kind(plain))}"
     words = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
     text = words.get(plain, "of the expected type")
     for note in notes:

@@ -6,7 +6,7 @@ from typing import Any
 
 from duo_jax.cache import cache_bytes
 from duo_jax.errors import InputError, quoted
-from duo_jax.schema.check import argument
+from duo_jax.schema.check import argument, path_argument
 from duo_jax.schema.kinds import Count
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session import cache_files
@@ -79,7 +79,7 @@ class Conversation:
             otherwise before this stream ended.
         """
         config = SamplingConfig(**sampling)
-        argument("max_new_tokens", max_new_tokens, Count)
+        max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
         if text is not None:
             self.append(text, room=max_new_tokens, progress=progress)
         for (piece,) in self._write(max_new_tokens, stop, seed, config):
@@ -109,7 +109,7 @@ class Conversation:
             conversation began as plain text.
         """
         config = SamplingConfig(**sampling)
-        argument("max_new_tokens", max_new_tokens, Count)
+        max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
         self.tell(text, answer=True, room=max_new_tokens, progress=progress)
         answer = ""
         try:
@@ -189,6 +189,7 @@ class Conversation:
         Raises:
           InputError: there is nothing to save, the folder exists, or it cannot be written.
         """
+        path_argument("folder", folder)
         cache_files.save(self.session, folder, extra={"messages": self.messages})
 
 
@@ -205,6 +206,7 @@ def load_conversation(
       InputError: the folder is no saved conversation, is damaged, or belongs to another model,
         pattern or version.
     """
+    path_argument("folder", folder)
     conversation = Conversation(runtime, tokenization, max_len=max_len)
     extra = cache_files.load(conversation.session, folder)
     conversation.messages = list(extra.get("messages", []))

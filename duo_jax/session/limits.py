@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
-from duo_jax.schema.check import argument
+from duo_jax.schema.check import check_fields
 from duo_jax.schema.kinds import Count
 
 _SMALLEST_CACHE = 256
@@ -19,7 +19,7 @@ class Limits:
     max_len: Count | None  # slots of the cache; None: as many as the rows need
 
     def __post_init__(self) -> None:
-        argument("max_len", self.max_len, Count | None)
+        check_fields(self)
 
     @property
     def longest(self) -> int:

@@ -32,7 +32,8 @@ class Runtime:
     kv_format: str = "model"  # a KVFormat
 
     def __post_init__(self) -> None:
-        argument("prefill_chunk", self.prefill_chunk, Count)
+        chunk = argument("prefill_chunk", self.prefill_chunk, Count)
+        object.__setattr__(self, "prefill_chunk", chunk)  # numpy's numbers become Python's
         if self.prefill_mode not in get_args(PrefillMode):
             raise InputError(
                 f"prefill mode {self.prefill_mode!r} is not one of "

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from duo_jax.cache import Cache
 from duo_jax.errors import InputError
 from duo_jax.schema.check import argument
-from duo_jax.schema.kinds import Count
+from duo_jax.schema.kinds import Count, Size
 from duo_jax.serve import decoding
 from duo_jax.serve.sampling import SamplingConfig, check_seed, seen_tokens
 from duo_jax.session.limits import Limits
@@ -63,7 +63,7 @@ class Session:
     """
 
     def __init__(self, runtime: Runtime, *, batch_size: int = 1, max_len: int | None = None):
-        argument("batch_size", batch_size, Count)
+        batch_size = argument("batch_size", batch_size, Count)
         self.runtime = runtime
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.timing = Timing()
@@ -116,6 +116,7 @@ class Session:
         Raises:
           InputError: as `append`.
         """
+        room = argument("room", room, Size)
         self._limits.check(rows)
         both = zip(self.tokens, rows, self._row_cache.held, strict=True)
         if any(old[:held] != new[:held] for old, new, held in both):
@@ -152,7 +153,7 @@ class Session:
           InputError: there is nothing to continue, no room for a single new token, or the session
             was used otherwise between two yields.
         """
-        argument("max_new_tokens", max_new_tokens, Count)
+        max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
         check_seed(seed)
         most = np.minimum(max_new_tokens, self._limits.room(self.tokens))
         options = (sampling or SamplingConfig()).options()

@@ -39,7 +39,7 @@ def write_text(
     """
     if isinstance(stop, str):
         stop = (stop,) if stop else ()
-    stop = argument("stop", list(stop), list[str])
+    stop = argument("stop", stop, tuple[str, ...])
     rows = [
         Detokenizer(tokenization.tokenizer, context=tokens if continues else (), stop=stop)
         for tokens in session.tokens

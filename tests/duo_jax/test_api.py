@@ -197,12 +197,39 @@ def test_split_parameters_are_those_of_split_params(tmp_path, name):
         ({"sink_size": -1}, "sink_size -1 is not"),
         ({"recent_size": 0}, "recent_size 0 is not"),
         ({"prefill_chunk": 0}, "prefill_chunk 0 is not"),
+        ({"sparsity": "x"}, r"sparsity 'x' is not a number from 0 to 1"),
+        ({"sparsity": True}, "sparsity True is not a number"),
+        ({"threshold": float("nan")}, "threshold nan is not a number from 0 to 1"),
+        ({"sink_size": 1.5}, "sink_size 1.5 is not a whole number"),
+        ({"recent_size": 2**31 - 1}, "add up beyond int32"),
+        ({"prefill_chunk": 2.5}, "prefill_chunk 2.5 is not a whole number"),
+        ({"pattern": 3}, "pattern 3 is neither a text nor a path"),
+        ({"dtype": "x"}, "dtype 'x' is no floating type"),
+        ({"dtype": int}, "is no floating type"),
+        ({"weights": 3}, "weight format 3 is not one of"),
+        ({"kv": []}, r"KV format \[\] is not one of"),
+        ({"implementation": None}, "implementation=None is not one of"),
         ({"prefill_mode": "fast"}, "prefill mode 'fast' is not one of exact, chunk"),
     ],
 )
 def test_settings_that_cannot_be_used(folder, settings, message):
     with pytest.raises(InputError, match=message):
         duo_jax.load(folder, **settings)
+
+
+def test_numbers_of_numpy_are_numbers(folder):
+    model = duo_jax.load(
+        folder,
+        sparsity=np.float32(0.5),
+        sink_size=np.int64(4),
+        recent_size=np.int32(8),
+        prefill_chunk=np.int64(16),
+    )
+    assert dataclasses.astuple(model.config)[-2:] == (4, 8)
+    settings = {"max_new_tokens": np.int64(2), "seed": np.uint32(3), "top_k": np.int32(2)}
+    text = model.conversation(max_len=np.int64(100)).generate(TEXT[:20], **settings)
+    plain = model.generate([TEXT[:20]], max_new_tokens=2, seed=3, top_k=2)
+    assert [text] == plain
 
 
 def test_models_that_cannot_be_used(tmp_path):
@@ -304,6 +331,13 @@ def test_progress_counts_the_tokens_of_the_prompt(model):
         (["a"], {"temperature": -1.0}, "temperature -1.0"),
         (["a"], {"stop": [""]}, "a stop string is empty"),
         (["a"], {"temprature": 1.0}, "temprature"),
+        (3, {}, "prompts must be a list of texts"),
+        (["a", 3], {}, "a text is needed, not 3"),
+        (["a"], {"max_new_tokens": "3"}, "max_new_tokens '3' is not a whole number"),
+        (["a"], {"stop": 3}, "stop 3 is not a list, each item a text"),
+        (["a"], {"stop": [3]}, "stop 3 is not a text"),
+        (["a"], {"seed": 2**32}, "seed 4294967296 is not a whole number"),
+        (["a"], {"temperature": "hot"}, "temperature 'hot' is not a number from 0"),
     ],
 )
 def test_texts_that_cannot_be_written(model, prompts, settings, message):

@@ -209,7 +209,10 @@ def test_errors_are_one_line(error, folder, tmp_path):
         (("--prompt", "a", "--sparsity", 0.5, "--threshold", 0.5), "not both"),
         (("--prompt", "a", "--pattern", tmp_path), "does not exist; a pattern folder holds"),
         (("--prompt", "a", "--system", "b"), "--system belongs to a chat; add --chat"),
-        (("--prompt", "a", "--max-new-tokens", -1), "max_new_tokens -1 is not from 0"),
+        (
+            ("--prompt", "a", "--max-new-tokens", -1),
+            "max_new_tokens -1 is not a whole number from 0",
+        ),
         (("--prompt", "a", "--max-new-tokens", 10**20), "is not from 0"),
         (("--prompt", "a", "--seed", 2**32), "seed 4294967296 is not from 0"),
         (("--prompt", "a", "--stop", ""), "a stop string is empty"),
