@@ -77,7 +77,11 @@ class Renderer:
                 f"the chat has {len(request):,} bytes; at most {most:,} go through a template"
             )
         with self._lock:
-            reply = self._ask(request)
+            try:
+                reply = self._ask(request)
+            except BaseException:  # as after Ctrl-C: the next request would get this one's answer
+                self.close()
+                raise
             if "bound" in reply:
                 self.close()
         if "bound" in reply:
@@ -114,15 +118,14 @@ class Renderer:
                 process.stdin.write(request)
                 process.stdin.flush()
             line = process.stdout.readline(most + 1000)
-        except BaseException:  # as after Ctrl-C: the next request would get the answer to this one
-            self.close()
-            raise
         finally:
             timer.cancel()
             if timer.is_alive():  # it might yet end a process that has answered
                 timer.join()
         if line.endswith(b"\n") and not late.is_set():
             return json.loads(line.decode("utf-8", "surrogatepass"))
+        if not line and not late.is_set():
+            process.wait()  # for its own exit code
         self.close()
         code = process.returncode
         if late.is_set() or (code < 0 and code == -signal.SIGXCPU):
@@ -207,6 +210,7 @@ def _folders(*packages: str) -> list[str]:
     found = []
     for package in packages:
         spec = importlib.util.find_spec(package)
-        assert spec is not None, f"{package} is not installed"
-        found += [str(pathlib.Path(folder).parent) for folder in spec.submodule_search_locations or ()]
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(f"{package}, which renders chat templates, is not installed")
+        found.append(str(pathlib.Path(spec.origin).parents[1]))
     return list(dict.fromkeys(found))
