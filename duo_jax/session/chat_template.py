@@ -140,11 +140,12 @@ class Renderer:
             if self._process.poll() is None:
                 return self._process
             self.close()
+        # Isolated, and without what site-packages runs at every start.
+        command = [sys.executable, "-I", "-S", chat_template_process.__file__]
+        command += [json.dumps(dataclasses.asdict(self._bounds))]
+        command += _folders("jinja2", "markupsafe")
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-I", "-S", chat_template_process.__file__),
-                *(json.dumps(dataclasses.asdict(self._bounds)), *_folders("jinja2", "markupsafe")),
-            ],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -156,7 +157,7 @@ class Renderer:
             self.close()
             raise RuntimeError(
                 "the process that renders chat templates did not start "
-                f"(exit code {process.returncode}): {' '.join(map(str, process.args))}"
+                f"(exit code {process.returncode}): {' '.join(command)}"
             )
         return process
 

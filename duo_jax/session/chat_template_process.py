@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 try:
     import resource
@@ -55,7 +55,7 @@ def environment() -> Any:
     class Generation(ext.Extension):
         """{% generation %} marks the assistant's words, for training; here it shows its body."""
 
-        tags = frozenset({"generation"})
+        tags: ClassVar[set[str]] = {"generation"}
 
         def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
@@ -178,6 +178,8 @@ def _send(line: bytes) -> None:
 
 def _limit(name: str, most: int) -> None:
     """Lower a limit of this process; where the system has no such limit, nothing happens."""
+    if resource is None:
+        return
     with contextlib.suppress(AttributeError, OSError, ValueError):
         kind = getattr(resource, name)
         _, hard = resource.getrlimit(kind)
