@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool
 from tqdm import tqdm
 
+from duo_jax.checkpoints.chat_template_files import check_chat_templates
 from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
@@ -216,6 +217,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     """
     if not any(exists(folder / file) for file in TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    check_chat_templates(folder)
     # Without PyTorch, transformers warns that it has no models; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer  # takes seconds to import

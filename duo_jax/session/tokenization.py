@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -13,6 +13,7 @@ from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import convert
 from duo_jax.schema.json_reader import read_json
 from duo_jax.schema.kinds import Size
+from duo_jax.session import chat_template
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 
@@ -38,27 +39,46 @@ class Tokenization:
             raise InputError(f"a text is needed, not {quoted(text)}")
         if not text:
             raise InputError("the prompt is empty")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError("the prompt holds half characters that no text can hold") from None
-        # verbose: a text too long for the model is refused later, in one line.
-        return self.tokenizer(text, add_special_tokens=not continues, verbose=False)["input_ids"]
+        return self._encode(text, "the prompt", special=not continues)
 
-    def render_chat(self, messages: Sequence[Message], *, answer: bool = True) -> str:
-        """Write out a chat with the model's template, special tokens included.
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        answer: bool = True,
+        continues: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Write out a chat as transformers' apply_chat_template does, special tokens included.
+
+        Args:
+          messages: roles and contents.
+          answer: end with the opening of the assistant's turn.
+          continues: end within the last message instead, for the model to continue it.
+          variables: more of what the template sees, of the types that JSON has.
 
         Raises:
-          InputError: the model has no chat template, or it cannot render these messages.
+          InputError: the model has no chat template, or it cannot render these messages within the
+            bounds of `chat_template`.
         """
         if not self.tokenizer.chat_template:
             raise InputError("this model has no chat template; leave out --chat")
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=answer, tokenize=False
-            )
-        except Exception as error:  # whatever a template written in Jinja may raise
-            raise InputError(f"the model's chat template refuses this: {error}") from None
+            template = self.tokenizer.get_chat_template()
+        except ValueError:  # the only one that it raises
+            raise InputError("the model has several chat templates, none named default") from None
+        if not isinstance(template, str):
+            raise InputError("the model's chat template is no text")
+        seen = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": answer,
+            **self.tokenizer.special_tokens_map,
+            **(variables or {}),
+        }
+        if continues:
+            return chat_template.render_open(template, messages, seen)
+        return chat_template.render(template, messages, seen)
 
     def encode_chat(
         self, messages: Sequence[Message], *, answer: bool = True, before: Sequence[int] = ()
@@ -79,10 +99,15 @@ class Tokenization:
         if not text.startswith(said):
             said, before = "", ()
         # The template writes the special tokens itself.
-        new = self.tokenizer(text[len(said) :], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-        return [*before, *new]
+        return [*before, *self._encode(text[len(said) :], "the chat", special=False)]
+
+    def _encode(self, text: str, name: str, *, special: bool) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise InputError(f"{name} holds half characters that no text can hold") from None
+        # verbose: a text too long for the model is refused later, in one line.
+        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def load_tokenization(folder: pathlib.Path) -> Tokenization:

@@ -12,7 +12,6 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jinja2
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -98,7 +97,7 @@ class DuoLM(TemplateLM):
 
     @property
     def tokenizer(self) -> Any:
-        """The transformers tokenizer; the base class renders chat templates with it."""
+        """The transformers tokenizer; the base class asks for it."""
         return self.model.tokenizer
 
     @property
@@ -143,19 +142,16 @@ class DuoLM(TemplateLM):
             raise InputError("this model has no chat template; leave out --apply-chat-template")
 
         def rendered(messages: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+            return self.model.tokenization.render_chat(
+                messages, answer=add_generation_prompt, continues=not add_generation_prompt
             )
 
         try:
             return rendered(chat_history)
-        except jinja2.TemplateError as error:
+        except InputError:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) in (0, len(chat_history)):
-                raise InputError(f"the model's chat template refuses this: {error}") from None
+                raise
             return rendered(others)
 
     def loglikelihood_rolling(

@@ -157,7 +157,9 @@ class Haystack:
         mark = "\N{WHITE SQUARE CONTAINING BLACK SMALL SQUARE}"
         content = f"{templates.intro}{mark}{templates.question}"
         chat = self._tokenization.render_chat([{"role": "user", "content": content}])
-        head, tail = chat.split(mark)
+        head, found, tail = chat.partition(mark)
+        if not found or mark in tail:
+            raise InputError("the model's chat template does not show a message exactly once")
         return encode(head), needle, encode(tail)
 
     def _encode(self, text: str) -> list[int]:

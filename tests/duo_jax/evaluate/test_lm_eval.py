@@ -201,6 +201,8 @@ def test_chat_template_and_special_tokens(tiny_model):
     assert bos not in lm.tok_encode("Hello", add_special_tokens=False)
     with pytest.raises(InputError, match="refuses this: no system role"):
         lm.apply_chat_template(messages[:1])
+    begun = [*messages, {"role": "assistant", "content": "The answer is"}]  # a task's gen_prefix
+    assert lm.apply_chat_template(begun, add_generation_prompt=False) == "<s>[Hello][The answer is"
 
 
 def test_model_arguments_as_lm_eval_parses_them(tiny_model):

@@ -266,5 +266,9 @@ def test_a_chat_wraps_text_and_question(folder):
         assert text.startswith("<user>Read this.\n")
         assert text.endswith("The colour is</user><assistant>")
         assert f"The colour is {document.answer}." in text
+        for template in ("nothing", "{{ messages[0].content }}" * 2):
+            model.tokenizer.chat_template = template
+            with pytest.raises(InputError, match="does not show a message exactly once"):
+                haystack.document(length=200, depth=0.5)
     finally:
         (folder / "chat_template.jinja").unlink()
