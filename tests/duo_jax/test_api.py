@@ -182,6 +182,7 @@ def test_split_parameters_are_those_of_split_params(tmp_path, name):
             assert np.asarray(mine).tobytes() == np.asarray(other).tobytes()
 
 
+@pytest.mark.usefixtures("unhooked")
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -217,6 +218,7 @@ def test_settings_that_cannot_be_used(folder, settings, message):
         duo_jax.load(folder, **settings)
 
 
+@pytest.mark.usefixtures("unhooked")
 def test_numbers_of_numpy_are_numbers(folder):
     model = duo_jax.load(
         folder,
@@ -320,6 +322,7 @@ def test_progress_counts_the_tokens_of_the_prompt(model):
     assert calls == [(min(done, total), total) for done in range(16, total + 16, 16)]
 
 
+@pytest.mark.usefixtures("unhooked")
 @pytest.mark.parametrize(
     ("prompts", "settings", "message"),
     [
