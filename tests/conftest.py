@@ -1,6 +1,7 @@
 """Strictness for every test: no silent promotion of dtypes or ranks; warnings are errors."""
 
 import atexit
+import gc
 import math
 import os
 import pathlib
@@ -41,6 +42,13 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 _MOST_MEMORY = 3e9  # bytes of a worker
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage less often: tracing makes many objects, and little of it is in cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(scope="module", autouse=True)
