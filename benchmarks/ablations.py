@@ -40,8 +40,8 @@ from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.reports import machine, statistics
-from train.identify import IdentifyConfig, default_config, profile, training
-from train.identify.flags import Method
+from train.identify import profile, training
+from train.identify.flags import IdentifyConfig, Method, default_config
 from train.retrieval_test import RetrievalTest
 from train.workdir import WorkDir
 

@@ -5,12 +5,14 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from duo_jax import cli
+from duo_jax.process import signals
 
 Flags = TypeVar("Flags")
 
 
 def run(main: Callable[[Flags], None], flags_type: type[Flags]) -> None:
     """Run `main` on parsed flags; --help begins as the docstring of its module does."""
+    signals.end_at_once()
     module = sys.modules[main.__module__]
     name = module.__name__ if module.__spec__ is None else module.__spec__.name
     description = (module.__doc__ or "").split("\n\n")[0]

@@ -22,6 +22,7 @@ from duo_jax.checkpoints.tensor_info import cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.checkpoints.weights import WeightFiles, read_array
 from duo_jax.model.quantised_weights import StoredFormat, quantise
+from duo_jax.process import signals
 
 _MIN_GROUP = 1 << 24
 _CHUNK = 1 << 23
@@ -57,10 +58,10 @@ def write_params(
             arrays = {}
             for tensor in group:
                 arrays |= _stored(tensor, read_array(weight_files, tensor), dtype, stored)
-            with quiet_orbax():
+            with signals.put_off(), quiet_orbax():  # orbax' threads would go on writing
                 ocp.partial.save(str(path), nested(arrays))
             progress(sum(weight_files.dtype(tensor).itemsize * tensor.size for tensor in group))
-        with quiet_orbax():
+        with signals.put_off(), quiet_orbax():
             ocp.partial.finalize(str(path))
 
 

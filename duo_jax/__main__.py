@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from duo_jax.process import signals
+
 # Modules are imported when they are asked for, so that the list appears at once.
 COMMANDS = {
     "generate": ("duo_jax.generate", "continue a text, answer a question, chat"),
@@ -16,7 +18,9 @@ COMMANDS = {
 
 def main(args: list[str] | None = None) -> None:
     """Run a command on a list of words; default: the process's own."""
-    args = sys.argv[1:] if args is None else args
+    if args is None:
+        args = sys.argv[1:]
+        signals.end_at_once()  # in one line, while the command is imported
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return

@@ -12,13 +12,14 @@ import pathlib
 import re
 import shutil
 import stat
-import tempfile
 from collections.abc import Iterator
 
 from duo_jax.errors import InputError, cut
+from duo_jax.process import locks, signals
 
 _LONGEST_SHOWN = 200  # characters of a path in a message
 _LARGEST_TEXT = 1 << 28  # bytes; a text of 4M tokens has about 20 MB
+_LONGEST_WAIT = 10.0  # seconds for another process to write a file of the same name
 # What a disk or its permissions refuse, wherever in a block of code it happens.
 _REFUSALS = (
     errno.EACCES,
@@ -121,25 +122,33 @@ def make_folder(path: str | pathlib.Path) -> None:
 def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
     """Yield a temporary folder beside `path` that takes its name when the block succeeds.
 
+    Signals interrupt only the block, and neither the exchange nor the removal of what is left.
+
     Args:
       path: the folder to make; its parents are made too.
       replace: overwrite an existing folder; otherwise it must not exist or be empty.
 
     Raises:
-      InputError: `path` exists (and `replace` is false), or cannot be written, by the block either.
+      InputError: `path` exists (and `replace` is false), another process is writing it, or it
+        cannot be written, by the block either.
     """
     path = pathlib.Path(path)
     mode = _mode(path)
     if mode and not stat.S_ISDIR(mode):
         raise InputError(f"{path} is a file; an output folder is needed")
+    if not path.name:
+        raise InputError(f"{path} cannot be written: an output folder needs a name")
     with writing(path):
-        if not replace and mode and any(path.iterdir()):
-            raise InputError(f"{path} already exists; remove it or choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with signals.put_off(), _alone(path) as partial:
+        with writing(path):
+            _put_back(path)
+            if not replace and path.is_dir() and any(path.iterdir()):
+                raise InputError(f"{path} already exists; remove it or choose another name")
+            partial.mkdir(0o700)
         try:
-            yield partial
+            with signals.let_through():
+                yield partial
         except Exception as error:
             code = _errno(error)
             if code not in _REFUSALS:  # such as a file that the block expects and does not find
@@ -148,8 +157,6 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
         with writing(path):
             partial.chmod(0o755)
             _take_place(partial, path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
@@ -168,24 +175,27 @@ def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
       InputError: it cannot be written.
     """
     path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with writing(path):
-            partial.write_bytes(content)
-            partial.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with signals.put_off(), _alone(path, wait=_LONGEST_WAIT) as partial, writing(path):
+        partial.write_bytes(content)
+        partial.replace(path)
 
 
 def append_text(path: str | pathlib.Path, text: str) -> None:
-    """Add text to the end of a file, which is made if it does not exist.
+    """Add text to the end of a file, which is made if it does not exist: all of it or nothing.
 
     Raises:
       InputError: it cannot be written.
     """
-    with writing(path), pathlib.Path(path).open("a", encoding="utf-8") as file:
-        file.write(text)
+    content = text.encode()
+    with signals.put_off(), writing(path), pathlib.Path(path).open("ab", buffering=0) as file:
+        before = file.tell()
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                file.truncate(before)
+            raise
 
 
 def _mode(path: str | pathlib.Path) -> int:
@@ -216,18 +226,52 @@ def _cannot_be_written(path: str | pathlib.Path, code: int) -> InputError:
     return InputError(f"{shown(path)} cannot be written: {os.strerror(code)}")
 
 
+@contextlib.contextmanager
+def _alone(path: pathlib.Path, *, wait: float = 0.0) -> Iterator[pathlib.Path]:
+    """Yield a name beside `path` that is this process's alone; what has it at the end is removed.
+
+    What a killed process has left under it is removed, too: whoever holds the lock knows that
+    nobody else is writing. Where the file system has no locks, the name is this process's own.
+    """
+    with writing(path):
+        lock = locks.acquire(_beside(path, "lock"), path, wait=wait)
+    partial = _beside(path, f"partial-{os.getpid()}" if lock is None else "partial")
+    try:
+        _remove(partial)
+        yield partial
+    finally:
+        _remove(partial)
+        locks.remove(lock)
+
+
+def _beside(path: pathlib.Path, kind: str) -> pathlib.Path:
+    return path.parent / f".{path.name}.{kind}"
+
+
+def _remove(path: pathlib.Path) -> None:
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def _take_place(partial: pathlib.Path, path: pathlib.Path) -> None:
     """Rename `partial` to `path`; a folder that is there is put back if that fails."""
     if not path.is_dir():
         partial.rename(path)
         return
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    before = _beside(path, "replaced")
+    path.rename(before)
     try:
-        path.rename(aside / "old")
-        try:
-            partial.rename(path)
-        except BaseException:
-            (aside / "old").rename(path)
-            raise
+        partial.rename(path)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _put_back(path)
+
+
+def _put_back(path: pathlib.Path) -> None:
+    """Put back the folder that `_take_place` has set aside, if it or its process failed then."""
+    before = _beside(path, "replaced")
+    if not os.path.lexists(path) and os.path.lexists(before):
+        before.rename(path)
+    _remove(before)

@@ -1,13 +1,18 @@
 """python -m duo_jax.generate: continue a text or answer a question in the terminal."""
 
+if __name__ == "__main__":  # a signal ends what follows in one line: jax takes seconds to import
+    from duo_jax.process import signals
+
+    signals.end_at_once()
+
+
 import contextlib
 import dataclasses
 import io
 import os
 import pathlib
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Annotated
 
 import tyro
@@ -17,6 +22,7 @@ from duo_jax import cli, files
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
+from duo_jax.process import signals
 from duo_jax.schema.kinds import Count, Seed, Size
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.conversation import Conversation
@@ -97,7 +103,10 @@ def generate(flags: GenerateConfig) -> None:
                 if prompt is not None:
                     raise
                 print(f"error: {error}", file=sys.stderr)  # the chat is not over
-    except (KeyboardInterrupt, OSError):  # what was read and written is worth saving
+    except BaseException as error:
+        if not (signals.is_interruption(error) or isinstance(error, OSError)):
+            raise
+        # What was read and written is worth saving.
         with contextlib.suppress(OSError):
             print(flush=True)
         _finish(flags, conversation)
@@ -168,8 +177,9 @@ def _turns(prompt: str | None) -> Iterator[str]:
 
 def _turn(flags: GenerateConfig, conversation: Conversation, text: str) -> None:
     """Read one text and print what the model writes."""
+    # An interrupt in the middle of a step would lose the cache, which is donated to the step.
     bar = tqdm(desc="prefill", unit="token", unit_scale=True, leave=False, disable=None)
-    with bar, _interrupt_between_steps() as step_done:
+    with bar, signals.between_steps() as step_done:
 
         def progress(done: int, total: int) -> None:
             bar.total = total
@@ -198,31 +208,6 @@ def _turn(flags: GenerateConfig, conversation: Conversation, text: str) -> None:
                 print(piece, end="", flush=True)
                 step_done()
         print()
-
-
-@contextlib.contextmanager
-def _interrupt_between_steps() -> Iterator[Callable[[], None]]:
-    """Put Ctrl-C off until the yielded function is called; a second Ctrl-C acts at once.
-
-    An interrupt in the middle of a step would lose the cache, which is donated to the step.
-    """
-    wanted = False
-
-    def on_signal(*_: object) -> None:
-        nonlocal wanted
-        if wanted:
-            raise KeyboardInterrupt
-        wanted = True
-
-    def step_done() -> None:
-        if wanted:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield step_done
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _check_new(folder: pathlib.Path) -> None:

@@ -7,6 +7,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # A room imports only from rooms in the rows above its own; "duo_jax" is the package itself.
 ROWS = """
 errors
+process
 files
 schema
 kernels

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from duo_jax.process import signals
 from train.workdir import State, WorkDir
 
 
@@ -22,7 +23,7 @@ def run_steps(
 ) -> tuple[State, float | None]:
     """Call `step` until the run is finished; write its metrics, and checkpoints of the state.
 
-    Ctrl-C saves the state after the last complete step, so that nothing is lost.
+    Ctrl-C and SIGTERM save the state after the last complete step, so that nothing is lost.
 
     Args:
       workdir: where metrics and checkpoints go.
@@ -40,20 +41,22 @@ def run_steps(
     """
     durations = []
     with bar:
-        while not finished(state):
-            began = time.monotonic()
-            try:
+        try:
+            while not finished(state):
+                began = time.monotonic()
                 new_state, metrics = step(state)
-            except KeyboardInterrupt:
+                durations.append(time.monotonic() - began)
+                number = int(new_state.step)
+                workdir.log({"step": number} | metrics)
+                bar.set_postfix({name: f"{metrics[name]:.4f}" for name in shown}, refresh=False)
+                bar.update()
+                state = new_state
+                if number % checkpoint_every == 0:
+                    workdir.save(state)
+                signals.check()
+        except BaseException as error:
+            if signals.is_interruption(error):
                 workdir.save(state)
-                raise
-            durations.append(time.monotonic() - began)
-            number = int(new_state.step)
-            workdir.log({"step": number} | metrics)
-            bar.set_postfix({name: f"{metrics[name]:.4f}" for name in shown}, refresh=False)
-            bar.update()
-            state = new_state
-            if number % checkpoint_every == 0:
-                workdir.save(state)
+            raise
     workdir.save(state)
     return state, float(np.median(durations)) if durations else None

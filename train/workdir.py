@@ -19,6 +19,7 @@ from duo_jax import files
 from duo_jax.checkpoints.orbax_checkpoint import quiet_orbax
 from duo_jax.cli import workdir
 from duo_jax.errors import InputError
+from duo_jax.process import signals
 
 
 @runtime_checkable
@@ -42,7 +43,7 @@ class WorkDir:
     """
 
     def __init__(self, path: pathlib.Path, settings: Any, *, operational: Sequence[str]) -> None:
-        workdir.claim(path, settings, operational=operational)
+        self._claim = workdir.claim(path, settings, operational=operational)
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         with files.writing(path):
@@ -69,6 +70,7 @@ class WorkDir:
                     state = self._read(step, state)
                 break
             except Exception as error:  # orbax and tensorstore have no common error for damage
+                signals.check()  # which they may have turned into it
                 damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             gc.collect()  # while orbax' late complaints are still silenced
         else:
@@ -107,13 +109,13 @@ class WorkDir:
         )
 
     def save(self, state: HasStep) -> None:
-        """Write a checkpoint; it counts only once it is complete.
+        """Write a checkpoint; it counts only once it is complete. Signals wait for that.
 
         Raises:
           InputError: it cannot be written.
         """
         if self._checkpoints.latest_step() != int(state.step):
-            with files.writing(self.path):
+            with signals.put_off(), files.writing(self.path), quiet_orbax():
                 self._checkpoints.save(
                     int(state.step), args=ocp.args.StandardSave(_named_leaves(state))
                 )

@@ -15,6 +15,7 @@ import contextlib
 import logging
 import pathlib
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -34,6 +35,7 @@ from duo_jax.model.quantised_weights import (
     scales_shape,
     value_dtype,
 )
+from duo_jax.process import signals
 from duo_jax.schema.json_reader import read_json
 
 MARKER_FILE = "duo_jax.json"
@@ -41,6 +43,7 @@ PARAMS_FOLDER = "params"
 FORMAT = "duo_jax checkpoint"
 VERSION = 1
 QUANTISED_VERSION = 2  # readers that predate quantised weights refuse it
+_LONGEST_WAIT = 30.0  # seconds for orbax' threads to end after an error
 
 
 class CheckpointFiles:
@@ -110,37 +113,44 @@ class CheckpointFiles:
         return TensorInfo(shape=leaf.shape, dtype_name=dtype.name, dtype=dtype if known else None)
 
     def _damaged(self, error: Exception) -> InputError:
+        signals.check()  # which orbax may have turned into this error
         return InputError(f"{self._path} is damaged ({type(error).__name__}: {str(error)[:200]})")
 
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Keep orbax from printing errors that it also raises.
+    """Keep orbax from printing errors that it also raises, and from working on after one.
 
-    It logs warnings and tracebacks. When several arrays fail at once, it raises only one error;
-    asyncio reports the others when their tasks are garbage-collected, and Python reports callbacks
-    that find the event loop closed. So those two filters stay in place after an error.
+    It logs warnings and tracebacks, its threads also after the block has failed: they are waited
+    for. When several arrays fail at once, it raises only one error; asyncio reports the others when
+    their tasks are garbage-collected, and Python reports callbacks that find the event loop closed.
+    So those two filters stay in place after an error.
     """
     absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
-    level, report = absl.level, sys.unraisablehook
+    level, report, before = absl.level, sys.unraisablehook, set(threading.enumerate())
 
     def report_unless_late(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed":
             report(unraisable)
 
     absl.setLevel(logging.CRITICAL)
-    asyncio.addFilter(_is_not_tensorstore)
+    asyncio.addFilter(_is_not_late)
     sys.unraisablehook = report_unless_late
     try:
         yield
         sys.unraisablehook = report
-        asyncio.removeFilter(_is_not_tensorstore)
+        asyncio.removeFilter(_is_not_late)
+    except Exception:
+        for thread in set(threading.enumerate()) - before:
+            if type(thread).__module__.startswith("orbax."):
+                thread.join(_LONGEST_WAIT)
+        raise
     finally:
         absl.setLevel(level)
 
 
-def _is_not_tensorstore(record: logging.LogRecord) -> bool:
-    return "OCDBT" not in record.getMessage()
+def _is_not_late(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

@@ -13,6 +13,7 @@ import jax
 import tyro
 
 from duo_jax.errors import InputError
+from duo_jax.process import signals
 from kernels.errors import UnsupportedError
 
 Flags = TypeVar("Flags")
@@ -24,25 +25,41 @@ def run(
     *,
     prog: str,
     description: str,
-    default: Flags | None = None,
+    default: Callable[[], Flags] | None = None,
     args: Sequence[str] | None = None,
 ) -> None:
     """Parse flags into a dataclass and run `main` on it; never returns on bad input.
 
     Input that cannot be used, and what the kernels refuse, prints one line, `error: ...`, and exits
-    with code 2. Ctrl-C prints one line and exits with 130. Anything else is a defect of ours, and
-    shows a traceback.
+    with code 2. Ctrl-C and SIGTERM print one line and exit with 130 and 143 (`signals.run`).
+    Anything else is a defect of ours, and shows a traceback.
 
     Args:
       main: the command.
       flags_type: the dataclass of its flags; field comments and docstrings become the help text.
       prog: how the command is typed, such as "python -m convert".
       description: the first lines of --help.
-      default: values to start from instead of the dataclass's own.
+      default: returns values to start from instead of the dataclass's own.
       args: the words of the command line; default sys.argv[1:].
     """
+
+    def command() -> None:
+        start = None if default is None else default()
+        main(_parse(flags_type, prog=prog, description=description, default=start, args=args))
+
+    signals.run(lambda: _run(command))
+
+
+def fail(error: InputError | UnsupportedError) -> NoReturn:
+    """Report in one line what cannot be used, and exit with code 2."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _run(command: Callable[[], None]) -> None:
+    """Call a function; what its user or its machine is to blame for ends the process."""
     try:
-        main(_parse(flags_type, prog=prog, description=description, default=default, args=args))
+        command()
     except (InputError, UnsupportedError) as error:
         fail(error)
     except BrokenPipeError:  # whoever read our output has seen enough
@@ -57,15 +74,6 @@ def run(
             raise
         _discard_stdout()
         fail(InputError(f"standard output cannot be written: {error.strerror}"))
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def fail(error: InputError | UnsupportedError) -> NoReturn:
-    """Report in one line what cannot be used, and exit with code 2."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
 
 
 def _parse(

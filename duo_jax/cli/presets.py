@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from duo_jax import cli, files
+from duo_jax import files
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.schema.check import replace
@@ -55,13 +55,13 @@ def defaults(
       load_for: returns the defaults for a model's name and folder.
 
     Returns:
-      The defaults. A model or a preset that cannot be used ends the process, with one line.
+      The defaults.
+
+    Raises:
+      InputError: the model or the preset cannot be used.
     """
     ahead = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     ahead.add_argument("--model", default=model)
     with contextlib.suppress(argparse.ArgumentError):  # no value after --model; tyro reports it
         model = ahead.parse_known_args(sys.argv[1:] if args is None else list(args))[0].model
-    try:
-        return load_for(model, pretrained.resolve(model))
-    except InputError as error:
-        cli.fail(error)
+    return load_for(model, pretrained.resolve(model))

@@ -9,9 +9,11 @@ from typing import Any
 
 from duo_jax import files
 from duo_jax.errors import InputError
+from duo_jax.process import locks
 from duo_jax.schema.json_reader import read_json
 
 _CONFIG_FILE = "config.json"
+_LOCK_FILE = ".lock"
 
 
 def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -> None:
@@ -31,9 +33,10 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
     file = path / _CONFIG_FILE
     if not files.exists(file):
         with files.reading(path):
-            # A kill may have left our own temporary file.
+            # A kill may have left our own temporary file, and leaves the lock's.
             others = existing == path and any(
-                not other.name.startswith(".config") for other in path.iterdir()
+                other.name != _LOCK_FILE and not other.name.startswith(f".{_CONFIG_FILE}.")
+                for other in path.iterdir()
             )
         if others:
             raise InputError(f"workdir {path} holds other files; choose an empty or new folder")
@@ -51,15 +54,22 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
         )
 
 
-def claim(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -> None:
+def claim(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -> object:
     """Make a work folder, or resume in one that belongs to `config`; arguments as in `check`.
 
+    Returns:
+      Something to keep: no other process can claim the folder before it is forgotten.
+
     Raises:
-      InputError: as `check`, or the folder cannot be made.
+      InputError: as `check`, another process has the folder, or it cannot be made.
     """
     check(path, config, operational=operational)
     files.make_folder(path)
+    with files.writing(path):
+        lock = locks.acquire(path / _LOCK_FILE, path, again=True)
+    check(path, config, operational=operational)  # another run may have begun here meanwhile
     files.write_text(path / _CONFIG_FILE, json.dumps(_as_json(config), indent=2) + "\n")
+    return lock
 
 
 def _as_json(config: Any) -> Any:

@@ -1,5 +1,11 @@
 """Command line of the planner."""
 
+if __name__ == "__main__":  # a signal ends what follows in one line: jax takes seconds to import
+    from duo_jax.process import signals
+
+    signals.end_at_once()
+
+
 import dataclasses
 import pathlib
 from collections.abc import Sequence

@@ -11,7 +11,8 @@ from benchmarks.ablations import AblationsFlags
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from tests import models
-from train.identify import default_config, identify
+from train.identify.flags import default_config
+from train.identify.run import identify
 from train.retrieval_test import RetrievalTest
 
 PRESET = {

@@ -17,8 +17,8 @@ from PIL import Image
 from duo_jax.heads.pattern import load_pattern
 from tests import models
 from tests.train.conftest import TINY_FLAGS
-from train.identify import IdentifyConfig, default_config
 from train.identify.__main__ import main
+from train.identify.flags import IdentifyConfig, default_config
 from train.identify.training import step_config
 from train.loss import StepConfig
 

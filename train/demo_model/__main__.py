@@ -1,5 +1,11 @@
 """Command line of the demo model's training."""
 
+if __name__ == "__main__":  # a signal ends what follows in one line: jax takes seconds to import
+    from duo_jax.process import signals
+
+    signals.end_at_once()
+
+
 from duo_jax import cli
 from train.demo_model.flags import DemoConfig
 from train.demo_model.run import train_demo_model

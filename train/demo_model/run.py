@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -50,18 +49,16 @@ def train_demo_model(
     if files.exists(output) and (not files.is_folder(output) or any(output.iterdir())):
         raise InputError(f"{output} exists already; remove it, or choose another --output")
     training_text, held_out_text = split_held_out(load_documents([]))
-    with (
-        contextlib.closing(WorkDir(path, settings, operational=_OPERATIONAL)) as workdir,
-        tempfile.TemporaryDirectory(dir=path) as scratch,
-    ):
-        write_tokenizer(
-            pathlib.Path(scratch),
-            training_text,
-            TEMPLATES,
-            vocab_size=architecture.vocab_size,
-            max_length=architecture.max_positions,
-        )
-        tokenizer = load_tokenizer(pathlib.Path(scratch))
+    with contextlib.closing(WorkDir(path, settings, operational=_OPERATIONAL)) as workdir:
+        with files.new_folder(path / "tokenizer", replace=True) as folder:
+            write_tokenizer(
+                folder,
+                training_text,
+                TEMPLATES,
+                vocab_size=architecture.vocab_size,
+                max_length=architecture.max_positions,
+            )
+        tokenizer = load_tokenizer(path / "tokenizer")
         state = _train(flags, architecture, stages, tokenizer, training_text, workdir)
         params = export.rounded(state.params)
         print("Testing on held-out text ...")

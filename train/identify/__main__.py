@@ -1,5 +1,11 @@
 """Command line of identification."""
 
+if __name__ == "__main__":  # a signal ends what follows in one line: jax takes seconds to import
+    from duo_jax.process import signals
+
+    signals.end_at_once()
+
+
 from duo_jax import cli
 from duo_jax.cli import presets
 from train.identify.flags import IdentifyConfig, default_config
@@ -21,7 +27,7 @@ def main(args: list[str] | None = None) -> None:
         IdentifyConfig,
         prog="python -m train.identify",
         description=_DESCRIPTION,
-        default=presets.defaults(args, IdentifyConfig.model, default_config),
+        default=lambda: presets.defaults(args, IdentifyConfig.model, default_config),
         args=args,
     )
 

@@ -273,6 +273,6 @@ def main(args: list[str] | None = None) -> None:
         CompareConfig,
         prog="python -m duo_jax.evaluate compare",
         description=_DESCRIPTION,
-        default=grid.default(CompareConfig, TASK, args),
+        default=lambda: grid.default(CompareConfig, TASK, args),
         args=args,
     )

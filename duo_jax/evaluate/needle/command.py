@@ -167,6 +167,6 @@ def main(args: list[str] | None = None) -> None:
         NeedleConfig,
         prog="python -m duo_jax.evaluate needle",
         description=_DESCRIPTION,
-        default=grid.default(NeedleConfig, TASK, args),
+        default=lambda: grid.default(NeedleConfig, TASK, args),
         args=args,
     )

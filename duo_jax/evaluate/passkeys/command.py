@@ -163,6 +163,6 @@ def main(args: list[str] | None = None) -> None:
         PasskeysConfig,
         prog="python -m duo_jax.evaluate passkeys",
         description=_DESCRIPTION,
-        default=grid.default(PasskeysConfig, TASK, args),
+        default=lambda: grid.default(PasskeysConfig, TASK, args),
         args=args,
     )

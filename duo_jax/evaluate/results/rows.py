@@ -18,6 +18,7 @@ from typing import Any
 from duo_jax import files
 from duo_jax.cli import workdir
 from duo_jax.errors import InputError
+from duo_jax.process import signals
 
 _FILE = "rows.jsonl"
 
@@ -32,13 +33,14 @@ class Rows:
       operational: its fields that may differ when a run is resumed.
 
     Raises:
-      InputError: the folder belongs to another configuration, or its rows cannot be read.
+      InputError: the folder belongs to another configuration or is in use, or its rows cannot be
+        read.
     """
 
     def __init__(
         self, folder: pathlib.Path, settings: Any, *, operational: Sequence[str] = ()
     ) -> None:
-        workdir.claim(folder, settings, operational=operational)
+        self._claim = workdir.claim(folder, settings, operational=operational)
         self._file = folder / _FILE
         self._rows = _read(self._file)
 
@@ -71,6 +73,7 @@ class Rows:
         line = json.dumps({"key": key, "row": row}, allow_nan=False)
         files.append_text(self._file, line + "\n")
         self._rows[key] = json.loads(line)["row"]
+        signals.check()
 
 
 def _read(file: pathlib.Path) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,322 @@
+"""Ctrl-C and SIGTERM: cleaned up after, said in one line, never lost."""
+
+import contextlib
+import gc
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from duo_jax import files
+from duo_jax.process import signals
+from tests.processes import without_plugin_log
+
+ROOT = pathlib.Path(__file__).parents[3]
+MAINS = ("duo_jax.generate", "duo_jax.plan", "duo_jax.evaluate", "convert")
+MAINS += ("train.identify", "train.demo_model")
+
+
+def ended(command: Callable[[], None]) -> int:
+    """Return the exit code of a command, and check that nothing of it stays behind."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    hook = sys.unraisablehook
+    with pytest.raises(SystemExit) as exit_:
+        signals.run(command)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert sys.unraisablehook is hook
+    return exit_.value.code
+
+
+def interrupt() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_a_command_in_one_line_after_its_cleanup(capsys, number, code, line):
+    done = []
+
+    def command() -> None:
+        try:
+            signal.raise_signal(number)
+            done.append("went on")
+        finally:
+            done.append("cleaned up")
+
+    assert ended(command) == code
+    assert done == ["cleaned up"]
+    assert capsys.readouterr().err == f"{line}\n"
+
+
+def turned_into_another_error() -> None:
+    try:
+        interrupt()
+    except KeyboardInterrupt:
+        raise ValueError("INTERNAL: a callback failed") from None
+
+
+def swallowed() -> None:
+    with contextlib.suppress(BaseException):
+        interrupt()
+
+
+def swallowed_in_a_loop() -> None:
+    for _ in range(3):
+        swallowed()
+        signals.check()
+    pytest.fail("the loop went on")
+
+
+def in_a_callback_of_jax() -> None:
+    def callback(x: jax.Array) -> jax.Array:
+        interrupt()
+        return x
+
+    result = jax.ShapeDtypeStruct((), jnp.float32)
+    jax.block_until_ready(jax.jit(lambda x: jax.pure_callback(callback, result, x))(1.0))
+    pytest.fail("the command went on")
+
+
+class _Deleted:
+    def __del__(self) -> None:
+        interrupt()
+
+
+def _wait() -> None:
+    time.sleep(10)
+    pytest.fail("the signal was lost")
+
+
+def dropped_in_del() -> None:
+    _Deleted()
+    _wait()
+
+
+def dropped_in_a_weak_reference() -> None:
+    target = threading.Event()
+    kept = weakref.ref(target, lambda _: interrupt())
+    del target
+    _wait()
+    del kept
+
+
+def dropped_while_collecting_garbage() -> None:
+    def callback(*_: object) -> None:
+        gc.callbacks.remove(callback)
+        interrupt()
+
+    gc.callbacks.append(callback)
+    gc.collect()
+    _wait()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        turned_into_another_error,
+        swallowed,
+        swallowed_in_a_loop,
+        in_a_callback_of_jax,
+        dropped_in_del,
+        dropped_in_a_weak_reference,
+        dropped_while_collecting_garbage,
+    ],
+    ids=lambda command: command.__name__,
+)
+def test_a_signal_is_never_lost(capfd, command):
+    assert ended(command) == 130
+    assert without_plugin_log(capfd.readouterr().err) == "interrupted\n"
+
+
+def test_without_a_signal_everything_passes_through():
+    done = []
+    signals.run(lambda: done.append(1))
+    assert done == [1]
+    error = ValueError("a bug")
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(ValueError, match="a bug") as raised:
+        signals.run(fail)
+    assert raised.value is error
+    signals.check()
+
+
+def test_a_signal_of_an_earlier_command_is_forgotten():
+    assert ended(interrupt) == 130
+    signals.run(signals.check)
+
+
+def test_what_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signals.run(interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_in_another_thread_a_command_runs_without_signals():
+    done = []
+    thread = threading.Thread(target=lambda: signals.run(lambda: done.append(1)))
+    thread.start()
+    thread.join()
+    assert done == [1]
+
+
+def test_signals_wait_for_a_block_that_puts_them_off():
+    done = []
+
+    def command() -> None:
+        with signals.put_off():
+            with signals.put_off():
+                interrupt()
+            done.append("block")
+        done.append("after it")
+
+    assert ended(command) == 130
+    assert done == ["block"]
+
+
+def test_inside_of_such_a_block_they_can_be_let_through():
+    done = []
+
+    def command() -> None:
+        with signals.put_off():
+            try:
+                interrupt()
+                done.append("before")
+                with signals.let_through():
+                    done.append("inside")
+            finally:
+                interrupt()
+                done.append("cleanup")
+
+    assert ended(command) == 130
+    assert done == ["before", "cleanup"]
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_a_first_signal_waits_for_the_step(asked):
+    done = []
+
+    def command() -> None:
+        with signals.between_steps() as step_done:
+            interrupt()
+            done.append("step")
+            if asked:
+                step_done()
+                done.append("next step")
+        done.append("after it")
+
+    assert ended(command) == 130
+    assert done == ["step"]
+
+
+def test_a_second_signal_does_not_wait_but_an_echo_of_the_first_does(monkeypatch):
+    done = []
+
+    def command() -> None:
+        with signals.between_steps():
+            interrupt()
+            interrupt()  # as timeout(1) does
+            done.append("step")
+            monkeypatch.setattr(signals, "_ONE", 0.0)
+            interrupt()
+            done.append("the rest of it")
+
+    assert ended(command) == 130
+    assert done == ["step"]
+
+
+@pytest.mark.parametrize("replace", [False, True])
+def test_an_output_is_whole_or_not_there_wherever_a_signal_comes(tmp_path, replace):
+    """One signal later and later, in steps of 20 microseconds, until none comes in time."""
+    out, codes = tmp_path / "out", [None]
+
+    def command() -> None:
+        signal.setitimer(signal.ITIMER_REAL, len(codes) * 2e-5)
+        with files.new_folder(out, replace=replace) as folder:
+            (folder / "a").mkdir()
+            (folder / "b").mkdir()
+
+    def on_alarm(*_: object) -> None:
+        if signal.getsignal(signal.SIGINT) is signals._on_signal:  # inside of `run`
+            interrupt()
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    try:
+        while codes[-3:] != [0, 0, 0]:
+            try:
+                signals.run(command)
+                codes.append(0)
+            except SystemExit as end:
+                codes.append(end.code)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*"))
+            assert left in ([], ["out", "out/a", "out/b"])
+            if not replace:
+                shutil.rmtree(out, ignore_errors=True)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert codes.count(130) > 10
+
+
+IMPORTING = """
+import sys
+for module in {MAINS}:
+    __import__(module.removesuffix(".generate"))
+from duo_jax.process import signals
+assert "jax" not in sys.modules
+signals.end_at_once()
+print("ready", flush=True)
+{then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "line", "then"),
+    [
+        (signal.SIGINT, 130, b"interrupted\n", "import time; time.sleep(60)"),
+        (signal.SIGTERM, 143, b"terminated\n", "signals.run(lambda: sys.stdin.read())"),
+    ],
+    ids=["importing", "running"],
+)
+def test_a_process_ends_in_one_line_before_jax_is_imported_and_later(number, code, line, then):
+    """The packages that Python imports before a command's module have not imported jax."""
+    script = IMPORTING.format(MAINS=MAINS, then=then)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    time.sleep(0.05)  # for the second: into `run`
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[1] == line
+    assert process.returncode == code
+
+
+@pytest.mark.parametrize("module", MAINS)
+def test_a_command_asks_for_that_before_it_imports_anything(module):
+    file = ROOT / pathlib.Path(*module.split("."))
+    file = file / "__main__.py" if file.is_dir() else file.with_suffix(".py")
+    _, _, after_docstring = file.read_text().split('"""', maxsplit=2)
+    first = 'if __name__ == "__main__":'
+    assert after_docstring.lstrip().startswith(first)
+    assert "signals.end_at_once()" in after_docstring.split("\n\n\n")[0]
