@@ -47,10 +47,11 @@ def run_steps(
                 new_state, metrics = step(state)
                 durations.append(time.monotonic() - began)
                 number = int(new_state.step)
-                workdir.log({"step": number} | metrics)
+                with signals.put_off():  # a step is counted and logged, or neither
+                    workdir.log({"step": number} | metrics)
+                    state = new_state
                 bar.set_postfix({name: f"{metrics[name]:.4f}" for name in shown}, refresh=False)
                 bar.update()
-                state = new_state
                 if number % checkpoint_every == 0:
                     workdir.save(state)
                 signals.check()

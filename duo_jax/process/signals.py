@@ -74,7 +74,9 @@ def run(command: Callable[[], None]) -> None:
         logging.disable(silenced)
         for number, handler in before.items():
             signal.signal(number, handler)
-    ended_by = _state.received or ended_by
+        received = _state.received
+        _reset(held=0)
+    ended_by = received or ended_by
     if ended_by is not None:
         with contextlib.suppress(OSError):  # the terminal may be gone
             print(_WORDS[ended_by], file=sys.stderr)

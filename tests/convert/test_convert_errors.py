@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from convert.__main__ import main
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from tests import models
+from tests.disk import full_disk
 from tests.processes import without_plugin_log
 
 both_ways = pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
@@ -143,12 +143,8 @@ def test_an_unwritable_destination(folder, assert_refused, to_hf):
 
 @both_ways
 def test_a_disk_that_takes_no_more(folder, assert_refused, to_hf):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
+    with full_disk(20_000):
         assert_refused("out cannot be written", folder, folder.parent / "out", *to_hf)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert names(folder.parent) == ["model"]
 
 

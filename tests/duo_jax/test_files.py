@@ -8,6 +8,7 @@ import pytest
 
 from duo_jax import files
 from duo_jax.errors import InputError
+from tests.disk import full_disk
 
 
 def listing(folder: pathlib.Path) -> list[str]:
@@ -146,6 +147,8 @@ def test_text_that_cannot_be_written_is_one_clear_line(tmp_path):
     for path in (tmp_path / "file" / "a", tmp_path / "no" / "a", tmp_path / "folder"):
         with pytest.raises(InputError, match="cannot be written"):
             files.write_text(path, "x")
+    with full_disk(10), pytest.raises(InputError, match="b cannot be written: File too large"):
+        files.write_text(tmp_path / "b", "x" * 11)
     assert listing(tmp_path) == ["file", "folder"]
 
 
@@ -184,6 +187,13 @@ def test_text_is_appended_or_one_clear_line(tmp_path):
         files.append_text(tmp_path / "log" / "log", "x")
     with pytest.raises(InputError, match="full cannot be written: No space left on device"):
         files.append_text("/dev/full", "x")
+
+
+def test_text_that_does_not_fit_is_not_appended_in_part(tmp_path):
+    (tmp_path / "log").write_text("first\n")
+    with full_disk(10), pytest.raises(InputError, match="log cannot be written: File too large"):
+        files.append_text(tmp_path / "log", "second\n")
+    assert (tmp_path / "log").read_text() == "first\n"
 
 
 def test_folders_are_made_with_their_parents_or_one_clear_line(tmp_path):

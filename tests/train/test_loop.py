@@ -1,14 +1,19 @@
 """The loop of a long run: killed anywhere and resumed, it ends with the same bits."""
 
+import contextlib
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
+from duo_jax import files
+from duo_jax.process import signals
 from train.loop import run_steps
 from train.workdir import WorkDir
 
@@ -81,6 +86,46 @@ def test_ctrl_c_loses_no_step(whole, tmp_path):
     path, expected = whole
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", fail_at=5, error=KeyboardInterrupt)
+    state, _, done = run(tmp_path / "run")
+    assert done == [5, 6]
+    np.testing.assert_array_equal(state.total, expected.total)
+    metrics = "metrics.jsonl"
+    assert (tmp_path / "run" / metrics).read_bytes() == (path / metrics).read_bytes()
+
+
+class _FromJaxError(Exception):
+    """What jax makes of a signal that comes inside of a callback."""
+
+    def __init__(self) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _terminate_before(write, step_of):
+    def signalled(self, *args, **settings):
+        if step_of(*args) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return write(self, *args, **settings)
+
+    return signalled
+
+
+@pytest.mark.parametrize("where", ["a callback of jax", "log", "save"])
+def test_a_signal_loses_no_step_wherever_it_comes(whole, tmp_path, monkeypatch, where):
+    """With "save", a second one comes while step 5 is saved on the first one's account."""
+    path, expected = whole
+    with monkeypatch.context() as patch:
+        patch.setattr(signals, "_ONE", 0.0)
+        if where == "log":
+            log = _terminate_before(files.append_text, lambda text: json.loads(text)["step"])
+            patch.setattr(files, "append_text", log)
+        if where == "save":
+            save = _terminate_before(CheckpointManager.save, lambda step: step)
+            patch.setattr(CheckpointManager, "save", save)
+        fail_at = None if where == "log" else 5
+        with pytest.raises(SystemExit) as ended:
+            signals.run(lambda: run(tmp_path / "run", fail_at=fail_at, error=_FromJaxError))
+        assert ended.value.code == 143
     state, _, done = run(tmp_path / "run")
     assert done == [5, 6]
     np.testing.assert_array_equal(state.total, expected.total)

@@ -1,6 +1,7 @@
 """What becomes of a work folder whose checkpoints are damaged."""
 
 import dataclasses
+import gc
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 
 from duo_jax.errors import InputError
 from kernels import pytree
+from tests.disk import full_disk
+from tests.processes import without_plugin_log
 from train.workdir import WorkDir
 
 
@@ -89,3 +92,26 @@ def test_checkpoints_of_another_state_are_not_damaged_ones(folder):
     with pytest.raises(InputError, match="no checkpoint in"):
         workdir(folder).restore(Larger(**vars(state(0)), velocity=jnp.zeros(3)))
     assert int(workdir(folder).restore(state(0)).step) == 2
+
+
+@pytest.mark.parametrize("size", [0, 60, 300])
+def test_a_full_disk_is_one_line_and_the_next_start_goes_on(folder, capfd, caplog, size):
+    capfd.readouterr()
+    work = workdir(folder)
+    with full_disk(size), pytest.raises(InputError, match="work cannot be written: File too large"):
+        work.save(state(3))
+    gc.collect()  # what orbax has left would complain now
+    assert without_plugin_log(capfd.readouterr().err) == ""
+    assert caplog.records == []  # outside pytest they would be printed
+    work.close()
+    work = workdir(folder)
+    assert int(work.restore(state(0)).step) == 2
+    work.save(state(3))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_metrics_that_do_not_fit_are_left_out_whole(folder):
+    work, before = workdir(folder), (folder / "metrics.jsonl").read_bytes()
+    with full_disk(len(before) + 5), pytest.raises(InputError, match="jsonl cannot be written"):
+        work.log({"step": 4, "loss": 1.0})
+    assert work.metrics_file.read_bytes() == before

@@ -97,6 +97,41 @@ def test_a_defect_of_ours_is_no_mistake_of_the_user(capsys, error):
     assert capsys.readouterr().err == ""
 
 
+def test_defaults_are_made_inside_of_the_same_net(capsys):
+    def refused() -> Flags:
+        raise InputError("no such model")
+
+    def interrupted() -> Flags:
+        raise KeyboardInterrupt
+
+    for default, code, line in (
+        (refused, 2, "error: no such model"),
+        (interrupted, 130, "interrupted"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(refuse, Flags, prog="test", description="", default=default, args=[])
+        assert ended.value.code == code
+        assert capsys.readouterr().err == f"{line}\n"
+    seen = []
+    cli.run(
+        seen.append, Flags, prog="test", description="", default=lambda: Flags(number=7), args=[]
+    )
+    assert seen == [Flags(number=7)]
+
+
+def test_what_cannot_be_saved_on_a_signal_is_said_before_it(capsys):
+    def main(_: Flags) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            raise InputError("the disk is full")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "error: the disk is full\nterminated\n"
+
+
 PRINTS = """
 from duo_jax import cli
 from tests.duo_jax.cli.test_command import Flags

@@ -134,8 +134,9 @@ def dropped_while_collecting_garbage() -> None:
     ],
     ids=lambda command: command.__name__,
 )
-def test_a_signal_is_never_lost(capfd, command):
+def test_a_signal_is_never_lost(capfd, caplog, command):
     assert ended(command) == 130
+    assert caplog.records == []  # outside pytest they would be printed
     assert without_plugin_log(capfd.readouterr().err) == "interrupted\n"
 
 
@@ -156,6 +157,7 @@ def test_without_a_signal_everything_passes_through():
 
 def test_a_signal_of_an_earlier_command_is_forgotten():
     assert ended(interrupt) == 130
+    signals.check()
     signals.run(signals.check)
 
 

@@ -17,6 +17,7 @@ from duo_jax.session import cache_files
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 from tests import models
+from tests.disk import full_disk
 from tests.params import random_params
 
 pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.core]
@@ -259,6 +260,18 @@ def test_places_that_cannot_be_saved_to(saved, tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
         cache_files.save(session, tmp_path / "file" / "below", extra={})
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("size", [0, 100, 1_000])
+def test_a_full_disk_is_one_line_and_leaves_nothing_behind(saved, tmp_path, size):
+    session = Session(runtime())
+    cache_files.load(session, saved)
+    message = "new cannot be written: File too large$"
+    with full_disk(size), pytest.raises(InputError, match=message):
+        cache_files.save(session, tmp_path / "new", extra={})
+    assert list(tmp_path.iterdir()) == []
+    cache_files.save(session, tmp_path / "new", extra={})
+    assert max(file.stat().st_size for file in (tmp_path / "new").iterdir()) > size
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, MemoryError])
