@@ -1,7 +1,6 @@
 """Host memory of a conversion, and death in the middle, in processes of their own."""
 
 import json
-import os
 import pathlib
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from duo_jax.checkpoints import tensor_names
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.model.hf_config import parse_config
 from tests import models
+from tests.processes import without_plugin_log
 
 both_ways = pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -112,20 +112,34 @@ def test_host_memory_is_a_few_tensors_not_the_model(tmp_path):
     assert growth("--to-hf", large, tmp_path / "copy") < 3 * TENSOR
 
 
-@both_ways
-def test_killed_in_the_middle_then_started_again(tmp_path, to_hf):
-    large, out = write_large(tmp_path / "large", num_layers=6), tmp_path / "out"
-    command = [sys.executable, "-m", "convert", *to_hf, str(large), str(out)]
-    process = subprocess.Popen(command, cwd=REPOSITORY)
+def end_while_writing(tmp_path: pathlib.Path, number: int, *to_hf: str) -> tuple[int, str]:
+    """Convert "large" to "out", send a signal in the middle; return the exit code and stderr."""
+    write_large(tmp_path / "large", num_layers=6)
+    command = [sys.executable, "-m", "convert", *to_hf, tmp_path / "large", tmp_path / "out"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
     written = "params*" if not to_hf else "*.safetensors"
-    while not list(tmp_path.glob(f".out.*/{written}")):
+    while not list(tmp_path.glob(f".out.partial/{written}")):
         assert process.poll() is None, "ended before it was killed"
         time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not out.exists()
+    process.send_signal(number)
+    _, said = process.communicate()
+    return process.returncode, without_plugin_log(said)
+
+
+def test_terminated_in_the_middle_it_says_so_and_leaves_nothing(tmp_path):
+    assert end_while_writing(tmp_path, signal.SIGTERM) == (143, "terminated\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["large"]
+
+
+@both_ways
+def test_killed_in_the_middle_then_started_again(tmp_path, to_hf):
+    code, _ = end_while_writing(tmp_path, signal.SIGKILL, *to_hf)
+    assert code == -signal.SIGKILL
+    large, out = tmp_path / "large", tmp_path / "out"
+    assert {path.name for path in tmp_path.iterdir()} == {"large", ".out.partial", ".out.lock"}
 
     main([*to_hf, str(large), str(out)])
+    assert {path.name for path in tmp_path.iterdir()} == {"large", "out"}
     ours, theirs = open_weights(out), open_weights(large)
     for tensor in ours.tensors[-3:]:
         assert ours.read(tensor).tobytes() == theirs.read(tensor).tobytes()
