@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kernels import dense, packed
@@ -70,7 +69,8 @@ def _with_stale_scales(x: Packed, seen: np.ndarray) -> Packed:
     """Return packed numbers with stale scales where no query sees any number of theirs."""
     of_scales = np.any(seen.reshape(len(seen), x.scales.shape[2], -1), axis=2)[:, None, :, None]
     scales, zeros = (
-        jnp.where(of_scales, y, jnp.float16(_STALE_SCALE)) for y in (x.scales, x.zeros)
+        jax.device_put(np.where(of_scales, y, np.float16(_STALE_SCALE)))
+        for y in (x.scales, x.zeros)
     )
     return dataclasses.replace(x, scales=scales, zeros=zeros)
 

@@ -134,16 +134,16 @@ class Case(abc.ABC):
         """Return random arguments: normal numbers, stale ones unseen, the case's own integers."""
         rng, integers = np.random.default_rng(seed), iter(self.integers())
 
-        def one(shape: jax.ShapeDtypeStruct | Packed) -> Array | Packed:
+        def one(shape: jax.ShapeDtypeStruct | Packed) -> np.ndarray | Packed:
             if isinstance(shape, Packed):
                 words = rng.integers(2**32, size=shape.words.shape, dtype=np.uint32)
                 return fill(shape, words, rng.random(shape.scales.shape, np.float32))
             if jnp.issubdtype(shape.dtype, jnp.integer):
-                return jnp.asarray(next(integers), shape.dtype)
-            return jnp.asarray(rng.standard_normal(shape.shape, np.float32), shape.dtype)
+                return next(integers).astype(shape.dtype)
+            return rng.standard_normal(shape.shape, np.float32).astype(shape.dtype)
 
         drawn = jax.tree.map(one, self.shapes(), is_leaf=lambda x: isinstance(x, Packed))
-        return jax.tree.map(jnp.asarray, self.with_stale(drawn))
+        return jax.device_put(self.with_stale(drawn))  # jnp.asarray would compile a program a shape
 
     def array(self, *shape: int) -> jax.ShapeDtypeStruct:
         """Return a description of an array in the case's dtype."""
@@ -197,10 +197,13 @@ class AttentionCase(Case):
         )
 
 
+_unpack = jax.jit(unpack)
+
+
 def to_numpy(arguments: Any) -> Any:
     """Return a tree with numpy arrays, packed ones unpacked."""
     return jax.tree.map(
-        lambda x: np.asarray(unpack(x) if isinstance(x, Packed) else x),
+        lambda x: np.asarray(_unpack(x) if isinstance(x, Packed) else x),
         arguments,
         is_leaf=lambda x: isinstance(x, Packed),
     )
@@ -214,9 +217,9 @@ def fill(
     """Return packed numbers of about size 1, made of random bits and numbers in [0, 1)."""
     scales = (uniform + 0.5) * (1.7 / shape.layout.middle)
     return Packed(
-        words=jnp.asarray(words),
-        scales=jnp.asarray(scales, jnp.float16),
-        zeros=jnp.asarray(-shape.layout.middle * scales, jnp.float16),
+        words=jax.device_put(words),
+        scales=jax.device_put(scales.astype(jnp.float16)),
+        zeros=jax.device_put((-shape.layout.middle * scales).astype(jnp.float16)),
         layout=shape.layout,
     )
 

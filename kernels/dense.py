@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
@@ -33,7 +32,7 @@ def causal_mask(
 ) -> Bool[np.ndarray, "batch {length} {slots}"]:
     """Return which of `length` queries of each row see which slots; slot = position."""
     return np.stack(
-        [masks.causal(start + jnp.arange(length), jnp.arange(slots)) for start in starts.tolist()]
+        [masks.causal(start + np.arange(length), np.arange(slots)) for start in starts.tolist()]
     )
 
 
@@ -50,8 +49,8 @@ def streaming_mask(
     return np.stack(
         [
             masks.streaming(
-                start + jnp.arange(length),
-                jnp.asarray(positions),
+                start + np.arange(length),
+                positions,
                 sink_size=sink_size,
                 recent_size=recent_size,
             )

@@ -1,11 +1,14 @@
 """Which keys a query may see: the one place that says so, for every head and every kernel."""
 
+import numpy as np
 from jaxtyping import Array, Bool, Int
+
+Positions = Array | np.ndarray  # numpy for numpy
 
 
 def causal(
-    q_positions: Int[Array, " q_len"], kv_positions: Int[Array, " kv_len"]
-) -> Bool[Array, "q_len kv_len"]:
+    q_positions: Int[Positions, " q_len"], kv_positions: Int[Positions, " kv_len"]
+) -> Bool[Positions, "q_len kv_len"]:
     """Return which keys a retrieval head lets each query see: key j for query i iff j <= i.
 
     Positions are absolute. With five tokens:
@@ -21,12 +24,12 @@ def causal(
 
 
 def streaming(
-    q_positions: Int[Array, " q_len"],
-    kv_positions: Int[Array, " kv_len"],
+    q_positions: Int[Positions, " q_len"],
+    kv_positions: Int[Positions, " kv_len"],
     *,
     sink_size: int,
     recent_size: int,
-) -> Bool[Array, "q_len kv_len"]:
+) -> Bool[Positions, "q_len kv_len"]:
     """Return which keys a streaming head lets each query see (DuoAttention, section 2).
 
     Key j is visible to query i iff j <= i and (j < sink_size or i - j < recent_size); the recent

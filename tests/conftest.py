@@ -48,7 +48,7 @@ def pytest_collection_finish() -> None:
     """Look for garbage less often: tracing makes many objects, and little of it is in cycles."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,7 +56,10 @@ def _forget_programs() -> Iterator[None]:
     """Free what jax keeps for programs that no other file runs, before it is gigabytes."""
     yield
     if _resident_bytes() > _MOST_MEMORY:
+        gc.unfreeze()
         jax.clear_caches()
+        gc.collect()
+    gc.freeze()  # looking through all of it takes a second, and some code of ours collects often
 
 
 def _resident_bytes() -> float:

@@ -2,6 +2,10 @@
 
 In every slot that no query sees, there are stale numbers. Compiling for GPUs (test_compiled.py) and
 running on one (test_gpu.py) are the next rungs.
+
+By default, of the cases that differ only in lengths the largest runs, since those of AWKWARD show
+every length in float32; and every second packed case: both ops read packed tiles with the same
+code, and together they show every format with every shape. The slow tests run all.
 """
 
 import functools
@@ -15,7 +19,30 @@ from kernels.all_cases import AWKWARD, CASES, named
 
 SMALL = {name: case for name, case in named().items() if not case.compile_only}
 LENGTHS = named(AWKWARD)
-LAST = {next(name for name in reversed(SMALL) if name.startswith(f"{op}:")) for op in CASES}
+
+
+def representatives() -> set[str]:
+    """Return the names of the cases that run by default."""
+    largest = {}
+    for name, case in sorted(SMALL.items(), key=lambda item: item[1].cost().flops):
+        kind = (case.dtype, case.head_dim, case.q_heads // case.kv_heads, case.gradient)
+        largest[name.partition(":")[0], kind] = name
+    alternate = {
+        name
+        for first, op in enumerate(("decode_packed", "prefill_packed"))
+        for name in [name for name in SMALL if name.startswith(f"{op}:")][first::2]
+    }
+    return {name for name in largest.values() if SMALL[name].bits is None} | alternate
+
+
+DEFAULT = representatives()
+LAST = {next(x for x in reversed(SMALL) if x.startswith(f"{op}:") and x in DEFAULT) for op in CASES}
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    """Return how the test of a case is marked."""
+    return [pytest.mark.core] * (name in LAST) + [pytest.mark.slow] * (name not in DEFAULT)
+
 
 # Results are of size 1. XLA adds in another order, and may be luckier.
 FLOOR = 2e-6
@@ -74,11 +101,7 @@ def check_kernel(case, results, xla, wanted):
 
 
 @pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=pytest.mark.core if name in LAST else ())
-        for name, case in SMALL.items()
-    ],
+    "case", [pytest.param(case, id=name, marks=marks(name)) for name, case in SMALL.items()]
 )
 def test_xla_matches_float64_and_the_kernel_matches_xla(case):
     arguments = case.draw()
