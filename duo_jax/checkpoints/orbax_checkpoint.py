@@ -15,7 +15,7 @@ import contextlib
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import numpy as np
@@ -118,25 +118,34 @@ def quiet_orbax() -> Iterator[None]:
     """Keep orbax from printing errors that it also raises.
 
     It logs warnings and tracebacks. When several arrays fail at once, it raises only one error;
-    asyncio reports the others when their tasks are garbage-collected, and Python reports callbacks
-    that find the event loop closed. So those two filters stay in place after an error.
+    asyncio and Python report the others when their tasks are garbage-collected, and Python reports
+    callbacks that find the event loop closed. So those two filters stay in place after an error.
     """
     absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
     level, report = absl.level, sys.unraisablehook
-
-    def report_unless_late(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
     absl.setLevel(logging.CRITICAL)
     asyncio.addFilter(_is_not_tensorstore)
-    sys.unraisablehook = report_unless_late
+    if not isinstance(report, _UnlessLate):  # which an earlier error left in place
+        sys.unraisablehook = _UnlessLate(report)
     try:
         yield
         sys.unraisablehook = report
         asyncio.removeFilter(_is_not_tensorstore)
     finally:
         absl.setLevel(level)
+
+
+class _UnlessLate:
+    """Reports what Python cannot raise, unless it comes late from orbax."""
+
+    def __init__(self, report: Callable[[Any], object]) -> None:
+        self._report = report
+
+    def __call__(self, unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            self._report(unraisable)
 
 
 def _is_not_tensorstore(record: logging.LogRecord) -> bool:
