@@ -6,20 +6,30 @@ holds the whole state, so a killed run that is started again ends with the same 
 
 import gc
 import itertools
-import json
+import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from msgspec import Meta
 
 from duo_jax import files
 from duo_jax.checkpoints.orbax_checkpoint import quiet_orbax
 from duo_jax.cli import workdir
 from duo_jax.errors import InputError
 from duo_jax.process import signals
+from duo_jax.schema import checksums, json_lines
+from duo_jax.schema.check import convert
+from duo_jax.schema.kinds import Count
+
+# Metrics are float32 on the device.
+_Number = Annotated[int, Meta(ge=-(2**53), le=2**53)] | Annotated[float, Meta(ge=-4e38, le=4e38)]
+_Metrics = dict[str, _Number | None]  # null: not measured, or not finite
+_DIGEST = "checksum"  # its name among the arrays of a checkpoint
 
 
 @runtime_checkable
@@ -46,9 +56,10 @@ class WorkDir:
         self._claim = workdir.claim(path, settings, operational=operational)
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
-        with files.writing(path):
+        with files.writing(path), quiet_orbax():  # it looks at what is there
             self._checkpoints = ocp.CheckpointManager(
                 (path / "checkpoints").absolute(),
+                item_handlers=ocp.StandardCheckpointHandler(),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=2, enable_async_checkpointing=False
                 ),
@@ -58,7 +69,8 @@ class WorkDir:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
 
         Where the latest cannot be read and the one before it can, that one serves, and the latest
-        is set aside with a line on stderr.
+        is set aside with a line on stderr. Another line says where there are metrics and no
+        checkpoint, of a run that was killed before its first one, or that lost them.
 
         Raises:
           InputError: no checkpoint can be read; all is left as it was.
@@ -81,15 +93,23 @@ class WorkDir:
                 )
         for step, reason in damaged.items():
             self._set_aside(step, reason)
-        done = int(state.step)
-        kept = [m for m in self.metrics() if m["step"] <= done]
-        files.write_text(self.metrics_file, "".join(json.dumps(m) + "\n" for m in kept))
+        done, metrics = int(state.step), self.metrics()
+        if metrics and not self._checkpoints.all_steps():
+            print(
+                f"{self.metrics_file} knows {len(metrics):,} steps, but there is no checkpoint in "
+                f"{self._checkpoints.directory}: the run begins anew",
+                file=sys.stderr,
+            )
+        json_lines.write(self.metrics_file, [m for m in metrics if m["step"] <= done])
         return state
 
     def _read(self, step: int, like: State) -> State:
-        leaves = self._checkpoints.restore(
-            step, args=ocp.args.StandardRestore(jax.eval_shape(_named_leaves, like))
-        )
+        expected = jax.eval_shape(_named_leaves, like)
+        if _DIGEST in (self._checkpoints.item_metadata(step) or {}):  # earlier versions wrote none
+            expected[_DIGEST] = jax.ShapeDtypeStruct((16,), np.uint8)
+        leaves = self._checkpoints.restore(step, args=ocp.args.StandardRestore(expected))
+        if _DIGEST in leaves and (leaves.pop(_DIGEST) != _digest(leaves)).any():
+            raise ValueError("its values are not those that were written")
         return jax.tree.unflatten(
             jax.tree.structure(like), [leaves[n] for n in _named_leaves(like)]
         )
@@ -115,37 +135,45 @@ class WorkDir:
           InputError: it cannot be written.
         """
         if self._checkpoints.latest_step() != int(state.step):
+            leaves = _named_leaves(state)
+            leaves |= {_DIGEST: _digest(leaves)}  # tensorstore checks only what describes arrays
             with signals.put_off(), files.writing(self.path), quiet_orbax():
-                self._checkpoints.save(
-                    int(state.step), args=ocp.args.StandardSave(_named_leaves(state))
-                )
+                self._checkpoints.save(int(state.step), args=ocp.args.StandardSave(leaves))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append a step's metrics.
+        """Append a step's metrics: numbers; one that is not finite is written as null.
 
         Raises:
           InputError: they cannot be written.
         """
-        files.append_text(self.metrics_file, json.dumps(record) + "\n")
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in record.items()}
+        json_lines.append(self.metrics_file, finite)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read the metrics so far, without a last line that a kill cut short."""
-        if not self.metrics_file.exists():
-            return []
-        read = []
-        for line in files.read_text(self.metrics_file).splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break
-            if not isinstance(record, dict) or "step" not in record:
-                break
-            read.append(record)
-        return read
+        """Read the metrics so far; damaged lines are set aside with a line on stderr.
+
+        Raises:
+          InputError: the file cannot be read.
+        """
+        return json_lines.read(
+            self.metrics_file, _check, lost="the run goes on without these metrics"
+        )
 
     def close(self) -> None:
         """Release the checkpoint manager's threads."""
         self._checkpoints.close()
+
+
+def _check(values: dict[str, Any], where: str) -> dict[str, Any]:
+    metrics = convert(values, _Metrics, where)
+    convert(metrics.get("step"), Count, f"{where}, step")
+    return metrics
+
+
+def _digest(leaves: Mapping[str, jax.Array]) -> np.ndarray:
+    """Return the checksum of all values and their names, as bytes [16]."""
+    found = {name: checksums.of_array(np.asarray(leaf)) for name, leaf in sorted(leaves.items())}
+    return np.frombuffer(bytes.fromhex(checksums.of_bytes(repr(found).encode())), np.uint8)
 
 
 def _named_leaves(state: Any) -> dict[str, jax.Array]:

@@ -16,7 +16,7 @@ import logging
 import pathlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
 import numpy as np
@@ -122,20 +122,16 @@ def quiet_orbax() -> Iterator[None]:
     """Keep orbax from printing errors that it also raises, and from working on after one.
 
     It logs warnings and tracebacks, its threads also after the block has failed: they are waited
-    for. When several arrays fail at once, it raises only one error; asyncio reports the others when
-    their tasks are garbage-collected, and Python reports callbacks that find the event loop closed.
-    So those two filters stay in place after an error.
+    for. When several arrays fail at once, it raises only one error; asyncio and Python report the
+    others when their tasks are garbage-collected, and Python reports callbacks that find the event
+    loop closed. So those two filters stay in place after an error.
     """
     absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
     level, report, before = absl.level, sys.unraisablehook, set(threading.enumerate())
-
-    def report_unless_late(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
     absl.setLevel(logging.CRITICAL)
     asyncio.addFilter(_is_not_late)
-    sys.unraisablehook = report_unless_late
+    if not isinstance(report, _UnlessLate):  # which an earlier error left in place
+        sys.unraisablehook = _UnlessLate(report)
     try:
         yield
         sys.unraisablehook = report
@@ -147,6 +143,19 @@ def quiet_orbax() -> Iterator[None]:
         raise
     finally:
         absl.setLevel(level)
+
+
+class _UnlessLate:
+    """Reports what Python cannot raise, unless it comes late from orbax."""
+
+    def __init__(self, report: Callable[[Any], object]) -> None:
+        self._report = report
+
+    def __call__(self, unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            self._report(unraisable)
 
 
 def _is_not_late(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """Caches on disk: a folder that restores a session, so its text need not be read again.
 
-    cache.json                the model and settings it belongs to, and the lengths of its rows
+    cache.json                the model and settings it belongs to, the lengths of its rows, the
+                              checksums of the other files, and its own
     tokens.safetensors        "0", "1", ...: the tokens of each row
     logits.safetensors        "logits" [batch, vocab]: logits after the first logits_at tokens
     layer-00000.safetensors   "full.keys", "full.values", "streaming.keys", "streaming.values"
@@ -10,29 +11,50 @@
 Only filled slots are stored. Host memory peaks at one layer.
 """
 
-import contextlib
 import dataclasses
-import json
+import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from duo_jax import files
 from duo_jax.cache import KVCache, LayerCache
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.model.config import ModelConfig
-from duo_jax.schema.json_reader import read_json
+from duo_jax.schema import checksums
+from duo_jax.schema.check import convert
+from duo_jax.schema.kinds import Count, Size
+from duo_jax.session import stored_arrays
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session, Snapshot
+from duo_jax.session.stored_arrays import Expected, StoredArrays
 
-FORMAT, VERSION = "duo_jax cache", 2
-_MARKER = "cache.json"
+FORMAT, VERSION = "duo_jax cache", 3
+_MARKER, _TOKENS, _LOGITS = "cache.json", "tokens.safetensors", "logits.safetensors"
+
+
+class _Marker(msgspec.Struct, forbid_unknown_fields=True):
+    """What cache.json holds, beside its checksum."""
+
+    format: str
+    version: int
+    model: dict[str, Any]
+    dtype: str
+    kv: str
+    sink_size: Size
+    recent_size: Size
+    retrieval_heads: list[Size]
+    prefill_mode: str
+    weights: str
+    lengths: list[Count]
+    logits_at: list[Count]
+    extra: dict[str, Any]
+    files: dict[str, str]  # their checksums
 
 
 def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any]) -> None:
@@ -44,11 +66,14 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
       extra: anything JSON can hold, kept with the cache.
 
     Raises:
-      InputError: there is nothing to save, or the folder cannot be written.
+      InputError: there is nothing to save, a number is not finite, or the folder cannot be
+        written.
     """
     snapshot = session.snapshot()
     lengths = np.asarray(snapshot.cache.lengths)
     longest = int(lengths.max())
+    if not _fit(lengths.tolist(), snapshot.logits_at, snapshot.tokens):
+        raise InputError("nothing has been read yet: there is no cache to save")
     marker = {
         "format": FORMAT,
         "version": VERSION,
@@ -58,12 +83,15 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
         "extra": extra,
     }
     with files.new_folder(folder) as partial:
+        found = marker["files"] = {}
         for number, layer in enumerate(snapshot.cache.layers):
-            save_file(_to_arrays(layer, longest), partial / _layer_file(number))
-        save_file({"logits": np.asarray(snapshot.logits)}, partial / "logits.safetensors")
+            name = _layer_file(number)
+            found[name] = stored_arrays.save(_to_arrays(layer, longest), partial / name)
+        logits = {"logits": np.asarray(snapshot.logits)}
+        found[_LOGITS] = stored_arrays.save(logits, partial / _LOGITS)
         tokens = {str(i): np.array(row, np.int32) for i, row in enumerate(snapshot.tokens)}
-        save_file(tokens, partial / "tokens.safetensors")
-        (partial / _MARKER).write_text(json.dumps(marker, indent=2))
+        found[_TOKENS] = stored_arrays.save(tokens, partial / _TOKENS)
+        (partial / _MARKER).write_text(checksums.seal(marker) + "\n", encoding="utf-8")
 
 
 def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
@@ -77,41 +105,57 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
     marker = _read_marker(folder)
     runtime = session.runtime
     for key, mine in _belongs_to(runtime).items():
-        if marker[key] != mine:
+        theirs = getattr(marker, key)
+        if theirs != mine:
             raise InputError(
                 f"{folder} was saved with another {_DESCRIPTIONS[key]}"
-                f"{_difference(marker[key], mine)}; read the text again"
+                f"{_difference(theirs, mine)}; read the text again"
             )
-    lengths, logits_at = marker["lengths"], marker["logits_at"]
-    if len(lengths) != session.batch_size:
-        raise InputError(f"{folder} holds {len(lengths)} rows, not {session.batch_size}")
-    with _damage(folder):
-        tokens = load_file(folder / "tokens.safetensors")
-        rows = [tokens[str(i)].tolist() for i in range(len(lengths))]
-        for n, at, row in zip(lengths, logits_at, rows, strict=True):
-            if not (0 < n <= len(row) and 0 <= at <= len(row)):
-                raise ValueError(f"{lengths=} and {logits_at=} do not fit the tokens")
-    empty = session.empty_cache(rows)
-    layers = []
-    with _damage(folder):
-        for number, layer in enumerate(empty.layers):
-            arrays = load_file(folder / _layer_file(number))
-            layers.append(_from_arrays(layer, arrays, longest=max(lengths)))
-        logits = load_file(folder / "logits.safetensors")["logits"]
-        expected = (session.batch_size, runtime.config.architecture.vocab_size)
-        if logits.shape != expected:
-            raise ValueError(f"logits are {logits.shape}, not {expected}")
+    if len(marker.lengths) != session.batch_size:
+        raise InputError(f"{folder} holds {len(marker.lengths)} rows, not {session.batch_size}")
+
+    def opened(name: str, expected: Expected) -> Callable[[], dict[str, np.ndarray]]:
+        if name not in marker.files:
+            raise InputError(f"{folder / _MARKER} has no checksum of {name}")
+        return functools.partial(StoredArrays(folder / name, expected).read, marker.files[name])
+
+    names = [str(i) for i in range(session.batch_size)]
+    tokens = opened(_TOKENS, dict.fromkeys(names, ((None,), np.dtype(np.int32))))()
+    rows = [tokens[name].tolist() for name in names]
+    if not _fit(marker.lengths, marker.logits_at, rows):
+        raise InputError(f"{folder / _MARKER}: lengths and logits_at do not fit the tokens")
+    # All that the files claim to hold is looked at before memory is taken for it.
+    make_empty = functools.partial(session.empty_cache, rows)
+    longest = max(marker.lengths)
+    shapes = jax.eval_shape(make_empty)
+    arrays_of = [
+        opened(_layer_file(number), _expected(layer, longest))
+        for number, layer in enumerate(shapes.layers)
+    ]
+    shape = (session.batch_size, runtime.config.architecture.vocab_size)
+    read_logits = opened(_LOGITS, {"logits": (shape, None)})
+    empty = make_empty()
+    layers = (
+        _from_arrays(layer, read()) for layer, read in zip(empty.layers, arrays_of, strict=True)
+    )
     session.restore(
         Snapshot(
             tokens=rows,
             cache=dataclasses.replace(
-                empty, layers=tuple(layers), lengths=jnp.array(lengths, jnp.int32)
+                empty, layers=tuple(layers), lengths=jnp.array(marker.lengths, jnp.int32)
             ),
-            logits=jnp.asarray(logits),
-            logits_at=logits_at,
+            logits=jnp.array(read_logits()["logits"]),
+            logits_at=marker.logits_at,
         )
     )
-    return marker["extra"]
+    return marker.extra
+
+
+def _fit(lengths: Sequence[int], logits_at: Sequence[int], rows: Sequence[Sequence[int]]) -> bool:
+    """Whether each row holds the tokens before its logits, and the cache holds no fewer."""
+    return len(lengths) == len(logits_at) == len(rows) and all(
+        0 < at <= held <= len(row) for held, at, row in zip(lengths, logits_at, rows, strict=True)
+    )
 
 
 _DESCRIPTIONS = {
@@ -152,36 +196,20 @@ def _difference(theirs: Any, mine: Any) -> str:
     return f" ({theirs}, here {mine})" if isinstance(mine, int) or len(mine) < 12 else ""
 
 
-def _read_marker(folder: pathlib.Path) -> dict[str, Any]:
+def _read_marker(folder: pathlib.Path) -> _Marker:
     file = folder / _MARKER
     if not files.exists(file):
         raise InputError(f"{folder} is no saved cache: there is no {_MARKER} in it")
-    marker = read_json(file)
-    found = (marker.get("format"), marker.get("version"))
+    values, undamaged = checksums.read_sealed(file)
+    found = (values.get("format"), values.get("version"))
     if found != (FORMAT, VERSION):
         raise InputError(
-            f"{file} says {found[0]!r}, version {found[1]!r}; this duo_jax reads {FORMAT!r}, "
-            f"version {VERSION}: read the text again"
+            f"{file} says {quoted(found[0])}, version {quoted(found[1])}; this duo_jax reads "
+            f"{FORMAT!r}, version {VERSION}: read the text again"
         )
-    missing = {*_DESCRIPTIONS, "lengths", "logits_at", "extra"} - set(marker)
-    if missing:
-        raise InputError(f"{file} lacks {', '.join(sorted(missing))}")
-    for key in ("lengths", "logits_at"):
-        if not isinstance(marker[key], list) or any(type(n) is not int for n in marker[key]):
-            raise InputError(f"{key} is {marker[key]!r} in {file}, not a list of whole numbers")
-    if not isinstance(marker["extra"], dict):
-        raise InputError(f"extra is no JSON object in {file}")
-    return marker
-
-
-@contextlib.contextmanager
-def _damage(folder: pathlib.Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise InputError(f"{folder} is damaged: {error.filename} is missing") from None
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"{folder} is damaged ({type(error).__name__}: {error})") from None
+    if not undamaged:
+        raise InputError(f"{file} is damaged: its checksum is another")
+    return convert(values, _Marker, str(file))
 
 
 def _layer_file(number: int) -> str:
@@ -199,13 +227,25 @@ def _to_arrays(layer: LayerCache, longest: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _leaves(cache: KVCache) -> dict[str, jax.Array]:
+def _leaves(cache: KVCache) -> dict[str, Any]:
     """Return the buffers of a cache by name, such as "keys" or "keys.words"."""
     leaves = jax.tree_util.tree_leaves_with_path(cache)
     return {".".join(key.name for key in path): leaf for path, leaf in leaves}
 
 
-def _filled(name: str, leaf: jax.Array, cache: KVCache, longest: int) -> int:
+def _expected(layer: LayerCache, longest: int) -> Expected:
+    """Return what the file of a layer holds, by the shapes of an empty one."""
+    found = {}
+    for kind, parts in _parts(layer).items():
+        num_heads = sum(part.keys.shape[1] for part in parts)
+        for name, leaf in _leaves(parts[0]).items():
+            slots = _filled(name, leaf, parts[0], longest)
+            shape = (leaf.shape[0], num_heads, slots, leaf.shape[3])
+            found[f"{kind}.{name}"] = (shape, np.dtype(leaf.dtype))
+    return found
+
+
+def _filled(name: str, leaf: Any, cache: KVCache, longest: int) -> int:
     """Return how many slots of a buffer `longest` tokens fill; a slot may hold several tokens."""
     if name.startswith("latest.") and cache.latest is not None:
         cache = cache.latest
@@ -220,23 +260,22 @@ def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:
     return {kind: caches for kind, caches in parts.items() if caches}
 
 
-def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray], *, longest: int) -> LayerCache:
-    """Copy stored arrays, which hold `longest` tokens, into an empty layer's buffers."""
+@functools.partial(jax.jit, donate_argnums=0)
+def _written(buffer: jax.Array, stored: jax.Array) -> jax.Array:
+    """Write into a buffer in place; nothing is copied twice."""
+    return jax.lax.dynamic_update_slice(buffer, stored, (0, 0, 0, 0))
+
+
+def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray]) -> LayerCache:
+    """Return an empty layer, which is used up, with stored arrays in its buffers."""
 
     def fill(kind: str, parts: tuple[KVCache, ...]) -> Iterator[KVCache]:
-        first, num_heads = 0, sum(part.keys.shape[1] for part in parts)
+        first = 0
         for part in parts:
             end, leaves = first + part.keys.shape[1], []
             for name, leaf in _leaves(part).items():
-                array = arrays[f"{kind}.{name}"]
-                slots = _filled(name, leaf, part, longest)
-                if (
-                    array.shape != (leaf.shape[0], num_heads, slots, leaf.shape[3])
-                    or array.dtype != leaf.dtype
-                ):
-                    raise ValueError(f"{kind}.{name} is {array.dtype} {array.shape}")
-                stored = array[:, first:end]
-                leaves.append(jax.lax.dynamic_update_slice(leaf, stored, (0, 0, 0, 0)))
+                stored = arrays[f"{kind}.{name}"][:, first:end]
+                leaves.append(_written(leaf, stored))
             yield jax.tree.unflatten(jax.tree.structure(part), leaves)
             first = end
 

@@ -2,11 +2,11 @@
 
 import pathlib
 from collections.abc import Generator, Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from duo_jax.cache import cache_bytes
 from duo_jax.errors import InputError, quoted
-from duo_jax.schema.check import argument, path_argument
+from duo_jax.schema.check import argument, convert, path_argument
 from duo_jax.schema.kinds import Count
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session import cache_files
@@ -15,6 +15,11 @@ from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
 from duo_jax.session.tokenization import Message, Tokenization
+
+
+class _Message(TypedDict):
+    role: str
+    content: str
 
 
 class Conversation:
@@ -209,5 +214,6 @@ def load_conversation(
     path_argument("folder", folder)
     conversation = Conversation(runtime, tokenization, max_len=max_len)
     extra = cache_files.load(conversation.session, folder)
-    conversation.messages = list(extra.get("messages", []))
+    messages = convert(extra.get("messages", []), list[_Message], f"{folder}: messages")
+    conversation.messages = [{**message} for message in messages]
     return conversation

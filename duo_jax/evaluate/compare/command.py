@@ -21,6 +21,7 @@ from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.evaluate.compare import methods, report
 from duo_jax.evaluate.compare.methods import FULL, Method, Subject
+from duo_jax.evaluate.compare.points import StoredRow
 from duo_jax.evaluate.compare.tasks import Task, TaskName, make_task
 from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.rows import Rows
@@ -144,7 +145,7 @@ def compare(flags: CompareConfig) -> None:
     full = flags.load(pattern=NO_PATTERN, sink=None, recent=None)
     identity = grid.identity(flags, full, documents)
     identity = {k: v for k, v in identity.items() if k not in _ROW_CHOICE}
-    rows = Rows(flags.folder(), identity | {"gates": pattern.gates.tolist()})
+    rows = Rows(flags.folder(), identity | {"gates": pattern.gates.tolist()}, kind=StoredRow)
     if _PROFILE_ROW not in rows:
         rows.add(_PROFILE_ROW, {"scores": _profile(flags, split, documents)})
     subject = Subject(

@@ -2,12 +2,30 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float
 
 from duo_jax.reports.statistics import standard_error
+from duo_jax.schema.kinds import Fraction, Size
+
+
+class StoredRow(TypedDict, total=False):
+    """What a row may hold: the attention profile's scores, or a cell and what was measured."""
+
+    scores: list[list[float]]
+    task: str
+    method: str
+    budget: Fraction
+    draw: Size
+    reason: str  # why nothing fits, in place of what follows
+    exact: list[Fraction]  # an item per text, as the next
+    tokens: list[Fraction]
+    cache_bytes: int
+    text_bytes: float | None
+    full_bytes: int
+    setting: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

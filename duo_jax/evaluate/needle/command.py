@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import tyro
@@ -17,7 +17,7 @@ from duo_jax.evaluate.results import describe, grid, heat_map, scores
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
-from duo_jax.schema.kinds import Count, Fraction
+from duo_jax.schema.kinds import Count, Fraction, Size
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
 
@@ -74,6 +74,21 @@ class NeedleCell:
         return f"{self.caches} length {self.length} depth {self.depth} sample {self.sample}"
 
 
+class _Row(TypedDict):
+    """A cell, and what is measured in it."""
+
+    caches: str
+    length: Count
+    depth: Fraction
+    sample: Size
+    depth_exactly: Fraction
+    answer: str
+    written: str
+    exact: Fraction
+    recall: Fraction
+    cache_bytes: int
+
+
 def evaluate(flags: NeedleConfig) -> None:
     """Measure what is missing; write JSON, a table and the heat map.
 
@@ -90,7 +105,8 @@ def evaluate(flags: NeedleConfig) -> None:
         shortest=haystack.shortest() + 1,
         longest=split.config.architecture.max_positions - flags.max_new_tokens,
     )
-    rows = Rows(folder, grid.identity(flags, split, documents), operational=_OPERATIONAL)
+    identity = grid.identity(flags, split, documents)
+    rows = Rows(folder, identity, operational=_OPERATIONAL, kind=_Row)
     loaders = grid.models(flags, split)
     cells = [
         NeedleCell(caches=caches, length=length, depth=depth, sample=sample)

@@ -1,7 +1,7 @@
 """Command line: several passkeys in one text, read once, then asked for one after the other."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import tyro
@@ -21,7 +21,7 @@ from duo_jax.evaluate.results import describe, grid, heat_map
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
-from duo_jax.schema.kinds import Count
+from duo_jax.schema.kinds import Count, Fraction
 
 TASK = "passkeys"
 _DESCRIPTION = """\
@@ -62,6 +62,15 @@ class PasskeyCell:
         return f"{self.caches} length {self.length} sample {self.sample}"
 
 
+class _Row(TypedDict):
+    """What is measured in a cell; lists have an item per passkey."""
+
+    depths: list[Fraction]
+    exact: list[Fraction]
+    recall: list[Fraction]
+    cache_bytes: int
+
+
 def evaluate(flags: PasskeysConfig) -> None:
     """Measure what is missing; write JSON, a table and the heat map.
 
@@ -75,7 +84,8 @@ def evaluate(flags: PasskeysConfig) -> None:
     samplers, haystacks = {}, {}
     for length in lengths:
         samplers[length], haystacks[length] = _sampler(flags, split, documents, length)
-    rows = Rows(folder, grid.identity(flags, split, documents), operational=_OPERATIONAL)
+    identity = grid.identity(flags, split, documents)
+    rows = Rows(folder, identity, operational=_OPERATIONAL, kind=_Row)
     loaders = grid.models(flags, split)
     cells = [
         PasskeyCell(caches=caches, length=length, sample=index)

@@ -7,7 +7,7 @@
     rows.values()
 
 A row is written when it is complete: a run that is killed and started again loses the row that it
-was measuring, and repeats none.
+was measuring, and repeats none. A row that was damaged meanwhile is set aside and measured again.
 """
 
 import json
@@ -15,12 +15,19 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from duo_jax import files
+import msgspec
+
 from duo_jax.cli import workdir
-from duo_jax.errors import InputError
 from duo_jax.process import signals
+from duo_jax.schema import json_lines
+from duo_jax.schema.check import convert
 
 _FILE = "rows.jsonl"
+
+
+class _Line(msgspec.Struct, forbid_unknown_fields=True):
+    key: str
+    row: dict[str, Any]
 
 
 class Rows:
@@ -31,6 +38,7 @@ class Rows:
       settings: all that the results depend on, a dataclass or a dict: flags, and what files hold,
         such as `Runtime.weights_digest`.
       operational: its fields that may differ when a run is resumed.
+      kind: what a row holds, a TypedDict.
 
     Raises:
       InputError: the folder belongs to another configuration or is in use, or its rows cannot be
@@ -38,11 +46,23 @@ class Rows:
     """
 
     def __init__(
-        self, folder: pathlib.Path, settings: Any, *, operational: Sequence[str] = ()
+        self,
+        folder: pathlib.Path,
+        settings: Any,
+        *,
+        operational: Sequence[str] = (),
+        kind: Any = dict[str, Any],
     ) -> None:
         self._claim = workdir.claim(folder, settings, operational=operational)
+
+        def check(values: dict[str, Any], where: str) -> _Line:
+            line = convert(values, _Line, where)
+            convert(line.row, kind, where)
+            return line
+
         self._file = folder / _FILE
-        self._rows = _read(self._file)
+        lines = json_lines.read(self._file, check, lost="what it held is measured again")
+        self._rows = {line.key: line.row for line in lines}
 
     def __contains__(self, key: str) -> bool:
         return key in self._rows
@@ -66,30 +86,10 @@ class Rows:
 
         Raises:
           InputError: it cannot be written.
-          ValueError: there is a row of this key, or the row holds nan or infinity.
+          ValueError: there is a row of this key, or the row holds nan or infinity, or 1 MB.
         """
         if key in self._rows:
             raise ValueError(f"{key=} has been added already")
-        line = json.dumps({"key": key, "row": row}, allow_nan=False)
-        files.append_text(self._file, line + "\n")
-        self._rows[key] = json.loads(line)["row"]
+        json_lines.append(self._file, {"key": key, "row": row})
+        self._rows[key] = json.loads(json.dumps(row))
         signals.check()
-
-
-def _read(file: pathlib.Path) -> dict[str, dict[str, Any]]:
-    """Read the rows; a last line that a kill cut short is removed from the file."""
-    if not files.exists(file):
-        return {}
-    with files.reading(file):
-        text = file.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]
-    if whole != text:
-        files.write_bytes(file, whole)
-    rows = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
-        try:
-            record = json.loads(line)
-            rows[record["key"]] = record["row"]
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f"{file}, line {number} is damaged; remove it or the folder") from None
-    return rows
