@@ -212,8 +212,8 @@ def _end(number: int) -> NoReturn:
         sys.exit(128 + number)
     # A compilation that was interrupted goes on in jax' threads. Python's own end would wait for
     # them and then crash.
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    with contextlib.suppress(OSError):
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # closed before this process began
+            with contextlib.suppress(OSError):
+                stream.flush()
     os._exit(128 + number)
