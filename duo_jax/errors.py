@@ -13,12 +13,13 @@ class InputError(ValueError):
     """Something the caller gave cannot be used.
 
     The message is one line for the person who gave it: what was wrong, and what is accepted. It is
-    cut where it is very long, as it may quote other libraries' messages, which quote whole files.
+    cut where it is very long, and put into one line: it may quote other libraries' messages, which
+    quote whole files, and names of files, which may hold line ends.
     Command lines print it and exit with code 2; anything else is a defect and shows a traceback.
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(cut(message, _LONGEST_MESSAGE))
+        super().__init__(" ".join(cut(message, _LONGEST_MESSAGE).splitlines()))
 
 
 def cut(text: str, limit: int) -> str:

@@ -23,7 +23,7 @@ The storage format of keys and values is chosen per run (`KVFormat`):
 
 import dataclasses
 import functools
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int
 
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
+from duo_jax.schema.check import argument
 from kernels import address_limit, packed, pytree
 from kernels.packed import Layout, Packed
 
@@ -94,9 +95,7 @@ def check_kv_format(config: DuoConfig, name: str) -> KVFormat:
     Raises:
       InputError: there is none, or the model's head_dim does not go with it.
     """
-    if name not in get_args(KVFormat):
-        raise InputError(f"KV format {name!r} is not one of {', '.join(get_args(KVFormat))}")
-    kv_format = cast(KVFormat, name)
+    kv_format = argument("KV format", name, KVFormat)
     head_dim = config.architecture.head_dim
     for layout in _LAYOUTS.get(kv_format, ()):
         if head_dim % layout.fields:

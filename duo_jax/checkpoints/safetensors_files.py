@@ -75,11 +75,11 @@ def read_index(path: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, str]]:
     """
     weight_map = convert(read_json(path), _Index, files.shown(path)).weight_map
     names = sorted(set(weight_map.values()))
-    outside = [name for name in names if pathlib.PurePath(name).name != name]
+    outside = [name for name in names if not name or pathlib.PurePath(name).name != name]
     if outside or not names:
         found = quoted(outside[0]) if outside else "none"
         raise InputError(f"{path} must name files beside it, not {found}")
-    missing = [name for name in names if not exists(path.parent / name)]
+    missing = [name for name in names if not files.is_file(path.parent / name)]
     if missing:
         raise InputError(
             f"{path.parent} lacks {shortened(missing)}, listed in {path.name}; "

@@ -18,6 +18,7 @@ from duo_jax.schema.json_reader import parse_json
 # Enough for any haystack; reading on would only cost time and memory.
 _MAX_CHARACTERS = 50_000_000
 _LONGEST_LINE = 1 << 25  # characters of a line of JSON
+_MOST_BLANK_LINES = 1_000_000  # a few packed bytes may hold any number
 _MOST_FILES = 100_000  # in a folder, before somebody waits for an answer about "/"
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.zst")
 _TEXT_KEYS = ("text", "content", "chapter", "document", "article")
@@ -143,15 +144,21 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
 
 
 def _json_texts(lines: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:
+    blank = 0
     for number in itertools.count(1):
         line = lines.readline(_LONGEST_LINE + 1)
         if not line:
             return
-        where = f"{shown(path)}, line {number}"
         if len(line) > _LONGEST_LINE:
-            raise InputError(f"{where} has more than {_LONGEST_LINE:,} characters")
+            place = f"{shown(path)}, line {number}"
+            raise InputError(f"{place} has more than {_LONGEST_LINE:,} characters")
         if line.strip():
-            yield _text_of(parse_json(line, where), where)
+            place = f"{shown(path)}, line {number}"
+            yield _text_of(parse_json(line, place), place)
+            continue
+        blank += 1
+        if blank > _MOST_BLANK_LINES:
+            raise InputError(f"{shown(path)} has more than {_MOST_BLANK_LINES:,} blank lines")
 
 
 def _text_of(record, where: str) -> str:

@@ -50,7 +50,7 @@ def split_heads(
     if sparsity is not None and threshold is not None:
         raise InputError("give a sparsity or a threshold, not both")
     sizes = {}
-    if pattern == NO_PATTERN:
+    if isinstance(pattern, str) and pattern == NO_PATTERN:
         if sparsity or threshold is not None:
             raise InputError("without a pattern there is no sparsity or threshold to choose")
         heads = np.ones((architecture.num_layers, architecture.num_kv_heads), bool)

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from duo_jax import files
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import argument, convert, path_argument
 from duo_jax.schema.json_reader import read_json
 from duo_jax.schema.kinds import Count, Fraction, Size
@@ -46,6 +46,16 @@ class Pattern:
     def __post_init__(self) -> None:
         argument("sink_size", self.sink_size, Size)
         argument("recent_size", self.recent_size, Count)
+        gates = self.gates
+        if (
+            not isinstance(gates, np.ndarray)
+            or gates.ndim != 2
+            or gates.dtype.kind not in "biuf"
+            or not np.isfinite(gates).all()
+        ):
+            raise InputError(
+                f"gates {quoted(gates)} are no numpy array of finite numbers, layers x KV heads"
+            )
 
     def clipped(self) -> Float[np.ndarray, "layers kv_heads"]:
         """Return the gates in [0, 1]; stored values may lie slightly outside."""

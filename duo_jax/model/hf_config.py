@@ -52,7 +52,9 @@ _ROPE_OPTIONS = (  # numbers, under the same names in RopeConfig
     "mscale",
     "mscale_all_dim",
 )
-_MISTRAL_DEFAULT_WINDOW = 4096  # transformers' default when the key is absent
+# transformers' defaults when a key is absent; null heads are as many as the query heads.
+_MISTRAL_DEFAULT_WINDOW = 4096
+_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -94,7 +96,7 @@ class _Config(msgspec.Struct, kw_only=True):
     num_attention_heads: NumHeads
     max_position_embeddings: Count
     rms_norm_eps: Epsilon
-    num_key_value_heads: NumHeads | None = None
+    num_key_value_heads: NumHeads | msgspec.UnsetType | None = msgspec.UNSET
     head_dim: NumHeads | None = None
     hidden_act: str | None = None
     attention_bias: bool | None = None  # transformers reads it in llama and qwen3 only
@@ -152,6 +154,9 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     attention_bias = family in ("llama", "qwen3") and bool(config.attention_bias)
     rope = _parse_rope(config)
     max_positions = _max_positions(config.max_position_embeddings, rope)
+    num_kv_heads = config.num_key_value_heads
+    if num_kv_heads is msgspec.UNSET:
+        num_kv_heads = _DEFAULT_KV_HEADS.get(family)
     _refuse_active_window(config, max_positions)
     return ModelConfig(
         family=family,
@@ -160,7 +165,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         mlp_size=config.intermediate_size,
         num_layers=config.num_hidden_layers,
         num_q_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
+        num_kv_heads=num_kv_heads or config.num_attention_heads,
         head_dim=config.head_dim or _head_dim(config),
         norm_eps=config.rms_norm_eps,
         max_positions=max_positions,

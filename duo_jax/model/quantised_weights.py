@@ -24,7 +24,7 @@ bfloat16, 117 MB for one of Llama-3-8B.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import Array, Float32, Shaped
 
 from duo_jax.errors import InputError
+from duo_jax.schema.check import argument
 from kernels import pytree
 
 WeightFormat = Literal["model", "int8", "w8a8", "int4"]
@@ -74,11 +75,7 @@ def check_weight_format(name: str) -> WeightFormat:
     Raises:
       InputError: there is none.
     """
-    if name not in get_args(WeightFormat):
-        raise InputError(
-            f"weight format {name!r} is not one of {', '.join(get_args(WeightFormat))}"
-        )
-    return cast(WeightFormat, name)
+    return argument("weight format", name, WeightFormat)
 
 
 def stored_format(weight_format: WeightFormat) -> StoredFormat:

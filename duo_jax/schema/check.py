@@ -46,6 +46,8 @@ def argument(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     try:
+        if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+            raise msgspec.ValidationError  # it would make one of a dict
         found = msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError):
         item = _item_kind(kind)

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from duo_jax.model.quantised_weights import WeightFormat, format_of
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count
 from duo_jax.serve import PrefillMode
-from kernels import dispatch
+from kernels import Implementation, dispatch
 
 _SAMPLES_PER_LEAF = 64
 
@@ -34,11 +34,7 @@ class Runtime:
     def __post_init__(self) -> None:
         chunk = argument("prefill_chunk", self.prefill_chunk, Count)
         object.__setattr__(self, "prefill_chunk", chunk)  # numpy's numbers become Python's
-        if self.prefill_mode not in get_args(PrefillMode):
-            raise InputError(
-                f"prefill mode {self.prefill_mode!r} is not one of "
-                f"{', '.join(get_args(PrefillMode))}"
-            )
+        argument("prefill mode", self.prefill_mode, PrefillMode)
         check_implementation(self.implementation)
         check_kv_format(self.config, self.kv_format)
 
@@ -75,7 +71,8 @@ def check_implementation(name: str) -> None:
     Raises:
       InputError: it cannot.
     """
+    argument("implementation", name, Implementation)
     try:
         dispatch.check(name)
-    except (ValueError, NotImplementedError) as error:
+    except NotImplementedError as error:
         raise InputError(str(error)) from None

@@ -1,0 +1,1 @@
+"""Damaged and hostile input for every reader, and what each reader promises about it."""

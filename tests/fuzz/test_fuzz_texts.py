@@ -1,0 +1,89 @@
+"""Texts: plain, as JSON lines, and packed."""
+
+import io
+import json
+
+import zstandard
+from hypothesis import strategies as st
+
+from duo_jax.data.documents import load_documents
+from tests.fuzz.contract import REFUSED, attempt, fuzzed
+from tests.fuzz.hostile import LONG, damaged_bytes, json_texts
+from tests.fuzz.seeds import CASES
+
+_RECORDS = [
+    {"text": "first line\nsecond"},
+    {"content": "ünlike", "text": 3},
+    {"chapter": "third", "id": [1, 2]},
+]
+_LINES = [json.dumps(record, ensure_ascii=False) for record in _RECORDS]
+_KEYS = ("text", "content", "chapter", "document", "article")
+_PLAIN = ["Zeile\nünlike\r\n\r\nlast", "\ufeffwith a mark", " "]
+
+
+def pack(content: bytes, **options) -> bytes:
+    return zstandard.ZstdCompressor(**options).compress(content)
+
+
+def documents_of(content: bytes) -> list[str]:
+    """Read JSON lines as Python does."""
+    found = []
+    for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig"):
+        if line.strip():
+            record = json.loads(line)
+            text = next(record[key] for key in _KEYS if isinstance(record.get(key), str))
+            found.append(text.encode("utf-8", "replace").decode())
+    return [text for text in found if text.strip()]
+
+
+@st.composite
+def _json_lines(draw: st.DrawFn) -> bytes:
+    lines = draw(st.lists(st.sampled_from(_LINES), max_size=3))
+    lines.insert(draw(st.integers(0, len(lines))), draw(json_texts(_LINES)))
+    return draw(st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"])).join(lines).encode()
+
+
+_DAMAGED = st.one_of(_json_lines(), _json_lines(), damaged_bytes(["\n".join(_LINES).encode()]))
+
+
+@fuzzed(damaged_bytes([text.encode() for text in _PLAIN]))
+def test_a_text_is_what_python_reads(content, folder):
+    file = folder / "a.txt"
+    file.write_bytes(content)
+    found = attempt(lambda: load_documents([str(file)]), size=len(content))
+    if found is not REFUSED:
+        assert found == [io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()]
+
+
+@fuzzed(_DAMAGED)
+def test_json_lines_are_the_texts_that_python_reads(content, folder):
+    file = folder / "a.jsonl"
+    file.write_bytes(content)
+    found = attempt(lambda: load_documents([str(file)]), size=len(content))
+    assert found is REFUSED or found == documents_of(content)
+
+
+@st.composite
+def _packed(draw: st.DrawFn) -> bytes:
+    """Frames that hold damaged lines, or many bytes of one kind."""
+    many = st.sampled_from([b"\n", b"\0", b" ", b"x", b"["]).map(lambda one: one * (LONG * 100))
+    content = draw(st.one_of(_json_lines(), _json_lines(), _json_lines(), many))
+    cut = draw(st.integers(0, len(content)))
+    options = {"write_checksum": draw(st.booleans()), "write_content_size": draw(st.booleans())}
+    return pack(content[:cut], **options) + pack(content[cut:], **options)
+
+
+_FRAMES = [
+    pack("\n".join(_LINES * 20).encode(), write_checksum=checked) for checked in (True, False)
+]
+_FRAMES.append((CASES / "text-177860" / "a.jsonl.zst").read_bytes())
+
+
+@fuzzed(st.one_of(_packed(), damaged_bytes(_FRAMES)))
+def test_packed_lines_are_the_texts_that_zstandard_unpacks(content, folder):
+    file = folder / "a.jsonl.zst"
+    file.write_bytes(content)
+    found = attempt(lambda: load_documents([str(file)]), size=len(content))
+    if found is not REFUSED:
+        frames = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True)
+        assert found == documents_of(frames.read())
