@@ -21,14 +21,14 @@ from duo_jax.errors import InputError, quoted
 Kind = TypeVar("Kind")
 
 
-def convert(values: Any, kind: type[Kind], where: str) -> Kind:
+def convert(values: Any, kind: type[Kind] | Any, where: str) -> Kind:
     """Return what a file holds as a `kind`: a type, a dataclass or a msgspec.Struct.
 
     A key that a dataclass or Struct does not name is ignored, unless the Struct forbids it.
 
     Args:
       values: as the JSON reader returned them.
-      kind: the type, with ranges as in `duo_jax.schema.kinds`.
+      kind: the type, such as list[int] too, with ranges as in `duo_jax.schema.kinds`.
       where: the file, for messages.
 
     Raises:

@@ -4,18 +4,24 @@ import dataclasses
 import functools
 import json
 import pathlib
+import random
 import shutil
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from duo_jax.errors import InputError
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model.hf_config import parse_config
-from duo_jax.session import cache_files
+from duo_jax.schema import checksums
+from duo_jax.session import cache_files, stored_arrays
+from duo_jax.session.conversation import load_conversation
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
+from duo_jax.session.tokenization import Tokenization
 from tests import models
 from tests.disk import full_disk
 from tests.params import random_params
@@ -112,10 +118,11 @@ def test_a_cache_loads_into_any_size_that_holds_it(saved):
 
 def test_the_format_keeps_its_keys(saved):
     marker = json.loads((saved / "cache.json").read_text())
-    assert (marker["format"], marker["version"]) == ("duo_jax cache", 2)
+    assert (marker["format"], marker["version"]) == ("duo_jax cache", 3)
     assert marker.keys() == {
         "format", "version", "model", "dtype", "kv", "sink_size", "recent_size",
-        "retrieval_heads", "prefill_mode", "weights", "lengths", "logits_at", "extra",
+        "retrieval_heads", "prefill_mode", "weights", "lengths", "logits_at", "extra", "files",
+        "checksum",
     }  # fmt: skip
     assert marker["model"]["max_length"] == 128
     assert marker["model"]["rope"]["original_max_length"] is None
@@ -163,36 +170,45 @@ def test_prefill_chunk_does_not_matter(saved):
 
 
 def edit(folder: pathlib.Path, **changes) -> None:
-    marker = json.loads((folder / "cache.json").read_text()) | changes
-    marker = {key: value for key, value in marker.items() if value is not ...}
-    (folder / "cache.json").write_text(json.dumps(marker))
+    """Change what cache.json says, with the right checksum of all files."""
+    marker, _ = checksums.read_sealed(folder / "cache.json")
+    for file in folder.glob("*.safetensors"):
+        marker["files"][file.name] = checksums.of_bytes(file.read_bytes())
+    marker = {key: value for key, value in (marker | changes).items() if value is not ...}
+    (folder / "cache.json").write_text(checksums.seal(marker) + "\n")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"version": 1}, "says 'duo_jax cache', version 1; this duo_jax reads"),
-        ({"format": "other"}, "says 'other', version 2"),
+        ({"version": 2}, "version 2; this duo_jax reads 'duo_jax cache', version 3: read the text"),
+        ({"format": "other"}, "says 'other', version 3"),
         ({"version": ...}, "says 'duo_jax cache', version None; this duo_jax reads"),
-        ({"weights": ...}, "lacks weights"),
-        ({"extra": ..., "lengths": ...}, "lacks extra, lengths"),
-        ({"sink_size": [4]}, "another sink size"),
-        ({"dtype": {"a": 1}}, "another dtype"),
-        ({"retrieval_heads": None}, "another pattern"),
-        ({"model": 3}, "another model"),
-        ({"lengths": 30}, "lengths is 30 in .*not a list of whole numbers"),
+        ({"weights": ...}, "missing required field `weights`"),
+        ({"extra": ..., "lengths": ...}, "missing required field `lengths`"),
+        ({"more": 1}, "unknown field `more`"),
+        ({"sink_size": [4]}, "sink_size is .4.: expected a whole number"),
+        ({"dtype": {"a": 1}}, "dtype is .*: expected a text"),
+        ({"retrieval_heads": None}, "retrieval_heads is None: expected a list"),
+        ({"model": 3}, "model is 3: expected an object"),
+        ({"model": {}}, "another model"),
+        ({"lengths": 30}, "lengths is 30: expected a list"),
         ({"lengths": [30, 30]}, "holds 2 rows, not 1"),
-        ({"lengths": ["30"]}, "not a list of whole numbers"),
-        ({"lengths": [31]}, "is damaged"),
-        ({"lengths": [0]}, "is damaged"),
-        ({"lengths": [29.5]}, "not a list of whole numbers"),
-        ({"lengths": [True]}, "not a list of whole numbers"),
-        ({"lengths": [20]}, "is damaged"),
-        ({"logits_at": "30"}, "not a list of whole numbers"),
-        ({"logits_at": [30, 30]}, "is damaged"),
-        ({"logits_at": [None]}, "not a list of whole numbers"),
-        ({"logits_at": [31]}, "is damaged"),
-        ({"extra": [1]}, "extra is no JSON object"),
+        ({"lengths": ["30"]}, "lengths.0. is '30': expected a whole number"),
+        ({"lengths": [31]}, "do not fit the tokens"),
+        ({"lengths": [0]}, "lengths.0. is 0: expected a whole number >= 1"),
+        ({"lengths": [29.5]}, "expected a whole number"),
+        ({"lengths": [True]}, "expected a whole number"),
+        ({"lengths": [20]}, "do not fit the tokens"),  # fewer than logits_at
+        ({"lengths": [20], "logits_at": [20]}, r"layer-00000.safetensors is damaged: full.keys is"),
+        ({"logits_at": "30"}, "logits_at is '30': expected a list"),
+        ({"logits_at": [30, 30]}, "do not fit the tokens"),
+        ({"logits_at": [None]}, "expected a whole number"),
+        ({"logits_at": [31]}, "do not fit the tokens"),
+        ({"logits_at": [0]}, "logits_at.0. is 0: expected a whole number >= 1"),
+        ({"extra": [1]}, "extra is .1.: expected an object"),
+        ({"files": {}}, "cache.json has no checksum of tokens.safetensors"),
     ],
     ids=str,
 )
@@ -219,24 +235,155 @@ def test_damaged_files(copy, name, harm):
     content = file.read_bytes()
     file.unlink()
     if harm == "other tensors":
-        cache_files.save_file({"other": np.zeros(3)}, file)
+        save_file({"other": np.zeros(3)}, file)
+        edit(copy)
     elif harm != "missing":
         new = {"empty": b"", "cut off": content[:-9], "garbage": b"\xff" * len(content)}[harm]
         file.write_bytes(new)
     session = Session(runtime())
-    with pytest.raises(InputError, match="is damaged"):
+    message = "cannot be read: No such file" if harm == "missing" else "is damaged"
+    with pytest.raises(InputError, match=rf"/{name}\.safetensors {message}"):
         cache_files.load(session, copy)
     assert session.tokens == [[]]
 
 
-def test_files_of_another_shape(copy):
-    shutil.copy(copy / "layer-00000.safetensors", copy / "layer-00002.safetensors")
-    with pytest.raises(InputError, match="is damaged"):
+def flipped(content: bytes, place: int, bit: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :]
+
+
+FILES = ["cache.json", "tokens.safetensors", "logits.safetensors", "layer-00002.safetensors"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_is_noticed(copy, name):
+    rng, content, model = random.Random(0), (copy / name).read_bytes(), runtime()
+    for place in [0, 9, len(content) - 1, *rng.sample(range(len(content)), 12)]:
+        (copy / name).write_bytes(flipped(content, place, rng.randrange(8)))
+        session = Session(model)
+        with pytest.raises(InputError, match=rf"^\S*/{name}\b") as error:
+            cache_files.load(session, copy)
+        assert "\n" not in str(error.value)
+        assert session.tokens == [[]]
+    (copy / name).write_bytes(content)
+    cache_files.load(Session(model), copy)
+
+
+def test_a_flipped_bit_anywhere_in_a_header_or_a_marker_is_noticed(copy):
+    """Every byte of them, without all that loading does."""
+    rng, file = random.Random(0), copy / "layer-00000.safetensors"
+    expected = {
+        f"full.{name}": ((1, 4, 30, 8), np.dtype(np.float32)) for name in ("keys", "values")
+    }
+    content, checksum = file.read_bytes(), checksums.of_bytes(file.read_bytes())
+    stored_arrays.StoredArrays(file, expected).read(checksum)
+    for place in range(200):
+        file.write_bytes(flipped(content, place, rng.randrange(8)))
+        with pytest.raises(InputError, match=rf"{file.name}\b"):
+            stored_arrays.StoredArrays(file, expected).read(checksum)
+    content = (copy / "cache.json").read_bytes()
+    assert checksums.is_sealed(content[:-1])
+    for place in range(len(content)):
+        for bit in range(8):
+            changed = flipped(content, place, bit)
+            assert not (changed.endswith(b"\n") and checksums.is_sealed(changed[:-1]))
+
+
+@pytest.mark.parametrize("place", [-1, -2, -3, -40])
+def test_a_marker_cut_short(copy, place):
+    content = (copy / "cache.json").read_bytes()
+    (copy / "cache.json").write_bytes(content[:place])
+    with pytest.raises(InputError, match=r"cache\.json is (not JSON|damaged)"):
         cache_files.load(Session(runtime()), copy)
 
 
+def test_files_of_another_shape(copy):
+    shutil.copy(copy / "layer-00000.safetensors", copy / "layer-00002.safetensors")
+    edit(copy)
+    with pytest.raises(InputError, match=r"layer-00002.safetensors is damaged: full.keys is"):
+        cache_files.load(Session(runtime()), copy)
+
+
+def test_what_a_header_claims_is_refused_before_memory_is_taken(copy, monkeypatch):
+    """A sparse file of 64 GB, and one that is all header."""
+    monkeypatch.setattr(stored_arrays.StoredArrays, "read", None)
+    tokens = copy / "tokens.safetensors"
+    shape = [1 << 34]
+    for entry in ({"dtype": "I32", "shape": shape, "data_offsets": [0, 4 << 34]}, "x" * 10_000):
+        header = json.dumps({"1": entry}).encode()
+        with tokens.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + (4 << 34 if isinstance(entry, dict) else 0))
+        with pytest.raises(InputError, match=r"is damaged: (0 is missing|a header of 10,0\d\d b)"):
+            cache_files.load(Session(runtime()), copy)
+
+
+@pytest.mark.parametrize(("kv", "value"), [("model", np.nan), ("int4", -np.inf), ("int2", np.nan)])
+def test_no_number_that_is_not_finite_is_loaded_or_saved(tmp_path, kv, value):
+    model = runtime(kv_format=kv, dtype="bfloat16")
+    session = Session(model)
+    session.append(PROMPTS[:1])
+    folder = tmp_path / "saved"
+    cache_files.save(session, folder, extra={})
+    numbers = 0
+    for file in sorted([*folder.glob("layer-*"), folder / "logits.safetensors"]):
+        arrays, content = load_file(file), file.read_bytes()
+        for name, array in arrays.items():
+            if array.dtype == np.uint32:
+                continue
+            numbers += 1
+            changed = array.copy()
+            changed[(-1,) * array.ndim] = value
+            save_file(arrays | {name: changed}, file)
+            edit(folder)
+            with pytest.raises(InputError, match=f"{file.name} .*: {name} holds NaN or infinity"):
+                cache_files.load(Session(model), folder)
+        file.write_bytes(content)
+    assert numbers >= 9
+    edit(folder)
+    cache_files.load(session, folder)
+    [first, *others] = session.cache.layers
+    broken = jax.tree.map(
+        lambda leaf: leaf if leaf.dtype == np.uint32 else leaf.at[0, 0, 1, 0].set(value), first
+    )
+    with session.borrowed() as loan:
+        loan.cache = dataclasses.replace(loan.take(), layers=(broken, *others))
+    with pytest.raises(InputError, match="in the cache holds NaN or infinity, so it is not saved"):
+        cache_files.save(session, tmp_path / "again", extra={})
+    assert [file.name for file in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_finite_is_what_numpy_says(dtype):
+    bits = np.arange(1 << 16, dtype=np.uint32)
+    values = (bits << 16).view(np.float32) if dtype == np.float32 else bits.astype(np.uint16)
+    values = values.view(dtype)
+    with np.errstate(invalid="ignore"):
+        expected = np.isfinite(values)
+    assert 0 < expected.sum() < values.size
+    for place in range(0, values.size, 5):
+        assert stored_arrays.all_finite(values[place : place + 1]) == expected[place]
+    assert stored_arrays.all_finite(values[:0])
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": 3}], "messages.*content is 3: expected a text"),
+        ([{"role": "user"}], "missing required field `content`"),
+        (["hi"], "expected an object"),
+        ("hi", "expected a list"),
+        ([{"role": None, "content": "hi"}], "role is None: expected a text"),
+    ],
+)
+def test_messages_are_texts(copy, messages, message):
+    edit(copy, extra={"messages": messages})
+    with pytest.raises(InputError, match=message):
+        load_conversation(copy, runtime(), Tokenization(tokenizer=None, stop_tokens=()))
+
+
 def test_tokens_outside_the_vocabulary(copy):
-    cache_files.save_file({"0": np.array([97] * 30, np.int32)}, copy / "tokens.safetensors")
+    save_file({"0": np.array([97] * 30, np.int32)}, copy / "tokens.safetensors")
+    edit(copy)
     with pytest.raises(InputError, match="token 97 is not one of the model's 96"):
         cache_files.load(Session(runtime()), copy)
 
@@ -278,7 +425,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_behind(saved, tmp_path, size
 def test_an_error_while_saving_leaves_nothing_behind(saved, tmp_path, monkeypatch, error):
     session = Session(runtime())
     cache_files.load(session, saved)
-    real, calls = cache_files.save_file, []
+    real, calls = stored_arrays.save_file, []
 
     def fail(tensors, file):
         calls.append(file)
@@ -287,7 +434,7 @@ def test_an_error_while_saving_leaves_nothing_behind(saved, tmp_path, monkeypatc
         real(tensors, file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache_files, "save_file", fail)
+        patch.setattr(stored_arrays, "save_file", fail)
         with pytest.raises((error, InputError)):
             cache_files.save(session, tmp_path / "new", extra={})
     assert len(calls) == 3
