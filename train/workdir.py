@@ -107,7 +107,7 @@ class WorkDir:
         expected = jax.eval_shape(_named_leaves, like)
         if _DIGEST in (self._checkpoints.item_metadata(step) or {}):  # earlier versions wrote none
             expected[_DIGEST] = jax.ShapeDtypeStruct((16,), np.uint8)
-        leaves = self._checkpoints.restore(step, args=ocp.args.StandardRestore(expected))
+        leaves = dict(self._checkpoints.restore(step, args=ocp.args.StandardRestore(expected)))
         if _DIGEST in leaves and (leaves.pop(_DIGEST) != _digest(leaves)).any():
             raise ValueError("its values are not those that were written")
         return jax.tree.unflatten(

@@ -46,7 +46,11 @@ def argument(name: str, value: Any, kind: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     try:
-        if dataclasses.is_dataclass(kind) and not isinstance(value, kind):
+        if (
+            isinstance(kind, type)
+            and dataclasses.is_dataclass(kind)
+            and not isinstance(value, kind)
+        ):
             raise msgspec.ValidationError  # it would make one of a dict
         found = msgspec.convert(value, kind)
     except (msgspec.ValidationError, UnicodeEncodeError):

@@ -28,7 +28,7 @@ _BLOCK = 1 << 20  # bytes that are made contiguous at once
 
 def of_bytes(content: bytes | np.ndarray) -> str:
     """Return the checksum of bytes."""
-    return xxhash.xxh3_128_hexdigest(content)
+    return xxhash.xxh3_128_hexdigest(content if isinstance(content, bytes) else content.data)
 
 
 def of_array(array: np.ndarray) -> str:
@@ -37,7 +37,7 @@ def of_array(array: np.ndarray) -> str:
     rows = max(1, _BLOCK // max(1, array[:1].nbytes)) if array.ndim else 1
     blocks = [array] if array.flags.c_contiguous else np.split(array, range(rows, len(array), rows))
     for block in blocks:
-        digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
+        digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

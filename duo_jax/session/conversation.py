@@ -215,5 +215,5 @@ def load_conversation(
     conversation = Conversation(runtime, tokenization, max_len=max_len)
     extra = cache_files.load(conversation.session, folder)
     messages = convert(extra.get("messages", []), list[_Message], f"{folder}: messages")
-    conversation.messages = [{**message} for message in messages]
+    conversation.messages = [{"role": m["role"], "content": m["content"]} for m in messages]
     return conversation

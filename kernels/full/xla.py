@@ -34,7 +34,7 @@ def full_attention(
 
     @functools.partial(jax.checkpoint, static_argnums=3)
     def attend_block(q, k, v, start):
-        mask = masks.causal(jnp.arange(start, k.shape[1]), jnp.arange(k.shape[1]))
+        mask = jnp.asarray(masks.causal(jnp.arange(start, k.shape[1]), jnp.arange(k.shape[1])))
         return _attend(q[:, start:], k, v, mask, softmax_scale=softmax_scale)
 
     def one_kv_head(q, k, v):
