@@ -2,8 +2,8 @@
 
 A page may link to any file of the repository by a relative path, with a line if it likes:
 `../kernels/masks.py#L32`. The site has a page for each file that is linked to: Markdown and
-notebooks as they read, source text with line numbers, pictures as they are. README, CHANGELOG and
-CONTRIBUTING are pages of the site too.
+notebooks as they read, source text with line numbers, pictures as they are. README, CHANGELOG,
+CONTRIBUTING and SECURITY are pages of the site too.
 """
 
 import json
@@ -21,6 +21,7 @@ _TOP_PAGES = {
     "README.md": "index.md",
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
 }
 _FOLDER = "repository"  # of the site: files from outside docs/
 _AS_IT_IS = (".png", ".md")  # other files become pages around their text

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from duo_jax import files
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.process import locks
 from duo_jax.schema.json_reader import read_json
 
@@ -41,11 +41,10 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
         if others:
             raise InputError(f"workdir {path} holds other files; choose an empty or new folder")
         return
-    before, after = _flat(read_json(file)), _flat(_as_json(config))
     changed = [
-        f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name) and name not in operational
+        f"{name} was {quoted(before)}, is {quoted(after)}"
+        for name, before, after in _changes(read_json(file), _as_json(config))
+        if name not in operational
     ]
     if changed:
         raise InputError(
@@ -79,12 +78,11 @@ def _as_json(config: Any) -> Any:
     return json.loads(json.dumps(config, default=str))
 
 
-def _flat(values: Any, name: str = "") -> dict[str, Any]:
-    """Flatten nested settings to dotted names."""
-    if not isinstance(values, dict | list) or not values:
-        return {name: values}
-    items = values.items() if isinstance(values, dict) else enumerate(values)
-    flat = {}
-    for key, value in items:
-        flat |= _flat(value, f"{name}.{key}" if name else str(key))
-    return flat
+def _changes(before: Any, after: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the settings that differ, by dotted names, which grow only where both have the key."""
+    if isinstance(before, dict) and isinstance(after, dict):
+        for key in sorted(before.keys() | after.keys()):
+            inner = f"{name}.{key}" if name else key
+            yield from _changes(before.get(key), after.get(key), inner)
+    elif before != after:
+        yield name, before, after

@@ -1,13 +1,15 @@
 """The one reader of JSON, for files of ours and of others; what it costs is bounded by the text.
 
 Stricter than Python's own: only UTF-8, no NaN or infinity (they are not JSON), no number that
-overflows, no key twice in an object (readers differ in which one counts), bounded size, depth and
-digits. Types are the business of `duo_jax.schema.check`.
+overflows, no key twice in an object (readers differ in which one counts), bounded size, depth,
+number of parts and digits. Types are the business of `duo_jax.schema.check`.
 """
 
+import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +18,7 @@ from duo_jax.errors import InputError, quoted
 
 MAX_BYTES = 16 << 20  # the largest index of a published model has 9 MB
 _MAX_DEPTH = 64
+_MAX_PARTS = 1_000_000  # values and separators; an empty list has 2 characters, and takes 64 bytes
 _MAX_DIGITS = 100  # transformers writes an endless model_max_length with 31
 
 
@@ -42,6 +45,7 @@ def parse_json(text: str, where: str) -> Any:
     Raises:
       InputError: with `where` and, where it is known, the place.
     """
+    _check_number_of_parts(text, where)
     try:
         value = json.loads(
             text,
@@ -94,6 +98,18 @@ def _constant(where: str) -> Callable[[str], float]:
         raise InputError(f"{where} is not JSON: {name} is no number there")
 
     return refuse
+
+
+# A text, or the beginning of a value or of what follows one.
+_PART = re.compile(r'"(?:[^"\\]+|\\.)*+"?|[,\[{]', re.DOTALL)
+
+
+def _check_number_of_parts(text: str, where: str) -> None:
+    if sum(map(text.count, '",[{')) <= _MAX_PARTS:
+        return
+    # There may be many commas within a text.
+    if next(itertools.islice(_PART.finditer(text), _MAX_PARTS, None), None) is not None:
+        raise InputError(f"{where} holds more than {_MAX_PARTS:,} values and separators")
 
 
 def _check_depth(value: Any, where: str) -> None:

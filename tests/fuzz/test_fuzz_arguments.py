@@ -4,11 +4,9 @@ import dataclasses
 import decimal
 import json
 import pathlib
-from collections.abc import Iterator
 
 import huggingface_hub  # noqa: F401  # here, as it takes seconds to import
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -23,6 +21,7 @@ from tests import models
 from tests.fuzz.contract import REFUSED, attempt, fuzzed
 from tests.fuzz.hostile import LONG
 
+pytestmark = pytest.mark.usefixtures("arguments_pass")
 _ARCHITECTURE = parse_config(models.llama())
 _GATES = np.array([[1.0, 0.0], [0.2, 0.9]])
 _PATTERN = duo_jax.Pattern(gates=_GATES, sink_size=4, recent_size=8)
@@ -75,14 +74,6 @@ def _arguments(draw: st.DrawFn, valid: dict) -> dict:
         st.sampled_from(_HOSTILE), st.integers(-(2**70), 2**70), st.floats(), st.text(max_size=10)
     )
     return valid | {name: draw(values) for name in names}
-
-
-@pytest.fixture(autouse=True)
-def _without_the_tests_type_checker() -> Iterator[None]:
-    """Let arguments through to the package's own checks."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @fuzzed(

@@ -63,10 +63,14 @@ def test_json_lines_are_the_texts_that_python_reads(content, folder):
     assert found is REFUSED or found == documents_of(content)
 
 
+_REPEATED = [b"\n", b"\0", b" ", b"x", b"[", b"0,", b"[],", b'"', b'\\"', b'{"text":""}\n']
+_REPEATED += [line.encode() + b"\n" for line in ('{"text":"ab"}', *_LINES)]
+
+
 @st.composite
 def _packed(draw: st.DrawFn) -> bytes:
     """Frames that hold damaged lines, or many bytes of one kind."""
-    many = st.sampled_from([b"\n", b"\0", b" ", b"x", b"["]).map(lambda one: one * (LONG * 100))
+    many = st.sampled_from(_REPEATED).map(lambda one: one * (100 * LONG // len(one)))
     content = draw(st.one_of(_json_lines(), _json_lines(), _json_lines(), many))
     cut = draw(st.integers(0, len(content)))
     options = {"write_checksum": draw(st.booleans()), "write_content_size": draw(st.booleans())}

@@ -22,6 +22,10 @@ REFUSED = {
     "infinity": (b'{"a": -Infinity}', "is not JSON: -Infinity is no number there"),
     "beyond float64": (b'{"a": 1e999}', "holds a number beyond float64: '1e999'"),
     "5,000 digits": (b'{"a": ' + b"7" * 5000 + b"}", "holds a number of 5,000 digits: '777777"),
+    "a million values": (
+        b'{"a": [' + b"[]," * 400_000 + b"0]}",
+        "holds more than 1,000,000 values and separators",
+    ),
     "too large": (b" " * (MAX_BYTES + 1), f"has more than {MAX_BYTES:,} bytes"),
 }
 
@@ -46,6 +50,11 @@ def test_json_is_read_as_utf_8(tmp_path):
 def test_what_python_reads_of_plain_json_is_read_alike():
     values = {"a": [1, -2.5e-3, True, None, "ü\n"], "b": {"c": {}}, "d": 10**30, "": []}
     assert parse_json(json.dumps(values), "here") == values
+
+
+def test_a_text_may_hold_any_number_of_commas_and_brackets():
+    text = '[{"\\\\,' * 300_000
+    assert parse_json(json.dumps([text]), "here") == [text]
 
 
 def test_a_file_without_end_costs_no_more_than_the_bound():
