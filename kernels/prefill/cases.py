@@ -151,11 +151,11 @@ PACKED: dict[str, PrefillCase] = per_format(
         "three tokens, one before the start": PrefillCase(
             starts=(-1, 30, 61), length=3, slots=64, q_heads=4, kv_heads=2, head_dim=64
         ),
-        "more than one block": PrefillCase(
-            starts=(150,), length=131, slots=320, q_heads=4, kv_heads=2
-        ),
         "group of 7, head_dim 80": PrefillCase(
             starts=(31, 0), length=65, slots=128, q_heads=7, kv_heads=1, head_dim=80
+        ),
+        "more than one block": PrefillCase(
+            starts=(150,), length=131, slots=320, q_heads=4, kv_heads=2
         ),
         "head_dim 256, float16": PrefillCase(
             starts=(10,), length=70, slots=128, q_heads=2, kv_heads=1, head_dim=256, dtype="float16"

@@ -1,7 +1,8 @@
 """Whole programs of published models, compiled for one A100 of 80 GB: they must fit its memory.
 
 The quick tests compile two layers of a program: what all layers hold is known by their shapes, and
-they share their workspace. The slow ones compile all layers and demand the same.
+they share their workspace. Each kind of program and each format is compiled once; the slow tests
+compile every program, with all layers too, and demand the same.
 """
 
 import functools
@@ -42,7 +43,7 @@ def peak_from_two_layers(compiler: Compiler, name: str) -> int:
     [
         ("Llama-3-8B, 50%: decode at 1,000,000", 82e9, 0.1e9),
         ("Llama-3-8B, 50%: chunk of 32,000 at 900,000", 78e9, 5e9),
-        ("Llama-2-7B, 25%: decode at 200,000", 40e9, 0.1e9),
+        pytest.param("Llama-2-7B, 25%: decode at 200,000", 40e9, 0.1e9, marks=pytest.mark.slow),
         ("Llama-2-7B, 25%: chunk of 10,000 at 190,000", 40e9, 3e9),
     ],
 )
@@ -61,7 +62,9 @@ def test_llama_3_without_duo_attention_does_not_fit():
     assert budgets.SERVING["Llama-3-8B, full caches: decode at 1,000,000"].held() > 1.5 * BUDGET
 
 
-@pytest.mark.parametrize(("length", "budget"), [(32_000, 45e9), (96_000, BUDGET)])
+@pytest.mark.parametrize(
+    ("length", "budget"), [pytest.param(32_000, 45e9, marks=pytest.mark.slow), (96_000, BUDGET)]
+)
 def test_llama_3_is_identified_on_one_gpu(compiler, length, budget):
     name = f"Llama-3-8B: identification step at {length:,}"
     assert compiled(compiler, name)["peak"] <= budget
@@ -74,7 +77,7 @@ def test_a_gradient_through_full_attention_needs_no_scores(compiler):
     assert peak < compiled(compiler, "Llama-3-8B: identification step at 96,000")["peak"]
 
 
-@pytest.mark.parametrize("kv", ["int4", "int2"])
+@pytest.mark.parametrize("kv", ["int4", pytest.param("int2", marks=pytest.mark.slow)])
 def test_the_longest_chunk_fits_and_ten_percent_more_does_not(compiler, kv):
     fits, too_long = (
         next(name for name in reversed(names) if f"{kv} KV: chunk" in name)
@@ -86,7 +89,7 @@ def test_the_longest_chunk_fits_and_ten_percent_more_does_not(compiler, kv):
     assert budgets.SERVING[too_long].held() + workspace > BUDGET
 
 
-@pytest.mark.parametrize("kv", ["int4", "int2"])
+@pytest.mark.parametrize("kv", [pytest.param("int4", marks=pytest.mark.slow), "int2"])
 def test_nothing_as_large_as_a_dequantised_cache_is_ever_in_memory(compiler, kv):
     """Of one head's keys, even."""
     name = next(name for name in reversed(QUANTISED) if f"{kv} KV: decode" in name)

@@ -4,11 +4,12 @@ In every slot that no query sees, there are stale numbers. Compiling for GPUs (t
 running on one (test_gpu.py) are the next rungs.
 
 By default, of the cases that differ only in lengths the largest runs, since those of AWKWARD show
-every length in float32; and every second packed case: both ops read packed tiles with the same
-code, and together they show every format with every shape. The slow tests run all.
+every length in float32; and of the packed cases one half for decoding, the other for prefill, which
+read packed tiles with the same code. The slow tests run all.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,19 @@ def representatives() -> set[str]:
     for name, case in sorted(SMALL.items(), key=lambda item: item[1].cost().flops):
         kind = (case.dtype, case.head_dim, case.q_heads // case.kv_heads, case.gradient)
         largest[name.partition(":")[0], kind] = name
+    packed = {name: case for name, case in SMALL.items() if case.bits is not None}
+    shapes = sorted({(case.dtype, case.head_dim) for case in packed.values()})
     alternate = {
         name
-        for first, op in enumerate(("decode_packed", "prefill_packed"))
-        for name in [name for name in SMALL if name.startswith(f"{op}:")][first::2]
+        for name, case in packed.items()
+        if (
+            shapes.index((case.dtype, case.head_dim))
+            + int(math.log2(case.bits))
+            + ("decode" in name)
+        )
+        % 2
     }
-    return {name for name in largest.values() if SMALL[name].bits is None} | alternate
+    return alternate | {name for name in largest.values() if name not in packed}
 
 
 DEFAULT = representatives()

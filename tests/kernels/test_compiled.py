@@ -144,8 +144,7 @@ def test_every_head_dim_and_dtype_compiles_without_spilling(compiler, head_dim, 
     assert complaints(compiler, target, names) == {}
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_tiles_that_do_not_fit_are_reported(compiler, target):
-    found = complaints(compiler, target, list(hopeless()), {"spills": "of another program"})
+def test_tiles_that_do_not_fit_are_reported(compiler):
+    found = complaints(compiler, "a100", list(hopeless()), {"spills": "of another program"})
     assert "register spilling" in found["spills"]
     assert "shared memory" in found["shared memory"].lower()
