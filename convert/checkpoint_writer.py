@@ -23,6 +23,7 @@ from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.checkpoints.weights import WeightFiles, read_array
 from duo_jax.model.quantised_weights import StoredFormat, quantise
 from duo_jax.process import signals
+from duo_jax.schema import checksums
 
 _MIN_GROUP = 1 << 24
 _CHUNK = 1 << 23
@@ -35,7 +36,7 @@ def write_params(
     dtype: np.dtype | None,
     stored: StoredFormat = "model",
     progress: Callable[[int], object],
-) -> None:
+) -> dict[str, str]:
     """Write all tensors of `weight_files` below `path`, which must not exist.
 
     Args:
@@ -45,24 +46,29 @@ def write_params(
       stored: format of the layers' projections; "int8" and "int4" quantise the values read.
       progress: called with the number of bytes read after each group.
 
+    Returns:
+      The checksum of every array that was written, by its path, such as "norm/scale".
+
     Raises:
       InputError: a tensor cannot be read or cast.
     """
     from orbax.checkpoint.experimental import v1 as ocp
 
     path = path.absolute()
-    context = ocp.Context()
+    context, digests = ocp.Context(), {}
     context.array.saving.storage_options.chunk_byte_size = _CHUNK
     with context:
         for group in _groups(weight_files, dtype):
             arrays = {}
             for tensor in group:
                 arrays |= _stored(tensor, read_array(weight_files, tensor), dtype, stored)
+            digests |= {"/".join(path): checksums.of_array(a) for path, a in arrays.items()}
             with signals.put_off(), quiet_orbax():  # orbax' threads would go on writing
                 ocp.partial.save(str(path), nested(arrays))
             progress(sum(weight_files.dtype(tensor).itemsize * tensor.size for tensor in group))
         with signals.put_off(), quiet_orbax():
             ocp.partial.finalize(str(path))
+    return digests
 
 
 def _stored(

@@ -24,6 +24,7 @@ from duo_jax.checkpoints.tensor_info import shortened
 from duo_jax.checkpoints.weights import HuggingFaceFiles, WeightFiles, open_weights
 from duo_jax.errors import InputError
 from duo_jax.files import new_folder
+from duo_jax.schema import checksums
 from duo_jax.schema.json_reader import read_json
 
 
@@ -58,14 +59,14 @@ def convert(flags: ConvertConfig) -> None:
                 progress=bar.update,
             )
         else:
-            checkpoint_writer.write_params(
+            digests = checkpoint_writer.write_params(
                 folder / PARAMS_FOLDER,
                 weight_files,
                 dtype=dtype,
                 stored=flags.weights,
                 progress=bar.update,
             )
-            marker = json.dumps(marker_of(flags.weights))
+            marker = checksums.seal(marker_of(flags.weights) | {"digests": digests})
             (folder / MARKER_FILE).write_text(marker + "\n", encoding="utf-8")
         left_out = other_files.copy(source, folder)
         if dtype is not None:

@@ -1,7 +1,9 @@
 """Converted checkpoints: the format that `python -m convert` writes, and a reader.
 
-    duo_jax.json        {"format": "duo_jax checkpoint", "version": 1}; with quantised projections
-                        {..., "version": 2, "weights": "int8"}
+    duo_jax.json        {"format": "duo_jax checkpoint", "version": 1, "digests": {...}}, with a
+                        checksum of every array and of itself (duo_jax.schema.checksums; those of
+                        earlier versions have none); with quantised projections
+                        {..., "version": 2, "weights": "int8", ...}
     params/             an orbax checkpoint (zstd-compressed, OCDBT)
     config.json, ...    the other files of the original model folder, unchanged
 
@@ -19,12 +21,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
+import msgspec
 import numpy as np
 
 from duo_jax.checkpoints import tensor_info, tensor_names
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.files import exists
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
@@ -36,7 +39,8 @@ from duo_jax.model.quantised_weights import (
     value_dtype,
 )
 from duo_jax.process import signals
-from duo_jax.schema.json_reader import read_json
+from duo_jax.schema import checksums
+from duo_jax.schema.check import convert
 
 MARKER_FILE = "duo_jax.json"
 PARAMS_FOLDER = "params"
@@ -44,6 +48,15 @@ FORMAT = "duo_jax checkpoint"
 VERSION = 1
 QUANTISED_VERSION = 2  # readers that predate quantised weights refuse it
 _LONGEST_WAIT = 30.0  # seconds for orbax' threads to end after an error
+
+
+class _Marker(msgspec.Struct):
+    """What duo_jax.json holds; keys of later versions are ignored."""
+
+    format: str
+    version: int
+    digests: dict[str, str]
+    weights: str | None = None
 
 
 class CheckpointFiles:
@@ -57,7 +70,8 @@ class CheckpointFiles:
         self.architecture = architecture
         self.tensors = tensor_names.tensors(architecture)
         self._path = folder.absolute() / PARAMS_FOLDER
-        self.format: StoredFormat = _read_marker(folder / MARKER_FILE)
+        self.format: StoredFormat
+        self.format, self._digests = _read_marker(folder / MARKER_FILE)
         self._metadata = self._read_metadata()
         tensor_info.check(
             {"/".join(path): self._info(path) for path in self._metadata},
@@ -92,7 +106,11 @@ class CheckpointFiles:
             raise self._damaged(error) from None
         for key in path:
             leaf = leaf[key]
-        return np.asarray(leaf)
+        array, name = np.asarray(leaf), "/".join(path)
+        # tensorstore checks only what describes arrays.
+        if self._digests is not None and self._digests.get(name) != checksums.of_array(array):
+            raise InputError(f"{self._path} is damaged: {name} is not what was written")
+        return array
 
     def _read_metadata(self) -> dict[Path, Any]:
         from orbax.checkpoint.experimental import v1 as ocp  # takes a second to import
@@ -184,7 +202,7 @@ def stored_shapes(tensor: Tensor, stored: StoredFormat) -> dict[Path, tuple[int,
 
 
 def marker_of(stored: StoredFormat) -> dict[str, Any]:
-    """Return the contents of duo_jax.json."""
+    """Return the contents of duo_jax.json, but for checksums."""
     if stored == "model":
         return {"format": FORMAT, "version": VERSION}
     return {"format": FORMAT, "version": QUANTISED_VERSION, "weights": stored}
@@ -210,17 +228,27 @@ def flattened(tree: dict[str, Any], prefix: Path = ()) -> dict[Path, Any]:
     return leaves
 
 
-def _read_marker(path: pathlib.Path) -> StoredFormat:
-    """Return the format in which weights are stored."""
-    marker = read_json(path)
+def _read_marker(path: pathlib.Path) -> tuple[StoredFormat, dict[str, str] | None]:
+    """Return the format in which weights are stored, and the checksums of arrays, if there are."""
+    marker, undamaged = checksums.read_sealed(path)
+    stored = _stored_format(path, marker)
+    if undamaged:
+        return stored, convert(marker, _Marker, str(path)).digests
+    if undamaged is None and marker == marker_of(stored):  # of an earlier version
+        return stored, None
+    reason = "it lacks its checksum" if undamaged is None else "its checksum is another"
+    raise InputError(f"{path} is damaged: {reason}")
+
+
+def _stored_format(path: pathlib.Path, marker: dict[str, Any]) -> StoredFormat:
     found = (marker.get("format"), marker.get("version"), marker.get("weights"))
     for stored in get_args(StoredFormat):
         expected = marker_of(stored)
         if found == (expected["format"], expected["version"], expected.get("weights")):
             return stored
-    weights = "" if found[2] is None else f", weights {found[2]!r}"
+    weights = "" if found[2] is None else f", weights {quoted(found[2])}"
     raise InputError(
-        f"{path} says {found[0]!r}, version {found[1]!r}{weights}; this duo_jax reads {FORMAT!r}, "
-        f"version {VERSION}, or {QUANTISED_VERSION} with weights int8 or int4: convert the model "
-        "again, or update duo_jax"
+        f"{path} says {quoted(found[0])}, version {quoted(found[1])}{weights}; this duo_jax reads "
+        f"{FORMAT!r}, version {VERSION}, or {QUANTISED_VERSION} with weights int8 or int4: convert "
+        "the model again, or update duo_jax"
     )

@@ -37,6 +37,8 @@ def of_array(array: np.ndarray) -> str:
     rows = max(1, _BLOCK // max(1, array[:1].nbytes)) if array.ndim else 1
     blocks = [array] if array.flags.c_contiguous else np.split(array, range(rows, len(array), rows))
     for block in blocks:
+        if block.dtype.name == "int4":  # in a byte, of which only four bits mean something
+            block = block.astype(np.int8)
         digest.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
@@ -59,11 +61,11 @@ def is_sealed(text: bytes) -> bool:
     return found is not None and of_bytes(text[: found.start()]) == found[1].decode()
 
 
-def read_sealed(path: str | pathlib.Path) -> tuple[dict[str, Any], bool]:
+def read_sealed(path: str | pathlib.Path) -> tuple[dict[str, Any], bool | None]:
     """Read a file that holds one JSON object and a line end.
 
     Returns:
-      The object without its checksum, and whether it had one that is right.
+      The object without its checksum, and whether that is right; None if it has none.
 
     Raises:
       InputError: as `duo_jax.schema.json_reader.read_json`.
@@ -72,5 +74,5 @@ def read_sealed(path: str | pathlib.Path) -> tuple[dict[str, Any], bool]:
     values = json_reader.parse_json(text, files.shown(path))
     if not isinstance(values, dict):
         raise InputError(f"{files.shown(path)} holds no JSON object")
-    right = text.endswith("\n") and is_sealed(text[:-1].encode())
+    right = text.endswith("\n") and is_sealed(text[:-1].encode()) if KEY in values else None
     return {key: value for key, value in values.items() if key != KEY}, right

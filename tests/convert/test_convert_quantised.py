@@ -155,5 +155,8 @@ def test_a_marker_that_does_not_fit_is_refused(folders, marker, message):
 def test_unquantised_checkpoints_are_what_they_were(folders):
     """Readers from before formats existed read them; quantised ones they refuse by version."""
     marker = json.loads((folders / "model" / "duo_jax.json").read_text())
-    assert marker == {"format": "duo_jax checkpoint", "version": 1}
+    assert {name: marker[name] for name in marker if name not in ("digests", "checksum")} == {
+        "format": "duo_jax checkpoint",
+        "version": 1,
+    }
     assert checkpoint.marker_of("int8")["version"] != 1

@@ -45,7 +45,9 @@ def test_a_line_cut_short_is_measured_again(tmp_path, left):
 def test_another_config_is_refused_by_the_names_of_its_fields(tmp_path):
     Rows(tmp_path, Config())
     changed = Config(budgets=(0.5, 0.75), seed=1)
-    with pytest.raises(InputError, match=r"budgets\.1 was 1\.0, is 0\.75; seed was 0, is 1"):
+    with pytest.raises(
+        InputError, match=r"budgets was \[0\.5, 1\.0\], is \[0\.5, 0\.75\]; seed was 0, is 1"
+    ):
         Rows(tmp_path, changed)
 
 
@@ -70,12 +72,22 @@ def test_nan_is_no_result(tmp_path):
     assert "a" not in Rows(tmp_path, {"seed": 0})
 
 
-def test_a_damaged_line_is_named(tmp_path):
+def test_a_damaged_line_is_set_aside_and_measured_again(tmp_path, capfd):
     rows = Rows(tmp_path, Config())
-    rows.add("a", {})
-    (tmp_path / "rows.jsonl").write_text('{"key": "a"\n{"key": "b", "row": {}}\n')
-    with pytest.raises(InputError, match=r"rows\.jsonl, line 1 is damaged"):
-        Rows(tmp_path, Config())
+    for key in "abc":
+        rows.add(key, {"exact": 1.0})
+    file = tmp_path / "rows.jsonl"
+    first, second, third = file.read_text().splitlines(keepends=True)
+    damaged = second.replace("1.0", "0.0")  # still JSON, of the right types
+    file.write_text(first + damaged + third)
+    again = Rows(tmp_path, Config())
+    assert again.keys() == ["a", "c"]
+    [line] = [line for line in capfd.readouterr().err.splitlines() if "rows" in line]
+    assert "measured again" in line
+    assert file.read_text() == first + third
+    assert (tmp_path / "rows.damaged.jsonl").read_text() == damaged
+    again.add("b", {"exact": 1.0})
+    assert len(Rows(tmp_path, Config())) == 3
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path):

@@ -375,7 +375,8 @@ def test_a_quantised_checkpoint_serves_what_quantising_on_load_serves(weights, t
     folder = models.write_hf(tmp_path / "hf", raw, dtype="bfloat16")
     convert([str(folder), str(tmp_path / "small"), "--weights", weights])
     marker = json.loads((tmp_path / "small" / "duo_jax.json").read_text())
-    assert marker == {"format": "duo_jax checkpoint", "version": 2, "weights": weights}
+    described = {"format": "duo_jax checkpoint", "version": 2, "weights": weights}
+    assert marker == marker | described
     config = pretrained.load_config(folder)
     heads = mixed_heads(config)
     for served in {"int8": ["int8", "w8a8"], "int4": ["int4"]}[weights]:
