@@ -5,12 +5,12 @@ overflows, no key twice in an object (readers differ in which one counts), bound
 number of parts and digits. Types are the business of `duo_jax.schema.check`.
 """
 
+import functools
 import itertools
 import json
 import math
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Any
 
 from duo_jax import files
@@ -49,10 +49,10 @@ def parse_json(text: str, where: str) -> Any:
     try:
         value = json.loads(
             text,
-            object_pairs_hook=_object(where),
-            parse_int=_integer(where),
-            parse_float=_real(where),
-            parse_constant=_constant(where),
+            object_pairs_hook=functools.partial(_object, where),
+            parse_int=functools.partial(_integer, where),
+            parse_float=functools.partial(_real, where),
+            parse_constant=functools.partial(_constant, where),
         )
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON: {error}") from None
@@ -62,42 +62,30 @@ def parse_json(text: str, where: str) -> Any:
     return value
 
 
-def _object(where: str) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise InputError(f"{where} has the key {quoted(twice)} twice in one object")
-        return values
-
-    return build
+def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise InputError(f"{where} has the key {quoted(twice)} twice in one object")
+    return values
 
 
-def _integer(where: str) -> Callable[[str], int]:
-    def parse(digits: str) -> int:
-        if len(digits) > _MAX_DIGITS:
-            raise InputError(f"{where} holds a number of {len(digits):,} digits: {quoted(digits)}")
-        return int(digits)
-
-    return parse
+def _integer(where: str, digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise InputError(f"{where} holds a number of {len(digits):,} digits: {quoted(digits)}")
+    return int(digits)
 
 
-def _real(where: str) -> Callable[[str], float]:
-    def parse(digits: str) -> float:
-        number = float(digits)
-        if math.isinf(number):
-            raise InputError(f"{where} holds a number beyond float64: {quoted(digits)}")
-        return number
-
-    return parse
+def _real(where: str, digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise InputError(f"{where} holds a number beyond float64: {quoted(digits)}")
+    return number
 
 
-def _constant(where: str) -> Callable[[str], float]:
-    def refuse(name: str) -> float:
-        raise InputError(f"{where} is not JSON: {name} is no number there")
-
-    return refuse
+def _constant(where: str, name: str) -> float:
+    raise InputError(f"{where} is not JSON: {name} is no number there")
 
 
 # A text, or the beginning of a value or of what follows one.
