@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import BinaryIO
 
 import zstandard
 from hypothesis import strategies as st
@@ -25,15 +26,20 @@ def pack(content: bytes, **options) -> bytes:
     return zstandard.ZstdCompressor(**options).compress(content)
 
 
-def documents_of(content: bytes) -> list[str]:
-    """Read JSON lines as Python does."""
-    found = []
-    for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig"):
+def documents_of(content: BinaryIO) -> list[str]:
+    """Read JSON lines as Python does, up to the limit that `load_documents` documents."""
+    found, left = [], 50_000_000
+    for line in io.TextIOWrapper(content, encoding="utf-8-sig"):
+        text = ""
         if line.strip():
             record = json.loads(line)
             text = next(record[key] for key in _KEYS if isinstance(record.get(key), str))
+        if text.strip():
             found.append(text.encode("utf-8", "replace").decode())
-    return [text for text in found if text.strip()]
+        left -= max(len(text), 256)
+        if left <= 0:
+            break
+    return found
 
 
 @st.composite
@@ -60,7 +66,7 @@ def test_json_lines_are_the_texts_that_python_reads(content, folder):
     file = folder / "a.jsonl"
     file.write_bytes(content)
     found = attempt(lambda: load_documents([str(file)]), size=len(content))
-    assert found is REFUSED or found == documents_of(content)
+    assert found is REFUSED or found == documents_of(io.BytesIO(content))
 
 
 _REPEATED = [b"\n", b"\0", b" ", b"x", b"[", b"0,", b"[],", b'"', b'\\"', b'{"text":""}\n']
@@ -71,7 +77,7 @@ _REPEATED += [line.encode() + b"\n" for line in ('{"text":"ab"}', *_LINES)]
 def _packed(draw: st.DrawFn) -> bytes:
     """Frames that hold damaged lines, or many bytes of one kind."""
     many = st.sampled_from(_REPEATED).map(lambda one: one * (100 * LONG // len(one)))
-    content = draw(st.one_of(_json_lines(), _json_lines(), _json_lines(), many))
+    content = draw(many if draw(st.integers(0, 9)) == 0 else _json_lines())
     cut = draw(st.integers(0, len(content)))
     options = {"write_checksum": draw(st.booleans()), "write_content_size": draw(st.booleans())}
     return pack(content[:cut], **options) + pack(content[cut:], **options)
@@ -90,4 +96,4 @@ def test_packed_lines_are_the_texts_that_zstandard_unpacks(content, folder):
     found = attempt(lambda: load_documents([str(file)]), size=len(content))
     if found is not REFUSED:
         frames = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True)
-        assert found == documents_of(frames.read())
+        assert found == documents_of(frames)

@@ -85,9 +85,17 @@ def test_built_in_text_is_the_language_reference():
 
 def test_characters_are_capped_over_all_sources(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "_MAX_CHARACTERS", 10)
+    monkeypatch.setattr(text, "_AT_LEAST", 1)
     sources = [write(tmp_path / f"{i}.txt", "abcd") for i in range(3)]
     late = write(tmp_path / "late.txt", b"\xff not even opened")
     assert load_documents([*sources, late]) == ["abcd", "abcd", "ab"]
+
+
+def test_short_documents_count_for_what_they_cost_to_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_MAX_CHARACTERS", 10 * text._AT_LEAST)
+    lines = ['{"text": "a"}', "", '{"text": " "}', "", *['{"text": "b"}'] * 20]
+    source = write(tmp_path / "a.jsonl", "\n".join(lines))
+    assert load_documents([source]) == ["a", *["b"] * 6]
 
 
 def characters(documents: list[str]) -> int:
