@@ -132,6 +132,7 @@ def test_a_flipped_bit_that_leaves_a_valid_text_is_read_as_it_is():
     assert "wordr" in lines[0]
 
 
+@pytest.mark.slow  # under the tests' type checker a line of JSON takes longer than without
 @pytest.mark.parametrize(
     ("content", "message"),
     [

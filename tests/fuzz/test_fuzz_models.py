@@ -1,4 +1,4 @@
-"""The JSON files of a model folder: config.json, generation settings, marker."""
+"""The JSON files of a model folder: config.json and generation settings."""
 
 import json
 
@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import transformers
 
-from duo_jax.checkpoints.orbax_checkpoint import _read_marker, marker_of
 from duo_jax.model import rope
 from duo_jax.model.config import FAMILIES
 from duo_jax.model.hf_config import read_config
@@ -69,15 +68,3 @@ def test_tokens_that_end_an_answer_are_those_of_the_file(content, folder):
     if found is not REFUSED:
         theirs = json.loads(content).get("eos_token_id")
         assert found == ([] if theirs is None else np.atleast_1d(theirs).tolist())
-
-
-@fuzzed(json_files([json.dumps(marker_of(stored)) for stored in ("model", "int8", "int4")]))
-def test_a_marker_names_a_format_or_is_refused(content, folder):
-    file = folder / "duo_jax.json"
-    file.write_bytes(content)
-    found = attempt(lambda: _read_marker(file), size=len(content))
-    if found is not REFUSED:
-        raw = json.loads(content)
-        assert {key: raw.get(key) for key in ("format", "version", "weights")} == {
-            "weights": None
-        } | marker_of(found)
