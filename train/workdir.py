@@ -69,8 +69,8 @@ class WorkDir:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
 
         Where the latest cannot be read and the one before it can, that one serves, and the latest
-        is set aside with a line on stderr. Another line says where there are metrics and no
-        checkpoint, of a run that was killed before its first one, or that lost them.
+        is set aside with a line on stderr. Another line says where a run has begun and has no
+        checkpoint: it was killed before its first one, or lost them.
 
         Raises:
           InputError: no checkpoint can be read; all is left as it was.
@@ -93,8 +93,9 @@ class WorkDir:
                 )
         for step, reason in damaged.items():
             self._set_aside(step, reason)
+        began = files.exists(self.metrics_file)
         done, metrics = int(state.step), self.metrics()
-        if metrics and not self._checkpoints.all_steps():
+        if began and not self._checkpoints.all_steps():
             print(
                 f"{self.metrics_file} knows {len(metrics):,} steps, but there is no checkpoint in "
                 f"{self._checkpoints.directory}: the run begins anew",

@@ -18,7 +18,6 @@ _MOST_MEMORY = 300 << 20  # bytes, above the size of the input
 _LONGEST_MESSAGE = 2_200  # characters
 # A quick pass in every run of the tests, a thorough one among the slow tests. Inputs repeat from
 # run to run; another seed gives others: DUO_JAX_FUZZ_SEED=2 python -m pytest -m slow tests/fuzz
-_EXAMPLES = [60, pytest.param(10_000, marks=pytest.mark.slow)]
 _SEED = int(os.environ.get("DUO_JAX_FUZZ_SEED", "1"))
 
 
@@ -47,11 +46,14 @@ def attempt(read: Callable[[], Any], *, size: int = 0) -> Any:
     return found
 
 
-def fuzzed(cases: st.SearchStrategy[Any]) -> Callable[[Callable], Callable]:
+def fuzzed(
+    cases: st.SearchStrategy[Any], *, quick: int = 60, thorough: int = 10_000
+) -> Callable[[Callable], Callable]:
     """Make a test of a function that takes a case and a folder, from many cases."""
+    numbers = [quick, pytest.param(thorough, marks=pytest.mark.slow)]
 
     def decorate(body: Callable[[Any, pathlib.Path], None]) -> Callable:
-        @pytest.mark.parametrize("examples", _EXAMPLES)
+        @pytest.mark.parametrize("examples", numbers)
         def test(examples: int, tmp_path: pathlib.Path) -> None:
             tried = []
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from duo_jax.schema import checksums
+
 LONG = 10**5
 _NUMBERS = """
     0 1 -1 2 3 7 64 0.5 1.0 1.5 -0.0 1e-3 1e-9 1e-30 1e-40 5e-324 1e18 1e38 1e39 1e308 1e999 -1e999
@@ -127,6 +129,20 @@ def json_files(seeds: Sequence[str]) -> st.SearchStrategy[bytes]:
     """JSON files, most damaged by structure, some in their bytes."""
     texts = json_texts(seeds).map(str.encode)
     return st.one_of(texts, texts, texts, damaged_bytes([seed.encode() for seed in seeds]))
+
+
+def sealed(seeds: Sequence[str]) -> st.SearchStrategy[bytes]:
+    """JSON objects, damaged by structure, then given their right checksum, as an attacker would."""
+    return json_texts(seeds).map(seal)
+
+
+def seal(text: str) -> bytes:
+    """Return the text of a JSON object with its checksum."""
+    content = text.removesuffix("}").encode()
+    return content + b', "%b": "%b"}' % (
+        checksums.KEY.encode(),
+        checksums.of_bytes(content).encode(),
+    )
 
 
 def damaged_bytes(seeds: Sequence[bytes]) -> st.SearchStrategy[bytes]:

@@ -4,11 +4,13 @@ Each folder in cases/ has a WHAT.txt, which says what happened, and the input, u
 here because it is large or no file. Each goes through the command that would read it.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import zstandard
@@ -17,11 +19,16 @@ from duo_jax import generate
 from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.data.documents import load_documents
 from duo_jax.errors import InputError
+from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.plan.__main__ import main as plan
+from duo_jax.schema import checksums
+from tests import models
 from tests.fuzz.contract import attempt
 from tests.fuzz.seeds import CASES, DEMO
+from tests.fuzz.test_fuzz_checkpoints import State
 from train.identify.__main__ import main as identify
+from train.workdir import WorkDir
 
 _NAMES = sorted(folder.name for folder in CASES.iterdir())
 _PROMPT = ["--prompt", "x", "--max-new-tokens", "1"]
@@ -155,3 +162,98 @@ def test_the_root_is_no_text(refused, tmp_path, monkeypatch):
     """text-e8252c: source '/' walked all files, and stumbled over one that had gone."""
     monkeypatch.setattr("duo_jax.data.documents._MOST_FILES", 500)
     refused(identify, "--text", "/", "--workdir", tmp_path / "w")
+
+
+# Saved conversations. The cases belong to a model and a format that are no more: what was done to
+# them is done to a cache of today, and they themselves are given to it as well.
+
+
+@pytest.fixture(scope="module")
+def conversation(tmp_path_factory) -> tuple[list[str], pathlib.Path]:
+    """Return the words that load a conversation, but for its folder; and that folder."""
+    root = tmp_path_factory.mktemp("conversation")
+    model = models.write_hf(root / "model", models.llama(num_hidden_layers=1, vocab_size=600))
+    models.write_tokenizer(model)
+    words = ["--model", str(model), "--pattern", "none", "--max-new-tokens", "0"]
+    generate.main([*words, "--prompt", "Remember them.", "--save-cache", str(root / "cache")])
+    return words, root / "cache"
+
+
+def flipped(content: bytes) -> bytes:
+    return content[:-5] + bytes([content[-5] ^ 4]) + content[-4:]
+
+
+def with_another_logits_at(content: bytes) -> bytes:
+    marker = json.loads(content)
+    del marker[checksums.KEY]
+    return checksums.seal(marker | {"logits_at": [10**6]}).encode() + b"\n"
+
+
+@pytest.mark.parametrize("case", names("savedcache"))
+def test_a_saved_conversation_is_refused(case, refused, conversation, tmp_path):
+    words, saved = conversation
+    [file] = (file for file in (CASES / case).iterdir() if file.name != "WHAT.txt")
+    right = (saved / file.name).read_bytes()
+    contents = [file.read_bytes()]
+    if case == "savedcache-e52e62":
+        contents.append(with_another_logits_at(right))
+    elif file.suffix == ".safetensors":
+        contents.append(flipped(right))
+    for number, content in enumerate(contents):
+        cache = shutil.copytree(saved, tmp_path / f"cache{number}")
+        (cache / file.name).write_bytes(content)
+        line = refused(generate.main, *words, "--prompt", "x", "--load-cache", cache)
+        assert str(cache) in line
+
+
+# Work folders.
+
+
+def test_settings_of_brackets_are_refused(refused, tmp_path):
+    work = shutil.copytree(CASES / "workfolder-2f163a", tmp_path / "work")
+    assert "nested more than" in refused(identify, "--workdir", work)
+
+
+def one_line(capsys) -> str:
+    [line] = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_rows_of_brackets_are_set_aside(tmp_path, capsys):
+    """workfolder-63b539 loads: the line is set aside with a word, and its row is measured again."""
+    case = shutil.copytree(CASES / "workfolder-63b539", tmp_path / "work")
+    (case / "config.json").write_text("{}")
+    with (case / "rows.jsonl").open("a") as file:
+        file.write(checksums.seal({"key": "whole", "row": {"score": 1}}) + "\n")
+    rows = attempt(lambda: Rows(case, {}))
+    assert rows.keys() == ["whole"]
+    assert "line 1 is nested more than 64 deep: set aside" in one_line(capsys)
+
+
+@pytest.mark.parametrize("case", ["workfolder-9228f4", "workfolder-b071e9", "workfolder-d4d42c"])
+def test_metrics_that_are_no_numbers_are_set_aside(case, tmp_path, capsys):
+    """These load: the line is set aside with a word, so that no plot stumbles at a run's end."""
+    work = shutil.copytree(CASES / case, tmp_path / "work")
+    (work / "config.json").write_text("{}")
+    with (work / "metrics.jsonl").open("a") as file:
+        file.write(checksums.seal({"step": 2, "loss": 0.5}) + "\n")
+    with contextlib.closing(WorkDir(work, {}, operational=())) as workdir:
+        assert attempt(workdir.metrics) == [{"step": 2, "loss": 0.5}]
+    assert "line 1" in one_line(capsys)
+
+
+def test_a_run_without_its_checkpoints_says_that_it_begins_anew(tmp_path, capsys):
+    """training-checkpoints-76c621 loads, as what was there cannot be known, but not silently."""
+    case = CASES / "training-checkpoints-76c621" / "workdir"
+    work = shutil.copytree(case, tmp_path / "work")
+    state = State(step=jnp.int32(0), gates=jnp.zeros(2))
+    with contextlib.closing(WorkDir(work, {"a": 1}, operational=())) as workdir:
+        assert workdir.restore(state) is state
+    assert "there is no checkpoint in" in one_line(capsys)
+
+
+def test_every_case_is_tried():
+    """Each is named here, or its kind is."""
+    text = pathlib.Path(__file__).read_text()
+    kinds = ("config", "index", "pattern", "presets", "savedcache")
+    assert [name for name in _NAMES if name not in text and not name.startswith(kinds)] == []
