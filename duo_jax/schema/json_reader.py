@@ -5,7 +5,6 @@ overflows, no key twice in an object (readers differ in which one counts), bound
 number of parts and digits. Types are the business of `duo_jax.schema.check`.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -45,62 +44,65 @@ def parse_json(text: str, where: str) -> Any:
     Raises:
       InputError: with `where` and, where it is known, the place.
     """
-    _check_number_of_parts(text, where)
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=functools.partial(_object, where),
-            parse_int=functools.partial(_integer, where),
-            parse_float=functools.partial(_real, where),
-            parse_constant=functools.partial(_constant, where),
-        )
+        _check_number_of_parts(text)
+        value = _DECODER.decode(text)
+        _check_depth(value, text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not JSON: {error}") from None
     except RecursionError:
-        raise _too_deep(where) from None
-    _check_depth(value, where)
+        raise InputError(f"{where} {_TOO_DEEP}") from None
+    except InputError as error:
+        raise InputError(f"{where} {error}") from None
     return value
 
 
-def _object(where: str, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise InputError(f"{where} has the key {quoted(twice)} twice in one object")
+        raise InputError(f"has the key {quoted(twice)} twice in one object")
     return values
 
 
-def _integer(where: str, digits: str) -> int:
+def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
-        raise InputError(f"{where} holds a number of {len(digits):,} digits: {quoted(digits)}")
+        raise InputError(f"holds a number of {len(digits):,} digits: {quoted(digits)}")
     return int(digits)
 
 
-def _real(where: str, digits: str) -> float:
+def _real(digits: str) -> float:
     number = float(digits)
     if math.isinf(number):
-        raise InputError(f"{where} holds a number beyond float64: {quoted(digits)}")
+        raise InputError(f"holds a number beyond float64: {quoted(digits)}")
     return number
 
 
-def _constant(where: str, name: str) -> float:
-    raise InputError(f"{where} is not JSON: {name} is no number there")
+def _constant(name: str) -> float:
+    raise InputError(f"is not JSON: {name} is no number there")
 
 
+# Made once: files of JSON lines have hundreds of thousands.
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_integer, parse_float=_real, parse_constant=_constant
+)
+_TOO_DEEP = f"is nested more than {_MAX_DEPTH} deep"
 # A text, or the beginning of a value or of what follows one.
 _PART = re.compile(r'"(?:[^"\\]+|\\.)*+"?|[,\[{]', re.DOTALL)
 
 
-def _check_number_of_parts(text: str, where: str) -> None:
-    if sum(map(text.count, '",[{')) <= _MAX_PARTS:
+def _check_number_of_parts(text: str) -> None:
+    if len(text) <= _MAX_PARTS or sum(map(text.count, '",[{')) <= _MAX_PARTS:
         return
     # There may be many commas within a text.
     if next(itertools.islice(_PART.finditer(text), _MAX_PARTS, None), None) is not None:
-        raise InputError(f"{where} holds more than {_MAX_PARTS:,} values and separators")
+        raise InputError(f"holds more than {_MAX_PARTS:,} values and separators")
 
 
-def _check_depth(value: Any, where: str) -> None:
+def _check_depth(value: Any, text: str) -> None:
+    if text.count("[") + text.count("{") <= _MAX_DEPTH:
+        return
     level = [value]
     for _ in range(_MAX_DEPTH + 1):
         level = [
@@ -111,8 +113,4 @@ def _check_depth(value: Any, where: str) -> None:
         ]
         if not level:
             return
-    raise _too_deep(where)
-
-
-def _too_deep(where: str) -> InputError:
-    return InputError(f"{where} is nested more than {_MAX_DEPTH} deep")
+    raise InputError(_TOO_DEEP)
