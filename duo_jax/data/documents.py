@@ -17,7 +17,7 @@ from duo_jax.schema.json_reader import parse_json
 
 # Enough for any haystack; reading on would only cost time and memory.
 _MAX_CHARACTERS = 50_000_000
-_AT_LEAST = 256  # characters that a document counts for, or an empty line: packed, it has no size
+_AT_LEAST = 512  # characters that a document counts for, or an empty line: packed, it has no size
 _LONGEST_LINE = 1 << 25  # characters of a line of JSON
 _MOST_FILES = 100_000  # in a folder, before somebody waits for an answer about "/"
 _TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.zst")
@@ -33,7 +33,7 @@ def load_documents(sources: Sequence[str]) -> list[str]:
         "text", "content", "chapter", "document" or "article". Empty: the built-in text.
 
     Returns:
-      Non-empty documents, at most 50 million characters in all; short ones count for 256.
+      Non-empty documents, at most 50 million characters in all; short ones count for 512.
 
     Raises:
       InputError: a source does not exist, cannot be read or holds no text.

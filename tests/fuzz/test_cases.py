@@ -110,7 +110,6 @@ def test_a_pattern_is_refused(case, refused):
     refused(generate.main, "--pattern", CASES / case, *_PROMPT)
 
 
-@pytest.mark.usefixtures("arguments_pass")
 def test_an_argument_of_another_type_is_refused():
     """pattern-cc6ecb: sparsity="" was a TypeError."""
     with pytest.raises(InputError, match=r"^sparsity '' is not a number from 0 to 1$"):
@@ -139,7 +138,6 @@ def test_a_flipped_bit_that_leaves_a_valid_text_is_read_as_it_is():
     assert "wordr" in lines[0]
 
 
-@pytest.mark.slow  # under the tests' type checker a line of JSON takes longer than without
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -21,7 +21,6 @@ from tests import models
 from tests.fuzz.contract import REFUSED, attempt, fuzzed
 from tests.fuzz.hostile import LONG
 
-pytestmark = pytest.mark.usefixtures("arguments_pass")
 _ARCHITECTURE = parse_config(models.llama())
 _GATES = np.array([[1.0, 0.0], [0.2, 0.9]])
 _PATTERN = duo_jax.Pattern(gates=_GATES, sink_size=4, recent_size=8)

@@ -36,7 +36,7 @@ def documents_of(content: BinaryIO) -> list[str]:
             text = next(record[key] for key in _KEYS if isinstance(record.get(key), str))
         if text.strip():
             found.append(text.encode("utf-8", "replace").decode())
-        left -= max(len(text), 256)
+        left -= max(len(text), 512)
         if left <= 0:
             break
     return found
