@@ -47,15 +47,26 @@ def attempt(read: Callable[[], Any], *, size: int = 0) -> Any:
 
 
 def fuzzed(
-    cases: st.SearchStrategy[Any], *, quick: int = 60, thorough: int = 10_000
+    cases: st.SearchStrategy[Any] | Callable[[], st.SearchStrategy[Any]],
+    *,
+    quick: int = 60,
+    thorough: int = 10_000,
 ) -> Callable[[Callable], Callable]:
-    """Make a test of a function that takes a case and a folder, from many cases."""
+    """Make a test of a function that takes a case and a folder, from many cases.
+
+    Args:
+      cases: the strategy, or a function that makes it when the test runs.
+      quick: number of cases in every run of the tests.
+      thorough: number of cases among the slow tests.
+    """
     numbers = [quick, pytest.param(thorough, marks=pytest.mark.slow)]
 
     def decorate(body: Callable[[Any, pathlib.Path], None]) -> Callable:
+        @pytest.mark.filterwarnings("ignore:Generating overly large repr")
         @pytest.mark.parametrize("examples", numbers)
         def test(examples: int, tmp_path: pathlib.Path) -> None:
             tried = []
+            strategy = cases if isinstance(cases, st.SearchStrategy) else cases()
 
             @hypothesis.seed(_SEED)
             @hypothesis.settings(
@@ -65,7 +76,7 @@ def fuzzed(
                 phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
                 suppress_health_check=list(hypothesis.HealthCheck),
             )
-            @hypothesis.given(cases)
+            @hypothesis.given(strategy)
             def run(case: Any) -> None:
                 tried.append(None)
                 body(case, tmp_path)

@@ -46,14 +46,15 @@ def saved() -> tuple[Session, dict[str, bytes]]:
         return session, {name: (pathlib.Path(folder) / name).read_bytes() for name in _NAMES}
 
 
-def load(folder: pathlib.Path, contents: dict[str, bytes]) -> Session:
-    """Load a cache of these files, or return REFUSED."""
-    for name in _NAMES:  # new files: what is mapped must not change
+def load(folder: pathlib.Path, changes: dict[str, bytes | None]) -> Session:
+    """Load a cache of which some files are others, or missing (None); or return REFUSED."""
+    contents = saved()[1] | changes
+    for name, content in contents.items():  # new files: what is mapped must not change
         (folder / name).unlink(missing_ok=True)
-        if name in contents:
-            (folder / name).write_bytes(contents[name])
+        if content is not None:
+            (folder / name).write_bytes(content)
     session = Session(runtime())
-    size = sum(map(len, contents.values()))
+    size = sum(len(content or b"") for content in contents.values())
     found = attempt(lambda: cache_files.load(session, folder), size=size)
     return REFUSED if found is REFUSED else session
 
@@ -71,55 +72,50 @@ def body() -> str:
     return json.dumps({key: value for key, value in marker.items() if key != checksums.KEY})
 
 
-@functools.cache
-def _damages(name: str) -> st.SearchStrategy[bytes]:
+def damages(name: str) -> st.SearchStrategy[bytes]:
     content = saved()[1][name]
     return json_files([content.decode()]) if name == _MARKER else damaged_bytes([content])
 
 
-@st.composite
-def _damaged(draw: st.DrawFn) -> dict[str, bytes]:
-    name = draw(st.sampled_from(_NAMES))
-    action = draw(st.sampled_from(["damage"] * 20 + ["missing", "another"]))
-    if action == "damage":
-        return saved()[1] | {name: draw(_damages(name))}
-    if action == "missing":
-        return {other: content for other, content in saved()[1].items() if other != name}
-    return saved()[1] | {name: saved()[1][draw(st.sampled_from(_NAMES))]}
+def damaged() -> st.SearchStrategy[dict[str, bytes | None]]:
+    """Change one file, remove it, or put another in its place."""
+    others = st.sampled_from([None, *saved()[1].values()])
+    return st.one_of(
+        *(st.fixed_dictionaries({name: damages(name)}) for name in _NAMES),
+        st.fixed_dictionaries({}, optional=dict.fromkeys(_NAMES, others)),
+    )
 
 
-@fuzzed(_damaged())
-def test_a_cache_of_which_a_byte_is_another_is_refused(contents, folder):
-    session = load(folder, contents)
-    assert (session is not REFUSED) == (contents == saved()[1])
+@fuzzed(damaged)
+def test_a_cache_of_which_a_byte_is_another_is_refused(changes, folder):
+    session = load(folder, changes)
+    same = all(content == saved()[1][name] for name, content in changes.items())
+    assert (session is not REFUSED) == same
+    if same:
+        assert_same(session)
 
 
-@functools.cache
-def _forged_markers() -> st.SearchStrategy[bytes]:
-    return sealed([body()]).map(lambda text: text + b"\n")
+def forged() -> st.SearchStrategy[dict[str, bytes]]:
+    """Change one file, and give it the right checksum."""
+
+    def with_checksum(change: tuple[str, bytes]) -> dict[str, bytes]:
+        name, content = change
+        marker = json.loads(body())
+        marker["files"][name] = checksums.of_bytes(content)
+        return {_MARKER: checksums.seal(marker).encode() + b"\n", name: content}
+
+    return st.one_of(
+        sealed([body()]).map(lambda text: {_MARKER: text + b"\n"}),
+        *(st.tuples(st.just(name), damages(name)).map(with_checksum) for name in _NAMES[1:]),
+    )
 
 
-@st.composite
-def _forged(draw: st.DrawFn) -> dict[str, bytes]:
-    """Change a file, and give it the right checksum."""
-    name = draw(st.sampled_from([_MARKER, *_NAMES]))
-    if name == _MARKER:
-        return saved()[1] | {_MARKER: draw(_forged_markers())}
-    content = draw(_damages(name))
-    marker = json.loads(body())
-    marker["files"][name] = checksums.of_bytes(content)
-    return saved()[1] | {_MARKER: checksums.seal(marker).encode() + b"\n", name: content}
-
-
-@fuzzed(_forged())
-def test_a_forged_cache_is_refused_or_holds_finite_numbers(contents, folder):
-    session = load(folder, contents)
+@fuzzed(forged)
+def test_a_forged_cache_is_refused_or_holds_finite_numbers(changes, folder):
+    session = load(folder, changes)
     if session is not REFUSED:
         found = session.snapshot()
-        assert all(
-            0 < at <= len(row) for at, row in zip(found.logits_at, found.tokens, strict=True)
-        )
+        places = zip(found.logits_at, found.tokens, strict=True)
+        assert all(0 < at <= len(row) for at, row in places)
         leaves = jax.tree.leaves((found.logits, found.cache))
         assert all(np.isfinite(np.asarray(leaf)).all() for leaf in leaves)
-        if contents == saved()[1]:
-            assert_same(session)

@@ -10,7 +10,6 @@ import json
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -87,22 +86,20 @@ def work_in(folder: pathlib.Path) -> WorkDir:
     return WorkDir(folder, {"some": "settings"}, operational=())
 
 
-@st.composite
-def _damaged(draw: st.DrawFn, contents: Callable[[], dict[str, bytes]], within: str) -> dict:
-    """Files of which one below `within` is damaged, or missing."""
-    files = contents()
-    name = draw(st.sampled_from([name for name in files if name.startswith(within)]))
-    if draw(st.integers(0, 7)) == 0:
-        return {other: content for other, content in files.items() if other != name}
-    return files | {name: draw(damaged_bytes([files[name]]))}
+def damaged(files: dict[str, bytes], within: str) -> st.SearchStrategy[tuple[str, bytes | None]]:
+    """Names of files below `within`, and what is in their place; None: nothing."""
+    return st.sampled_from([name for name in files if name.startswith(within)]).flatmap(
+        lambda name: st.tuples(st.just(name), damaged_bytes([files[name]]) | st.none())
+    )
 
 
-def write(folder: pathlib.Path, files: dict[str, bytes]) -> pathlib.Path:
+def write(folder: pathlib.Path, files: dict[str, bytes | None]) -> pathlib.Path:
     """Write files into a folder that is new each time: what is mapped must not change."""
     made = pathlib.Path(tempfile.mkdtemp(dir=folder))
     for name, content in files.items():
         (made / name).parent.mkdir(parents=True, exist_ok=True)
-        (made / name).write_bytes(content)
+        if content is not None:
+            (made / name).write_bytes(content)
     return made
 
 
@@ -111,10 +108,10 @@ def arrays(folder: pathlib.Path) -> dict[str, bytes]:
     return {tensor.name: np.asarray(weights.read(tensor)).tobytes() for tensor in weights.tensors}
 
 
-@fuzzed(_damaged(converted, "params/"), quick=3, thorough=500)
-def test_arrays_of_a_damaged_checkpoint_are_the_right_ones_or_refused(files, folder):
-    made = write(folder, files)
-    found = attempt(lambda: arrays(made), size=sum(map(len, files.values())))
+@fuzzed(lambda: damaged(converted(), "params/"), quick=3, thorough=500)
+def test_arrays_of_a_damaged_checkpoint_are_the_right_ones_or_refused(change, folder):
+    made = write(folder, converted() | dict([change]))
+    found = attempt(lambda: arrays(made), size=len(change[1] or b""))
     shutil.rmtree(made)
     if found is not REFUSED:
         assert found == right_arrays()
@@ -126,15 +123,15 @@ def right_arrays() -> dict[str, bytes]:
         return arrays(write(pathlib.Path(root), converted()))
 
 
-@fuzzed(_damaged(trained, "checkpoints/2/"), quick=3, thorough=500)
-def test_a_training_goes_on_from_a_checkpoint_as_it_was_written(files, folder):
-    made = write(folder, files)
+@fuzzed(lambda: damaged(trained(), "checkpoints/2/"), quick=3, thorough=500)
+def test_a_training_goes_on_from_a_checkpoint_as_it_was_written(change, folder):
+    made = write(folder, trained() | dict([change]))
 
     def restore() -> State:
         with contextlib.closing(work_in(made)) as work:
             return work.restore(state(0))
 
-    found = attempt(restore, size=sum(map(len, files.values())))
+    found = attempt(restore, size=len(change[1] or b""))
     assert found is not REFUSED
     assert int(found.step) in (1, 2)
     np.testing.assert_array_equal(found.gates, state(int(found.step)).gates)
