@@ -115,7 +115,7 @@ def _check_dtype(dtype: Any) -> Any:
     try:
         if dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
             return dtype
-    except TypeError:
+    except Exception:  # numpy has its own language of types, with errors of many kinds
         pass
     raise InputError(f"dtype {quoted(dtype)} is no floating type, such as bfloat16 or float32")
 

@@ -46,6 +46,8 @@ class Pattern:
     def __post_init__(self) -> None:
         argument("sink_size", self.sink_size, Size)
         argument("recent_size", self.recent_size, Count)
+        if not isinstance(self.extra, Mapping):
+            raise InputError(f"extra {quoted(self.extra)} is no mapping of names to values")
         gates = self.gates
         if (
             not isinstance(gates, np.ndarray)

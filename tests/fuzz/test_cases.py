@@ -144,9 +144,8 @@ def test_a_flipped_bit_that_leaves_a_valid_text_is_read_as_it_is():
         (b"\n", "no text found"),
         (b'{"text": ""}\n', "no text found"),
         (b"x", "more than 33,554,432 characters"),
-        (b'{"text": "' + b"x" * (16 << 20) + b'"}\n', "unpacks to more than 1000 times its size"),
     ],
-    ids=["newlines", "no texts", "a line", "texts"],
+    ids=["newlines", "no texts", "a line"],
 )
 def test_a_small_file_that_unpacks_to_much_is_refused(content, message, refused, tmp_path):
     """text-27d4a5: 8 KB of newlines took 3.6 GB."""
