@@ -53,6 +53,13 @@ def test_zstandard_with_several_frames_is_read_to_the_end(tmp_path):
     assert load_documents([write(tmp_path / "a.jsonl.zst", packed)]) == TEXTS
 
 
+def test_zstandard_that_expands_as_no_text_does_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("duo_jax.data.packed_text._FREE", 1 << 20)
+    packed = zstandard.ZstdCompressor().compress(json_lines([{"text": "word " * 400_000}]))
+    with pytest.raises(InputError, match="unpacks to more than 1,000 times its size: no text"):
+        load_documents([write(tmp_path / "a.jsonl.zst", packed)])
+
+
 def test_zstandard_larger_than_any_buffer(tmp_path):
     documents = [f"{i} " + "word " * 50_000 for i in range(30)]
     packed = zstandard.ZstdCompressor().compress(json_lines([{"text": d} for d in documents]))
