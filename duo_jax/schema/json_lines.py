@@ -52,7 +52,7 @@ def read(
     """
     if not files.exists(path):
         return []
-    whole, records, damaged, first = [], [], [], ""
+    whole, records, damaged, first, lines_lost = [], [], [], "", 0
     with files.reading(path), path.open("rb") as file:
         for number, (start, line) in enumerate(_lines(file), start=1):
             try:
@@ -60,13 +60,15 @@ def read(
                 records.append(check(values, f"line {number}"))
                 whole.append(values)
             except InputError as error:
+                first, lines_lost = first or cut(str(error), 200), lines_lost + 1
+                if damaged and damaged[-1][1] == start:  # they are copied in one piece
+                    start = damaged.pop()[0]
                 damaged.append((start, file.tell()))
-                first = first or cut(str(error), 200)
     if damaged:
         aside = path.with_suffix(".damaged.jsonl")
         _copy(path, damaged, aside)
         write(path, whole)
-        more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+        more = f" and {lines_lost - 1:,} more" if lines_lost > 1 else ""
         print(f"{path}: {first}{more}: set aside in {aside.name}; {lost}", file=sys.stderr)
     return records
 
