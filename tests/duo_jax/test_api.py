@@ -209,7 +209,7 @@ def test_split_parameters_are_those_of_split_params(tmp_path, name):
         ({"dtype": int}, "is no floating type"),
         ({"weights": 3}, "weight format 3 is not one of"),
         ({"kv": []}, r"KV format \[\] is not one of"),
-        ({"implementation": None}, "implementation=None is not one of"),
+        ({"implementation": None}, "implementation None is not one of"),
         ({"prefill_mode": "fast"}, "prefill mode 'fast' is not one of exact, chunk"),
     ],
 )
