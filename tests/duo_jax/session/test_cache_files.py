@@ -19,7 +19,7 @@ from duo_jax.session.session import Session
 from tests import models
 from tests.params import random_params
 
-pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.core]
+pytestmark = pytest.mark.core
 # One layer of retrieval heads only, one of streaming heads only, one mixed.
 RAW = models.llama(num_key_value_heads=4, num_hidden_layers=3)
 CONFIG = parse_config(RAW)
