@@ -12,7 +12,7 @@ from tests import models
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> pathlib.Path:
     """Write a model that some of the fixture's texts are too long for."""
-    raw = models.llama(vocab_size=400, max_position_embeddings=64, num_hidden_layers=1)
+    raw = models.llama(vocab_size=400, max_position_embeddings=64)
     folder = models.write_hf(tmp_path_factory.mktemp("model"), raw)
     return models.write_tokenizer(folder, vocab_size=400)
 

@@ -26,7 +26,7 @@ needs_hf = pytest.mark.skipif(not HAS_HF, reason="lm-eval's hf model needs torch
 TASKS = pathlib.Path("tests/duo_jax/evaluate/lm_eval_tasks")
 NAMES = ["local_choose_passkey", "local_say_passkey", "local_texts"]
 CONTEXT = "Here is a long text with passkeys hidden in it. Remember them. The passkey is"
-GATES = Pattern(gates=np.zeros((1, 2)), sink_size=2, recent_size=4)
+GATES = Pattern(gates=np.zeros((2, 2)), sink_size=2, recent_size=4)
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def masked_logprobs(folder: pathlib.Path, pairs: list[tuple[list[int], list[int]
             params,
             tokens,
             attend=self_mixed_attention(**sizes),
-            layer_inputs=jnp.zeros((1, 2)),
+            layer_inputs=jnp.zeros((2, 2)),
         )
         return jax.nn.log_softmax(logits(config, params, x))
 
