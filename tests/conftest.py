@@ -38,7 +38,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _programs = tempfile.mkdtemp(prefix="duo-jax-tests-")
 atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _programs)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 _MOST_MEMORY = 3e9  # bytes of a worker

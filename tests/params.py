@@ -17,6 +17,7 @@ def random_params(config: ModelConfig, *, seed: int = 0, dtype=jnp.float32) -> d
 
     def draw(path, leaf):
         x = rng.standard_normal(leaf.shape) * config.embed_size**-0.5
-        return jnp.asarray(x + 1 if path[-1].key == "scale" else x, dtype)
+        x = x + 1 if path[-1].key == "scale" else x
+        return jax.device_put(x.astype(dtype))  # jnp.asarray would compile a program a shape
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -38,7 +38,9 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    raw = models.llama(
+        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
+    )
     folder = models.write_hf(tmp_path_factory.mktemp("models") / "tiny", raw)
     (folder / "identify.json").write_text(json.dumps(PRESET))
     return models.write_tokenizer(folder)
@@ -144,8 +146,8 @@ def test_table_and_picture_show_what_was_measured(result):
     assert f"{np.mean(profile):.1%}" in table
     np.testing.assert_allclose(values["largest_standard_error"], 0.01)
     assert "standard error over texts above 1.0%" in table
-    np.testing.assert_allclose(values["full"], score(np.ones((2, 2)), 4, 12))
-    np.testing.assert_allclose(values["all_streaming"], score(np.zeros((2, 2)), 4, 12))
+    np.testing.assert_allclose(values["full"], score(np.ones((1, 4)), 4, 12))
+    np.testing.assert_allclose(values["all_streaming"], score(np.zeros((1, 4)), 4, 12))
     with Image.open(out.with_suffix(".png")) as image:
         assert min(image.size) > 900
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50

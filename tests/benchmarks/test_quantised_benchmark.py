@@ -16,7 +16,7 @@ from duo_jax.evaluate.passkeys.retrieval import Retrieved
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 
 TINY = QuantisedFlags(
-    samples=3, length=256, passkeys=4, chunk=64, rows=2, kv=("int4",), weights=("int8",), both=()
+    samples=3, length=256, passkeys=4, chunk=104, rows=2, kv=("int4",), weights=("int8",), both=()
 )
 
 
@@ -24,7 +24,7 @@ def test_passkeys_count_as_in_training():
     folder = pretrained.resolve("demo")
     pattern = load_pattern(folder / "pattern")
     # All heads stream: so some passkeys are found, those nearby, and others are not.
-    model = duo_jax.load("demo", sparsity=1.0, prefill_chunk=64)
+    model = duo_jax.load("demo", sparsity=1.0, prefill_chunk=TINY.chunk)
     test = quantised.held_out(TINY, model)
     assert test.haystack == "held-out text"
     by_mask = test.accuracy(

@@ -21,7 +21,6 @@ from duo_jax.session import session as session_module
 from duo_jax.session.runtime import Runtime
 from tests import models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 VOCAB = 400
 RAW = models.llama(vocab_size=VOCAB, num_key_value_heads=4, max_position_embeddings=256)
 GATES = np.array([[0.9, 0.2, 0.4, 0.1], [0.3, 0.8, 0.7, 0.6]])

@@ -22,7 +22,6 @@ from tests import models
 from tests.duo_jax.test_api import GATES, PATTERN, TEMPLATE, TEXT, VOCAB
 from tests.processes import without_plugin_log
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 # A range so long that a decode can be interrupted in the middle.
 RAW = models.llama(vocab_size=VOCAB, num_key_value_heads=4, max_position_embeddings=30_000)
 QUESTION = " What is it?"

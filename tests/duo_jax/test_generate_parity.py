@@ -21,7 +21,7 @@ from duo_jax.session.session import Session
 from tests import models
 from tests.golden import generate
 
-pytestmark = [pytest.mark.usefixtures("quick_compile"), pytest.mark.core]
+pytestmark = pytest.mark.core
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
 every_case = pytest.mark.parametrize("name", models.CASES.keys())

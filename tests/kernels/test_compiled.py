@@ -116,8 +116,9 @@ def compiled_before(target: str) -> dict[str, str]:
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("op", CASES)
 def test_named_cases_compile_without_spilling(compiler, op, target):
-    names = [f"{op}: {name}" for name in CASES[op]]
-    assert len(names) > 5
+    """Each case for one target: nearly all of the time goes into lowering."""
+    names = [f"{op}: {name}" for name in CASES[op]][TARGETS.index(target) :: len(TARGETS)]
+    assert len(names) > 4
     known = compiled_before(target)
     if not known:  # with another jax, those of real size
         names = [name for name in names if named()[name].compile_only]

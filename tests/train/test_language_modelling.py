@@ -41,11 +41,16 @@ def loss(gates, data, *, mixing="teacher", params=None):
     return _loss(gates, params or model()[1], data, mixing)
 
 
+@jax.jit
+def _logits(params, tokens):
+    config, _ = model()
+    return llama.logits(config, params, llama.hidden_states(config, params, tokens)[0])
+
+
 def by_hand(data: Batch) -> float:
     """Look every token's probability up, one by one, with full attention."""
-    config, params = model()
-    x, _ = llama.hidden_states(config, params, data.tokens)
-    logits = np.asarray(llama.logits(config, params, x), np.float64)
+    _, params = model()
+    logits = np.asarray(_logits(params, data.tokens), np.float64)
     log_p = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     losses = [
         -log_p[row, position - 1, data.tokens[row, position]]

@@ -17,9 +17,9 @@ from kernels import address_limit
 from tests import models
 from tests.params import random_params
 
-RAW = models.llama(num_key_value_heads=4, num_attention_heads=8, num_hidden_layers=2)
+RAW = models.llama(num_key_value_heads=4, num_attention_heads=8, num_hidden_layers=1)
 CONFIG = parse_config(RAW)
-HEADS = np.array([[1, 1, 0, 1], [0, 0, 0, 0]], bool)
+HEADS = np.array([[1, 1, 0, 1]], bool)
 SPLIT = duo_config(CONFIG, HEADS, sink_size=4, recent_size=6)
 MAX_LEN = 200
 

@@ -17,8 +17,6 @@ from duo_jax.evaluate.compare.tasks import Task, make_task
 from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 DATA = PasskeyTemplates(num_passkeys=2, passkey_words=2)
 FLAGS = (
     "--num-passkeys 2 --passkey-words 2 --samples 3 --batch 2 --length 320 --random-seeds 2 "

@@ -18,7 +18,7 @@ from duo_jax.heads.pattern import Pattern
 from duo_jax.model.llama import hidden_states, logits
 from train.gates import self_mixed_attention
 
-pytestmark = pytest.mark.usefixtures("offline", "quick_compile")
+pytestmark = pytest.mark.usefixtures("offline")
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 HAS_HF = HAS_TORCH and importlib.util.find_spec("accelerate") is not None
 needs_hf = pytest.mark.skipif(not HAS_HF, reason="lm-eval's hf model needs torch and accelerate")

@@ -7,7 +7,7 @@ import pytest
 
 from duo_jax.evaluate.harness import command as lm_eval_command
 
-pytestmark = pytest.mark.usefixtures("offline", "quick_compile")
+pytestmark = pytest.mark.usefixtures("offline")
 TASKS = "tests/duo_jax/evaluate/lm_eval_tasks"
 
 

@@ -97,12 +97,14 @@ def test_scores(written, exact, recall):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    raw = models.llama(
+        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
+    )
     folder = models.write_hf(tmp_path_factory.mktemp("needle") / "tiny", raw)
     models.write_tokenizer(folder)
     pattern = folder / "pattern"
     save_pattern(
-        Pattern(gates=np.array([[0.9, 0.1], [0.2, 0.8]]), sink_size=4, recent_size=12),
+        Pattern(gates=np.array([[0.9, 0.1, 0.2, 0.8]]), sink_size=4, recent_size=12),
         pattern,
     )
     return folder
@@ -110,7 +112,7 @@ def folder(tmp_path_factory):
 
 # A tokenizer of 600 words spells the default needle in hundreds of tokens.
 SHORT = {"intro": "Read.", "needle": " It is {answer}.", "answer": "red", "question": " It is"}
-FLAGS = "--lengths 60 100 --depths 0 0.5 1 --max-new-tokens 6 --batch 2 --prefill-chunk 32".split()
+FLAGS = "--lengths 60 96 --depths 0 0.5 1 --max-new-tokens 6 --batch 2 --prefill-chunk 32".split()
 FLAGS += [word for name, text in SHORT.items() for word in (f"--{name}", text)]
 
 
@@ -132,9 +134,9 @@ def test_rows_say_what_was_measured(finished):
     duo, full, streaming = (
         [r for r in result["rows"] if r["caches"] == c] for c in ("duo", "full", "streaming")
     )
-    # 2 of 4 heads in 16 slots instead of 106; a key and a value of 8 float32 channels each.
-    assert {r["cache_bytes"] for r in full} == {4 * 106 * 8 * 2 * 4}
-    assert {r["cache_bytes"] for r in duo} == {(2 * 106 + 2 * 16) * 8 * 2 * 4}
+    # 2 of 4 heads in 16 slots instead of 102; a key and a value of 8 float32 channels each.
+    assert {r["cache_bytes"] for r in full} == {4 * 102 * 8 * 2 * 4}
+    assert {r["cache_bytes"] for r in duo} == {(2 * 102 + 2 * 16) * 8 * 2 * 4}
     assert {r["cache_bytes"] for r in streaming} == {4 * 16 * 8 * 2 * 4}
     assert result["sparsity"] == 0.5
     assert (result["sink"], result["recent"], result["prefill_chunk"]) == (4, 12, 32)

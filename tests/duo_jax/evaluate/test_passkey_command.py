@@ -20,11 +20,13 @@ FLAGS = ["--lengths", "256", "--samples", "3", "--batch", "2", "--kv", "bf16", *
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    raw = models.llama(
+        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
+    )
     folder = models.write_hf(tmp_path_factory.mktemp("passkeys") / "tiny", raw)
     models.write_tokenizer(folder)
     save_pattern(
-        Pattern(gates=np.array([[0.9, 0.1], [0.2, 0.8]]), sink_size=4, recent_size=12),
+        Pattern(gates=np.array([[0.9, 0.1, 0.2, 0.8]]), sink_size=4, recent_size=12),
         folder / "pattern",
     )
     return folder

@@ -232,9 +232,12 @@ def relative_error(got, want):
     return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
-@every_model
-@pytest.mark.parametrize("weights", FORMATS)
-@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(
+    ("raw", "weights"),
+    [(MODELS["llama, multi-query, biases"], weights) for weights in FORMATS]
+    + [(raw, "int4") for name, raw in MODELS.items() if "llama" not in name],
+    ids=lambda x: x if isinstance(x, str) else x["model_type"],
+)
 def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp_path):
     folder = models.write_hf(tmp_path, raw)
     config = pretrained.load_config(folder)
@@ -253,7 +256,6 @@ def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp
 
 
 @pytest.mark.parametrize("weights", STORED)
-@pytest.mark.usefixtures("quick_compile")
 def test_chunks_and_single_tokens_equal_one_forward(weights):
     config = parse_config(MODELS["qwen3, norms on q and k"] | {"num_hidden_layers": 1})
     heads = np.array([[False, True]])

@@ -20,16 +20,17 @@ from train.distillation import Batch
 from train.optimisation import StepConfig, init_state, train_step
 
 RAW = models.llama(num_key_value_heads=4, num_attention_heads=8, num_hidden_layers=2)
-CONFIG = parse_config(RAW)
-HEADS = np.array([[0, 1, 0, 1], [0, 0, 0, 1]], bool)
-SPLIT = duo_config(CONFIG, HEADS, sink_size=4, recent_size=6)
+CONFIG = parse_config(RAW)  # trained
+SERVED = dataclasses.replace(CONFIG, num_layers=1)
+HEADS = np.array([[0, 1, 0, 1]], bool)
+SPLIT = duo_config(SERVED, HEADS, sink_size=4, recent_size=6)
 LENGTHS = np.array([29, 3], np.int32)  # across the ring's wrap-around, and before it
 BOTH = pytest.mark.parametrize("mode", ["exact", "chunk"])
 
 
 @functools.cache
 def weights():
-    return split_params(CONFIG, random_params(CONFIG), HEADS)
+    return split_params(SERVED, random_params(SERVED), HEADS)
 
 
 @functools.cache
@@ -131,7 +132,7 @@ def test_loading_with_a_choice_uses_it(tmp_path, monkeypatch):
         used.append(implementation)
         return branches["xla"]()
 
-    folder = models.write_hf(tmp_path / "tiny", RAW | {"vocab_size": 400})
+    folder = models.write_hf(tmp_path / "tiny", RAW | {"vocab_size": 400, "num_hidden_layers": 1})
     models.write_tokenizer(folder, vocab_size=400)
     for module in ("decode", "prefill", "streaming"):
         monkeypatch.setattr(f"kernels.{module}.api.dispatch", spy)

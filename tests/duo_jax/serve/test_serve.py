@@ -36,10 +36,8 @@ SOME = MIXED[:1]
 
 # Cached by configuration, so every test with the same shapes shares one compiled program.
 params = functools.cache(random_params)
-# Compiling is what takes time here: without machine-code optimisation it takes half of it.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-prefill = jit(serve.prefill, static_argnums=0, static_argnames="mode", donate_argnums=2)
-decode = jit(serve.decode, static_argnums=0, donate_argnums=2)
+prefill = jax.jit(serve.prefill, static_argnums=0, static_argnames="mode", donate_argnums=2)
+decode = jax.jit(serve.decode, static_argnums=0, donate_argnums=2)
 
 
 def split(heads, *, config=CONFIG, weights=None, sink=SINK, recent=RECENT):
@@ -50,7 +48,7 @@ def split(heads, *, config=CONFIG, weights=None, sink=SINK, recent=RECENT):
     )
 
 
-@functools.partial(jit, static_argnames=("config", "mask", "sink", "recent", "total_length"))
+@functools.partial(jax.jit, static_argnames=("config", "mask", "sink", "recent", "total_length"))
 def _masked_logits(weights, heads, tokens, *, config, mask, sink, recent, total_length):
     def attend(q, k, v, is_retrieval):
         positions = jnp.arange(q.shape[1])
@@ -230,11 +228,11 @@ def test_chunk_mode_of_one_chunk_is_dense():
 @pytest.mark.parametrize("name", models.CASES)
 def test_every_family_is_served(name):
     raw = models.CASES[name]
-    config = parse_config(raw)
+    config = parse_config(raw | {"num_hidden_layers": 1})
     rng = np.random.default_rng(0)
     heads = rng.random((config.num_layers, config.num_kv_heads)) < 0.5
     duo, weights = split(heads, config=config)
-    tokens = jnp.asarray(models.tokens(raw, length=30))
+    tokens = models.tokens(raw, length=30)
     expected = masked_logits(heads, tokens, config=config, total_length=30)
     cache = init_cache(duo, batch_size=2, max_len=32)
     for first in (0, 15):
@@ -313,8 +311,8 @@ def test_decode_can_be_vmapped():
     _, _, cache = read(config, weights, tokens[:, :12], chunk=12)
     choices = jnp.asarray(tokens[:, 12:14].T)  # [choices, batch]
     step = functools.partial(serve.decode, config, weights)
-    together, _ = jit(jax.vmap(step, in_axes=(None, 0)))(cache, choices)
-    step = jit(step)
+    together, _ = jax.jit(jax.vmap(step, in_axes=(None, 0)))(cache, choices)
+    step = jax.jit(step)
     for choice, logits in zip(choices, together, strict=True):
         alone, _ = step(cache, choice)
         np.testing.assert_allclose(logits, alone, atol=2e-5)
@@ -325,9 +323,9 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from duo_jax import serve
 from duo_jax.cache import init_cache
-from tests.duo_jax.serve.test_serve import MIXED, LENGTH, split, tokens_of
+from tests.duo_jax.serve.test_serve import LENGTH, ONE_LAYER, SOME, split, tokens_of
 
-config, weights = split(MIXED)
+config, weights = split(SOME, config=ONE_LAYER)
 mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
 rows, copy = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
 prefill = jax.jit(serve.prefill, static_argnums=0)

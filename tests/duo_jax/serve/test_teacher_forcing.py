@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from duo_jax import serve
 from duo_jax.cache import init_cache
@@ -13,7 +12,6 @@ from duo_jax.serve.teacher_forcing import decode_given, decode_tokens
 from tests import models
 from tests.params import random_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 RAW = models.llama(num_hidden_layers=1)
 ARCHITECTURE = parse_config(RAW)
 HEADS = np.arange(ARCHITECTURE.num_kv_heads)[None, :] % 2 == 0
