@@ -7,9 +7,9 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +25,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     )
 
 import jax
+import jaxtyping
 import pytest
 
 if TYPE_CHECKING:
@@ -40,6 +41,25 @@ atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _programs)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _check_types(*, typechecker: Any) -> Callable[[Any], Any]:
+    """Check the arguments and results of functions, but for those within functions.
+
+    Those are made at every call, in each layer of each trace, and making a check takes 10 ms.
+    """
+
+    def decorate(decorated: Any) -> Any:
+        if "<locals>" in getattr(decorated, "__qualname__", ""):
+            return decorated
+        return _jaxtyped(decorated, typechecker=typechecker)
+
+    return decorate
+
+
+jaxtyping.jaxtyped = _check_types
 
 _MOST_MEMORY = 3e9  # bytes of a worker
 
