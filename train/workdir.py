@@ -20,7 +20,7 @@ from msgspec import Meta
 from duo_jax import files
 from duo_jax.checkpoints.orbax_checkpoint import quiet_orbax
 from duo_jax.cli import workdir
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, cut
 from duo_jax.process import signals
 from duo_jax.schema import checksums, json_lines
 from duo_jax.schema.check import convert
@@ -29,6 +29,7 @@ from duo_jax.schema.kinds import Count
 # Metrics are float32 on the device.
 _Number = Annotated[int, Meta(ge=-(2**53), le=2**53)] | Annotated[float, Meta(ge=-4e38, le=4e38)]
 _Metrics = dict[str, _Number | None]  # null: not measured, or not finite
+_NOTES = "_CHECKPOINT_METADATA"  # the file of orbax' notes on a checkpoint
 _DIGEST = "checksum"  # its name among the arrays of a checkpoint
 
 
@@ -57,13 +58,7 @@ class WorkDir:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         with files.writing(path), quiet_orbax():  # it looks at what is there
-            self._checkpoints = ocp.CheckpointManager(
-                (path / "checkpoints").absolute(),
-                item_handlers=ocp.StandardCheckpointHandler(),
-                options=ocp.CheckpointManagerOptions(
-                    max_to_keep=2, enable_async_checkpointing=False
-                ),
-            )
+            self._checkpoints = _open((path / "checkpoints").absolute())
 
     def restore(self, state: State) -> State:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
@@ -163,6 +158,29 @@ class WorkDir:
     def close(self) -> None:
         """Release the checkpoint manager's threads."""
         self._checkpoints.close()
+
+
+def _open(folder: pathlib.Path) -> ocp.CheckpointManager:
+    """Open the checkpoints in a folder; notes that orbax cannot read are removed.
+
+    They hold a checkpoint's time and the names of orbax' classes, and it can do without.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return ocp.CheckpointManager(folder, item_handlers=handler, options=options)
+    except OSError:
+        raise
+    except Exception as error:  # of no common type
+        signals.check()  # which orbax may have turned into it
+        print(
+            f"orbax' notes on the checkpoints in {folder} are damaged and removed "
+            f"({cut(' '.join(str(error).split()), 200)}); the arrays are checked by themselves",
+            file=sys.stderr,
+        )
+        for notes in folder.glob(f"*/{_NOTES}"):
+            notes.unlink()
+        return ocp.CheckpointManager(folder, item_handlers=handler, options=options)
 
 
 def _check(values: dict[str, Any], where: str) -> dict[str, Any]:

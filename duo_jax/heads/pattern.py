@@ -145,6 +145,8 @@ def _parse_gates(text: str, file: pathlib.Path) -> Float[np.ndarray, "layers kv_
                 f"{file}: row {number} has {row.count(chr(9)) + 1} values, row 1 has {columns + 1}"
             )
     try:
+        if not text.replace("\t", "").replace("\n", "").isprintable():
+            raise ValueError("there are control characters in it")  # numpy takes some for spaces
         gates = np.loadtxt(rows, delimiter="\t", ndmin=2, comments=None)
     except ValueError as error:
         raise InputError(f"{file} is not a table of tab-separated numbers: {error}") from None

@@ -70,6 +70,15 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(folder, capfd):
     assert int(workdir(folder).restore(state(0)).step) == 2
 
 
+def test_notes_that_orbax_cannot_read_are_removed(folder, capfd):
+    notes = folder / "checkpoints" / "2" / "_CHECKPOINT_METADATA"
+    notes.write_text(notes.read_text().replace('"init_', '"hnit_').replace('"item_', '"htem_'))
+    work = workdir(folder)
+    (line,) = (x for x in capfd.readouterr().err.splitlines() if "orbax' notes" in x)
+    assert line.endswith("the arrays are checked by themselves")
+    np.testing.assert_array_equal(work.restore(state(0)).gates, state(2).gates)
+
+
 def test_where_none_can_be_read_nothing_is_touched(folder):
     damage(folder, 1)
     damage(folder, 2)
