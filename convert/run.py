@@ -82,12 +82,8 @@ def convert(flags: ConvertConfig) -> None:
 
 
 def _open(folder: pathlib.Path, *, allow_pickle: bool) -> WeightFiles:
-    if (
-        allow_pickle
-        and folder.is_dir()
-        and not is_checkpoint(folder)
-        and not has_safetensors(folder)
-    ):
+    others = gguf.is_gguf(folder) or is_checkpoint(folder) or has_safetensors(folder)
+    if allow_pickle and not others:
         architecture = pretrained.load_config(folder)
         return HuggingFaceFiles(PickledFiles(folder), architecture, str(folder))
     return open_weights(folder)

@@ -119,7 +119,7 @@ def _guesses(
         original = (kept[at] * (_USUAL_HIGH - _USUAL_LOW) + _USUAL_LOW) / turns[at]
         yield _USUAL_LOW, _USUAL_HIGH, round(original)
     if between.size > 1:
-        slope, offset = np.polyfit(turns[between], kept[between], 1)
+        slope, offset = map(float, np.polyfit(turns[between], kept[between], 1))
         if slope > 0 > offset:  # only the ratio of low and high has an effect
             high = round(1 - 1 / offset, 3)
             yield _USUAL_LOW, high, round(slope * (high - _USUAL_LOW))
