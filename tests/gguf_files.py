@@ -1,5 +1,6 @@
 """Small GGUF files, written by the gguf package's own writer, as llama.cpp's converter would."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -72,15 +73,18 @@ def write(
     stored: gguf.GGMLQuantizationType = F32,
     tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
     change: Callable[[gguf.GGUFWriter], None] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Write a model of `models`, and return its weights as they are in the file, dequantised.
 
     Args:
       path: the file.
       raw: its config.json.
-      stored: the type of matrices; the rest is float32.
+      stored: the type of matrices whose rows fit it; the rest is float32.
       tokenizer: adds a tokenizer's entries.
       change: adds more entries or tensors.
+      tensors: by Hugging Face names; bytes are blocks of the type `stored`, and not returned.
+        Default: those of `models`.
     """
     kind = {"mistral": "llama"}.get(raw["model_type"], raw["model_type"])
     writer = gguf.GGUFWriter(path, kind)
@@ -111,11 +115,14 @@ def write(
         tokenizer(writer)
     if change is not None:
         change(writer)
-    weights = {}
-    for name, array in models.hf_tensors(raw).items():
+    weights, block = {}, gguf.GGML_QUANT_SIZES[stored][0]
+    for name, array in (tensors or models.hf_tensors(raw)).items():
+        if array.dtype == np.uint8:
+            writer.add_tensor(gguf_name(name), array, raw_dtype=stored)
+            continue
         rows = {"q_proj": heads, "k_proj": raw["num_key_value_heads"]}.get(name.split(".")[-2])
         moved = permuted(array, rows) if rows and kind == "llama" else array
-        type_ = stored if array.ndim == 2 else F32
+        type_ = stored if array.ndim == 2 and array.shape[-1] % block == 0 else F32
         data = gguf.quantize(moved, type_)
         writer.add_tensor(gguf_name(name), data, raw_dtype=type_)
         values = gguf.dequantize(data, type_)
@@ -135,22 +142,37 @@ _WORDS = (
 )
 
 
-def byte_level(pre: str, **flags: bool) -> Callable[[gguf.GGUFWriter], None]:
-    """Return what adds byte-level BPE: all bytes, and some words merged from left to right."""
+@functools.cache
+def _byte_level_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Return tokens and merges: all bytes, and words that are merged from left to right.
+
+    As in a trained vocabulary, a token that is cut into bytes is merged to itself again.
+    """
+    from tokenizers import models as tokenizer_models
     from tokenizers import pre_tokenizers
 
     alphabet = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     words = [word for plain in _WORDS.split() for word in (plain, f" {plain}")]
     words += ["  ", "    ", "\n\n", "\n    ", " (", '("', "):", ".\n", "__"]
-    tokens = dict.fromkeys(sorted(pre_tokenizers.ByteLevel.alphabet()), NORMAL)
-    merges = []
+    tokens = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    merges: list[tuple[str, str]] = []
     for word in words:
         [(spelled, _)] = alphabet.pre_tokenize_str(word)
         for at in range(1, len(spelled)):
-            if spelled[: at + 1] not in tokens:
-                merges.append(f"{spelled[:at]} {spelled[at]}")
-                tokens[spelled[: at + 1]] = NORMAL
-    tokens |= {"<|begin|>": CONTROL, "<|end|>": CONTROL, "<think>": USER_DEFINED}
+            pair, whole = (spelled[:at], spelled[at]), spelled[: at + 1]
+            merged = tokenizer_models.BPE(tokens, merges).tokenize(whole)
+            if whole not in tokens:
+                if tuple(token.value for token in merged) != pair:
+                    break
+                merges.append(pair)
+                tokens[whole] = len(tokens)
+    return dict.fromkeys(tokens, NORMAL), [" ".join(pair) for pair in merges]
+
+
+def byte_level(pre: str, **flags: bool) -> Callable[[gguf.GGUFWriter], None]:
+    """Return what adds byte-level BPE with a pre-tokenizer's name."""
+    tokens, merges = _byte_level_vocabulary()
+    tokens = tokens | {"<|begin|>": CONTROL, "<|end|>": CONTROL, "<think>": USER_DEFINED}
 
     def add(writer: gguf.GGUFWriter) -> None:
         writer.add_tokenizer_model("gpt2")

@@ -46,7 +46,7 @@ _MODULES = {
 _IN_LAYER = re.compile(r"blk\.([0-9]+)\.(\w+)\.(weight|bias)")
 _NOT_PARAMETERS = re.compile(rf"{re.escape(FACTORS)}|blk\.[0-9]+\.attn_rot_embd\.weight")
 _PERMUTED = re.compile(r"\.([qk])_proj\.(weight|bias)$")
-_BLOCK = 1 << 21  # numbers that are unpacked at once
+_BLOCK = 1 << 19  # numbers that are unpacked at once
 
 
 class GgufTensors:
