@@ -56,6 +56,7 @@ def load_tokenizer(path: pathlib.Path) -> Any:
             tokenizer_object=_BUILDERS[kind](vocabulary),
             clean_up_tokenization_spaces=False,
             chat_template=vocabulary.chat_template(),
+            name_or_path=str(path),  # tells tokenizers apart, in the harness's caches too
             **vocabulary.special,
         )
     except ValueError:
