@@ -7,6 +7,7 @@ makes the same tokens; it also reads what transformers passes over: add_space_pr
 of Llama 3 that merges do not reach.
 """
 
+import itertools
 import os
 import pathlib
 from collections.abc import Callable
@@ -22,7 +23,10 @@ from duo_jax.errors import quoted
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
 _MAX_ADDED = 4_096  # tokens that are matched before any rule; Mistral Nemo has 1,000
-_MAX_PIECES = 4_000_000  # characters of all tokens of a SentencePiece vocabulary
+_MAX_TOKENS = 300_000  # Llama 3 has 128,256, Qwen 151,936
+_MAX_MERGES = 400_000  # Llama 3 has 280,147
+_LONGEST_PIECE = 256  # characters of a token that is merged from others
+_MAX_PIECES = 2_000_000  # characters of all of them
 _SPECIAL = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -84,6 +88,7 @@ class _Vocabulary:
         self.tokens: list[str] = self._list("tokens", list) or []
         if not self.tokens:
             raise header.refused("it has no tokenizer (tokenizer.ggml.tokens)")
+        self.limit(len(self.tokens), _MAX_TOKENS, "tokens")
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         if len(self.ids) < len(self.tokens):
             double = next(t for i, t in enumerate(self.tokens) if self.ids[t] != i)
@@ -137,7 +142,8 @@ class _Vocabulary:
         found = self._list("merges", list)
         if found is None:
             return None
-        pairs = [tuple(merge.split(" ")) for merge in found]
+        self.limit(len(found), _MAX_MERGES, "merges")
+        pairs = [tuple(merge.split(" ", 2)) for merge in found]
         odd = next((i for i, pair in enumerate(pairs) if len(pair) != 2), None)
         if odd is not None:
             raise self.header.refused(f"the merge {quoted(found[odd])} is no pair of tokens")
@@ -158,10 +164,8 @@ class _Vocabulary:
         """Return the tokens that are found in a text before any rule applies."""
         special = dict.fromkeys((*self.special.values(), *self.of_type(_CONTROL)), True)
         found = dict.fromkeys(self.of_type(_USER_DEFINED), False) | special
-        if len(found) > _MAX_ADDED:
-            raise self.header.refused(
-                f"it has {len(found):,} control and user-defined tokens, above {_MAX_ADDED:,}"
-            )
+        self.limit(len(found), _MAX_ADDED, "control and user-defined tokens")
+        self.limit(sum(map(len, found)), _MAX_ADDED * 64, "characters in these tokens")
         return [
             AddedToken(token, special=is_special, normalized=False)
             for token, is_special in sorted(found.items(), key=lambda item: self.ids[item[0]])
@@ -178,6 +182,11 @@ class _Vocabulary:
                 f"its chat template has {len(found):,} characters, above {LONGEST_TEMPLATE:,}"
             )
         return found
+
+    def limit(self, count: int, most: int, what: str) -> None:
+        """Refuse what would take long, and no model has."""
+        if count > most:
+            raise self.header.refused(f"it has {count:,} {what}, above {most:,}")
 
     def _list(self, name: str, kind: type) -> Any:
         found = self.entry(name)
@@ -230,17 +239,23 @@ def _merges_of_scores(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
         raise vocabulary.header.refused("it lacks tokenizer.ggml.scores")
     if not np.isfinite(scores).all():
         raise vocabulary.header.refused("its tokenizer.ggml.scores are no finite numbers")
-    if sum(map(len, vocabulary.tokens)) > _MAX_PIECES:
-        raise vocabulary.header.refused(
-            f"its tokens have more than {_MAX_PIECES:,} characters in all"
-        )
     ids = vocabulary.ids
-    found = [
-        (-score, -at, at - len(token), token[:at], token[at:])
+    pieces = [
+        (token, score)
         for token, score in zip(vocabulary.tokens, scores.tolist(), strict=True)
+        if len(token) <= _LONGEST_PIECE
+    ]
+    vocabulary.limit(
+        sum(len(token) for token, _ in pieces), _MAX_PIECES, "characters in its tokens"
+    )
+    pairs = (
+        (-score, -at, at - len(token), token[:at], token[at:])
+        for token, score in pieces
         for at in range(1, len(token))
         if token[:at] in ids and token[at:] in ids
-    ]
+    )
+    found = list(itertools.islice(pairs, _MAX_MERGES + 1))
+    vocabulary.limit(len(found), _MAX_MERGES, "merges")
     found.sort(key=lambda pair: pair[:3])  # equal ones in the order of the vocabulary
     return [(left, right) for *_, left, right in found]
 
