@@ -6,8 +6,11 @@ import jax
 import numpy as np
 import pytest
 
+import duo_jax
 from convert.__main__ import main
 from duo_jax.checkpoints import pretrained
+from duo_jax.errors import InputError
+from duo_jax.plan import __main__ as plan_command
 from duo_jax.session.tokenization import load_tokenization
 from tests import gguf_files, models
 from tests.convert.test_convert_process import LARGE, MB, growth
@@ -33,6 +36,25 @@ def test_to_a_checkpoint_and_on_to_hugging_face(tmp_path):
     for model in (checkpoint, folder, direct):
         assert pretrained.load_config(model) == pretrained.load_config(file)
         jax.tree.map(np.testing.assert_array_equal, pretrained.load_params(model), expected)
+
+
+def test_every_form_of_a_model_writes_the_same(tmp_path):
+    file = write(tmp_path)
+    main(["--to-hf", str(file), str(tmp_path / "hf")])
+    texts = [
+        duo_jax.load(model, pattern="none", weights="int8").generate(
+            ["the world and"], max_new_tokens=5, temperature=2.0
+        )
+        for model in (file, tmp_path / "hf")
+    ]
+    assert texts[0] == texts[1] != [""]
+    with pytest.raises(InputError, match="has no pattern of its own"):
+        duo_jax.load(file)
+
+
+def test_the_planner_takes_the_file(tmp_path, capsys):
+    plan_command.main(["--model", str(write(tmp_path)), "--pattern", "none"])
+    assert "no streaming heads of 4" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "sentencepiece", "sentencepiece, EOS"])

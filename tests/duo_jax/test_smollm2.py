@@ -2,11 +2,15 @@
 
 import importlib.util
 import json
+import pathlib
+import re
+import shlex
 
 import pytest
 
 import duo_jax
 from convert import fetch
+from duo_jax import generate
 from duo_jax.checkpoints.gguf import read_config, read_header
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError
@@ -14,6 +18,7 @@ from duo_jax.session.tokenization import load_tokenization
 from tests.golden import gguf_tokens, smollm2
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("unhooked")]
+README = pathlib.Path(__file__).parents[2] / "README.md"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -59,3 +64,18 @@ def test_it_finds_a_pass_key(file):
     model = duo_jax.load(file, pattern="none")
     [answer] = model.generate([smollm2.prompt("51934")], max_new_tokens=6)
     assert "51934" in answer
+
+
+def test_it_prints_what_readme_says(file, capsys):
+    text = README.read_text(encoding="utf-8")
+    [(command, printed)] = re.findall(r"(python -m duo_jax.*smollm2.*)\n((?:# .*\n)+)```", text)
+    words = shlex.split(command)[3:]
+    words[words.index("--model") + 1] = str(file)
+    generate.main(words)
+    said = capsys.readouterr()
+
+    def without_times(text: str) -> str:
+        return re.sub(r"[\d.]+ (s|tokens/s)\b", r"_ \1", text)
+
+    shown = re.sub("^# ", "", printed, flags=re.MULTILINE)
+    assert without_times(said.out + said.err) == without_times(shown)
