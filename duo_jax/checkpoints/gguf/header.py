@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from duo_jax.errors import InputError, quoted
-from duo_jax.files import reading, shown
+from duo_jax.files import is_file, reading, shown
 
 MAGIC = b"GGUF"
 _LFS_POINTER = b"version https://git-lfs"
@@ -77,7 +77,7 @@ def is_gguf(path: pathlib.Path) -> bool:
     Raises:
       InputError: the file cannot be read.
     """
-    if not path.is_file():
+    if not is_file(path):
         return False
     if path.suffix.lower() == ".gguf":
         return True

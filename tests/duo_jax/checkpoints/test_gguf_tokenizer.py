@@ -21,6 +21,7 @@ def write(folder, tokenizer, change=None):
     return folder / "m.gguf"
 
 
+@pytest.mark.core
 @every_tokenizer
 def test_tokens_of_a_page_are_those_of_the_golden_file(tmp_path, name):
     tokenizer = load_tokenizer(gguf_tokens.write(tmp_path, name))
