@@ -73,6 +73,7 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
     path_argument("model", name)
     path = pathlib.Path(name)
     if str(name) and is_folder(path):  # Path("") would be the current folder
+        gguf.refuse_folder(path)
         return path
     if name == DEMO:
         return pathlib.Path(str(importlib.resources.files("duo_jax") / "demo"))

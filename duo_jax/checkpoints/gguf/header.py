@@ -85,6 +85,17 @@ def is_gguf(path: pathlib.Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
+def refuse_folder(folder: pathlib.Path) -> None:
+    """Refuse a folder that is no model but holds some in GGUF, which have to be named themselves.
+
+    Raises:
+      InputError: it is one.
+    """
+    if not is_file(folder / "config.json"):
+        for file in sorted(folder.glob("*.gguf")):
+            raise InputError(f"{shown(folder)} holds GGUF files: name one, such as {shown(file)}")
+
+
 def read_header(path: pathlib.Path) -> Header:
     """Read a file's metadata and the places of its tensors.
 

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from duo_jax.checkpoints.chat_template_files import LONGEST_TEMPLATE
 from duo_jax.checkpoints.gguf import pre_tokenizers
 from duo_jax.checkpoints.gguf.header import Header, read_header
-from duo_jax.errors import quoted
+from duo_jax.errors import InputError, quoted
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
 _MAX_ADDED = 4_096  # tokens that are matched before any rule; Mistral Nemo has 1,000
@@ -63,9 +63,9 @@ def load_tokenizer(path: pathlib.Path) -> Any:
             name_or_path=str(path),  # tells tokenizers apart, in the harness's caches too
             **vocabulary.special,
         )
-    except ValueError:
+    except InputError:
         raise
-    except Exception as error:  # of tokenizers, which has no class of its own
+    except Exception as error:  # of many types, all about the file
         raise vocabulary.header.refused(f"its tokenizer cannot be built: {error}") from None
 
 

@@ -171,6 +171,8 @@ def test_is_gguf_by_name_or_by_content(tmp_path):
     found = {path.name for path in tmp_path.iterdir() if is_gguf(path)}
     assert found == {"model", "x.GGUF"}
     assert pretrained.resolve(str(tmp_path / "model")) == tmp_path / "model"
+    with pytest.raises(InputError, match=r"holds GGUF files: name one, such as .*folder\.gguf"):
+        pretrained.resolve(tmp_path)
 
 
 # What is refused, by name and in one line.
