@@ -88,7 +88,7 @@ def evaluate(flags: LmEvalConfig) -> None:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # see _BOOTSTRAPS
     files.make_folder(flags.out.parent)
     with tempfile.TemporaryDirectory() as scratch:
-        manager, names = _find_tasks(flags, _tokenizer_folder(flags.model, scratch))
+        manager, names = _find_tasks(flags, tokenizer_folder(flags.model, scratch))
         results = _run(flags, manager, _load_tasks(flags, manager, names))
     files.write_text(flags.out, _to_json(results))
     print(_tables(results))
@@ -100,7 +100,7 @@ def evaluate(flags: LmEvalConfig) -> None:
         )
 
 
-def _tokenizer_folder(model: str, scratch: str) -> str:
+def tokenizer_folder(model: str, scratch: str) -> str:
     """Return a folder from which the harness's generators can load the tokenizer by themselves."""
     folder = pretrained.resolve(model)
     if not gguf.is_gguf(folder):

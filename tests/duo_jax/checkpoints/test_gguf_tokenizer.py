@@ -7,6 +7,7 @@ import pytest
 
 from duo_jax.checkpoints.gguf import load_tokenizer
 from duo_jax.errors import InputError
+from duo_jax.evaluate.harness.command import tokenizer_folder
 from duo_jax.session.tokenization import load_tokenization
 from tests import gguf_files, models
 from tests.golden import gguf_tokens
@@ -136,3 +137,13 @@ def test_scores_must_be_numbers(tmp_path):
 
     with pytest.raises(InputError, match="scores are no finite numbers"):
         load_tokenizer(write(tmp_path, add))
+
+
+def test_the_harness_gets_a_folder_to_load_it_from(tmp_path):
+    from transformers import AutoTokenizer
+
+    file = gguf_tokens.write(tmp_path, "llama-bpe")
+    (tmp_path / "other").mkdir()
+    folder = tokenizer_folder(str(file), str(tmp_path / "other"))
+    found = AutoTokenizer.from_pretrained(folder)(gguf_tokens.PAGE)["input_ids"]
+    assert found == load_tokenizer(file)(gguf_tokens.PAGE)["input_ids"]
