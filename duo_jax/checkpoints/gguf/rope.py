@@ -116,7 +116,7 @@ def _guesses(
     between = np.flatnonzero((kept > 1e-3) & (kept < 1 - 1e-3))
     if between.size:
         at = between[0]
-        original = (kept[at] * (_USUAL_HIGH - _USUAL_LOW) + _USUAL_LOW) / turns[at]
+        original = float((kept[at] * (_USUAL_HIGH - _USUAL_LOW) + _USUAL_LOW) / turns[at])
         yield _USUAL_LOW, _USUAL_HIGH, round(original)
     if between.size > 1:
         slope, offset = map(float, np.polyfit(turns[between], kept[between], 1))
