@@ -13,12 +13,14 @@ from convert.run import convert
 from duo_jax import cli
 
 _DESCRIPTION = """\
-Convert a model from Hugging Face safetensors to an orbax checkpoint of duo_jax, or back (--to-hf).
+Convert a model from Hugging Face safetensors or GGUF to an orbax checkpoint of duo_jax, or to
+safetensors (--to-hf).
 
-Every command of duo_jax also reads Hugging Face folders directly. A checkpoint is compressed, and
-its weights may be quantised in advance (--weights). Without --dtype and --weights both directions
-keep every bit. Other files of the model's folder, such as tokenizer, presets, pattern and prompt,
-are copied. Host memory is needed for about one tensor, and DST appears only when it is complete.
+Every command of duo_jax also reads Hugging Face folders and GGUF files directly. A checkpoint is
+compressed, and its weights may be quantised in advance (--weights). Without --dtype and --weights
+both directions keep every bit; what a GGUF file has in blocks becomes float32. Other files of the
+model's folder, such as tokenizer, presets, pattern and prompt, are copied. Host memory is needed
+for about one tensor, and DST appears only when it is complete.
 """
 
 

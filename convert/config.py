@@ -16,7 +16,8 @@ class ConvertConfig:
     """Flags of the command."""
 
     src: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SRC")]
-    """The model: a Hugging Face folder, a hub name such as org/name, or a converted checkpoint."""
+    """The model: a Hugging Face folder, a GGUF file, a hub name such as org/name, or a converted
+    checkpoint."""
 
     dst: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DST")]
     """The folder to make; must not exist, or be empty."""

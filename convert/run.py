@@ -1,4 +1,4 @@
-"""Convert a model folder: weights one way or the other, other files as they are.
+"""Convert a model: weights one way or the other, other files as they are.
 
 Which files are copied is decided in convert.other_files.
 """
@@ -9,10 +9,10 @@ import pathlib
 import numpy as np
 from tqdm import tqdm
 
-from convert import checkpoint_writer, huggingface_writer, other_files
+from convert import checkpoint_writer, gguf_metadata, huggingface_writer, other_files
 from convert.config import ConvertConfig
 from convert.pickled_files import PickledFiles
-from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints import gguf, pretrained
 from duo_jax.checkpoints.orbax_checkpoint import (
     MARKER_FILE,
     PARAMS_FOLDER,
@@ -68,7 +68,12 @@ def convert(flags: ConvertConfig) -> None:
             )
             marker = checksums.seal(marker_of(flags.weights) | {"digests": digests})
             (folder / MARKER_FILE).write_text(marker + "\n", encoding="utf-8")
-        left_out = other_files.copy(source, folder)
+        left_out = []
+        if gguf.is_gguf(source):
+            stored = {weight_files.dtype(tensor) for tensor in tensors}
+            gguf_metadata.write(source, folder, dtype=pretrained.common_dtype(stored).name)
+        else:
+            left_out = other_files.copy(source, folder)
         if dtype is not None:
             _rewrite_dtype(folder / "config.json", dtype)
     print(f"{flags.dst} is complete: {len(tensors)} tensors, {total / 1e9:.3g} GB read")
@@ -77,7 +82,8 @@ def convert(flags: ConvertConfig) -> None:
 
 
 def _open(folder: pathlib.Path, *, allow_pickle: bool) -> WeightFiles:
-    if allow_pickle and not is_checkpoint(folder) and not has_safetensors(folder):
+    others = gguf.is_gguf(folder) or is_checkpoint(folder) or has_safetensors(folder)
+    if allow_pickle and not others:
         architecture = pretrained.load_config(folder)
         return HuggingFaceFiles(PickledFiles(folder), architecture, str(folder))
     return open_weights(folder)

@@ -56,7 +56,7 @@ def load(
     """Load a model and split its heads.
 
     Args:
-      model: a Hugging Face folder, a hub name, a converted checkpoint, or "demo".
+      model: a Hugging Face folder, a GGUF file, a hub name, a converted checkpoint, or "demo".
       pattern: a pattern or its folder; "none" is the model as published, every head with a full
         cache. Default: the model's own pattern, where it has one.
       sparsity: fraction of streaming heads, in [0, 1]; default 0.5.

@@ -119,7 +119,9 @@ def make_folder(path: str | pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[pathlib.Path]:
+def new_folder(
+    path: str | pathlib.Path, *, replace: bool = False, wait: float = 0.0
+) -> Iterator[pathlib.Path]:
     """Yield a temporary folder beside `path` that takes its name when the block succeeds.
 
     Signals interrupt only the block, and neither the exchange nor the removal of what is left.
@@ -127,6 +129,7 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
     Args:
       path: the folder to make; its parents are made too.
       replace: overwrite an existing folder; otherwise it must not exist or be empty.
+      wait: seconds to wait for another process that writes it.
 
     Raises:
       InputError: `path` exists (and `replace` is false), another process is writing it, or it
@@ -140,7 +143,7 @@ def new_folder(path: str | pathlib.Path, *, replace: bool = False) -> Iterator[p
         raise InputError(f"{path} cannot be written: an output folder needs a name")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with signals.put_off(), _alone(path) as partial:
+    with signals.put_off(), _alone(path, wait=wait) as partial:
         with writing(path):
             _put_back(path)
             if not replace and path.is_dir() and any(path.iterdir()):

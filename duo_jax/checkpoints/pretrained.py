@@ -1,8 +1,8 @@
 """Find a model by name; load its config, parameters and tokenizer.
 
-Everything that takes a model takes a Hugging Face folder, a hub name ("org/name") or a converted
-checkpoint (`python -m convert`); `resolve` turns any of them into a folder, and the other functions
-treat both kinds of folder alike.
+Everything that takes a model takes a Hugging Face folder, a hub name ("org/name"), a converted
+checkpoint (`python -m convert`) or a GGUF file; `resolve` turns any of them into a folder or that
+file, and the other functions treat all of them alike.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool
 from tqdm import tqdm
 
+from duo_jax.checkpoints import gguf
 from duo_jax.checkpoints.chat_template_files import check_chat_templates
 from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
@@ -57,12 +58,13 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.Path:
-    """Return the folder of a model, downloading it if it is a hub name.
+    """Return the folder of a model, or its GGUF file, downloading it if it is a hub name.
 
     The cache and offline settings of huggingface_hub apply (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN).
 
     Args:
-      name: a local folder, "org/name", or "demo" for the model that ships with duo_jax.
+      name: a local folder, a GGUF file, "org/name", or "demo" for the model that ships with
+        duo_jax.
       allow_pickle: fetch pickled weights if a hub model has no safetensors.
 
     Raises:
@@ -71,14 +73,20 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
     path_argument("model", name)
     path = pathlib.Path(name)
     if str(name) and is_folder(path):  # Path("") would be the current folder
+        gguf.refuse_folder(path)
         return path
     if name == DEMO:
         return pathlib.Path(str(importlib.resources.files("duo_jax") / "demo"))
     if is_file(path):
-        raise InputError(f"{path} is a file; a model is a folder or a hub name such as org/name")
+        if gguf.is_gguf(path):
+            return path
+        raise InputError(
+            f"{path} is a file; a model is a folder or a hub name such as org/name, or a GGUF file"
+        )
     if not _HUB_NAME.fullmatch(str(name)):
         raise InputError(
-            f"no such model: {str(name)!r} is neither a folder nor a hub name such as org/name"
+            f"no such model: {str(name)!r} is neither a folder nor a hub name such as org/name, "
+            "nor a GGUF file"
         )
     files = ["*.json", *TOKENIZER_FILES]
     folder = _download(str(name), [*files, "*.safetensors"])
@@ -88,7 +96,7 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
 
 
 def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
-    """Return a model's config.json or a folder that holds it; nothing else is fetched.
+    """Return a model's config.json, a folder that holds it, or a GGUF file; fetch nothing else.
 
     Args:
       name: as in `resolve`, or the file itself.
@@ -105,12 +113,12 @@ def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
 
 
 def load_config(folder: pathlib.Path) -> ModelConfig:
-    """Read the architecture of the model in `folder`.
+    """Read the architecture of the model in `folder`, a config.json or a GGUF file.
 
     Raises:
       InputError: there is no readable config.json, or the model is not supported.
     """
-    return read_config(folder)
+    return gguf.read_config(folder) if gguf.is_gguf(folder) else read_config(folder)
 
 
 def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
@@ -120,7 +128,7 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
     what the device holds.
 
     Args:
-      folder: a Hugging Face folder or a converted checkpoint.
+      folder: a Hugging Face folder, a converted checkpoint or a GGUF file.
       dtype: type to cast to; None keeps each tensor's own.
 
     Raises:
@@ -157,7 +165,7 @@ def load_split_params(
     Loads tensor by tensor, so host memory peaks at about one tensor beyond what the device holds.
 
     Args:
-      folder: a Hugging Face folder or a converted checkpoint.
+      folder: a Hugging Face folder, a converted checkpoint or a GGUF file.
       heads: which KV heads are retrieval heads.
       dtype: type to cast to; None keeps the stored type, or takes float32 if there are several.
         Weights are quantised from the stored values, not from values of this type.
@@ -181,7 +189,7 @@ def load_split_params(
 
     if dtype is None:
         plain = (tensor for tensor in weight_files.tensors if not quantised(tensor))
-        dtype = _common_dtype({weight_files.dtype(tensor) for tensor in plain})
+        dtype = common_dtype({weight_files.dtype(tensor) for tensor in plain})
     ends: dict[Path, Any] = {}
     layers: list[dict[Path, Any]] = [{} for _ in heads]
     bar = tqdm(weight_files.tensors, desc="weights", unit="tensor", leave=False, disable=None)
@@ -207,7 +215,7 @@ def load_split_params(
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
-    """Load the tokenizer of the model in `folder`, without touching the network.
+    """Load the tokenizer of the model in `folder`, or a GGUF file, without touching the network.
 
     Returns:
       A transformers tokenizer.
@@ -215,6 +223,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     Raises:
       InputError: there are no tokenizer files, or transformers cannot use them.
     """
+    if gguf.is_gguf(folder):
+        return gguf.load_tokenizer(folder)
     if not any(exists(folder / file) for file in TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
     check_chat_templates(folder)
@@ -244,14 +254,14 @@ def _read_leaf(
 ) -> np.ndarray:
     """Read one leaf of the tree, its layers stacked."""
     if dtype is None:
-        dtype = _common_dtype({weight_files.dtype(tensor) for tensor in parts})
+        dtype = common_dtype({weight_files.dtype(tensor) for tensor in parts})
     leaf = np.empty((len(parts), *parts[0].shape), np.dtype(dtype))
     for i, tensor in enumerate(parts):
         copy_cast(leaf[i], read_array(weight_files, tensor), tensor.name)
     return leaf if parts[0].layer is not None else leaf[0]
 
 
-def _common_dtype(stored: set[np.dtype]) -> np.dtype:
+def common_dtype(stored: set[np.dtype]) -> np.dtype:
     """Return the one type in a set, else float32, which holds the values of every other exactly."""
     return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 

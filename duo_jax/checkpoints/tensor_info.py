@@ -35,6 +35,7 @@ def check(
     expected: Mapping[str, tuple[int, ...]],
     *,
     where: str,
+    config: str = "config.json",
     ignored: Callable[[str], bool] | None = None,
 ) -> None:
     """Compare what files hold with the names and shapes that a model needs.
@@ -43,6 +44,7 @@ def check(
       found: the tensors in the files.
       expected: the shape of every tensor of the model.
       where: the files' name in the error message.
+      config: the name there of what says which tensors a model needs.
       ignored: tells whether a name may be there without being expected.
 
     Raises:
@@ -70,7 +72,7 @@ def check(
         if names
     ]
     if listed:
-        raise InputError(f"tensors in {where} do not fit its config.json; {'; '.join(listed)}")
+        raise InputError(f"tensors in {where} do not fit its {config}; {'; '.join(listed)}")
 
 
 def shortened(words: list[str], limit: int = 5) -> str:

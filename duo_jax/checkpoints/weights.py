@@ -1,7 +1,7 @@
-"""The tensors of a model folder, one at a time, in our layout.
+"""The tensors of a model, one at a time, in our layout.
 
-The folder is a Hugging Face one or a converted checkpoint; `open_weights` finds out. To walk a
-model layer by layer:
+They are in a Hugging Face folder, a converted checkpoint or a GGUF file; `open_weights` finds out.
+To walk a model layer by layer:
 
     weight_files = open_weights(folder)
     for tensor in weight_files.tensors:  # embedding, layer 0, layer 1, ..., final norm, lm_head
@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from duo_jax.checkpoints import tensor_info, tensor_names
+from duo_jax.checkpoints import gguf, tensor_info, tensor_names
 from duo_jax.checkpoints.orbax_checkpoint import CheckpointFiles, is_checkpoint
 from duo_jax.checkpoints.safetensors_files import SafetensorsFiles
 from duo_jax.checkpoints.tensor_info import TensorInfo
@@ -58,6 +58,7 @@ class HuggingFaceFiles:
       files: the files, opened.
       architecture: the model that they should hold.
       where: the name of the files in error messages.
+      config: what says which tensors there should be, in error messages.
 
     Raises:
       InputError: tensors are missing, unknown, or of another shape or type than config.json
@@ -66,7 +67,14 @@ class HuggingFaceFiles:
 
     format: StoredFormat = "model"
 
-    def __init__(self, files: NamedTensors, architecture: ModelConfig, where: str) -> None:
+    def __init__(
+        self,
+        files: NamedTensors,
+        architecture: ModelConfig,
+        where: str,
+        *,
+        config: str = "config.json",
+    ) -> None:
         self.architecture = architecture
         self.tensors = tensor_names.tensors(architecture)
         self._files = files
@@ -74,6 +82,7 @@ class HuggingFaceFiles:
             files.info,
             {tensor.name: tensor.hf_shape for tensor in self.tensors},
             where=where,
+            config=config,
             ignored=lambda name: tensor_names.is_ignored(name, architecture),
         )
 
@@ -99,6 +108,9 @@ def open_weights(folder: pathlib.Path) -> WeightFiles:
     Raises:
       InputError: files are missing or damaged, or tensors do not fit config.json.
     """
+    if gguf.is_gguf(folder):
+        tensors = gguf.GgufTensors(folder)
+        return HuggingFaceFiles(tensors, tensors.architecture, str(folder), config="metadata")
     architecture = read_config(folder)
     if is_checkpoint(folder):
         return CheckpointFiles(folder, architecture)

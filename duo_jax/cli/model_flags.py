@@ -18,8 +18,8 @@ class ModelFlags:
     """The arguments of `duo_jax.load` as flags; commands inherit them."""
 
     model: str = pretrained.DEMO
-    """A Hugging Face folder, a hub name such as org/name, a converted checkpoint, or "demo", the
-    model that ships with duo_jax."""
+    """A Hugging Face folder, a GGUF file, a hub name such as org/name, a converted checkpoint, or
+    "demo", the model that ships with duo_jax."""
     pattern: str | None = None
     """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
     head, the model as published. Default: the folder "pattern" in the model's own folder."""

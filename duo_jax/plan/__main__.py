@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from duo_jax import cli, files
 from duo_jax.cache import KVFormat
-from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints import gguf, pretrained
 from duo_jax.errors import InputError
 from duo_jax.heads.choose import split_heads
-from duo_jax.model.hf_config import read_config
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
 from duo_jax.plan.estimate import Workload
@@ -40,8 +39,8 @@ class PlanConfig:
     """Flags of the command."""
 
     model: str = pretrained.DEMO
-    """A config.json, a folder that holds one, a hub name such as org/name, or "demo", the model
-    that ships with duo_jax."""
+    """A config.json, a folder that holds one, a GGUF file, a hub name such as org/name, or "demo",
+    the model that ships with duo_jax."""
     gpu: str = "a100-80g"
     """a100-40g, a100-80g, h100-80g, h200, or a number of gigabytes."""
     pattern: str | None = None
@@ -82,8 +81,10 @@ def run(flags: PlanConfig) -> None:
     """
     gpu = gpus.find(flags.gpu)
     file = pretrained.resolve_config(flags.model)
-    folder = file if files.is_folder(file) else file.parent
-    split, _ = split_heads(read_config(file), folder, flags.pattern, sparsity=flags.sparsity)
+    folder = file if files.is_folder(file) or gguf.is_gguf(file) else file.parent
+    split, _ = split_heads(
+        pretrained.load_config(file), folder, flags.pattern, sparsity=flags.sparsity
+    )
     workload = Workload(config=split, dtype=flags.dtype, batch_size=flags.batch, chunk=flags.chunk)
     architecture = split.architecture
     num_heads = architecture.num_layers * architecture.num_kv_heads

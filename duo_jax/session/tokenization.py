@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from duo_jax import files
-from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints import gguf, pretrained
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import convert
 from duo_jax.schema.json_reader import read_json
@@ -114,13 +114,15 @@ def load_tokenization(folder: pathlib.Path) -> Tokenization:
     """Load the tokenizer of the model in `folder`, and the tokens that end its answers.
 
     These are eos_token_id of generation_config.json and config.json (one or several each), and the
-    tokenizer's own.
+    tokenizer's own; or those that a GGUF file names.
 
     Raises:
       InputError: there is no usable tokenizer.
     """
     tokenizer = pretrained.load_tokenizer(folder)
     stops = {tokenizer.eos_token_id}
+    if gguf.is_gguf(folder):
+        stops.update(gguf.end_tokens(folder))
     for name in ("generation_config.json", "config.json"):
         stops.update(_eos_tokens(folder / name))
     stops.discard(None)

@@ -6,11 +6,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 from duo_jax import cli, files
 from duo_jax.api import DuoModel
-from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints import gguf, pretrained
 from duo_jax.errors import InputError
 from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.reports import machine
@@ -86,8 +87,9 @@ def evaluate(flags: LmEvalConfig) -> None:
         raise InputError('lm-evaluation-harness is not installed: pip install "duo_jax[eval]"')
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # see _BOOTSTRAPS
     files.make_folder(flags.out.parent)
-    manager, names = _find_tasks(flags)
-    results = _run(flags, manager, _load_tasks(flags, manager, names))
+    with tempfile.TemporaryDirectory() as scratch:
+        manager, names = _find_tasks(flags, tokenizer_folder(flags.model, scratch))
+        results = _run(flags, manager, _load_tasks(flags, manager, names))
     files.write_text(flags.out, _to_json(results))
     print(_tables(results))
     info = results["config"]
@@ -98,7 +100,16 @@ def evaluate(flags: LmEvalConfig) -> None:
         )
 
 
-def _find_tasks(flags: LmEvalConfig) -> tuple[Any, list[str]]:
+def tokenizer_folder(model: str, scratch: str) -> str:
+    """Return a folder from which the harness's generators can load the tokenizer by themselves."""
+    folder = pretrained.resolve(model)
+    if not gguf.is_gguf(folder):
+        return str(folder)
+    pretrained.load_tokenizer(folder).save_pretrained(scratch)
+    return scratch
+
+
+def _find_tasks(flags: LmEvalConfig, tokenizer: str) -> tuple[Any, list[str]]:
     """Return the harness's TaskManager, and the names of the tasks, groups and tags to run.
 
     Raises:
@@ -107,7 +118,7 @@ def _find_tasks(flags: LmEvalConfig) -> tuple[Any, list[str]]:
     from lm_eval.tasks import TaskManager
 
     # For the harness's generators: their tokenizer, and the lengths of contexts.
-    metadata: dict[str, Any] = {"tokenizer": str(pretrained.resolve(flags.model))}
+    metadata: dict[str, Any] = {"tokenizer": tokenizer}
     if flags.lengths:
         metadata["max_seq_lengths"] = list(flags.lengths)
     options: dict[str, Any] = {"include_path": flags.include_path and str(flags.include_path)}

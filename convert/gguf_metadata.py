@@ -1,0 +1,26 @@
+"""Write what a GGUF file holds besides weights as the files of a Hugging Face folder."""
+
+import json
+import pathlib
+
+from duo_jax.checkpoints import gguf
+
+
+def write(source: pathlib.Path, target: pathlib.Path, *, dtype: str) -> None:
+    """Write config.json, generation_config.json, the tokenizer and the chat template.
+
+    Args:
+      source: the GGUF file.
+      target: where to; an existing folder.
+      dtype: the type that config.json names, in which transformers loads the weights.
+
+    Raises:
+      InputError: the file cannot be read.
+    """
+    config = gguf.hf_config(gguf.read_header(source)) | {"dtype": dtype}
+    ends = gguf.end_tokens(source)
+    tokens = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
+    settings = tokens | ({"eos_token_id": ends} if ends else {})
+    for name, content in (("config.json", config), ("generation_config.json", settings)):
+        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    gguf.load_tokenizer(source).save_pretrained(target)
