@@ -23,12 +23,12 @@ from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.weights import WeightFiles, open_weights, read_array
+from duo_jax.checkpoints.tokenizer_class import tokenizer_config
+from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_weights, read_array
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
 from duo_jax.model.config import ModelConfig
-from duo_jax.model.hf_config import read_config
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
     WeightFormat,
@@ -110,7 +110,7 @@ def load_config(folder: pathlib.Path) -> ModelConfig:
     Raises:
       InputError: there is no readable config.json, or the model is not supported.
     """
-    return read_config(folder)
+    return load_architecture(folder)
 
 
 def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
@@ -224,7 +224,10 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder),
+            config=tokenizer_config(folder),
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # of many types, all about the caller's files
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None

@@ -44,7 +44,7 @@ _DEFAULTS = {  # transformers', of what may be absent
 # What transformers does not read in a family, whatever it holds.
 _UNREAD = {
     "llama": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-    "mistral": ("use_sliding_window", "max_window_layers", "layer_types"),
+    "mistral": ("use_sliding_window", "max_window_layers"),
 }
 _REQUIRED = (
     "vocab_size",
@@ -109,6 +109,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"model type {quoted(family)} is not supported" if family else "there is no model_type"
         )
         raise InputError(f"{named}; supported: {', '.join(FAMILIES)}")
+    if not raw.get("is_causal", True):
+        raise InputError("attention to later tokens (is_causal false) is not supported")
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise InputError(f"config.json lacks {', '.join(missing)}")
@@ -204,27 +206,24 @@ def _head_dim(config: _Config) -> int:
 def _refuse_active_window(config: _Config, max_positions: int) -> None:
     """Refuse sliding-window attention where transformers applies it and a text can outgrow it.
 
-    Llama has none. In Mistral, sliding_window alone decides, for all layers. Qwen has one in the
-    layers that layer_types names, else from layer max_window_layers on with use_sliding_window.
+    Llama has none. In Mistral and Qwen layer_types says which layers have one; without it, Mistral
+    has one in all, and Qwen from layer max_window_layers on. Qwen needs use_sliding_window too.
     """
-    window = config.sliding_window
     if config.model_type == "llama":
         return
-    if config.model_type == "mistral":
-        slides = window is not None
-    else:
+    window, first = config.sliding_window, 0
+    if config.model_type != "mistral":
         window = window if config.use_sliding_window else None
-        types = config.layer_types
-        if types is None:
-            first = 28 if config.max_window_layers is None else config.max_window_layers
-            slides = window is not None and first < config.num_hidden_layers
-        else:
-            slides = _slides(types, config.num_hidden_layers)
+        first = 28 if config.max_window_layers is None else config.max_window_layers
+    if config.layer_types is None:
+        slides = window is not None and first < config.num_hidden_layers
+    else:
+        slides = _slides(config.layer_types, config.num_hidden_layers)
     if slides and (window is None or window < max_positions):
         raise InputError(
-            f"sliding-window attention (window {window}) is not supported; models without it, "
-            "such as Mistral v0.2 and v0.3 (sliding_window null) or Qwen with use_sliding_window "
-            "false, are"
+            f"sliding-window attention (window {config.sliding_window}) is not supported; models "
+            "without it, such as Mistral v0.2 and v0.3 (sliding_window null) or Qwen with "
+            "use_sliding_window false, are"
         )
 
 
