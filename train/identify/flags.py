@@ -43,7 +43,8 @@ class IdentifyConfig:
     model that ships with duo_jax."""
     text: tuple[str, ...] = ()
     """Text to hide passkeys in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
-    as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that comes with Python (about 465 KB)."""
+    as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that
+    comes with Python (about 465 KB)."""
     workdir: str | None = None
     """Folder of all outputs; the same command resumes from it. Default: runs/identify-MODEL."""
 

@@ -64,7 +64,8 @@ class CompareConfig(ModelFlags):
     """Methods to compare; full caches are always measured."""
     text: tuple[str, ...] = ()
     """Text to hide passkeys in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
-    as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that comes with Python (about 465 KB)."""
+    as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that
+    comes with Python (about 465 KB)."""
     samples: Count = 32
     """Texts per task."""
     length: Count = 1024
