@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from tqdm import tqdm
 
 from duo_jax.checkpoints.chat_template_files import check_chat_templates
+from duo_jax.checkpoints.folder_kinds import refuse_what_is_no_model
 from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
@@ -101,7 +102,10 @@ def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
         return path
     if not is_folder(path) and _HUB_NAME.fullmatch(str(name)):
         return _download(str(name), ["config.json"])
-    return resolve(name)
+    folder = resolve(name)
+    if not exists(folder / "config.json"):
+        refuse_what_is_no_model(folder)
+    return folder
 
 
 def load_config(folder: pathlib.Path) -> ModelConfig:

@@ -231,6 +231,12 @@ def test_what_is_no_model_is_told_what_it_is(tmp_path, files, words, read):
     assert "allow-pickle" not in str(error.value)
 
 
+def test_a_planner_is_told_too(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(ADAPTER)
+    with pytest.raises(InputError, match="is an adapter"):
+        pretrained.resolve_config(tmp_path)
+
+
 def test_a_model_beside_the_state_of_its_training_is_one(tmp_path):
     folder = write(tmp_path / "model", RAW, hf_tensors())
     for name in ("optimizer.pt", "training_args.bin", "trainer_state.json"):
