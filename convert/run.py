@@ -76,6 +76,7 @@ def convert(flags: ConvertConfig) -> None:
             left_out = other_files.copy(source, folder)
         if dtype is not None:
             _rewrite_dtype(folder / "config.json", dtype)
+        _rewrite_tied(folder / "config.json", weight_files.architecture.tie_embeddings)
     print(f"{flags.dst} is complete: {len(tensors)} tensors, {total / 1e9:.3g} GB read")
     if left_out:
         print(f"not copied: {shortened(left_out)}")
@@ -87,6 +88,14 @@ def _open(folder: pathlib.Path, *, allow_pickle: bool) -> WeightFiles:
         architecture = pretrained.load_config(folder)
         return HuggingFaceFiles(PickledFiles(folder), architecture, str(folder))
     return open_weights(folder)
+
+
+def _rewrite_tied(path: pathlib.Path, tied: bool) -> None:
+    """Make config.json say whether embeddings are tied, if it says something else."""
+    raw = read_json(path)
+    if tied != bool(raw.get("tie_word_embeddings")):
+        raw["tie_word_embeddings"] = tied
+        path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 def _rewrite_dtype(path: pathlib.Path, dtype: np.dtype) -> None:

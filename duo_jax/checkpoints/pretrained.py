@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 from duo_jax.checkpoints import gguf
 from duo_jax.checkpoints.chat_template_files import check_chat_templates
+from duo_jax.checkpoints.folder_kinds import refuse_what_is_no_model
 from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.weights import WeightFiles, open_weights, read_array
+from duo_jax.checkpoints.tokenizer_class import tokenizer_config
+from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_weights, read_array
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
 from duo_jax.model.config import ModelConfig
-from duo_jax.model.hf_config import read_config
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
     WeightFormat,
@@ -109,7 +110,10 @@ def resolve_config(name: str | pathlib.Path) -> pathlib.Path:
         return path
     if not is_folder(path) and _HUB_NAME.fullmatch(str(name)):
         return _download(str(name), ["config.json"])
-    return resolve(name)
+    folder = resolve(name)
+    if not exists(folder / "config.json"):
+        refuse_what_is_no_model(folder)
+    return folder
 
 
 def load_config(folder: pathlib.Path) -> ModelConfig:
@@ -118,7 +122,7 @@ def load_config(folder: pathlib.Path) -> ModelConfig:
     Raises:
       InputError: there is no readable config.json, or the model is not supported.
     """
-    return gguf.read_config(folder) if gguf.is_gguf(folder) else read_config(folder)
+    return load_architecture(folder)
 
 
 def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
@@ -234,7 +238,10 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder),
+            config=tokenizer_config(folder),
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except Exception as error:  # of many types, all about the caller's files
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None

@@ -93,7 +93,7 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
         return [folder / SINGLE_FILE], {}
     if exists(folder / INDEX_FILE):
         return read_index(folder / INDEX_FILE)
-    pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pth")])
+    pickled = sorted(folder.glob("pytorch_model*.bin*"))
     if pickled:
         raise InputError(
             f"{folder} has only pickled weights ({pickled[0].name}), which can run code when "

@@ -11,16 +11,24 @@ only moved, so a round trip is exact to the bit.
 
 import dataclasses
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from duo_jax.errors import InputError, quoted
 from duo_jax.model.config import ModelConfig
 
 Path = tuple[str, ...]
 
-# Not parameters: rotary tables and causal masks that old exporters saved too.
-_BUFFER_SUFFIXES = ("rotary_emb.inv_freq", "self_attn.bias", "self_attn.masked_bias")
+# Not parameters: rotary tables, causal masks and positions that old exporters saved too.
+_BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb\..*|rope\.freqs|freqs_(cis|cos|sin)|(\w+_)?inv_freq|(cos|sin)_cached|cos_sin_cache"
+    r"|masked_bias|causal_mask|attention_mask|position_ids|(self_attn|attn|attention)\.bias)$"
+)
+# What torch's wrappers write into the names of the modules that they wrap.
+_WRAPPERS = ("_orig_mod", "module", "_forward_module")
+_WRAPPERS += ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def _always(architecture: ModelConfig) -> bool:
@@ -151,15 +159,29 @@ def tensors(architecture: ModelConfig) -> tuple[Tensor, ...]:
     )
 
 
-def is_ignored(name: str, architecture: ModelConfig) -> bool:
-    """Whether a file may hold this tensor although the model has no such parameter.
+def in_file(names: Iterable[str], expected: Iterable[str]) -> dict[str, str]:
+    """Return the names of files' tensors by the names that the model has for them.
 
-    With tied embeddings the output projection is the embedding; a copy in the file is not read,
-    exactly as transformers does not read it.
+    As in transformers, "model." may be missing or there once more; unlike there, what wrappers of
+    torch add ("_orig_mod.", "module.") may be there. Names that mean none of `expected` stay.
+
+    Raises:
+      InputError: two names mean one tensor.
     """
-    if architecture.tie_embeddings and name == "lm_head.weight":
-        return True
-    return name.endswith(_BUFFER_SUFFIXES)
+    expected, found = set(expected), {}
+    for name in names:
+        plain = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+        meant = (plain, f"model.{plain}", plain.removeprefix("model."))
+        ours = next((each for each in meant if each in expected), name)
+        if ours in found:
+            raise InputError(f"{quoted(name)} and {quoted(found[ours])} are both {ours}")
+        found[ours] = name
+    return found
+
+
+def is_buffer(name: str) -> bool:
+    """Whether this is no parameter but something that models compute, so that nobody reads it."""
+    return _BUFFERS.search(name) is not None
 
 
 def _tensor(row: _Row, architecture: ModelConfig, layer: int | None) -> Tensor:

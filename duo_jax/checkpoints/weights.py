@@ -8,19 +8,26 @@ To walk a model layer by layer:
         array = weight_files.read(tensor)  # [*tensor.shape], belongs at tensor.path, tensor.layer
 """
 
+import dataclasses
 import pathlib
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from duo_jax.checkpoints import gguf, tensor_info, tensor_names
+from duo_jax.checkpoints.folder_kinds import MERGE_LORA, refuse_what_is_no_model
 from duo_jax.checkpoints.orbax_checkpoint import CheckpointFiles, is_checkpoint
-from duo_jax.checkpoints.safetensors_files import SafetensorsFiles
+from duo_jax.checkpoints.safetensors_files import SafetensorsFiles, has_safetensors
 from duo_jax.checkpoints.tensor_info import TensorInfo
 from duo_jax.checkpoints.tensor_names import Tensor
+from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.hf_config import read_config
 from duo_jax.model.quantised_weights import QuantisedKernel, StoredFormat
+
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LORA = ".lora_"
+_ROWS = 1024  # of the embedding that are compared at once
 
 
 @runtime_checkable
@@ -54,6 +61,10 @@ class NamedTensors(Protocol):
 class HuggingFaceFiles:
     """Tensors from files in Hugging Face's layout.
 
+    With tied embeddings, files may hold the embedding under its own name, under that of the output
+    projection, or both. Two that differ are not tied, whatever config.json says: `architecture` is
+    the model that the files hold (transformers reads them so since version 5).
+
     Args:
       files: the files, opened.
       architecture: the model that they should hold.
@@ -75,24 +86,44 @@ class HuggingFaceFiles:
         *,
         config: str = "config.json",
     ) -> None:
-        self.architecture = architecture
-        self.tensors = tensor_names.tensors(architecture)
+        untied = tensor_names.tensors(dataclasses.replace(architecture, tie_embeddings=False))
+        expected = {tensor.name: tensor.hf_shape for tensor in untied}
+        self._names = tensor_names.in_file(files.info, expected)
         self._files = files
+        info = {ours: files.info[theirs] for ours, theirs in self._names.items()}
+        if any(_LORA in name for name in info):
+            raise InputError(f"{where} holds the matrices of a LoRA; {MERGE_LORA}")
+        if architecture.tie_embeddings:
+            if _HEAD in info and _EMBEDDING not in info:
+                self._names[_EMBEDDING], info[_EMBEDDING] = self._names.pop(_HEAD), info.pop(_HEAD)
+            if _HEAD not in info:
+                del expected[_HEAD]
         tensor_info.check(
-            files.info,
-            {tensor.name: tensor.hf_shape for tensor in self.tensors},
-            where=where,
-            config=config,
-            ignored=lambda name: tensor_names.is_ignored(name, architecture),
+            info, expected, where=where, config=config, ignored=tensor_names.is_buffer
         )
+        tied = architecture.tie_embeddings and (_HEAD not in info or self._equal(_HEAD, _EMBEDDING))
+        self.architecture = dataclasses.replace(architecture, tie_embeddings=tied)
+        self.tensors = tensor_names.tensors(self.architecture)
 
     def dtype(self, tensor: Tensor) -> np.dtype:
-        dtype = self._files.info[tensor.name].dtype
+        dtype = self._files.info[self._names[tensor.name]].dtype
         assert dtype is not None, f"{tensor.name} passed the check"
         return dtype
 
     def read(self, tensor: Tensor) -> np.ndarray:
-        return tensor.from_hf(self._files.read(tensor.name))
+        return tensor.from_hf(self._read(tensor.name))
+
+    def _read(self, name: str) -> np.ndarray:
+        return self._files.read(self._names[name])
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same values, whatever their types."""
+        one_, other_ = self._read(one), self._read(other)
+        blocks = (slice(start, start + _ROWS) for start in range(0, len(one_), _ROWS))
+        return all(
+            np.array_equal(one_[rows].astype(np.float32), other_[rows].astype(np.float32))
+            for rows in blocks
+        )
 
 
 def read_array(weight_files: WeightFiles, tensor: Tensor) -> np.ndarray:
@@ -102,8 +133,23 @@ def read_array(weight_files: WeightFiles, tensor: Tensor) -> np.ndarray:
     return array
 
 
+def load_architecture(folder: pathlib.Path) -> ModelConfig:
+    """Read the architecture of a model: its config, and whether embeddings are tied in the files.
+
+    Raises:
+      InputError: as `open_weights`; a folder without weights needs only its config.json.
+    """
+    if gguf.is_gguf(folder):
+        return gguf.read_config(folder)
+    refuse_what_is_no_model(folder)
+    architecture = read_config(folder)
+    if not architecture.tie_embeddings or is_checkpoint(folder) or not has_safetensors(folder):
+        return architecture
+    return open_weights(folder).architecture
+
+
 def open_weights(folder: pathlib.Path) -> WeightFiles:
-    """Open a model's weights; reads headers only.
+    """Open a model's weights; reads headers only, and embeddings that may be tied.
 
     Raises:
       InputError: files are missing or damaged, or tensors do not fit config.json.
@@ -111,6 +157,7 @@ def open_weights(folder: pathlib.Path) -> WeightFiles:
     if gguf.is_gguf(folder):
         tensors = gguf.GgufTensors(folder)
         return HuggingFaceFiles(tensors, tensors.architecture, str(folder), config="metadata")
+    refuse_what_is_no_model(folder)
     architecture = read_config(folder)
     if is_checkpoint(folder):
         return CheckpointFiles(folder, architecture)

@@ -20,7 +20,13 @@ _MAX_CHARACTERS = 50_000_000
 _AT_LEAST = 512  # characters that a document counts for, or an empty line: packed, it has no size
 _LONGEST_LINE = 1 << 25  # characters of a line of JSON
 _MOST_FILES = 100_000  # in a folder, before somebody waits for an answer about "/"
-_TEXT_SUFFIXES = (".txt", ".md", ".rst", ".jsonl", ".jsonl.zst")
+_LARGEST_JSON = 1 << 28  # characters of a file that is one piece of JSON
+# In any case of letters, and packed (.zst) too. A .json file is read where it is named: in folders
+# they hold settings more often than texts.
+_PLAIN = (".txt", ".md", ".rst")
+_LINES = (".jsonl", ".ndjson")
+_TEXT_SUFFIXES = (*_PLAIN, *_LINES)
+_PACKED = ".zst"
 _TEXT_KEYS = ("text", "content", "chapter", "document", "article")
 
 
@@ -28,9 +34,10 @@ def load_documents(sources: Sequence[str]) -> list[str]:
     """Read documents in a fixed order.
 
     Args:
-      sources: text files, folders (searched for .txt, .md, .rst, .jsonl and .jsonl.zst), or names
-        of Hugging Face data sets (needs the extra `datasets`). JSON lines hold their text under
-        "text", "content", "chapter", "document" or "article". Empty: the built-in text.
+      sources: text files, folders (searched for .txt, .md, .rst, .jsonl and .ndjson, which may be
+        packed as .zst), or names of Hugging Face data sets (needs the extra `datasets`). JSON lines
+        hold their text under "text", "content", "chapter", "document" or "article"; a .json file
+        holds such lines, or one list of texts or of such objects. Empty: the built-in text.
 
     Returns:
       Non-empty documents, at most 50 million characters in all; short ones count for 512.
@@ -124,28 +131,60 @@ def _text_files(folder: pathlib.Path) -> list[pathlib.Path]:
             raise InputError(
                 f"{folder} holds more than {_MOST_FILES:,} files and folders; name a smaller one"
             )
-        files = (pathlib.Path(place, name) for name in names if name.endswith(_TEXT_SUFFIXES))
+        files = (pathlib.Path(place, name) for name in names if _ending(name) in _TEXT_SUFFIXES)
         found += [file for file in files if is_file(file)]
     return sorted(found)
 
 
+def _ending(name: str) -> str:
+    """Return what kind of text a file holds: its last suffix, in small letters, but for .zst."""
+    return pathlib.PurePath(name.lower().removesuffix(_PACKED)).suffix
+
+
 def _read_file(path: pathlib.Path) -> Iterator[str]:
-    with reading(path):
-        if path.name.endswith(".jsonl"):
-            with path.open(encoding="utf-8-sig") as lines:
-                yield from _json_texts(lines, path)
-        elif path.name.endswith(".jsonl.zst"):
-            packed = io.BufferedReader(ZstdReader(path))
-            with io.TextIOWrapper(packed, encoding="utf-8-sig") as lines:
-                yield from _json_texts(lines, path)
+    with reading(path), _open(path) as file:
+        if _ending(path.name) in _LINES:
+            yield from _json_texts(file, path)
+        elif _ending(path.name) == ".json":
+            yield from _json_file(file, path)
         else:
-            with path.open(encoding="utf-8-sig") as file:
-                yield file.read(_MAX_CHARACTERS)
+            yield file.read(_MAX_CHARACTERS)
+
+
+def _open(path: pathlib.Path) -> io.TextIOWrapper:
+    packed = path.name.lower().endswith(_PACKED)
+    raw = io.BufferedReader(ZstdReader(path)) if packed else path.open("rb")
+    return io.TextIOWrapper(raw, encoding="utf-8-sig")
+
+
+def _json_file(file: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:
+    """Yield the texts of a list or of one object; of lines, where it is more than one of these."""
+    text = file.read(_LARGEST_JSON + 1)
+    if len(text) > _LARGEST_JSON:
+        raise InputError(
+            f"{shown(path)} has more than {_LARGEST_JSON:,} characters; make it JSON lines (.jsonl)"
+        )
+    lines = text.strip().split("\n", 1)
+    if len(lines) > 1 and _is_json(lines[0]):
+        yield from _json_texts(io.StringIO(text), path)
+        return
+    value = parse_json(text, shown(path))
+    for number, record in enumerate(value if isinstance(value, list) else [value]):
+        where = f"{shown(path)}, entry {number}" if isinstance(value, list) else shown(path)
+        yield _as_text(record) if isinstance(record, str) else _text_of(record, where)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        parse_json(text, "")
+    except InputError:
+        return False
+    return True
 
 
 def _json_texts(lines: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:
     for number in itertools.count(1):
-        line = lines.readline(_LONGEST_LINE + 1)
+        line = lines.readline(_LONGEST_LINE + 1).removeprefix("\ufeff")  # files joined by cat
         if not line:
             return
         if len(line) > _LONGEST_LINE:
@@ -162,9 +201,13 @@ def _text_of(record, where: str) -> str:
     if isinstance(record, dict):
         for key in _TEXT_KEYS:
             if isinstance(record.get(key), str):
-                # Half a surrogate pair is legal JSON, but no text.
-                return record[key].encode("utf-8", "replace").decode("utf-8")
+                return _as_text(record[key])
     raise InputError(f"{where}: no text under any of {', '.join(_TEXT_KEYS)}")
+
+
+def _as_text(text: str) -> str:
+    """Replace halves of surrogate pairs, which are legal JSON, but no text."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_dataset(name: str) -> Iterator[str]:

@@ -1,37 +1,27 @@
 """A model's architecture as a Hugging Face config.json, read and written.
 
-Both forms of rope settings are read and written: that of transformers 5 (rope_parameters) and that
-of transformers 4 (rope_theta and rope_scaling). The file is read directly and not through
-transformers, because transformers 4 and 5 each misread the other's rope settings.
+Both forms of rope settings are read and written (duo_jax.model.hf_rope): that of transformers 5
+(rope_parameters) and that of transformers 4 (rope_theta and rope_scaling). The file is read
+directly and not through transformers, whose versions 4 and 5 each misread the other's settings.
 """
 
 import pathlib
 from collections.abc import Mapping
-from typing import Any, cast, get_args
-
-import msgspec
+from typing import Any
 
 from duo_jax import files
 from duo_jax.errors import InputError, quoted
 from duo_jax.model.config import (
     FAMILIES,
-    OWN_RANGE,
-    AttentionFactor,
     Epsilon,
-    Factor,
-    FrequencyFactor,
     ModelConfig,
-    MScale,
     NumHeads,
     NumLayers,
-    RopeConfig,
-    RopeKind,
-    Theta,
     Width,
 )
+from duo_jax.model.hf_rope import RopeKeys, max_positions, parse_rope, rope_to_hf
 from duo_jax.schema.check import convert
 from duo_jax.schema.json_reader import read_json
-from duo_jax.schema.kinds import LARGEST_INT32, Count, Size
 
 # Refused by name, so that nobody has to guess why a model is not served.
 _UNSUPPORTED_KEYS = {
@@ -42,51 +32,31 @@ _UNSUPPORTED_KEYS = {
     "quantization_config": "weights quantised by another tool",
     "attn_logit_softcapping": "attention logit soft-capping",
     "final_logit_softcapping": "logit soft-capping",
+    "per_layer_config": "layers of different shapes",
+    "transformers_weights": "a file of weights under a name of its own",
 }
-_ROPE_OPTIONS = (  # numbers, under the same names in RopeConfig
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-)
-# transformers' defaults when a key is absent; null heads are as many as the query heads.
-_MISTRAL_DEFAULT_WINDOW = 4096
-_DEFAULT_KV_HEADS = {"mistral": 8, "qwen2": 32, "qwen3": 32}
+_DEFAULTS = {  # transformers', of what may be absent
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8},
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32_768, "num_key_value_heads": 32},
+}
+# What transformers does not read in a family, whatever it holds.
+_UNREAD = {
+    "llama": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+    "mistral": ("use_sliding_window", "max_window_layers"),
+}
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "max_position_embeddings",
-    "rms_norm_eps",
 )
 
 
-class _Rope(msgspec.Struct, kw_only=True):
-    """What is read of rope_parameters and rope_scaling; null is as good as absent."""
-
-    rope_type: str | None = None
-    type: str | None = None
-    rope_theta: Theta | None = None
-    factor: Factor | None = None
-    original_max_position_embeddings: Count | None = None
-    low_freq_factor: FrequencyFactor | None = None
-    high_freq_factor: FrequencyFactor | None = None
-    beta_fast: FrequencyFactor | None = None
-    beta_slow: FrequencyFactor | None = None
-    attention_factor: AttentionFactor | None = None
-    mscale: MScale | None = None
-    mscale_all_dim: MScale | None = None
-    truncate: bool | None = None
-    partial_rotary_factor: float | None = None
-
-
-class _Config(msgspec.Struct, kw_only=True):
-    """What is read of a config.json; other keys are ignored."""
+class _Config(RopeKeys, kw_only=True):
+    """What is read of a config.json; other keys are ignored, and null is as good as absent."""
 
     model_type: str
     vocab_size: Width
@@ -94,21 +64,17 @@ class _Config(msgspec.Struct, kw_only=True):
     intermediate_size: Width
     num_hidden_layers: NumLayers
     num_attention_heads: NumHeads
-    max_position_embeddings: Count
-    rms_norm_eps: Epsilon
-    num_key_value_heads: NumHeads | msgspec.UnsetType | None = msgspec.UNSET
+    num_key_value_heads: NumHeads | None = None  # null: as many as the query heads
+    rms_norm_eps: Epsilon = 1e-6
     head_dim: NumHeads | None = None
     hidden_act: str | None = None
     attention_bias: bool | None = None  # transformers reads it in llama and qwen3 only
     mlp_bias: bool | None = None
     tie_word_embeddings: bool | None = None
-    sliding_window: Size | msgspec.UnsetType | None = msgspec.UNSET
+    sliding_window: int | None = 4096  # null: none
     use_sliding_window: bool | None = None
+    max_window_layers: int | None = None
     layer_types: list[str] | None = None
-    partial_rotary_factor: float | None = None
-    rope_theta: Theta | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
 
 
 def read_config(path: str | pathlib.Path) -> ModelConfig:
@@ -143,21 +109,24 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
             f"model type {quoted(family)} is not supported" if family else "there is no model_type"
         )
         raise InputError(f"{named}; supported: {', '.join(FAMILIES)}")
+    if not raw.get("is_causal", True):
+        raise InputError("attention to later tokens (is_causal false) is not supported")
     missing = [key for key in _REQUIRED if raw.get(key) is None]
     if missing:
         raise InputError(f"config.json lacks {', '.join(missing)}")
-    config = convert(dict(raw), _Config, "config.json")
-    if config.hidden_act not in (None, "silu"):
+    read = {key: value for key, value in raw.items() if key not in _UNREAD.get(family, ())}
+    for key in ("rms_norm_eps", "max_position_embeddings"):
+        if read.get(key) is None:
+            read.pop(key, None)
+    config = convert(_DEFAULTS[family] | read, _Config, "config.json")
+    if config.hidden_act not in (None, "silu", "swish"):  # two names of one function
         raise InputError(
             f"activation {quoted(config.hidden_act)} is not supported; supported: silu"
         )
     attention_bias = family in ("llama", "qwen3") and bool(config.attention_bias)
-    rope = _parse_rope(config)
-    max_positions = _max_positions(config.max_position_embeddings, rope)
-    num_kv_heads = config.num_key_value_heads
-    if num_kv_heads is msgspec.UNSET:
-        num_kv_heads = _DEFAULT_KV_HEADS.get(family)
-    _refuse_active_window(config, max_positions)
+    rope = parse_rope(config)
+    positions = max_positions(config.max_position_embeddings, rope)
+    _refuse_active_window(config, positions)
     return ModelConfig(
         family=family,
         vocab_size=config.vocab_size,
@@ -165,10 +134,10 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         mlp_size=config.intermediate_size,
         num_layers=config.num_hidden_layers,
         num_q_heads=config.num_attention_heads,
-        num_kv_heads=num_kv_heads or config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads or config.num_attention_heads,
         head_dim=config.head_dim or _head_dim(config),
         norm_eps=config.rms_norm_eps,
-        max_positions=max_positions,
+        max_positions=positions,
         rope=rope,
         tie_embeddings=bool(config.tie_word_embeddings),
         qkv_bias=family == "qwen2" or attention_bias,
@@ -185,7 +154,7 @@ def to_hf(architecture: ModelConfig) -> dict[str, Any]:
       ValueError: no config.json of the family describes it, such as a Llama with biases on queries,
         keys and values only.
     """
-    rope = _rope_to_hf(architecture.rope)
+    rope = rope_to_hf(architecture.rope)
     scaled = architecture.rope.kind != "default"
     # transformers stretches the range itself.
     stretched = architecture.rope.kind == "dynamic"
@@ -235,71 +204,36 @@ def _head_dim(config: _Config) -> int:
 
 
 def _refuse_active_window(config: _Config, max_positions: int) -> None:
-    """Refuse sliding-window attention, unless the window is as long as the model's range."""
-    mistral = config.model_type == "mistral"
-    window, switched_on = config.sliding_window, config.use_sliding_window
-    if window is msgspec.UNSET:
-        window = _MISTRAL_DEFAULT_WINDOW if mistral else None
-    if switched_on is None:
-        switched_on = mistral
-    if "sliding_attention" in (config.layer_types or ()):
-        switched_on = True
-    if config.model_type != "llama" and switched_on and window and window < max_positions:
+    """Refuse sliding-window attention where transformers applies it and a text can outgrow it.
+
+    Llama has none. In Mistral and Qwen layer_types says which layers have one; without it, Mistral
+    has one in all, and Qwen from layer max_window_layers on. Qwen needs use_sliding_window too.
+    """
+    if config.model_type == "llama":
+        return
+    window, first = config.sliding_window, 0
+    if config.model_type != "mistral":
+        window = window if config.use_sliding_window else None
+        first = 28 if config.max_window_layers is None else config.max_window_layers
+    if config.layer_types is None:
+        slides = window is not None and first < config.num_hidden_layers
+    else:
+        slides = _slides(config.layer_types, config.num_hidden_layers)
+    if slides and (window is None or window < max_positions):
         raise InputError(
-            f"sliding-window attention (window {window}) is not supported; models without it, "
-            "such as Mistral v0.2 and v0.3 or Qwen with use_sliding_window false, are"
+            f"sliding-window attention (window {config.sliding_window}) is not supported; models "
+            "without it, such as Mistral v0.2 and v0.3 (sliding_window null) or Qwen with "
+            "use_sliding_window false, are"
         )
 
 
-def _parse_rope(config: _Config) -> RopeConfig:
-    # transformers 5 keeps everything in rope_parameters, 4 in rope_theta and rope_scaling.
-    merged = (config.rope_scaling or {}) | (config.rope_parameters or {})
-    rope = convert(merged, _Rope, "config.json, rope settings")
-    kind = rope.rope_type or rope.type or "default"
-    if kind not in get_args(RopeKind):
+def _slides(layer_types: list[str], num_layers: int) -> bool:
+    """Whether a layer has sliding-window attention; layers of any other kind are refused."""
+    if len(layer_types) != num_layers:
         raise InputError(
-            f"rope type {quoted(kind)} is not supported; supported: {', '.join(get_args(RopeKind))}"
+            f"config.json: layer_types has {len(layer_types)} entries for {num_layers} layers"
         )
-    for partial in (rope.partial_rotary_factor, config.partial_rotary_factor):
-        if partial not in (None, 1.0):
-            raise InputError(f"partial rotary embedding (factor {partial}) is not supported")
-    configured = config.max_position_embeddings
-    original = rope.original_max_position_embeddings or configured
-    if kind == "dynamic":
-        original = configured  # transformers stretches from the configured range
-    given = {name: getattr(rope, name) for name in _ROPE_OPTIONS}
-    return RopeConfig(
-        kind=cast(RopeKind, kind),
-        theta=rope.rope_theta or config.rope_theta or 10_000.0,
-        factor=rope.factor or configured / original,
-        original_max_positions=original if kind in OWN_RANGE else None,
-        truncate=True if rope.truncate is None else rope.truncate,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-
-
-def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
-    """Return rope_parameters; options that a rope type does not have are left out."""
-    raw: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
-    if rope.kind != "default":
-        raw["factor"] = rope.factor
-    if rope.kind in ("llama3", "yarn"):
-        raw["original_max_position_embeddings"] = rope.original_max_positions
-    needed = {"llama3": ("low_freq_factor", "high_freq_factor")}.get(rope.kind, ())
-    for key in (*_ROPE_OPTIONS, "truncate"):
-        value = getattr(rope, key)
-        if key in needed or value != getattr(RopeConfig, key):
-            raw[key] = value
-    return raw
-
-
-def _max_positions(configured: int, rope: RopeConfig) -> int:
-    """Return the range including scaling that config.json leaves out of its own figure."""
-    positions = configured
-    if rope.kind in ("dynamic", "yarn"):
-        positions = max(configured, int(rope.factor * (rope.original_max_positions or configured)))
-    if positions > LARGEST_INT32:
-        raise InputError(
-            f"rope scaling stretches the range to {positions:,} positions, beyond int32"
-        )
-    return positions
+    for kind in layer_types:
+        if kind not in ("full_attention", "attention", "sliding_attention"):
+            raise InputError(f"layers of type {quoted(kind)} are not supported")
+    return "sliding_attention" in layer_types

@@ -42,8 +42,9 @@ class IdentifyConfig:
     """A Hugging Face folder, a hub name such as org/name, a converted checkpoint, or "demo", the
     model that ships with duo_jax."""
     text: tuple[str, ...] = ()
-    """Text to hide passkeys in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
-    data set. Default: the language reference that comes with Python (about 465 KB)."""
+    """Text to hide passkeys in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
+    as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that
+    comes with Python (about 465 KB)."""
     workdir: str | None = None
     """Folder of all outputs; the same command resumes from it. Default: runs/identify-MODEL."""
 

@@ -63,8 +63,9 @@ class CompareConfig(ModelFlags):
     methods: tuple[Method, ...] = get_args(Method)
     """Methods to compare; full caches are always measured."""
     text: tuple[str, ...] = ()
-    """Text to hide passkeys in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
-    data set. Default: the language reference that comes with Python (about 465 KB)."""
+    """Text to hide passkeys in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
+    as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that
+    comes with Python (about 465 KB)."""
     samples: Count = 32
     """Texts per task."""
     length: Count = 1024

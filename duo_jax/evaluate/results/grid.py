@@ -59,8 +59,9 @@ class GridFlags(ModelFlags):
     """Flags of evaluations over lengths and depths."""
 
     text: tuple[str, ...] = ()
-    """Text to hide things in: files, folders, .jsonl, .jsonl.zst, or the name of a Hugging Face
-    data set. Default: the language reference that comes with Python (about 465 KB)."""
+    """Text to hide things in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
+    as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that
+    comes with Python (about 465 KB)."""
     lengths: tuple[Count, ...] = ()
     """Lengths of the texts, in tokens. Default: --num-lengths evenly spaced ones."""
     num_lengths: Count = 13

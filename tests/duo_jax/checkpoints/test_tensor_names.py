@@ -8,6 +8,7 @@ import pytest
 
 from duo_jax.checkpoints import tensor_names
 from duo_jax.checkpoints.orbax_checkpoint import flattened, stored_path
+from duo_jax.errors import InputError
 from duo_jax.model import llama
 from duo_jax.model.hf_config import parse_config
 from tests import models
@@ -131,15 +132,36 @@ def test_another_shape_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("name", "tied", "ignored"),
+    ("name", "buffer"),
     [
-        ("lm_head.weight", True, True),
-        ("lm_head.weight", False, False),
-        ("model.layers.3.self_attn.rotary_emb.inv_freq", False, True),
-        ("model.layers.3.self_attn.q_proj.bias", False, False),
-        ("model.layers.3.self_attn.q_norm.weight", False, False),
+        ("lm_head.weight", False),
+        ("model.layers.3.self_attn.rotary_emb.inv_freq", True),
+        ("model.layers.3.self_attn.rotary_emb.cos_cached", True),
+        ("_orig_mod.model.layers.3.self_attn.rotary_emb.sin_cached", True),
+        ("rotary_emb.original_inv_freq", True),
+        ("rope.freqs", True),
+        ("model.causal_mask", True),
+        ("model.layers.3.self_attn.masked_bias", True),
+        ("model.layers.3.attn.bias", True),
+        ("layers.3.attention.bias", True),
+        ("model.layers.3.self_attn.q_proj.bias", False),
+        ("model.layers.3.self_attn.q_norm.weight", False),
+        ("model.layers.3.mlp.bias", False),
     ],
 )
-def test_what_a_file_may_hold_besides(name, tied, ignored):
-    config = parse_config(models.llama(tie_word_embeddings=tied))
-    assert tensor_names.is_ignored(name, config) == ignored
+def test_what_a_file_may_hold_besides(name, buffer):
+    assert tensor_names.is_buffer(name) == buffer
+
+
+def test_names_in_files_mean_tensors_of_the_model():
+    expected = ["model.norm.weight", "lm_head.weight", "model.embed_tokens.weight"]
+    names = ["_orig_mod.norm.weight", "module.model.lm_head.weight", "score.weight"]
+    names += ["model.model.embed_tokens.weight"]
+    assert tensor_names.in_file(names, expected) == {
+        "model.norm.weight": "_orig_mod.norm.weight",
+        "lm_head.weight": "module.model.lm_head.weight",
+        "score.weight": "score.weight",
+        "model.embed_tokens.weight": "model.model.embed_tokens.weight",
+    }
+    with pytest.raises(InputError, match=r"^'norm.weight' and 'model.norm.weight' are both model"):
+        tensor_names.in_file(["model.norm.weight", "norm.weight"], expected)

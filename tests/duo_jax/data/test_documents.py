@@ -45,6 +45,67 @@ def test_zstandard_json_lines(tmp_path):
     assert load_documents([write(tmp_path / "a.jsonl.zst", packed)]) == TEXTS
 
 
+PRETTY = json.dumps(RECORDS, indent=2, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.JSONL", json_lines()),
+        ("a.ndjson", json_lines()),
+        ("a.NdJson", json_lines()),
+        ("a.json", json_lines()),
+        ("a.JSON", PRETTY),
+        ("a.json", json.dumps(TEXTS)),
+        ("a.json", "\n\n" + json.dumps(RECORDS, ensure_ascii=False) + "\n"),
+        ("a.jsonl", b"\xef\xbb\xbf" + json_lines()),
+        ("a.json", b"\xef\xbb\xbf" + PRETTY.encode()),
+        ("joined.jsonl", b"".join(b"\xef\xbb\xbf" + json_lines([r]) for r in RECORDS)),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_json_of_every_name_and_form(tmp_path, name, data, packed):
+    data = data.encode() if isinstance(data, str) else data
+    if packed:
+        name, data = name + ".ZST", zstandard.ZstdCompressor().compress(data)
+    assert load_documents([write(tmp_path / name, data)]) == TEXTS
+
+
+@pytest.mark.parametrize("data", ['{"text": "one"}', '{\n "text": "one"\n}\n', '"one"'])
+def test_one_text_of_a_json_file(tmp_path, data):
+    assert load_documents([write(tmp_path / "a.json", data)]) == ["one"]
+
+
+@pytest.mark.parametrize("name", ["A.TXT", "a.Md", "a.csv", "noname", "a.txt.zst"])
+def test_anything_else_is_plain_text(tmp_path, name):
+    data = json_lines()
+    if name.endswith(".zst"):
+        data = zstandard.ZstdCompressor().compress(data)
+    assert load_documents([write(tmp_path / name, data)]) == [json_lines().decode()]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('{"words": 3}', r"a\.json: no text under any of text, content"),
+        ('[{"text": "a"}, {"words": 3}]', r"a\.json, entry 1: no text under any of"),
+        ('[["a"]]', r"a\.json, entry 0: no text"),
+        ('[{"text": "a"}', r"a\.json is not JSON"),
+        ('{"text": "a"}\n{"text": ', r"a\.json, line 2 is not JSON"),
+        ("3", r"a\.json: no text"),
+    ],
+)
+def test_a_json_file_without_texts_is_refused(tmp_path, data, message):
+    with pytest.raises(InputError, match=message):
+        load_documents([write(tmp_path / "a.json", data)])
+
+
+def test_a_json_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("duo_jax.data.documents._LARGEST_JSON", 100)
+    with pytest.raises(InputError, match=r"a\.json has more than 100 characters; make it JSON lin"):
+        load_documents([write(tmp_path / "a.json", json.dumps(["word" * 30]))])
+
+
 def test_zstandard_with_several_frames_is_read_to_the_end(tmp_path):
     """As `zstd` leaves it after appending, and as parallel compressors write it."""
     compress = zstandard.ZstdCompressor().compress
@@ -71,9 +132,12 @@ def test_folder_is_read_recursively_in_a_fixed_order(tmp_path):
         write(tmp_path / name, name)
     write(tmp_path / "d.jsonl", '{"text": "d"}\n')
     write(tmp_path / "e.jsonl.zst", zstandard.ZstdCompressor().compress(b'{"text": "e"}\n'))
+    write(tmp_path / "f.NDJSON", '{"text": "f"}\n')
+    write(tmp_path / "g.TXT", "g")
     write(tmp_path / "ignored.py", "ignored")
+    write(tmp_path / "ignored.json", "{}")
     (tmp_path / "folder.txt").mkdir()
-    expected = ["a/a.txt", "a/b/c.rst", "a/z.md", "b.txt", "c.txt", "d", "e"]
+    expected = ["a/a.txt", "a/b/c.rst", "a/z.md", "b.txt", "c.txt", "d", "e", "f", "g"]
     assert load_documents([str(tmp_path)]) == expected
 
 
@@ -194,7 +258,7 @@ def test_missing_path(source, tmp_path, monkeypatch):
 
 
 def test_folder_without_text(tmp_path):
-    with pytest.raises(InputError, match=r"holds no \.txt, \.md, \.rst, \.jsonl, \.jsonl\.zst"):
+    with pytest.raises(InputError, match=r"holds no \.txt, \.md, \.rst, \.jsonl, \.ndjson"):
         load_documents([str(tmp_path)])
 
 

@@ -324,11 +324,13 @@ REFUSED = {
         ("window 4096",),
     ),
     "qwen with its window switched on": (
-        QWEN3 | {"use_sliding_window": True, "sliding_window": 64},
+        QWEN3 | {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0},
         ("sliding-window attention (window 64)", "use_sliding_window false"),
     ),
     "a window shorter than the range after scaling": (
-        QWEN | {"use_sliding_window": True, "sliding_window": 100, "max_position_embeddings": 32},
+        QWEN
+        | {"use_sliding_window": True, "sliding_window": 100, "max_position_embeddings": 32}
+        | {"max_window_layers": 1},
         ("window 100",),
     ),
     "layer_types with sliding_attention": (
@@ -355,8 +357,8 @@ REFUSED = {
         ("quantised by another tool (quantization_config)",),
     ),
     "missing keys, all of them": (
-        without("hidden_size", "rms_norm_eps", "num_hidden_layers"),
-        ("lacks hidden_size, num_hidden_layers, rms_norm_eps",),
+        without("hidden_size", "vocab_size", "num_hidden_layers"),
+        ("lacks vocab_size, hidden_size, num_hidden_layers",),
     ),
     "a text where a number is needed": (
         models.llama(hidden_size="4096"),
@@ -435,7 +437,7 @@ YARN = YARN | {  # a longer range, so that the ramp has pairs on either side
     "rope_parameters": YARN["rope_parameters"] | {"original_max_position_embeddings": 256}
 }
 ROPE_CHANGES = {
-    "kind": (models.llama(rope={"factor": 4.0}), "linear"),
+    "kind": (models.llama(rope={"rope_type": "linear", "factor": 4.0}), "default"),
     "theta": (models.llama(), 5e5),
     "factor": (LLAMA_31, 2.0),
     "original_max_positions": (LLAMA_31, 16),
