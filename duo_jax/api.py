@@ -194,20 +194,24 @@ class DuoModel:
         """Continue one prompt, and yield text as it is written; settings as in `generate`."""
         return self.conversation().stream(prompt, **settings)
 
-    def conversation(self, *, max_len: int | None = None) -> Conversation:
+    def conversation(self, **settings: Any) -> Conversation:
         """Begin a text or chat of several turns.
 
         Args:
-          max_len: tokens the cache can hold; default: it grows with the text.
+          **settings: `max_len`, the tokens that the cache can hold (default: it grows with the
+            text); `chat_template_kwargs`, variables for the model's chat template, such as
+            {"enable_thinking": False}.
         """
-        return Conversation(self.runtime, self.tokenization, max_len=max_len)
+        return Conversation(self.runtime, self.tokenization, **settings)
 
-    def load_conversation(
-        self, folder: str | pathlib.Path, *, max_len: int | None = None
-    ) -> Conversation:
+    def load_conversation(self, folder: str | pathlib.Path, **settings: Any) -> Conversation:
         """Load a conversation that `Conversation.save` wrote; its text is not read again.
+
+        Args:
+          folder: the saved conversation.
+          **settings: as in `conversation`; its `chat_template_kwargs` were saved with it.
 
         Raises:
           InputError: the folder belongs to another model, pattern or version, or is damaged.
         """
-        return load_conversation(folder, self.runtime, self.tokenization, max_len=max_len)
+        return load_conversation(folder, self.runtime, self.tokenization, **settings)

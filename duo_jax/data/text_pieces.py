@@ -1,0 +1,132 @@
+r"""Tokens of a text that continues another, without the space that some tokenizers put first.
+
+A SentencePiece-style tokenizer encodes "Hello" as "▁Hello", as if a space stood in front of every
+text. In the middle of a text nobody wrote that space. Published tokenizers add it in several ways:
+
+    Metaspace, prepend_scheme "first"        at the beginning of a text
+    Metaspace, "always"; Prepend("▁");       also behind every added token, such as <s>
+    Replace(Regex(r"\A▁"), ...); ByteLevel(add_prefix_space=True)
+
+`PieceEncoder` has a copy of the tokenizer without them.
+"""
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+class PieceEncoder:
+    """Encodes texts that continue others, and decodes what such encodings add up to.
+
+    Args:
+      tokenizer: of transformers. One that has no tokenizer of `tokenizers` inside encodes every
+        text as it is.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._inside, self._after_added = _without_prefix(tokenizer)
+
+    def encode(self, text: str, *, before: Sequence[int] = ()) -> list[int]:
+        """Return the tokens of a text, as those of the whole would go on where it begins.
+
+        Args:
+          text: the text.
+          before: the tokens in front of it; only the last one matters.
+        """
+        if self._inside is None or (
+            self._after_added and len(before) > 0 and int(before[-1]) in self._added
+        ):
+            return self._as_a_beginning(text)
+        end = self._first_added(text)
+        tokens = self._inside.encode(text[:end], add_special_tokens=False).ids if end else []
+        return tokens + (self._as_a_beginning(text[end:]) if end < len(text) else [])
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included: what `encode` would make them of."""
+        if not self._after_added:
+            return self._text(tokens)
+        # Behind every added token there is a space that nobody wrote, and decoding drops it at the
+        # beginning of a text.
+        parts: list[list[int]] = [[]]
+        for token in tokens:
+            if token in self._added:
+                parts += [[token], []]
+            else:
+                parts[-1].append(token)
+        return "".join(self._text(part) for part in parts if part)
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+
+    def _as_a_beginning(self, text: str) -> list[int]:
+        # verbose: a text too long for the model is refused later, in one line.
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return encoded["input_ids"]
+
+    @functools.cached_property
+    def _added(self) -> dict[int, str]:
+        return {i: str(token) for i, token in self._tokenizer.added_tokens_decoder.items()}
+
+    def _first_added(self, text: str) -> int:
+        """Return where the first added token of a text begins, its length if it has none."""
+        if any(added in text for added in self._added.values()):
+            found = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+                # <unk> also stands for what is not in the vocabulary.
+                if text[start:end].strip() == self._added.get(token):
+                    return start
+        return len(text)
+
+
+def _without_prefix(tokenizer: Any) -> tuple[Any, bool]:
+    """Return a tokenizer that puts nothing in front of a text, None if the given one puts nothing.
+
+    Returns:
+      The tokenizer; and whether the given one also puts it behind every added token.
+    """
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None or not hasattr(inner, "pre_tokenizer"):
+        return None, False
+    normalizer, pre_tokenizer = _state(inner.normalizer), _state(inner.pre_tokenizer)
+    kept = _without_normalized_prefix(normalizer)
+    first = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])[:1]
+    scheme = _switch_off(first[0]) if first and first[0] else None
+    if kept == normalizer and scheme is None:
+        return None, False
+    from tokenizers import Tokenizer
+
+    whole = json.loads(inner.to_str()) | {"normalizer": kept, "pre_tokenizer": pre_tokenizer}
+    copy = Tokenizer.from_str(json.dumps(whole | {"truncation": None, "padding": None}))
+    copy.encode_special_tokens = inner.encode_special_tokens
+    return copy, kept != normalizer or scheme == "always"
+
+
+def _state(part: Any) -> dict[str, Any] | None:
+    """Return a normalizer or pre-tokenizer as tokenizer.json describes it."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
+def _without_normalized_prefix(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Leave out what a normalizer does at the beginning of a text."""
+    if state is None:
+        return None
+    if state["type"] == "Sequence":
+        kept = [_without_normalized_prefix(part) for part in state["normalizers"]]
+        return state | {"normalizers": [part for part in kept if part is not None]}
+    pattern = (state.get("pattern") or {}).get("Regex", "")
+    if state["type"] == "Prepend" or pattern.startswith(("\\A", "^")):
+        return None
+    return state | {"strip_left": False} if state["type"] == "Strip" else state
+
+
+def _switch_off(state: dict[str, Any]) -> str | None:
+    """Change a pre-tokenizer that puts a space in front; return where it did, None if nowhere."""
+    if state["type"] == "Metaspace" and state["prepend_scheme"] != "never":
+        scheme, state["prepend_scheme"] = state["prepend_scheme"], "never"
+        return scheme
+    if state["type"] == "ByteLevel" and state["add_prefix_space"]:
+        state["add_prefix_space"] = False
+        return "always"
+    return None
