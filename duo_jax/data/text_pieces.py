@@ -15,9 +15,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
 
 class PieceEncoder:
-    """Encodes texts that continue others, and decodes what such encodings add up to.
+    """Encodes texts that continue others, and finds how far a text has been encoded.
 
     Args:
       tokenizer: of transformers. One that has no tokenizer of `tokenizers` inside encodes every
@@ -43,22 +45,35 @@ class PieceEncoder:
         tokens = self._inside.encode(text[:end], add_special_tokens=False).ids if end else []
         return tokens + (self._as_a_beginning(text[end:]) if end < len(text) else [])
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens, special ones included: what `encode` would make them of."""
-        if not self._after_added:
-            return self._text(tokens)
-        # Behind every added token there is a space that nobody wrote, and decoding drops it at the
-        # beginning of a text.
+    def spelled(self, tokens: Sequence[int], text: str, *, cut_off: bool = False) -> int | None:
+        """Return how many characters of a text tokens spell, special tokens included.
+
+        Args:
+          tokens: of `encode`, or written by a model.
+          text: begins as they do. Where a tokenizer puts a space, it may have one or none.
+          cut_off: the bytes of the last character may be incomplete.
+
+        Returns:
+          The number of characters, None if the text begins otherwise.
+        """
         parts: list[list[int]] = [[]]
         for token in tokens:
-            if token in self._added:
+            if self._after_added and token in self._added:
                 parts += [[token], []]
             else:
                 parts[-1].append(token)
-        return "".join(self._text(part) for part in parts if part)
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
+        place = 0
+        for part in filter(None, parts):
+            said = self._tokenizer.decode(part, clean_up_tokenization_spaces=False)
+            said = said.rstrip(_REPLACEMENT) if cut_off else said
+            possible = [said, f" {said}", *([said[1:]] if said.startswith(" ") else [])]
+            if self._inside is None or (place and part[0] in self._added):
+                possible = [said]
+            found = next((each for each in possible if text.startswith(each, place)), None)
+            if found is None or not (said or cut_off):  # a space alone, which decoding dropped
+                return None
+            place += len(found)
+        return place
 
     def _as_a_beginning(self, text: str) -> list[int]:
         # verbose: a text too long for the model is refused later, in one line.

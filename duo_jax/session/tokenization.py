@@ -20,7 +20,6 @@ from duo_jax.session import chat_template
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 _OF_THE_CHAT = frozenset(["messages", "add_generation_prompt"])  # no variables for users to set
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,11 +114,10 @@ class Tokenization:
         text = self.render_chat(messages, answer=answer, variables=variables)
         _check_characters(text, "the chat")
         whole = self._encode(text, special=False)  # the template writes the special tokens itself
-        kept = list(before[: self._shared(text, before)])
+        kept, place = self._shared(text, before)
         if whole[: len(kept)] == kept:
             return whole
-        rest = text[len(self._pieces.decode(kept)) :]
-        return kept + self._pieces.encode(rest, before=kept)
+        return kept + self._pieces.encode(text[place:], before=kept)
 
     def encode_markup(self, text: str) -> list[int]:
         """Tokenise the beginning of a rendered chat, which holds its own special tokens."""
@@ -129,20 +127,16 @@ class Tokenization:
     def _pieces(self) -> PieceEncoder:
         return PieceEncoder(self.tokenizer)
 
-    def _shared(self, text: str, tokens: Sequence[int]) -> int:
-        """Return how many tokens spell the beginning of a text."""
-
-        def begins(count: int, *, whole: bool = True) -> bool:
-            said = self._pieces.decode(tokens[:count])
-            return text.startswith(said if whole else said.rstrip(_REPLACEMENT))
-
-        low, high = 0, len(tokens)
+    def _shared(self, text: str, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Return the tokens that spell the beginning of a text, and how many characters that is."""
+        spelled, low, high = self._pieces.spelled, 0, len(tokens)
         while low < high:  # the most tokens that spell it, but for a character that is cut off
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if begins(middle, whole=False) else (low, middle - 1)
-        while not begins(low):
+            begins = spelled(tokens[:middle], text, cut_off=True) is not None
+            low, high = (middle, high) if begins else (low, middle - 1)
+        while (place := spelled(tokens[:low], text)) is None:
             low -= 1
-        return low
+        return list(tokens[:low]), place
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
         # verbose: a text too long for the model is refused later, in one line.
