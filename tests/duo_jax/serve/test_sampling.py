@@ -147,6 +147,8 @@ def test_without_a_temperature_the_first_of_the_most_probable_is_taken(dtype):
     logits = jnp.asarray(random_logits(vocab=40)).astype(dtype)
     greedy = SamplingConfig(top_k=3, top_p=0.5, min_p=0.1).options()
     assert greedy == {}
+    nothing = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    assert [*nothing.options()] == ["temperature"]
     tokens = sample(logits, greedy, split_keys(5), None)
     np.testing.assert_array_equal(tokens, np.argmax(np.asarray(logits, np.float32), axis=-1))
     assert tokens.dtype == jnp.int32
