@@ -152,7 +152,7 @@ def test_a_cache_goes_back_where_nothing_was_overwritten(runtime, kv, full):
         session = Session(runtime)
         session.append([prompt(length)])
         before = session.timing.prefill_tokens
-        session.replace([other])
+        session.replace([list(other)])
         goes_back = kv != "int2" and (full or length <= 12)
         read = len(other) - (kept if goes_back else 0)
         assert session.timing.prefill_tokens - before == read
@@ -167,7 +167,7 @@ def test_rows_go_back_each_by_its_own(runtime):
     session = Session(runtime, batch_size=2)
     session.append([prompt(9), prompt(11, seed=1)])
     rows = [prompt(9)[:3] + prompt(5, seed=2), [*prompt(11, seed=1), 7]]
-    session.replace(rows)
+    session.replace([*map(list, rows)])
     assert session.timing.prefill_tokens == 20 + 5 + 1
     assert write(session) == read_and_write(runtime, *rows)
 

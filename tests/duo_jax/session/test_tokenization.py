@@ -134,8 +134,11 @@ def test_a_second_turn_is_what_the_whole_has_there(scheme, tmp_path):
     assert whole[: len(before)] == before
     assert tokenization.encode_chat(CHAT, answer=False, before=before) == whole
     # An answer in other tokens than the tokenizer's stays as the model spelled it.
-    end = before.index(tokenization.tokenizer.eos_token_id) - len(tokens_of("fine. ", tokenization))
-    spelled = [*before[:end], *tokenization.tokenizer.convert_tokens_to_ids(["▁", *"fine."])]
+    spelled = [
+        *tokenization.tokenizer.apply_chat_template(SAID[:1])["input_ids"],
+        *tokenization.tokenizer.convert_tokens_to_ids(["▁I", *"▁am▁fine."]),
+    ]
+    assert spelled != before[: len(spelled)]
     found = tokenization.encode_chat(CHAT, answer=False, before=spelled)
     rest = tokens_of("</s><s>[INST] who did it? [/INST]", tokenization)
     assert found == [*spelled, *tokens_of(" ", tokenization), *rest]
