@@ -166,7 +166,7 @@ def test_tokens_are_drawn_as_the_model_suggests_unless_flags_say_otherwise(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"do_sample": True, "top_p": 3}, "generation_config.json: top_p 3.0 is not a number"),
+        ({"do_sample": True, "top_p": 3}, "generation_config.json, top_p is 3: expected a number"),
         ({"do_sample": True, "top_k": "x"}, "generation_config.json, top_k is 'x': expected"),
         ({"do_sample": "yes"}, "generation_config.json: do_sample is 'yes': expected"),
     ],
