@@ -29,6 +29,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _NEEDED = ("sentencepiece", "google.protobuf")  # to read a SentencePiece model
+_LARGEST_MODEL = 8 << 20  # bytes; one of 256,000 pieces has 4 MB
+_LONGEST_PIECE = 1_000  # characters; every place to divide a piece at is looked at
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -46,11 +48,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     as_it_is = files.exists(folder / "tokenizer.json")
     model = folder / "tokenizer.model"
     sentencepiece = not as_it_is and _is_sentencepiece(model)
-    if sentencepiece and not all(map(_installed, _NEEDED)):
-        raise InputError(
-            f"{model} is a SentencePiece model, and {folder} has no tokenizer.json: "
-            'pip install "duo_jax[sentencepiece]"'
-        )
+    if sentencepiece:
+        _check_sentencepiece(model)
     # Without PyTorch, transformers warns that it has no models; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds to import
@@ -60,7 +59,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of many types, all about the caller's files
         if sentencepiece:  # transformers goes on to try another format, and tells of that one
-            raise InputError(f"{model} cannot be read as a SentencePiece model") from None
+            raise _damaged(model) from None
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
@@ -70,6 +69,37 @@ def _is_sentencepiece(model: pathlib.Path) -> bool:
         return False
     with files.reading(model), model.open("rb") as file:
         return file.read(1) == b"\n"
+
+
+def _check_sentencepiece(model: pathlib.Path) -> None:
+    """Refuse a SentencePiece model that nothing here reads, or that takes long to read.
+
+    Raises:
+      InputError: says which.
+    """
+    if not all(map(_installed, _NEEDED)):
+        raise InputError(
+            f"{model} is a SentencePiece model, and there is no tokenizer.json beside it: "
+            'pip install "duo_jax[sentencepiece]"'
+        )
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    with files.reading(model):
+        if model.stat().st_size > _LARGEST_MODEL:
+            raise InputError(f"{model} has more than {_LARGEST_MODEL:,} bytes")
+        content = model.read_bytes()
+    found = sentencepiece_model_pb2.ModelProto()
+    try:
+        found.ParseFromString(content)
+    except DecodeError:
+        raise _damaged(model) from None
+    if max((len(piece.piece) for piece in found.pieces), default=0) > _LONGEST_PIECE:
+        raise InputError(f"{model} has a piece of more than {_LONGEST_PIECE:,} characters")
+
+
+def _damaged(model: pathlib.Path) -> InputError:
+    return InputError(f"{model} cannot be read as a SentencePiece model")
 
 
 def _installed(module: str) -> bool:

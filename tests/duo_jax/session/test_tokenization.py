@@ -103,11 +103,20 @@ def test_what_a_sentencepiece_model_needs_is_named(missing, tmp_path, monkeypatc
         tokenizer_files.load_tokenizer(tmp_path)
 
 
-def test_a_damaged_sentencepiece_model_is_one_line(tmp_path):
+HOSTILE = {
+    "no protobuf": (b"\n\xff\xff\xff", "cannot be read as a SentencePiece model"),
+    "a long piece": (b"\n\xd4\x0f\n\xd1\x0f" + b"a" * 2001, "a piece of more than 1,000"),
+    "too large": (b"\n" * (9 << 20), "has more than 8,388,608 bytes"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_damaged_sentencepiece_model_is_one_line(content, message, tmp_path):
     pytest.importorskip("sentencepiece")
-    (tmp_path / "tokenizer.model").write_bytes(b"\n\xff\xff\xff")
-    with pytest.raises(InputError, match="cannot be read as a SentencePiece model"):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
         tokenizer_files.load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 # Texts that go on
