@@ -21,6 +21,10 @@ def _sequence(*parts: dict[str, Any]) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": list(parts)}
 
 
+def _pre_tokenizers(*parts: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(parts)}
+
+
 SCHEMES = {
     "first": {"pre_tokenizer": _metaspace("first")},
     "always": {"pre_tokenizer": _metaspace("always")},
@@ -28,7 +32,13 @@ SCHEMES = {
     # As transformers 5 converts tokenizer.model.
     "converted": {
         "normalizer": _sequence(_REPLACE, _DOUBLE),
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [_metaspace("always")]},
+        "pre_tokenizer": _pre_tokenizers(_metaspace("always")),
+    },
+    # Numbers are divided first; only the first part of a text gets a space.
+    "divided": {
+        "pre_tokenizer": _pre_tokenizers(
+            _pre_tokenizers({"type": "Digits", "individual_digits": True}), _metaspace("first")
+        )
     },
     "never": {"pre_tokenizer": _metaspace("never")},
 }

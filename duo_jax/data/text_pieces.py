@@ -106,16 +106,16 @@ def _without_prefix(tokenizer: Any) -> tuple[Any, bool]:
         return None, False
     normalizer, pre_tokenizer = _state(inner.normalizer), _state(inner.pre_tokenizer)
     kept = _without_normalized_prefix(normalizer)
-    first = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])[:1]
-    scheme = _switch_off(first[0]) if first and first[0] else None
-    if kept == normalizer and scheme is None:
+    parts = enumerate(_members(pre_tokenizer))
+    schemes = [_switch_off(part, first=number == 0) for number, part in parts]
+    if kept == normalizer and not any(schemes):
         return None, False
     from tokenizers import Tokenizer
 
     whole = json.loads(inner.to_str()) | {"normalizer": kept, "pre_tokenizer": pre_tokenizer}
     copy = Tokenizer.from_str(json.dumps(whole | {"truncation": None, "padding": None}))
     copy.encode_special_tokens = inner.encode_special_tokens
-    return copy, kept != normalizer or scheme == "always"
+    return copy, kept != normalizer or "always" in schemes
 
 
 def _state(part: Any) -> dict[str, Any] | None:
@@ -131,17 +131,36 @@ def _without_normalized_prefix(state: dict[str, Any] | None) -> dict[str, Any] |
         kept = [_without_normalized_prefix(part) for part in state["normalizers"]]
         return state | {"normalizers": [part for part in kept if part is not None]}
     pattern = (state.get("pattern") or {}).get("Regex", "")
-    if state["type"] == "Prepend" or pattern.startswith(("\\A", "^")):
+    if state["type"] == "Prepend" or pattern.startswith("\\A"):
         return None
+    if pattern.startswith("^"):  # the beginning of every line
+        return state | {"pattern": {"Regex": f"(?<=\n){pattern[1:]}"}}
     return state | {"strip_left": False} if state["type"] == "Strip" else state
 
 
-def _switch_off(state: dict[str, Any]) -> str | None:
-    """Change a pre-tokenizer that puts a space in front; return where it did, None if nowhere."""
-    if state["type"] == "Metaspace" and state["prepend_scheme"] != "never":
-        scheme, state["prepend_scheme"] = state["prepend_scheme"], "never"
+def _members(state: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return the pre-tokenizers that a sequence consists of, or the one."""
+    if state is None or state["type"] != "Sequence":
+        return [] if state is None else [state]
+    return [member for part in state["pretokenizers"] for member in _members(part)]
+
+
+def _switch_off(state: dict[str, Any], *, first: bool) -> str | None:
+    """Change a pre-tokenizer that puts a space in front of a text.
+
+    Args:
+      state: the pre-tokenizer.
+      first: it gets the whole text. Otherwise it gets what an earlier one has divided, and puts a
+        space in front of every part, those inside a text too; only "first" looks at the text.
+
+    Returns:
+      Where it put the space, None if nowhere.
+    """
+    scheme = state.get("prepend_scheme", "never")
+    if scheme == "first" or (scheme == "always" and first):
+        state["prepend_scheme"] = "never"
         return scheme
-    if state["type"] == "ByteLevel" and state["add_prefix_space"]:
+    if state["type"] == "ByteLevel" and state["add_prefix_space"] and first:
         state["add_prefix_space"] = False
         return "always"
     return None

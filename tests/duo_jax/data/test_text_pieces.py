@@ -6,7 +6,7 @@ import pathlib
 import tempfile
 
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, normalizers
 
 from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.data import text_pieces
@@ -132,7 +132,12 @@ def test_truncation_of_the_file_is_not_ours(tmp_path):
     assert len(PieceEncoder(tokenizer).encode(WORDS)) == 6
 
 
-def test_only_the_beginning_of_a_text_is_changed():
+def test_only_the_beginning_of_a_text_is_changed(tmp_path):
     state = {"type": "Strip", "strip_left": True, "strip_right": True}
     kept = text_pieces._without_normalized_prefix(state)
     assert kept == {"type": "Strip", "strip_left": False, "strip_right": True}
+    # "^" is the beginning of every line.
+    tokenizer = load_tokenizer(sentencepiece_style.write(tmp_path))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("^t"), "T")
+    assert decoded(tokenizer, PieceEncoder(tokenizer).encode("the\nthe")) == "the\nThe"
+    assert decoded(tokenizer, whole(tokenizer, "the\nthe")) == "The\nThe"

@@ -14,7 +14,9 @@ from duo_jax.errors import InputError
 from duo_jax.session.tokenization import Tokenization, check_variables, load_tokenization
 from tests import models, sentencepiece_style
 
-every_scheme = pytest.mark.parametrize("scheme", ["first", "always", "legacy", "converted"])
+every_scheme = pytest.mark.parametrize(
+    "scheme", ["first", "always", "legacy", "converted", "divided"]
+)
 FIRST, SECOND = "The cat sat on the mat.", "\nQuestion: who did it?\nAnswer:"
 TEXT = "The cat sat\n\n  on <s>the</s> mat: 世界 😀 é 12."
 SAID = [{"role": "user", "content": "Hello there"}, {"role": "assistant", "content": "I am fine."}]
