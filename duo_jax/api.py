@@ -12,7 +12,7 @@ book.generate("Who did it?")  # reads only the question
 
 import dataclasses
 import pathlib
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -194,20 +194,46 @@ class DuoModel:
         """Continue one prompt, and yield text as it is written; settings as in `generate`."""
         return self.conversation().stream(prompt, **settings)
 
-    def conversation(self, *, max_len: int | None = None) -> Conversation:
+    def conversation(
+        self,
+        *,
+        max_len: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Conversation:
         """Begin a text or chat of several turns.
 
         Args:
           max_len: tokens the cache can hold; default: it grows with the text.
+          chat_template_kwargs: variables for the chat template, as {"enable_thinking": False}.
         """
-        return Conversation(self.runtime, self.tokenization, max_len=max_len)
+        return Conversation(
+            self.runtime,
+            self.tokenization,
+            max_len=max_len,
+            chat_template_kwargs=chat_template_kwargs,
+        )
 
     def load_conversation(
-        self, folder: str | pathlib.Path, *, max_len: int | None = None
+        self,
+        folder: str | pathlib.Path,
+        *,
+        max_len: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Conversation:
         """Load a conversation that `Conversation.save` wrote; its text is not read again.
+
+        Args:
+          folder: the saved conversation.
+          max_len: as in `conversation`.
+          chat_template_kwargs: as in `conversation`; default: those that were saved.
 
         Raises:
           InputError: the folder belongs to another model, pattern or version, or is damaged.
         """
-        return load_conversation(folder, self.runtime, self.tokenization, max_len=max_len)
+        return load_conversation(
+            folder,
+            self.runtime,
+            self.tokenization,
+            max_len=max_len,
+            chat_template_kwargs=chat_template_kwargs,
+        )

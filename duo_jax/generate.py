@@ -13,25 +13,31 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tqdm import tqdm
 
 from duo_jax import cli, files
 from duo_jax.checkpoints import pretrained
+from duo_jax.cli import presets
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
 from duo_jax.process import signals
+from duo_jax.schema.json_reader import parse_json
 from duo_jax.schema.kinds import Count, Seed, Size
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.session.conversation import Conversation
+from duo_jax.session.generation_config import suggested_sampling
+from duo_jax.session.tokenization import check_variables
 
 _DESCRIPTION = """\
 Continue a prompt with a model whose attention heads are split: retrieval heads keep the whole text,
 streaming heads only its first and latest tokens.
 
 Without flags this asks the demo model that ships with duo_jax for a passkey hidden in a text.
+Tokens are drawn as the model's generation_config.json suggests, unless flags say otherwise; without
+such a file, the most probable one is taken.
 """
 _DEMO_PROMPT = "prompt.txt"  # in a model's folder: its prompt where none is given
 _SHOWN = 20  # characters of it that are shown, and the rest of their line
@@ -49,7 +55,9 @@ class GenerateConfig(ModelFlags):
     """Format the prompt with the model's chat template. Without a prompt, in a terminal: a
     conversation, line by line."""
     system: str | None = None
-    """System message of the chat."""
+    """System message of the chat. "" takes the place of one that the template has."""
+    chat_template_kwargs: str = "{}"
+    """Variables for the chat template, a JSON object: '{"enable_thinking": false}' for Qwen3."""
     load_cache: pathlib.Path | None = None
     """Folder that --save-cache wrote. Its text comes first, and is not read again."""
     save_cache: pathlib.Path | None = None
@@ -64,6 +72,8 @@ class GenerateConfig(ModelFlags):
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SamplingConfig
     )
+    """By default as the model's generation_config.json suggests; --temperature 0 always takes the
+    most probable token."""
 
     max_len: Count | None = None
     """Number of tokens the cache can hold. Default: as many as are needed."""
@@ -74,6 +84,13 @@ class GenerateConfig(ModelFlags):
             raise InputError("a stop string is empty; nothing could be written before it")
         if self.system is not None and not self.chat:
             raise InputError("--system belongs to a chat; add --chat")
+        if self.template_variables and not self.chat:
+            raise InputError("--chat-template-kwargs belongs to a chat; add --chat")
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Return the variables for the chat template."""
+        return check_variables(parse_json(self.chat_template_kwargs, "--chat-template-kwargs"))
 
 
 def generate(flags: GenerateConfig) -> None:
@@ -88,10 +105,13 @@ def generate(flags: GenerateConfig) -> None:
         sys.stdout.reconfigure(errors="replace")
     prompt, shown = _prompt(flags)
     loaded = flags.load()
+    settings: dict[str, Any] = {"max_len": flags.max_len}
+    if flags.template_variables:
+        settings["chat_template_kwargs"] = flags.template_variables
     if flags.load_cache is not None:
-        conversation = loaded.load_conversation(flags.load_cache, max_len=flags.max_len)
+        conversation = loaded.load_conversation(flags.load_cache, **settings)
     else:
-        conversation = loaded.conversation(max_len=flags.max_len)
+        conversation = loaded.conversation(**settings)
     print(shown, end="", flush=True)
     if flags.system is not None:
         conversation.tell(flags.system, role="system")
@@ -121,8 +141,13 @@ def main(args: list[str] | None = None) -> None:
         GenerateConfig,
         prog="python -m duo_jax.generate",
         description=_DESCRIPTION,
+        default=lambda: presets.defaults(args, pretrained.DEMO, _defaults),
         args=args,
     )
+
+
+def _defaults(_: str, folder: pathlib.Path) -> GenerateConfig:
+    return GenerateConfig(sampling=suggested_sampling(folder))
 
 
 def _prompt(flags: GenerateConfig) -> tuple[str | None, str]:

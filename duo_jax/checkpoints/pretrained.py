@@ -7,7 +7,6 @@ file, and the other functions treat all of them alike.
 
 import dataclasses
 import importlib.resources
-import os
 import pathlib
 import re
 from typing import Any, get_args
@@ -18,17 +17,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Bool
 from tqdm import tqdm
 
-from duo_jax.checkpoints import gguf
-from duo_jax.checkpoints.chat_template_files import check_chat_templates
+from duo_jax.checkpoints import gguf, tokenizer_files
 from duo_jax.checkpoints.folder_kinds import refuse_what_is_no_model
 from duo_jax.checkpoints.orbax_checkpoint import nested
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.tokenizer_class import tokenizer_config
 from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_weights, read_array
 from duo_jax.errors import InputError
-from duo_jax.files import exists, is_file, is_folder
+from duo_jax.files import is_file, is_folder
 from duo_jax.heads import split
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
@@ -41,19 +38,6 @@ from duo_jax.model.quantised_weights import (
 )
 from duo_jax.schema.check import path_argument
 
-# One of them is needed for a tokenizer; fetched from the hub beside *.json.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.json",
-    "chat_template.jinja",
-)
 DEMO = "demo"  # the model that ships with duo_jax
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -89,7 +73,7 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
             f"no such model: {str(name)!r} is neither a folder nor a hub name such as org/name, "
             "nor a GGUF file"
         )
-    files = ["*.json", *TOKENIZER_FILES]
+    files = ["*.json", *tokenizer_files.TOKENIZER_FILES]
     folder = _download(str(name), [*files, "*.safetensors"])
     if allow_pickle and not has_safetensors(folder):
         return _download(str(name), [*files, "pytorch_model*.bin"])
@@ -229,22 +213,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     """
     if gguf.is_gguf(folder):
         return gguf.load_tokenizer(folder)
-    if not any(exists(folder / file) for file in TOKENIZER_FILES):
-        raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
-    check_chat_templates(folder)
-    # Without PyTorch, transformers warns that it has no models; only its tokenizers are used here.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer  # takes seconds to import
-
-    try:
-        return AutoTokenizer.from_pretrained(
-            str(folder),
-            config=tokenizer_config(folder),
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except Exception as error:  # of many types, all about the caller's files
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+    return tokenizer_files.load_tokenizer(folder)
 
 
 def _quantised(tensor: Tensor, leaf: split.Leaf, weight_format: WeightFormat) -> QuantisedKernel:

@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 
 from duo_jax.data.passkey_templates import ORDINALS, PasskeyTemplates, filled, word_list
+from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError
 from duo_jax.schema.kinds import Count
 
@@ -88,6 +89,8 @@ class PasskeySampler:
         self._entropy = (seed, stream)
         self._encode = _encoder(tokenizer)
         self._bos = _bos(tokenizer)
+        intro = tokenizer(config.intro, add_special_tokens=False) if config.intro else {}
+        self._intro = list(intro.get("input_ids", ()))  # encoded as the beginning of a text
         self._words = word_list(config.words, tokenizer)
         if config.words == "vocabulary":
             needed = config.num_passkeys * config.passkey_words
@@ -204,7 +207,7 @@ class PasskeySampler:
         config, encode = self.config, self._encode
         before, after = config.needle.split("{passkey}")
         pieces = [piece.tolist() for piece in haystack] or [[]] * (len(passkeys) + 1)
-        tokens = [*self._bos, *encode(config.intro)]
+        tokens = [*self._bos, *self._intro]
         for piece, passkey, name in zip(pieces, passkeys, ORDINALS, strict=False):
             tokens += piece + encode(filled(before, name)) + passkey
             tokens += encode(filled(after, name))
@@ -218,10 +221,11 @@ class PasskeySampler:
 
 
 def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    pieces = PieceEncoder(tokenizer)
+
     @functools.lru_cache(maxsize=4096)
     def encode(text: str) -> tuple[int, ...]:
-        # verbose=False: whole documents are longer than the model's range, and meant to be.
-        return tuple(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+        return tuple(pieces.encode(text))
 
     return lambda text: list(encode(text)) if text else []
 

@@ -27,8 +27,8 @@ class SamplingConfig:
     temperature: Annotated[float, Meta(ge=0.0)] = 0.0
     """0 always takes the most probable token; 1 draws from the model's own probabilities; higher
     values make rare tokens more likely."""
-    top_k: Annotated[int, Meta(ge=1)] | None = None
-    """Keep only the k most probable tokens."""
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+    """Keep only the k most probable tokens; 0: all of them."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
     """Keep only the most probable tokens whose probabilities add up to p."""
     min_p: Fraction | None = None
@@ -43,15 +43,15 @@ class SamplingConfig:
         """Return the options that are switched on, as scalars for `sample`.
 
         None switches an option off, and so does the value that changes nothing: 1 for top_p and
-        repetition_penalty, 0 for min_p. At temperature 0 the most probable token survives top_k,
-        top_p and min_p, so these are off as well.
+        repetition_penalty, 0 for min_p and top_k. At temperature 0 the most probable token survives
+        top_k, top_p and min_p, so these are off as well.
         """
         on = {}
         if self.repetition_penalty not in (None, 1.0):
             on["repetition_penalty"] = _positive(self.repetition_penalty)
         if self.temperature > 0.0:
             on["temperature"] = _positive(self.temperature)
-            if self.top_k is not None:
+            if self.top_k not in (None, 0):
                 on["top_k"] = jnp.asarray(min(self.top_k, _LARGEST_INT), jnp.int32)
             if self.top_p not in (None, 1.0):
                 on["top_p"] = _positive(self.top_p)

@@ -1,7 +1,7 @@
 """A conversation: one text that grows by reading and writing, and is never read twice."""
 
 import pathlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 from duo_jax.cache import cache_bytes
@@ -14,7 +14,7 @@ from duo_jax.session.row_cache import Progress
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
-from duo_jax.session.tokenization import Message, Tokenization
+from duo_jax.session.tokenization import Message, Tokenization, check_variables
 
 
 class _Message(TypedDict):
@@ -29,13 +29,20 @@ class Conversation:
       runtime: the model.
       tokenization: its tokenizer.
       max_len: tokens the cache can hold; default: it grows with the text.
+      chat_template_kwargs: variables for the model's chat template, as {"enable_thinking": False}.
     """
 
     def __init__(
-        self, runtime: Runtime, tokenization: Tokenization, *, max_len: int | None = None
+        self,
+        runtime: Runtime,
+        tokenization: Tokenization,
+        *,
+        max_len: int | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.session = Session(runtime, max_len=max_len)
         self.messages: list[Message] = []
+        self.chat_template_kwargs = check_variables(chat_template_kwargs)
         self._tokenization = tokenization
 
     @property
@@ -56,7 +63,8 @@ class Conversation:
         """
         if self.messages:
             raise InputError("this conversation is a chat; plain text cannot be appended to it")
-        tokens = self._tokenization.encode(text, continues=self.num_tokens > 0)
+        before = self.session.tokens[0]
+        tokens = self._tokenization.encode(text, continues=len(before) > 0, before=before)
         self.session.append([tokens], room=room, progress=progress)
 
     def stream(
@@ -135,8 +143,12 @@ class Conversation:
     ) -> None:
         """Add a message to a chat and read it, without asking for an answer yet.
 
+        Templates may write a system message into the first of the user, or refuse a chat without
+        one; it is then read together with that one.
+
         Args:
-          text: the message.
+          text: the message; only a system message may be empty, and is then in the place of the one
+            that the template has.
           role: "user" or "system".
           answer: open the assistant's turn after it.
           room: tokens for which the cache should have room beyond these.
@@ -148,18 +160,33 @@ class Conversation:
         if not self.messages and self.num_tokens:
             raise InputError("this conversation is plain text; begin a chat with a new one")
         argument("role", role, str)
-        if not isinstance(text, str) or not text:
+        if not isinstance(text, str) or not (text or role == "system"):
             raise InputError(f"the message is {quoted(text) if text else 'empty'}")
         messages = [*self.messages, {"role": role, "content": text}]
-        tokens = self._tokenization.encode_chat(
-            messages, answer=answer, before=self.session.tokens[0]
-        )
+        try:
+            tokens = self._encode(messages, answer)
+        except InputError:
+            if role != "system":
+                raise
+            tokens = []
+        if role == "system" and not tokens:
+            self._encode([*messages, {"role": "user", "content": "?"}], True)  # refused as well?
+            self.messages = messages
+            return
         before, self.messages = self.messages, messages
         try:
             self.session.replace([tokens], room=room, progress=progress)
         except InputError:  # nothing was read; after an interrupt the message stays
             self.messages = before
             raise
+
+    def _encode(self, messages: Sequence[Message], answer: bool) -> list[int]:
+        return self._tokenization.encode_chat(
+            messages,
+            answer=answer,
+            before=self.session.tokens[0],
+            variables=self.chat_template_kwargs,
+        )
 
     def cache_bytes(self) -> tuple[int, int]:
         """Return the live cache's bytes, and those it would take with retrieval heads only."""
@@ -195,7 +222,10 @@ class Conversation:
           InputError: there is nothing to save, the folder exists, or it cannot be written.
         """
         path_argument("folder", folder)
-        cache_files.save(self.session, folder, extra={"messages": self.messages})
+        extra: dict[str, Any] = {"messages": self.messages}
+        if self.chat_template_kwargs:
+            extra["chat_template_kwargs"] = self.chat_template_kwargs
+        cache_files.save(self.session, folder, extra=extra)
 
 
 def load_conversation(
@@ -204,16 +234,24 @@ def load_conversation(
     tokenization: Tokenization,
     *,
     max_len: int | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> Conversation:
     """Load a saved conversation; its text is not read again.
+
+    Arguments are those of `Conversation`; `chat_template_kwargs` are by default the saved ones.
 
     Raises:
       InputError: the folder is no saved conversation, is damaged, or belongs to another model,
         pattern or version.
     """
     path_argument("folder", folder)
-    conversation = Conversation(runtime, tokenization, max_len=max_len)
+    conversation = Conversation(
+        runtime, tokenization, max_len=max_len, chat_template_kwargs=chat_template_kwargs
+    )
     extra = cache_files.load(conversation.session, folder)
     messages = convert(extra.get("messages", []), list[_Message], f"{folder}: messages")
     conversation.messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    if chat_template_kwargs is None:
+        saved = extra.get("chat_template_kwargs", {})
+        conversation.chat_template_kwargs = check_variables(saved)
     return conversation

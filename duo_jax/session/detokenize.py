@@ -1,7 +1,8 @@
 """Detokenisation of a stream of tokens: whole characters only, up to a stop string."""
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from duo_jax.errors import InputError
@@ -25,6 +26,10 @@ class Detokenizer:
       byte turns every character of the run into U+FFFD. Only ASCII at its beginning does not wait,
       so that a newline (<0x0A>) can stop the text at once; it stays when the run turns out bad.
     - Text that may be the beginning of a stop string waits until that is decided.
+
+    A stop string may be, or contain, a special token: such a token counts as its text when stop
+    strings are looked for, though it is left out of what is returned. It ends a character that is
+    incomplete in front of it.
 
     Only a window of the last tokens is ever decoded. The window's first token may be decoded
     differently from the middle of a text (without its leading space, or as half a character), but
@@ -61,7 +66,15 @@ class Detokenizer:
         self._window = list(context[-_CONTEXT:])  # tokens that later ones are decoded with
         self._decoded = len(self._text_of(self._window))  # characters that were passed on
         self._byte_run: list[int] = []  # byte tokens whose run may go on
+        # Special tokens that a stop string may be looked for in, although no text shows them.
+        self._unseen = {
+            i: text
+            for i in self._special
+            if (text := tokenizer.convert_ids_to_tokens(i))
+            and any(_overlap(text, stop) for stop in self._stop)
+        }
         self._held = ""  # certain text that may be the beginning of a stop string
+        self._shown: list[bool] = []  # for each of its characters: no part of an unseen token
         self._parts: list[str] = []  # what was returned
         self._stopped = self._finished = False
 
@@ -84,8 +97,18 @@ class Detokenizer:
             raise RuntimeError("tokens were pushed after finish")
         if self._stopped:
             return ""
-        closed = self._close_byte_run(token_ids)
-        return self._return(self._until_stop(self._decode(closed))) if closed else ""
+        text = ""
+        for tokens, unseen in self._divided(token_ids):
+            closed = self._close_byte_run(tokens)
+            if unseen:
+                closed, self._byte_run = closed + self._byte_run, []
+            if closed or unseen:
+                text += self._until_stop(self._decode(closed, last=bool(unseen)))
+            if unseen and not self._stopped:
+                text += self._until_stop(unseen, shown=False)
+            if self._stopped:
+                break
+        return self._return(text)
 
     def finish(self) -> str:
         """End the text; return what was held back, and U+FFFD for an incomplete character."""
@@ -95,12 +118,23 @@ class Detokenizer:
         self._finished = True
         rest = self._until_stop(self._decode(self._byte_run, last=True))
         if not self._stopped:
-            rest, self._held = rest + self._held, ""
+            rest += "".join(itertools.compress(self._held, self._shown))
+            self._held, self._shown = "", []
         return self._return(rest)
 
     def _return(self, text: str) -> str:
         self._parts.append(text)
         return text
+
+    def _divided(self, token_ids: Sequence[int]) -> Iterator[tuple[Sequence[int], str]]:
+        """Divide tokens after every unseen one; yield those before it, and its text."""
+        start = 0
+        if self._unseen:
+            for place, token_id in enumerate(token_ids):
+                if int(token_id) in self._unseen:
+                    yield token_ids[start:place], self._unseen[int(token_id)]
+                    start = place + 1
+        yield token_ids[start:], ""
 
     def _close_byte_run(self, token_ids: Sequence[int]) -> list[int]:
         """Return the tokens in front of a run of byte tokens that may go on; keep that run."""
@@ -137,21 +171,35 @@ class Detokenizer:
             clean_up_tokenization_spaces=False,  # it would change text that was returned
         )
 
-    def _until_stop(self, new: str) -> str:
-        """Return the text up to a stop string, or up to what may become one (which is held)."""
+    def _until_stop(self, new: str, *, shown: bool = True) -> str:
+        """Return the text up to a stop string, or up to what may become one (which is held).
+
+        Args:
+          new: more text.
+          shown: it is returned; otherwise it only counts for stop strings.
+        """
         text = self._held + new
+        marks = self._shown + [shown] * len(new)
         # The stop string that is complete first counts, however the text is divided.
         found = [(start + len(s), start) for s in self._stop if (start := text.find(s)) >= 0]
         if found:
-            self._stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        longest = max(map(len, self._stop), default=1) - 1
-        for start in range(max(0, len(text) - longest), len(text)):
-            if any(s.startswith(text[start:]) for s in self._stop):
-                self._held = text[start:]
-                return text[:start]
-        self._held = ""
-        return text
+            self._stopped, end = True, min(found)[1]
+        else:
+            longest = max(map(len, self._stop), default=1) - 1
+            ends = range(max(0, len(text) - longest), len(text))
+            possible = (at for at in ends if any(s.startswith(text[at:]) for s in self._stop))
+            end = next(possible, len(text))
+        self._held, self._shown = ("", []) if self._stopped else (text[end:], marks[end:])
+        return "".join(itertools.compress(text[:end], marks))
+
+
+def _overlap(text: str, stop: str) -> bool:
+    """Whether an occurrence of a stop string may cover a part of a text."""
+    return (
+        text in stop
+        or stop in text
+        or any(stop.startswith(text[i:]) or stop.endswith(text[:i]) for i in range(1, len(text)))
+    )
 
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:

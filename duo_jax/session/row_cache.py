@@ -1,5 +1,6 @@
 """The cache of a session: it holds a prefix of every row, and reads what it lacks in chunks."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -58,6 +59,26 @@ class RowCache:
             dtype=self._runtime.dtype,
             kv=self._runtime.kv_format,
         )
+
+    def go_back(self, lengths: Sequence[int]) -> None:
+        """Keep the first tokens of every row; all are forgotten where the cache cannot go back.
+
+        A streaming head's ring cannot once it has gone round: what it held is overwritten. Nor can
+        int2, whose blocks of tokens are quantised together.
+        """
+        held, config = self.held, self._runtime.config
+        window = config.sink_size + config.recent_size
+        streaming = min(config.retrieval_counts) < config.architecture.num_kv_heads
+        if (
+            self.cache is None
+            or self._runtime.kv_format == "int2"
+            or (streaming and max(held) > window)
+        ):
+            self.cache = None
+            return
+        self.cache = dataclasses.replace(self.cache, lengths=jnp.array(lengths, jnp.int32))
+        pairs = zip(self.logits_at, lengths, strict=True)
+        self.logits_at = [at if at <= length else 0 for at, length in pairs]
 
     def read(
         self, rows: Rows, *, room: int = 0, progress: Progress | None = None

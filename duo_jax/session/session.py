@@ -118,9 +118,12 @@ class Session:
         """
         room = argument("room", room, Size)
         self._limits.check(rows)
-        both = zip(self.tokens, rows, self._row_cache.held, strict=True)
-        if any(old[:held] != new[:held] for old, new, held in both):
-            self._row_cache.cache = None  # another text, and a ring cannot go back
+        held = self._row_cache.held
+        both = zip(self.tokens, rows, held, strict=True)
+        kept = [_shared(old[:end], new) for old, new, end in both]
+        if kept != held:  # another text; the logits of its last token are needed
+            ends = zip(kept, rows, strict=True)
+            self._row_cache.go_back([min(length, len(row) - 1) for length, row in ends])
         self.tokens = rows
         self._row_cache.read(rows, room=room, progress=progress)
 
@@ -265,3 +268,9 @@ class Session:
         for row, tokens in zip(self.tokens, loan.tokens, strict=True):
             row.extend(tokens)
             self.timing.decode_tokens += len(tokens)
+
+
+def _shared(one: list[int], other: list[int]) -> int:
+    """Return how many tokens two rows begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))

@@ -1,6 +1,8 @@
 """Tokenisation of prompts, continued prompts and chats, and the tokens that end an answer."""
 
 import dataclasses
+import functools
+import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,6 +11,7 @@ import msgspec
 
 from duo_jax import files
 from duo_jax.checkpoints import gguf, pretrained
+from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import convert
 from duo_jax.schema.json_reader import read_json
@@ -16,6 +19,7 @@ from duo_jax.schema.kinds import Size
 from duo_jax.session import chat_template
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
+_OF_THE_CHAT = frozenset(["messages", "add_generation_prompt"])  # no variables for users to set
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,12 +29,16 @@ class Tokenization:
     tokenizer: Any  # of transformers
     stop_tokens: tuple[int, ...]
 
-    def encode(self, text: str, *, continues: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, continues: bool = False, before: Sequence[int] = ()
+    ) -> list[int]:
         """Tokenise text.
 
         Args:
           text: any text but the empty one.
-          continues: it continues a row, so no special tokens such as <s> are put in front of it.
+          continues: it continues a row, so neither special tokens such as <s> nor a space are put
+            in front of it.
+          before: the tokens of that row.
 
         Raises:
           InputError: the text is empty.
@@ -39,7 +47,10 @@ class Tokenization:
             raise InputError(f"a text is needed, not {quoted(text)}")
         if not text:
             raise InputError("the prompt is empty")
-        return self._encode(text, "the prompt", special=not continues)
+        _check_characters(text, "the prompt")
+        if continues:
+            return self._pieces.encode(text, before=before)
+        return self._encode(text, special=True)
 
     def render_chat(
         self,
@@ -81,33 +92,86 @@ class Tokenization:
         return chat_template.render(template, messages, seen)
 
     def encode_chat(
-        self, messages: Sequence[Message], *, answer: bool = True, before: Sequence[int] = ()
+        self,
+        messages: Sequence[Message],
+        *,
+        answer: bool = True,
+        before: Sequence[int] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Tokenise a chat with the model's template.
 
         Args:
           messages: roles and contents.
           answer: end with the opening of the assistant's turn.
-          before: tokens of the chat so far. They are kept if the messages begin with their text: a
-            model may spell an answer with other tokens than its tokenizer would.
+          before: tokens of the chat so far. They are kept as far as the messages begin with their
+            text: a model may spell an answer with other tokens than its tokenizer would.
+          variables: as in `render_chat`.
 
         Raises:
           InputError: the model has no chat template, or it cannot render these messages.
         """
-        text = self.render_chat(messages, answer=answer)
-        said = self.tokenizer.decode(list(before), clean_up_tokenization_spaces=False)
-        if not text.startswith(said):
-            said, before = "", ()
-        # The template writes the special tokens itself.
-        return [*before, *self._encode(text[len(said) :], "the chat", special=False)]
+        text = self.render_chat(messages, answer=answer, variables=variables)
+        _check_characters(text, "the chat")
+        whole = self._encode(text, special=False)  # the template writes the special tokens itself
+        kept, place = self._shared(text, before)
+        if whole[: len(kept)] == kept:
+            return whole
+        return kept + self._pieces.encode(text[place:], before=kept)
 
-    def _encode(self, text: str, name: str, *, special: bool) -> list[int]:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise InputError(f"{name} holds half characters that no text can hold") from None
+    def encode_markup(self, text: str) -> list[int]:
+        """Tokenise the beginning of a rendered chat, which holds its own special tokens."""
+        return self._encode(text, special=False)
+
+    @functools.cached_property
+    def _pieces(self) -> PieceEncoder:
+        return PieceEncoder(self.tokenizer)
+
+    def _shared(self, text: str, tokens: Sequence[int]) -> tuple[list[int], int]:
+        """Return the tokens that spell the beginning of a text, and how many characters that is."""
+        spelled, low, high = self._pieces.spelled, 0, len(tokens)
+        while low < high:  # the most tokens that spell it, but for a character that is cut off
+            middle = (low + high + 1) // 2
+            begins = spelled(tokens[:middle], text, cut_off=True) is not None
+            low, high = (middle, high) if begins else (low, middle - 1)
+        while (place := spelled(tokens[:low], text)) is None:
+            low -= 1
+        return list(tokens[:low]), place
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
         # verbose: a text too long for the model is refused later, in one line.
         return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+
+def check_variables(variables: Any) -> dict[str, Any]:
+    """Return variables for a chat template, which are JSON; None: no variables.
+
+    Raises:
+      InputError: they are none, or one has a name that the chat itself gives.
+    """
+    if variables is None:
+        return {}
+    try:
+        if not isinstance(variables, Mapping):
+            raise TypeError
+        copied = json.loads(json.dumps(dict(variables), allow_nan=False))
+        if copied != dict(variables):
+            raise TypeError
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(
+            f"chat_template_kwargs {quoted(variables)} is not a dict of texts to JSON values"
+        ) from None
+    taken = _OF_THE_CHAT.intersection(copied)
+    if taken:
+        raise InputError(f"chat_template_kwargs cannot hold {', '.join(sorted(taken))}")
+    return copied
+
+
+def _check_characters(text: str, name: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{name} holds half characters that no text can hold") from None
 
 
 def load_tokenization(folder: pathlib.Path) -> Tokenization:

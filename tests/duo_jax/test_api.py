@@ -423,15 +423,24 @@ def test_a_second_turn_of_a_chat_costs_only_its_own_tokens(chat_model):
 
 
 def test_a_cut_answer_is_read_again_as_the_messages_say(chat_model):
+    """Up to the cut in the tokens that the model chose."""
     whole = "".join(chat_model.conversation().chat(TEXT, max_new_tokens=20))
     chat, stop = chat_model.conversation(), whole[5]
     answer = "".join(chat.chat(TEXT, max_new_tokens=20, stop=[stop]))
     assert stop not in answer
-    assert stop in chat_model.tokenizer.decode(chat.session.tokens[0]).split("assistant: ")[1]
+    written = list(chat.session.tokens[0])
+    assert stop in chat_model.tokenizer.decode(written).split("assistant: ")[1]
     chat.tell("And then?")
     text = f"<s>user: {TEXT}</s>\n<s>assistant: {answer}</s>\n<s>user: And then?</s>\n"
-    tokens = chat_model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert chat.session.tokens == [tokens]
+    [tokens] = chat.session.tokens
+    assert chat_model.tokenizer.decode(tokens) == text
+    opening = f"<s>user: {TEXT}</s>\n<s>assistant: "
+    kept = len(chat_model.tokenizer(opening, add_special_tokens=False)["input_ids"]) + 1
+    assert tokens[:kept] == written[:kept]
+    again = chat_model.conversation()
+    again.session.append([tokens])
+    rows = [[*each.session.decode(max_new_tokens=5)] for each in (chat, again)]
+    assert rows[0] == rows[1]
 
 
 def test_an_answer_nobody_wanted_to_the_end_counts(chat_model):

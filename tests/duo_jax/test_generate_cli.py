@@ -121,6 +121,62 @@ def test_a_chat_goes_through_the_template_and_the_cache(run, folder, tmp_path, m
     assert run("--chat", "--load-cache", tmp_path / "chat")[0] == answers[1] + "\n"
 
 
+def test_variables_and_an_empty_system_message_reach_the_template(error, folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "chat_template.jinja").write_text(
+        "{{ raise_exception(messages|tojson ~ (think|default('no'))) }}"
+    )
+    words = ("--model", other, "--chat", "--prompt", "Hi")
+    for more, seen in (
+        ((), '[{"role": "user", "content": "Hi"}]no'),
+        (("--chat-template-kwargs", '{"think": false}'), '"content": "Hi"}]False'),
+        (("--system", ""), '[{"role": "system", "content": ""}, {"role": "user"'),
+    ):
+        assert seen in error(*words, *more)
+
+
+SAMPLING = {"do_sample": True, "temperature": 2.0, "top_k": 50, "top_p": None, "eos_token_id": 1}
+
+
+def test_tokens_are_drawn_as_the_model_suggests_unless_flags_say_otherwise(
+    run, expected, folder, tmp_path
+):
+    other = shutil.copytree(folder, tmp_path / "other")
+    file, prompt = other / "generation_config.json", ("--prompt", TEXT + QUESTION)
+
+    def text(*words):
+        return run("--model", other, *prompt, *words)[0]
+
+    file.write_text(json.dumps(SAMPLING))
+    drawn = run(*prompt, "--temperature", 2.0, "--top-k", 50)[0]
+    assert text() == drawn != expected + "\n"
+    assert text("--temperature", 0) == expected + "\n"
+    assert text("--top-k", 1) == expected + "\n"
+    assert text("--top-k", 0) == run(*prompt, "--temperature", 2.0)[0]
+    file.write_text(json.dumps(SAMPLING | {"do_sample": False}))
+    assert text() == expected + "\n"
+    file.write_text(json.dumps({"repetition_penalty": 5.0}))
+    assert text() == run(*prompt, "--repetition-penalty", 5.0)[0] != expected + "\n"
+    # Python's own calls stay greedy, and so do evaluations.
+    file.write_text(json.dumps(SAMPLING))
+    model = duo_jax.load(other, prefill_chunk=16)
+    assert model.generate([TEXT + QUESTION], max_new_tokens=12) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"do_sample": True, "top_p": 3}, "generation_config.json, top_p is 3: expected a number"),
+        ({"do_sample": True, "top_k": "x"}, "generation_config.json, top_k is 'x': expected"),
+        ({"do_sample": "yes"}, "generation_config.json: do_sample is 'yes': expected"),
+    ],
+)
+def test_suggestions_that_cannot_be_used_are_one_line(error, folder, tmp_path, values, message):
+    other = shutil.copytree(folder, tmp_path / "other")
+    (other / "generation_config.json").write_text(json.dumps(values))
+    assert message in error("--model", other, "--prompt", "a")
+
+
 def test_a_conversation_in_a_terminal_ends_with_its_input(run, monkeypatch):
     terminal = io.StringIO("Hello\n\nAnd then?\n")
     terminal.isatty = lambda: True
@@ -208,6 +264,9 @@ def test_errors_are_one_line(error, folder, tmp_path):
         (("--prompt", "a", "--sparsity", 0.5, "--threshold", 0.5), "not both"),
         (("--prompt", "a", "--pattern", tmp_path), "does not exist; a pattern folder holds"),
         (("--prompt", "a", "--system", "b"), "--system belongs to a chat; add --chat"),
+        (("--prompt", "a", "--chat-template-kwargs", '{"b": 1}'), "belongs to a chat; add --chat"),
+        (("--chat", "--prompt", "a", "--chat-template-kwargs", "{b"), "kwargs is not JSON"),
+        (("--chat", "--prompt", "a", "--chat-template-kwargs", "3"), "3 is not a dict of texts"),
         (
             ("--prompt", "a", "--max-new-tokens", -1),
             "max_new_tokens -1 is not a whole number from 0",

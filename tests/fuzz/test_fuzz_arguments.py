@@ -16,7 +16,7 @@ from duo_jax import api
 from duo_jax.checkpoints import pretrained
 from duo_jax.model.config import ModelConfig, RopeConfig
 from duo_jax.model.hf_config import parse_config
-from duo_jax.session.tokenization import Tokenization
+from duo_jax.session.tokenization import Tokenization, check_variables
 from tests import models
 from tests.fuzz.contract import REFUSED, attempt, fuzzed
 from tests.fuzz.hostile import LONG
@@ -117,3 +117,15 @@ def test_a_model_is_a_folder_or_refused(given, folder):
     del folder
     if not isinstance(given, str) or given != pretrained.DEMO:
         assert attempt(lambda: duo_jax.load(given)) is REFUSED
+
+
+_VALUES = st.sampled_from(_HOSTILE) | st.text(max_size=10) | st.floats()
+
+
+@fuzzed(_VALUES | st.dictionaries(st.sampled_from(["a", "messages", 1, "\ud800"]), _VALUES))
+def test_variables_of_a_chat_template_are_json_or_refused(given, folder):
+    del folder
+    found = attempt(lambda: check_variables(given))
+    if found is not REFUSED:
+        assert found == (given or {})
+        assert json.loads(json.dumps(found, allow_nan=False)) == found

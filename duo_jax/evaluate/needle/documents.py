@@ -160,7 +160,7 @@ class Haystack:
         head, found, tail = chat.partition(mark)
         if not found or mark in tail:
             raise InputError("the model's chat template does not show a message exactly once")
-        return encode(head), needle, encode(tail)
+        return self._tokenization.encode_markup(head), needle, encode(tail)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenization.encode(text, continues=True) if text else []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.data.documents import load_documents
 from duo_jax.data.passkey_templates import NATO, ORDINALS
 from duo_jax.data.passkeys import (
@@ -18,7 +19,7 @@ from duo_jax.data.passkeys import (
     sampler_of_first,
 )
 from duo_jax.errors import InputError
-from tests import models
+from tests import models, sentencepiece_style
 
 SMALL = PasskeyConfig(num_passkeys=3, passkey_words=4, min_length=60, max_length=400, num_lengths=5)
 INDICES = range(40)
@@ -70,6 +71,18 @@ def same(a, b) -> bool:
 
 def answers_of(sample, tokenizer) -> list[str]:
     return [tokenizer.decode(sample.tokens[start:stop]) for start, stop in sample.answers]
+
+
+@pytest.mark.parametrize("scheme", ["first", "legacy"])
+def test_joined_parts_gain_no_spaces(scheme, make, tmp_path):
+    """SentencePiece-style tokenizers put one before every text; here only before the first part."""
+    tokenizer = load_tokenizer(sentencepiece_style.write(tmp_path, scheme))
+    sampler = make(tokenizer=tokenizer, text=["One.\nTwo."] * 200)
+    sample = sampler.sample(0)
+    text = tokenizer.decode(sample.tokens)
+    assert text.startswith(f"<s> {SMALL.intro}")
+    assert "  " not in text
+    assert "\n " not in text
 
 
 def test_defaults_are_the_papers():

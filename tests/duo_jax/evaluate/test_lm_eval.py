@@ -3,11 +3,13 @@
 import functools
 import importlib.util
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 
 from duo_jax.api import DuoModel, load
@@ -164,6 +166,30 @@ def test_contexts_are_cut_on_the_left_or_in_the_middle(tiny_model):
 def written(model: DuoModel, gen_kwargs: dict, **flags) -> str:
     given = requests("generate_until", [(CONTEXT, {"max_gen_toks": 8} | gen_kwargs)])
     return duo_lm(model, **flags).generate_until(given, disable_tqdm=True)[0]
+
+
+@needs_hf
+def test_special_tokens_end_a_text_as_in_the_harness_s_own_model(tiny_model, tmp_path):
+    """A task's `until` may name one; the model here writes <s> in most of its texts."""
+    from lm_eval.models.huggingface import HFLM
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][0] *= 3  # <s>
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    contexts = [CONTEXT, "Take note:", "What is the passkey?", "alpha bravo", "the vault", "zulu"]
+    theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    ours, texts = duo_lm(plain(folder)), []
+    for until in (["<s>"], ["s>"], ["not there"]):
+        given = [(text, {"until": until, "max_gen_toks": 12}) for text in contexts]
+        their, our = (
+            model.generate_until(requests("generate_until", given), disable_tqdm=True)
+            for model in (theirs, ours)
+        )
+        assert our == their
+        texts.append(our)
+    assert texts[0] == texts[1]
+    assert sum(one != other for one, other in zip(texts[0], texts[2], strict=True)) > 2
 
 
 def test_generation_arguments(tiny_model):

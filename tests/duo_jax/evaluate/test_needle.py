@@ -13,7 +13,8 @@ from duo_jax.evaluate.needle import command as needle_command
 from duo_jax.evaluate.needle.documents import Haystack, NeedleTemplates
 from duo_jax.evaluate.results import scores
 from duo_jax.heads.pattern import Pattern, save_pattern
-from tests import models
+from duo_jax.session.tokenization import load_tokenization
+from tests import models, sentencepiece_style
 
 TEMPLATES = NeedleTemplates(
     intro="Read this.\n",
@@ -52,6 +53,19 @@ def test_a_document_has_its_length_and_its_needle_at_the_depth(
         assert document.depth == depth
     elif length == 1000:  # a sentence has ended nearby
         assert before.rstrip(" ").endswith((".", "\n", "!", "?"))
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_parts_of_a_document_gain_no_spaces(chat, tmp_path):
+    """With a tokenizer that puts one before every text."""
+    tokenization = load_tokenization(sentencepiece_style.write(tmp_path))
+    haystack = Haystack(TEMPLATES, tokenization, ["One.\nTwo."] * 200, seed=3, chat=chat)
+    document = haystack.document(length=400, depth=0.5)
+    text = tokenization.tokenizer.decode(document.tokens)
+    beginning = "<s>[INST] Read this.\n" if chat else "<s> Read this.\n"
+    assert text.startswith(beginning)
+    assert "  " not in text
+    assert "\n " not in text
 
 
 def test_documents_depend_on_all_that_names_them(haystack, tokenization):

@@ -147,6 +147,8 @@ def test_without_a_temperature_the_first_of_the_most_probable_is_taken(dtype):
     logits = jnp.asarray(random_logits(vocab=40)).astype(dtype)
     greedy = SamplingConfig(top_k=3, top_p=0.5, min_p=0.1).options()
     assert greedy == {}
+    nothing = SamplingConfig(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0)
+    assert [*nothing.options()] == ["temperature"]
     tokens = sample(logits, greedy, split_keys(5), None)
     np.testing.assert_array_equal(tokens, np.argmax(np.asarray(logits, np.float32), axis=-1))
     assert tokens.dtype == jnp.int32
@@ -325,8 +327,7 @@ INF = float("inf")
         ({"temperature": -0.1}, "temperature -0.1 is not a number from 0"),
         ({"temperature": NAN}, "temperature nan is not a number from 0"),
         ({"temperature": INF}, "temperature inf is not a finite number"),
-        ({"top_k": 0}, "top_k 0 is not a whole number from 1"),
-        ({"top_k": -3}, "top_k -3 is not a whole number from 1"),
+        ({"top_k": -3}, "top_k -3 is not a whole number from 0"),
         ({"top_p": 0.0}, "top_p 0.0 is not a number above 0, at most 1"),
         ({"top_p": 1.01}, "top_p 1.01 is not a number above 0, at most 1"),
         ({"top_p": NAN}, "top_p nan is not a number above 0, at most 1"),

@@ -3,12 +3,14 @@
 import functools
 import itertools
 import pathlib
+import re
 import tempfile
 
 import numpy as np
 import pytest
 
 from duo_jax.checkpoints.pretrained import load_tokenizer, resolve
+from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError
 from duo_jax.session.detokenize import Detokenizer
 from tests import models
@@ -322,6 +324,61 @@ def test_stop_strings(name, text, stop, expected):
     detokenizer = one_by_one(tokenizer_named(name), text, stop=stop)
     assert detokenizer.text == expected
     assert detokenizer.stopped == (expected != text)
+
+
+SPECIAL_STOPS = [
+    ("the</s>world", ["</s>"], "the"),
+    ("the</s>world", ["e</s>w"], "th"),
+    ("the</s>world", ["</s>", "e</s>"], "th"),
+    ("the</s>world", ["/s"], "the"),  # as the harness's own model, which looks at shown tokens
+    ("the</s>world", [">w"], "the"),
+    ("the</s>world", ["</s>\n"], "theworld"),
+    ("a<s></s>b", ["<s></s>"], "a"),
+    ("a<s></s>b", ["a</s>"], ""),  # <s> is in no stop string, and no part of the text
+    ("a<s>b</s>c", ["</s>"], "ab"),
+    ("a<s>b</s>c", ["</s>c", "<s>c"], "ab"),
+    ("世界</s>a", ["</s>"], "世界"),
+    ("a 😀</s>\nb", ["</s>\n"], "a 😀"),
+    ("</s>", ["</s>"], ""),
+]
+
+
+@pytest.mark.parametrize(("text", "stop", "expected"), SPECIAL_STOPS)
+@every_tokenizer
+def test_a_stop_string_may_hold_special_tokens(name, text, stop, expected):
+    tokenizer, rng = tokenizer_named(name), np.random.default_rng(6)
+    special = {"demo": ("<|begin|>", "<|end|>")}.get(name, ("<s>", "</s>"))
+    names = dict(zip(("<s>", "</s>"), special, strict=True))
+    if "/s" in stop:
+        stop = [special[1][1:-1]]
+    stop = [functools.reduce(lambda s, old: s.replace(old, names[old]), names, s) for s in stop]
+    ids = []  # every piece as a continuation, which gains no space
+    for piece in re.split("(</?s>)", text):
+        if piece in names:
+            ids.append(tokenizer.convert_tokens_to_ids(names[piece]))
+        elif piece:
+            ids += PieceEncoder(tokenizer).encode(piece)
+    for _ in range(5):
+        detokenizer = Detokenizer(tokenizer, stop=stop)
+        assert stream(detokenizer, random_chunks(ids, rng)) == expected
+        visible = re.sub("</?s>", "", text)
+        assert detokenizer.stopped == (visible != expected or stop == [special[1]])
+
+
+def test_a_special_token_stops_at_once():
+    """Even behind bytes that could go on, so that nothing more is written into a cache."""
+    tokenizer = tokenizer_named("llama-2")
+    ids = PieceEncoder(tokenizer).encode("龘")
+    assert len(ids) == 3
+    detokenizer = Detokenizer(tokenizer, stop=["</s>"])
+    assert [detokenizer.push([i]) for i in ids] == ["", "", ""]
+    assert detokenizer.push([tokenizer.eos_token_id]) == "龘"
+    assert detokenizer.stopped
+    held = Detokenizer(tokenizer, stop=["a</s>b"])
+    a = tokenizer.convert_tokens_to_ids("a")
+    assert [held.push([i]) for i in (a, tokenizer.eos_token_id)] == ["", ""]
+    assert held.finish() == "a"
+    assert not held.stopped
 
 
 def test_nothing_comes_after_a_stop():

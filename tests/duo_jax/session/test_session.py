@@ -1,5 +1,7 @@
 """Reading and writing on, row by row, on tiny random models in float32."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +139,37 @@ def test_another_text_is_read_from_its_beginning(runtime):
     session.append([prompt(30)])
     session.replace([prompt(30)[:20] + prompt(5, seed=9)])
     assert write(session) == read_and_write(runtime, prompt(30)[:20] + prompt(5, seed=9))
+
+
+@pytest.mark.parametrize("kv", ["model", "bf16", "int8", "int4", "int2"])
+@pytest.mark.parametrize("full", [True, False], ids=["all full", "some streaming"])
+def test_a_cache_goes_back_where_nothing_was_overwritten(runtime, kv, full):
+    """As far as two texts begin alike; a ring of 4 + 8 tokens that has gone round cannot."""
+    config = runtime.config.all_retrieval() if full else runtime.config
+    runtime = dataclasses.replace(runtime, config=config, kv_format=kv)
+    for length, kept in ((12, 9), (13, 9), (30, 20), (12, 11)):
+        other = prompt(length)[:kept] + prompt(6, seed=9)
+        session = Session(runtime)
+        session.append([prompt(length)])
+        before = session.timing.prefill_tokens
+        session.replace([list(other)])
+        goes_back = kv != "int2" and (full or length <= 12)
+        read = len(other) - (kept if goes_back else 0)
+        assert session.timing.prefill_tokens - before == read
+        assert write(session) == read_and_write(runtime, other)
+        shorter = Session(runtime)
+        shorter.append([prompt(length)])
+        shorter.replace([prompt(length)[:kept]])
+        assert write(shorter) == read_and_write(runtime, prompt(length)[:kept])
+
+
+def test_rows_go_back_each_by_its_own(runtime):
+    session = Session(runtime, batch_size=2)
+    session.append([prompt(9), prompt(11, seed=1)])
+    rows = [prompt(9)[:3] + prompt(5, seed=2), [*prompt(11, seed=1), 7]]
+    session.replace([*map(list, rows)])
+    assert session.timing.prefill_tokens == 20 + 5 + 1
+    assert write(session) == read_and_write(runtime, *rows)
 
 
 def test_the_same_text_without_its_last_token_is_read_again(runtime):

@@ -1,0 +1,113 @@
+"""Tokenizers from a model's folder: tokenizer.json, or else a SentencePiece model, as they are.
+
+The class that tokenizer_config.json names is not asked, where there is one of these files:
+transformers' classes build a tokenizer of their own kind from the vocabulary. Qwen2Tokenizer makes
+one that loses all spaces of a SentencePiece-style tokenizer.json, and LlamaTokenizer another one of
+a byte-level or a Unigram file.
+"""
+
+import importlib.util
+import os
+import pathlib
+from typing import Any
+
+from duo_jax import files
+from duo_jax.checkpoints.chat_template_files import check_chat_templates
+from duo_jax.checkpoints.tokenizer_class import tokenizer_config
+from duo_jax.errors import InputError
+
+# One of them is needed for a tokenizer; fetched from the hub beside *.json.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+_NEEDED = ("sentencepiece", "google.protobuf")  # to read a SentencePiece model
+_LARGEST_MODEL = 8 << 20  # bytes; one of 256,000 pieces has 4 MB
+_LONGEST_PIECE = 1_000  # characters; every place to divide a piece at is looked at
+
+
+def load_tokenizer(folder: pathlib.Path) -> Any:
+    """Load the tokenizer in `folder`, without touching the network.
+
+    Returns:
+      A transformers tokenizer.
+
+    Raises:
+      InputError: there are no tokenizer files, or transformers cannot use them.
+    """
+    if not any(files.exists(folder / file) for file in TOKENIZER_FILES):
+        raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    check_chat_templates(folder)
+    as_it_is = files.exists(folder / "tokenizer.json")
+    model = folder / "tokenizer.model"
+    sentencepiece = not as_it_is and _is_sentencepiece(model)
+    if sentencepiece:
+        _check_sentencepiece(model)
+    # Without PyTorch, transformers warns that it has no models; only its tokenizers are used here.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds to import
+
+    local = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        if as_it_is or sentencepiece:
+            return PreTrainedTokenizerFast.from_pretrained(str(folder), **local)
+        config = tokenizer_config(folder)
+        return AutoTokenizer.from_pretrained(str(folder), config=config, **local)
+    except Exception as error:  # of many types, all about the caller's files
+        if sentencepiece:  # transformers goes on to try another format, and tells of that one
+            raise _damaged(model) from None
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+
+
+def _is_sentencepiece(model: pathlib.Path) -> bool:
+    """Whether a file begins as a SentencePiece model; Llama 3's of this name are plain text."""
+    if not files.is_file(model):
+        return False
+    with files.reading(model), model.open("rb") as file:
+        return file.read(1) == b"\n"
+
+
+def _check_sentencepiece(model: pathlib.Path) -> None:
+    """Refuse a SentencePiece model that nothing here reads, or that takes long to read.
+
+    Raises:
+      InputError: says which.
+    """
+    if not all(map(_installed, _NEEDED)):
+        raise InputError(
+            f"{model} is a SentencePiece model, and there is no tokenizer.json beside it: "
+            'pip install "duo_jax[sentencepiece]"'
+        )
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    with files.reading(model):
+        if model.stat().st_size > _LARGEST_MODEL:
+            raise InputError(f"{model} has more than {_LARGEST_MODEL:,} bytes")
+        content = model.read_bytes()
+    found = sentencepiece_model_pb2.ModelProto()
+    try:
+        found.ParseFromString(content)
+    except DecodeError:
+        raise _damaged(model) from None
+    if max((len(piece.piece) for piece in found.pieces), default=0) > _LONGEST_PIECE:
+        raise InputError(f"{model} has a piece of more than {_LONGEST_PIECE:,} characters")
+
+
+def _damaged(model: pathlib.Path) -> InputError:
+    return InputError(f"{model} cannot be read as a SentencePiece model")
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it is a part of
+        return False

@@ -1,0 +1,33 @@
+"""What a model's generation_config.json suggests for drawing tokens."""
+
+import pathlib
+
+import msgspec
+
+from duo_jax import files
+from duo_jax.schema.check import convert, field_kinds, replace
+from duo_jax.schema.json_reader import read_json
+from duo_jax.serve.sampling import SamplingConfig
+
+
+class _Drawing(msgspec.Struct):
+    do_sample: bool | None = None
+
+
+def suggested_sampling(folder: pathlib.Path) -> SamplingConfig:
+    """Return the sampling that the model in `folder` suggests; greedy where it suggests none.
+
+    What the file leaves out, or says with null, stays off; only the temperature is 1 where
+    do_sample is true without one. Without do_sample, only repetition_penalty counts.
+
+    Raises:
+      InputError: the file is broken, or a value is out of range.
+    """
+    file = folder / "generation_config.json"
+    if not files.is_file(file):
+        return SamplingConfig()
+    found, where = read_json(file), files.shown(file)
+    drawing = convert(found, _Drawing, where).do_sample
+    names = field_kinds(SamplingConfig) if drawing else ["repetition_penalty"]
+    values = {name: found[name] for name in names if found.get(name) is not None}
+    return replace(SamplingConfig(temperature=1.0 if drawing else 0.0), values, where)
