@@ -33,8 +33,8 @@ class Limits:
     def capacity(self, size: int) -> int:
         """Return how many slots a cache gets that must hold rows of `size` tokens.
 
-        Every size needs programs of its own, which take seconds to compile, so there are few: powers
-        of two up to 8,192; beyond, where memory counts, steps of at most an eighth.
+        Every size needs programs of its own, which take seconds to compile, so there are few:
+        powers of two up to 8,192; beyond, where memory counts, steps of at most an eighth.
         """
         smallest = max(_SMALLEST_ROW, _SMALLEST_CACHE >> (self.batch_size - 1).bit_length())
         if size <= _FEW_SIZES:

@@ -33,7 +33,7 @@ def programs(monkeypatch):
     """Read nothing, and record the shapes that every program would be compiled for."""
     seen = {"prefill": set(), "decode": set()}
 
-    def prefill(config, params, cache, tokens, num_tokens, **_):
+    def prefill(_config, _params, cache, tokens, num_tokens, **_):
         slots = cache.layers[0].full[0].slots
         assert tokens.shape[1] <= slots
         seen["prefill"].add((tokens.shape, slots))
