@@ -70,11 +70,12 @@ def _tidy(place: pathlib.Path) -> bool:
         return True
     if lock is None:
         return False
-    with lock:
+    try:
         names = {file.name for file in place.iterdir()}
         for mine, other in ((_PROGRAM, _USED), (_USED, _PROGRAM)):
             for name in names:
                 if name.endswith(mine) and name.removesuffix(mine) + other not in names:
                     (place / name).unlink(missing_ok=True)
+    finally:
         lock.release()
     return True
