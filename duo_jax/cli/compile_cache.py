@@ -12,7 +12,6 @@ import sys
 import warnings
 
 import jax
-import platformdirs
 
 from duo_jax.errors import InputError
 from duo_jax.process import locks
@@ -36,7 +35,15 @@ def folder() -> pathlib.Path | None:
     chosen = os.environ.get(VARIABLE)
     if chosen == "off":
         return None
-    return pathlib.Path(chosen) if chosen else platformdirs.user_cache_path("duo_jax") / "programs"
+    if chosen:
+        return pathlib.Path(chosen)
+    # As Hugging Face's libraries do on every system.
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        own = pathlib.Path(caches) if caches else pathlib.Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        return None
+    return own / "duo_jax" / "programs"
 
 
 def switch_on() -> None:
