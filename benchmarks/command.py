@@ -16,4 +16,10 @@ def run(main: Callable[[Flags], None], flags_type: type[Flags]) -> None:
     module = sys.modules[main.__module__]
     name = module.__name__ if module.__spec__ is None else module.__spec__.name
     description = (module.__doc__ or "").split("\n\n")[0]
-    cli.run(main, flags_type, prog=f"python -m {name}", description=description)
+    cli.run(
+        main,
+        flags_type,
+        prog=f"python -m {name}",
+        description=description,
+        keep_programs=False,  # some measure the compiler
+    )

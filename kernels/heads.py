@@ -39,10 +39,16 @@ def over_kv_heads(
     num_kv_heads = k.shape[2]
     grouped = q.reshape(batch, length, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     bytes_per_head = batch * length * (num_q_heads // num_kv_heads) * scores_per_query * 4
+    # A number that divides the heads: a remainder would have a program of its own.
+    at_once = max(
+        n
+        for n in range(1, num_kv_heads + 1)
+        if num_kv_heads % n == 0 and (n == 1 or n * bytes_per_head <= _SCORE_BYTES)
+    )
     out = jax.lax.map(
         lambda heads: one_kv_head(*heads),
         (*(jnp.moveaxis(x, 2, 0) for x in (grouped, k, v)), *head_major),
-        batch_size=max(1, min(num_kv_heads, _SCORE_BYTES // bytes_per_head)),
+        batch_size=at_once,
     )
     return jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 2).reshape(batch, length, num_q_heads, *x.shape[4:]), out

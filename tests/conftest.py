@@ -39,6 +39,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _programs = tempfile.mkdtemp(prefix="duo-jax-tests-")
 atexit.register(shutil.rmtree, _programs, ignore_errors=True)
 jax.config.update("jax_compilation_cache_dir", _programs)
+# Commands in processes of their own keep theirs beside them, not in the user's folder.
+os.environ["DUO_JAX_COMPILE_CACHE"] = os.path.join(_programs, "commands")
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 

@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 import jax
 import tyro
 
+from duo_jax.cli import compile_cache
 from duo_jax.errors import InputError
 from duo_jax.process import signals
 from kernels.errors import UnsupportedError
@@ -27,6 +28,7 @@ def run(
     description: str,
     default: Callable[[], Flags] | None = None,
     args: Sequence[str] | None = None,
+    keep_programs: bool = True,
 ) -> None:
     """Parse flags into a dataclass and run `main` on it; never returns on bad input.
 
@@ -41,11 +43,21 @@ def run(
       description: the first lines of --help.
       default: returns values to start from instead of the dataclass's own.
       args: the words of the command line; default sys.argv[1:].
+      keep_programs: whether compiled programs are kept for later runs (`compile_cache`), which
+        every command then lets its user switch off.
     """
+    words = list(sys.argv[1:] if args is None else args)
+    if keep_programs:
+        description = f"{description.rstrip()}\n\n{compile_cache.HELP}"
+        keep_programs = compile_cache.OFF not in words
+        words = [word for word in words if word != compile_cache.OFF]
 
     def command() -> None:
         start = None if default is None else default()
-        main(_parse(flags_type, prog=prog, description=description, default=start, args=args))
+        flags = _parse(flags_type, prog=prog, description=description, default=start, args=words)
+        if keep_programs:
+            compile_cache.switch_on()
+        main(flags)
 
     signals.run(lambda: _run(command))
 

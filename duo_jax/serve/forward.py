@@ -19,10 +19,11 @@ Decoding is the same for both.
 import functools
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from duo_jax.cache import Cache
+from duo_jax.cache import Cache, LayerCache
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama, rope
 from duo_jax.model.llama import Params
@@ -125,15 +126,33 @@ def hidden_states(
     cos_sin = rope.rotation(config.architecture, positions, total_length=total_lengths)
     x = params["embed_tokens"]["embedding"][tokens]
     layers = []
+    for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
+        layer_input = LayerInput(cache=layer_cache, lengths=lengths, num_tokens=num_tokens)
+        x, layer_cache = _layer(
+            config, layer_params, x, cos_sin, layer_input, mode=mode, implementation=implementation
+        )
+        layers.append(layer_cache)
+    return x, Cache(layers=tuple(layers), lengths=lengths + num_tokens)
+
+
+# A program of its own, so that layers whose heads are split alike are traced once.
+@functools.partial(jax.jit, static_argnames=("config", "mode", "implementation"))
+def _layer(
+    config: DuoConfig,
+    params: Params,
+    x: Float[Array, "batch length embed"],
+    cos_sin: rope.CosSin,
+    layer_input: LayerInput,
+    *,
+    mode: PrefillMode,
+    implementation: Implementation,
+) -> tuple[Float[Array, "batch length embed"], LayerCache]:
+    """Apply one layer, whose number of retrieval heads is that of its cache."""
     attend_layer = functools.partial(
         attend, config=config, mode=mode, implementation=implementation
     )
-    for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
-        layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
-        layer_input = LayerInput(cache=layer_cache, lengths=lengths, num_tokens=num_tokens)
-        x, layer_cache = layer.apply({"params": layer_params}, x, cos_sin, layer_input)
-        layers.append(layer_cache)
-    return x, Cache(layers=tuple(layers), lengths=lengths + num_tokens)
+    layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
+    return layer.apply({"params": params}, x, cos_sin, layer_input)
 
 
 def logits(

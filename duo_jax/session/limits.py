@@ -8,7 +8,9 @@ from duo_jax.model.config import ModelConfig
 from duo_jax.schema.check import check_fields
 from duo_jax.schema.kinds import Count
 
-_SMALLEST_CACHE = 256
+# Slots of the smallest cache, over all rows of a batch; a row has 256 at least.
+_SMALLEST_CACHE, _SMALLEST_ROW = 1024, 256
+_FEW_SIZES = 8192  # up to here sizes are powers of two
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,6 +19,7 @@ class Limits:
 
     architecture: ModelConfig
     max_len: Count | None  # slots of the cache; None: as many as the rows need
+    batch_size: Count = 1
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -30,10 +33,16 @@ class Limits:
     def capacity(self, size: int) -> int:
         """Return how many slots a cache gets that must hold rows of `size` tokens.
 
-        Sizes are rounded up, by at most an eighth, so that few of them need a program of their own.
+        Every size needs programs of its own, which take seconds to compile, so there are few:
+        powers of two up to 8,192; beyond, where memory counts, steps of at most an eighth.
         """
-        step = max(_SMALLEST_CACHE, 1 << max(0, size.bit_length() - 4))
-        return self.max_len or min(-(-size // step) * step, self.longest)
+        smallest = max(_SMALLEST_ROW, _SMALLEST_CACHE >> (self.batch_size - 1).bit_length())
+        if size <= _FEW_SIZES:
+            rounded = max(smallest, 1 << (size - 1).bit_length())
+        else:
+            step = 1 << (size.bit_length() - 4)
+            rounded = -(-size // step) * step
+        return self.max_len or min(rounded, self.longest)
 
     def check(self, rows: Sequence[Sequence[int]]) -> None:
         """Refuse rows that cannot be read.

@@ -18,7 +18,9 @@ from duo_jax.session.timing import Timing
 Progress = Callable[[int, int], None]  # tokens read, tokens to read
 Rows = Sequence[Sequence[int]]
 
-_SMALLEST_CHUNK = 16
+# Widths of a chunk that is not full. Every width needs a program of its own, which takes seconds to
+# compile; padding costs a short text less than that, and a longer one is read in pieces.
+_WIDTHS = (64, 256, 1024)
 
 _prefill = jax.jit(
     serve.prefill, static_argnames=("config", "mode", "implementation"), donate_argnames="cache"
@@ -98,7 +100,7 @@ class RowCache:
         done, total = 0, sum(map(len, rows)) - sum(self.held)
         while done < total:
             with self._timing.prefill():
-                read = self._read_chunk(rows)
+                read = self._read_chunk(rows, more=done > 0)
             self.logits_at = self.held
             self._timing.prefill_tokens += read
             done += read
@@ -115,14 +117,16 @@ class RowCache:
         elif capacity > self.capacity:
             self.cache, self.capacity = caches.grow(self.cache, max_len=capacity), capacity
 
-    def _read_chunk(self, rows: Rows) -> int:
-        """Read one chunk of every row that is not at its end; return how many tokens."""
-        chunk = self._runtime.prefill_chunk
-        parts = [list(row[n : n + chunk]) for row, n in zip(rows, self.held, strict=True)]
-        longest = max(map(len, parts))
-        # Widths are powers of two, so that few programs serve all lengths.
-        width = min(chunk, max(_SMALLEST_CHUNK, 1 << (longest - 1).bit_length()))
-        width = 1 if longest == 1 else width
+    def _read_chunk(self, rows: Rows, *, more: bool) -> int:
+        """Read one chunk of every row that is not at its end; return how many tokens.
+
+        `more` says that it goes on with what the chunk before it has begun.
+        """
+        held = self.held
+        unread = max(len(row) - n for row, n in zip(rows, held, strict=True))
+        chunk, mode = self._runtime.prefill_chunk, self._runtime.prefill_mode
+        width = chunk_width(unread, chunk, mode, more=more)
+        parts = [list(row[n : n + width]) for row, n in zip(rows, held, strict=True)]
         num_tokens = np.array([len(part) for part in parts], np.int32)
         padded = np.array([part + [0] * (width - len(part)) for part in parts], np.int32)
         donated, self.cache = self.cache, None
@@ -140,3 +144,24 @@ class RowCache:
             logits = jnp.where(jnp.asarray(num_tokens > 0)[:, None], logits, self.logits)
         self.logits, self.cache = logits.block_until_ready(), cache
         return int(num_tokens.sum())
+
+
+def chunk_width(unread: int, chunk: int, mode: str, *, more: bool) -> int:
+    """Return how many tokens per row are read next, padding included.
+
+    Args:
+      unread: tokens that the longest row lacks.
+      chunk: tokens that may be read at a time.
+      mode: a PrefillMode; with "chunk" the result depends on how a text is cut, so that a chunk
+        stays in one piece.
+      more: whether a chunk was read just before; then its program serves the rest too.
+    """
+    if unread >= chunk:
+        return chunk
+    if unread == 1 and not more:
+        return 1
+    widths = _WIDTHS[-1:] if more else _WIDTHS
+    width = next((width for width in widths if width >= unread), _WIDTHS[-1])
+    if mode == "chunk":
+        width = max(width, 1 << (unread - 1).bit_length())
+    return min(width, chunk)

@@ -67,7 +67,9 @@ class Session:
         self.runtime = runtime
         self.tokens: list[list[int]] = [[] for _ in range(batch_size)]
         self.timing = Timing()
-        self._limits = Limits(architecture=runtime.config.architecture, max_len=max_len)
+        self._limits = Limits(
+            architecture=runtime.config.architecture, max_len=max_len, batch_size=batch_size
+        )
         self._row_cache = RowCache(runtime, batch_size, self._limits, self.timing)
 
     @property

@@ -83,9 +83,9 @@ def test_text_goes_to_stdout_and_the_summary_to_stderr(run, expected, folder):
     tokenizer = pretrained.load_tokenizer(folder)
     assert int(read) == len(tokenizer(TEXT + QUESTION)["input_ids"])
     assert int(written) == 12
-    # Four of eight heads keep 256 tokens, the others 4 + 8; 8 channels of keys and values.
-    assert float(used) == round(2 * 8 * 4 * (4 * 256 + 4 * 12) / 1e3, 2)
-    assert float(full) == round(2 * 8 * 4 * 8 * 256 / 1e3, 2)
+    # Four of eight heads have room for 1,024 tokens, the others for 4 + 8; 8 channels each of K, V.
+    assert float(used) == round(2 * 8 * 4 * (4 * 1024 + 4 * 12) / 1e3, 2)
+    assert float(full) == round(2 * 8 * 4 * 8 * 1024 / 1e3, 2)
 
 
 def test_a_file_comes_before_the_prompt(run, expected, tmp_path, monkeypatch):

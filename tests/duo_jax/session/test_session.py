@@ -182,6 +182,7 @@ def test_the_same_text_without_its_last_token_is_read_again(runtime):
 
 def test_a_cache_grows_with_its_text(runtime, monkeypatch):
     monkeypatch.setattr(limits, "_SMALLEST_CACHE", 8)
+    monkeypatch.setattr(limits, "_SMALLEST_ROW", 8)
     session = Session(runtime)
     session.append([prompt(10)])
     small = session.capacity
