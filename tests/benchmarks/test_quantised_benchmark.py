@@ -8,11 +8,9 @@ import pytest
 
 import duo_jax
 from benchmarks import quantised
-from benchmarks.quantised import QuantisedFlags
+from benchmarks.quantised import Found, QuantisedFlags
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
-from duo_jax.evaluate.passkeys import retrieval as served_retrieval
-from duo_jax.evaluate.passkeys.retrieval import Retrieved
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 
 TINY = QuantisedFlags(
@@ -34,7 +32,7 @@ def test_passkeys_count_as_in_training():
         sink_size=pattern.sink_size,
         recent_size=pattern.recent_size,
     )
-    found = served_retrieval.retrieve(model.runtime, test.samples, rows=2)
+    found = quantised.retrieve(model.runtime, test.samples, rows=2)
     np.testing.assert_array_equal(found.exact, by_mask)
     assert 0 < found.exact.mean() <= found.tokens.mean() < 1
     assert len(found.logits) == sum(s.tokens.size - s.tail_start for s in test.samples)
@@ -63,9 +61,7 @@ def test_smallest_run_compares_every_setting_with_the_model_itself(tmp_path, cap
 def test_changes_are_paired_text_by_text():
     def found(exact, logits):
         exact = np.array(exact, np.float64)
-        return Retrieved(
-            exact=exact, tokens=exact, logits=np.array(logits, np.float32), cache_bytes=7
-        )
+        return Found(exact=exact, tokens=exact, logits=np.array(logits, np.float32), cache_bytes=7)
 
     base = found([[1, 1], [0, 0]], [[3, 4]])
     numbers = quantised.numbers(found([[1, 0], [0, 0]], [[3, 3]]), base)

@@ -223,5 +223,5 @@ def test_differences_are_paired_by_text():
     assert (budget, change) == (0.5, 0.5)
     assert error == pytest.approx(0.25)
     drawn = found[-1]
-    assert (drawn.exact, drawn.spread) == (0.25, (0.25, 0.25))
+    assert (drawn.mean, drawn.spread) == (0.25, (0.25, 0.25))
     assert drawn.share == 0.5

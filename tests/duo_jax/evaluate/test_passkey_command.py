@@ -55,10 +55,12 @@ def test_rows_are_those_of_served_retrieval(finished, folder):
     _, held_out = split_held_out(load_documents(()))
     sampler = PasskeySampler(data, model.tokenizer, held_out, seed=0, stream=2)
     sample = sampler.sample(1, length=256)
-    found = retrieval.retrieve(model.runtime, [sample, sample], rows=2)
+    forced, _ = retrieval.read(model.runtime, [sample, sample])
+    found = retrieval.judge(model.runtime, [sample, sample], forced)
     rows = [row for row in result["rows"] if (row["caches"], row["sample"]) == ("duo", 1)]
     assert [row["exact"] for row in rows] == found.exact[0].tolist()
     assert [row["recall"] for row in rows] == found.tokens[0].tolist()
+    assert [row["nll"] for row in rows] == found.nll[0].tolist()
     for row, depth in zip(rows, sample.depths, strict=True):
         assert row["depth"] == pytest.approx(depth, abs=0.05)
 
@@ -98,7 +100,7 @@ def test_each_length_says_which_text_it_was_read_from(folder, tmp_path, capsys, 
 
 def test_a_second_start_measures_nothing(finished, folder, monkeypatch, capsys):
     workdir, expected = finished
-    monkeypatch.setattr(retrieval, "retrieve", None)
+    monkeypatch.setattr(retrieval, "read", None)
     assert run(folder, workdir)["rows"] == expected["rows"]
     printed = capsys.readouterr().out
     assert "| full caches |" in printed
