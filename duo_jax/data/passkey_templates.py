@@ -75,6 +75,13 @@ class PasskeyTemplates:
                 )
 
 
+def in_words(kind: Words, passkey_words: int) -> str:
+    """Say what passkeys are made of."""
+    if kind == "digits":
+        return "a number" if passkey_words == 1 else f"{passkey_words} numbers"
+    return f"{passkey_words} words"
+
+
 def take_defaults(config: Any, values: Mapping[str, Any]) -> None:
     """Set the fields of a frozen dataclass that still have the defaults of its class."""
     for field in dataclasses.fields(config):

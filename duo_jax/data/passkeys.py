@@ -100,7 +100,7 @@ class PasskeySampler:
             if len(self._words) < needed:
                 raise InputError(
                     f"{config.num_passkeys} passkeys of {config.passkey_words} distinct words need "
-                    f"{needed} words; the tokenizer has {len(self._words)} of one token"
+                    f"{needed} words; there are {len(self._words):,} of the kind {config.words}"
                 )
         text = [t for d in documents for t in self._encode(d + "\n\n")]
         self._text = np.array(text, np.int32)

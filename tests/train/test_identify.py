@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from train.identify.flags import IdentifyConfig, default_config
 from train.identify.report import to_markdown, warning
 from train.identify.training import step_config
 from train.loss import StepConfig
+from train.retrieval_test import RetrievalScores
 
 ROOT = pathlib.Path(__file__).parents[2]
 MEASURES = ("tokens", "nll", "kl")
@@ -127,7 +127,8 @@ def test_a_model_that_finds_no_passkeys_is_told_before_training(
 
 def test_what_to_change_is_not_what_was_chosen_already():
     def scores(exact):
-        return SimpleNamespace(exact=np.array([[exact]]), nll=np.array([[1.5]]))
+        found, nll = np.array([[exact]]), np.array([[1.5]])
+        return RetrievalScores(exact=found, tokens=found, nll=nll, kl=None, tails=[])
 
     data = dataclasses.asdict(PasskeyConfig(words="digits", num_passkeys=1))
     assert warning(scores(0.2), data) is None

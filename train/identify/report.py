@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from duo_jax import files
+from duo_jax.data.passkey_templates import in_words
 from duo_jax.heads.pattern import Pattern, choose_retrieval_heads
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
@@ -146,7 +147,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         ]
         lines += [
             f"{samples['count']} held-out samples of {samples['length']:,} tokens, "
-            f"{samples['passkeys']} passkeys of {config['data']['passkey_words']} words; "
+            f"{samples['passkeys']} passkeys of "
+            f"{in_words(config['data']['words'], config['data']['passkey_words'])}; "
             f"haystack: {samples['haystack']}.",
             "",
             markdown.table((*columns, *map(_MEASURES.get, measured)), rows, aligned=True),

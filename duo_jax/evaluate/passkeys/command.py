@@ -9,7 +9,7 @@ import tyro
 from duo_jax import cli
 from duo_jax.api import DuoModel
 from duo_jax.data.documents import load_documents, split_held_out
-from duo_jax.data.passkey_templates import PasskeyTemplates
+from duo_jax.data.passkey_templates import PasskeyTemplates, in_words
 from duo_jax.data.passkeys import (
     PasskeyConfig,
     PasskeySampler,
@@ -108,10 +108,12 @@ def evaluate(flags: PasskeysConfig) -> None:
         return _measure(flags, model, some, drawn, references)
 
     grid.fill(rows, cells, measure, loaders, batch=flags.batch, desc=TASK)
+    number = flags.data.num_passkeys
+    made_of = in_words(flags.data.words, flags.data.passkey_words)
     result = {
         "command": machine.command("duo_jax.evaluate"),
         **describe.settings(flags, split),
-        "task": f"{flags.data.num_passkeys} passkeys of {flags.data.passkey_words} words",
+        "task": f"{number} passkey{'s' * (number > 1)} of {made_of}",
         "seed": flags.seed,
         "samples": flags.samples,
         "sampled": "length",

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax.data.documents import load_documents
-from duo_jax.data.passkey_templates import NATO, ORDINALS
+from duo_jax.data.passkey_templates import NATO, ORDINALS, tokens_per_word, word_list
 from duo_jax.data.passkeys import (
     PasskeyConfig,
     PasskeySampler,
@@ -443,3 +443,42 @@ def test_plain_text_shorter_than_a_sample_is_all_of_it(make, tokenizer):
     size = len(tokenizer(words + "\n\n").input_ids)
     assert size < sampler.sample(0).tokens.size
     assert sampler.plain_text(0).tokens.tolist() == tokenizer(words + "\n\n").input_ids
+
+
+DIGITS = PasskeyConfig(words="digits", num_passkeys=3, min_length=60, max_length=400)
+
+
+def test_passkeys_of_digits_are_numbers_of_five_in_sentences_of_their_own(make, tokenizer):
+    for i in INDICES:
+        sample = make(DIGITS).sample(i)
+        answers = answers_of(sample, tokenizer)
+        assert len(set(answers)) == 3
+        context = tokenizer.decode(sample.tokens[: sample.tail_start])
+        tail = tokenizer.decode(sample.tokens[sample.tail_start :])
+        for answer in answers:
+            assert re.fullmatch(r" [1-9]\d{4}", answer)
+            (name,) = re.findall(rf"The (\w+) pass key is{answer}\. Remember it\.", context)
+            assert f"What is the {name} pass key? The {name} pass key is{answer}." in tail
+        assert sample.tokens.size <= 400
+        assert sample.tokens.size - sample.tail_start <= make(DIGITS).longest_tail()
+
+
+def test_what_was_chosen_stays_beside_digits():
+    config = PasskeyConfig(words="digits", passkey_words=2, question="And {name}?")
+    assert (config.passkey_words, config.question) == (2, "And {name}?")
+    assert config.needle == "\n\nThe {name} pass key is{passkey}. Remember it.\n\n"
+    assert dataclasses.replace(config) == config
+    assert PasskeyConfig(**dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize("text", [{"vocab_size": 280}, {"vocab_size": 2000}])
+def test_a_word_of_digits_takes_no_more_tokens_than_is_thought(tmp_path, text):
+    tokenizer = AutoTokenizer.from_pretrained(models.write_tokenizer(tmp_path, **text))
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    words = word_list("digits", tokenizer)
+    assert (len(words), words[0], words[-1]) == (90_000, "10000", "99999")
+    fewest, most = tokens_per_word("digits", words, encode)
+    assert all(fewest <= len(encode(" " + word)) <= most for word in words[::997])
