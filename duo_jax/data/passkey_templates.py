@@ -24,7 +24,8 @@ DIGITS = {
     "passkey_words": 1,
     "intro": "There is important info hidden inside a lot of irrelevant text. Find it and memorize "
     "it.\n\n",
-    "needle": "\n\nThe {name} pass key is{passkey}. Remember it.\n\n",
+    "needle": "\n\nThe {name} pass key is{passkey}. Remember it.{passkey} is the {name} pass key."
+    "\n\n",
     "closing": "\n\n",
     "question": "What is the {name} pass key? The {name} pass key is",
     "separator": ".\n\n",
@@ -47,7 +48,7 @@ class PasskeyTemplates:
     vocabulary: distinct lower-case words of one token each, for very small models.
     digits: distinct numbers of five digits, which small pretrained models recall. Texts and
     --passkey-words that were left at their defaults are other ones then: one number a passkey,
-    "The {name} pass key is{passkey}. Remember it."."""
+    "The {name} pass key is{passkey}. Remember it.{passkey} is the {name} pass key."."""
     intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
     """Text before the haystack."""
     needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
@@ -65,8 +66,8 @@ class PasskeyTemplates:
         check_fields(self)
         if not 1 <= self.num_passkeys <= len(ORDINALS):
             raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
-        if self.needle.count("{passkey}") != 1:
-            raise InputError("the needle must hold {passkey} once")
+        if "{passkey}" not in self.needle:
+            raise InputError("the needle must hold {passkey}")
         for template in (self.needle, self.question):
             rest = filled(template.replace("{passkey}", ""), "")
             if "{" in rest or "}" in rest:

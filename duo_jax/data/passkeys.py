@@ -208,12 +208,13 @@ class PasskeySampler:
           All tokens, the first one of the tail, and (start, stop) of each answer.
         """
         config, encode = self.config, self._encode
-        before, after = config.needle.split("{passkey}")
+        first, *others = config.needle.split("{passkey}")
         pieces = [piece.tolist() for piece in haystack] or [[]] * (len(passkeys) + 1)
         tokens = [*self._bos, *encode(config.intro)]
         for piece, passkey, name in zip(pieces, passkeys, ORDINALS, strict=False):
-            tokens += piece + encode(filled(before, name)) + passkey
-            tokens += encode(filled(after, name))
+            tokens += piece + encode(filled(first, name))
+            for part in others:
+                tokens += passkey + encode(filled(part, name))
         tokens += pieces[-1] + encode(config.closing)
         tail_start, answers = len(tokens), []
         for i in order or range(len(passkeys)):

@@ -95,6 +95,7 @@ def save_retrieval(rows: Sequence[dict[str, Any]], path: pathlib.Path, *, title:
     for axes, (score, label) in zip(panels, _SCORES.items(), strict=True):
         for choice in choices or ("all",):
             shown = [r for r in rows if r["heads"] == choice or r["sparsity"] in _ENDS]
+            shown.sort(key=lambda row: row["sparsity"])
             axes.errorbar(
                 [row["sparsity"] for row in shown],
                 [row[score] or 0.0 for row in shown],  # the model has no divergence from itself

@@ -322,8 +322,7 @@ BAD_VALUES = {
     "no shortest length": ({"min_length": 0}, "min_length 0 is not a whole number from 1"),
     "lengths the wrong way round": ({"min_length": 401}, "lengths 401 to 400"),
     "no lengths": ({"num_lengths": 0}, "num_lengths 0 is not a whole number from 1"),
-    "needle without passkey": ({"needle": "{name}"}, "the needle must hold {passkey} once"),
-    "needle with two": ({"needle": "{passkey}{passkey}"}, "the needle must hold {passkey} once"),
+    "needle without passkey": ({"needle": "{name}"}, "the needle must hold {passkey}"),
     "unknown name in the needle": ({"needle": "{who}{passkey}"}, "needle"),
     "unknown name in the question": ({"question": "{who}?"}, "question"),
     "single brace in the question": ({"question": "what{?"}, "question"),
@@ -458,6 +457,7 @@ def test_passkeys_of_digits_are_numbers_of_five_in_sentences_of_their_own(make, 
         for answer in answers:
             assert re.fullmatch(r" [1-9]\d{4}", answer)
             (name,) = re.findall(rf"The (\w+) pass key is{answer}\. Remember it\.", context)
+            assert f"Remember it.{answer} is the {name} pass key." in context
             assert f"What is the {name} pass key? The {name} pass key is{answer}." in tail
         assert sample.tokens.size <= 400
         assert sample.tokens.size - sample.tail_start <= make(DIGITS).longest_tail()
@@ -466,7 +466,7 @@ def test_passkeys_of_digits_are_numbers_of_five_in_sentences_of_their_own(make, 
 def test_what_was_chosen_stays_beside_digits():
     config = PasskeyConfig(words="digits", passkey_words=2, question="And {name}?")
     assert (config.passkey_words, config.question) == (2, "And {name}?")
-    assert config.needle == "\n\nThe {name} pass key is{passkey}. Remember it.\n\n"
+    assert config.needle.startswith("\n\nThe {name} pass key is{passkey}. Remember it.")
     assert dataclasses.replace(config) == config
     assert PasskeyConfig(**dataclasses.asdict(config)) == config
 
