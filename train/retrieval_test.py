@@ -105,7 +105,7 @@ class RetrievalTest:
           InputError: the model's numbers are not finite.
         """
         gates = jnp.asarray(heads, jnp.float32)
-        found: dict[str, list[list[float]]] = {"exact": [], "tokens": [], "nll": [], "kl": []}
+        tokens, nll, kl = [], [], []  # of each sample, a number per passkey
         kept = []
         for number, first in enumerate(range(0, len(self.samples), self._rows)):
             rows = self.samples[first : first + self._rows]
@@ -134,20 +134,22 @@ class RetrievalTest:
             scores = jax.tree.map(np.asarray, scores)
             starts = np.asarray(places)[:, 0]
             for i, (sample, start) in enumerate(zip(rows, starts, strict=False)):
-                spans = [(a, slice(a - 1 - start, b - 1 - start)) for a, b in sample.answers]
-                right = [
-                    scores.predicted[i, place] == sample.tokens[a : a + place.stop - place.start]
-                    for a, place in spans
-                ]
-                found["exact"].append([float(key.all()) for key in right])
-                found["tokens"].append([float(key.mean()) for key in right])
-                for name in ("nll", "kl"):
-                    values = getattr(scores, name)
-                    if values is not None:
-                        found[name].append([float(values[i, place].mean()) for _, place in spans])
-        arrays = {name: np.array(values) if values else None for name, values in found.items()}
-        check_finite(arrays["nll"])
-        return RetrievalScores(tails=kept, **arrays)
+                spans = [slice(a - 1 - start, b - 1 - start) for a, b in sample.answers]
+                true = [sample.tokens[a:b] for a, b in sample.answers]
+                pairs = zip(spans, true, strict=True)
+                tokens.append([np.mean(scores.predicted[i, at] == key) for at, key in pairs])
+                nll.append([scores.nll[i, at].mean() for at in spans])
+                if scores.kl is not None:
+                    kl.append([scores.kl[i, at].mean() for at in spans])
+        right, nll = np.array(tokens, np.float64), np.array(nll, np.float64)
+        check_finite(nll)
+        return RetrievalScores(
+            exact=(right == 1).astype(np.float64),
+            tokens=right,
+            nll=nll,
+            kl=np.array(kl, np.float64) if kl else None,
+            tails=kept,
+        )
 
     def _batch(self, rows: list[Sample]) -> Batch:
         rows = rows + rows[:1] * (self._rows - len(rows))

@@ -151,7 +151,7 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"{in_words(config['data']['words'], config['data']['passkey_words'])}; "
             f"haystack: {samples['haystack']}.",
             "",
-            markdown.table((*columns, *map(_MEASURES.get, measured)), rows, aligned=True),
+            markdown.table((*columns, *(_MEASURES[name] for name in measured)), rows, aligned=True),
             "",
             "Exact retrieval: every token of the passkey right, as greedy decoding would write it. "
             "KV kept: bytes of",
