@@ -6,32 +6,37 @@ Every setting answers the same questions on held-out text, through the caches th
 duo_jax.evaluate.passkeys.retrieval). Half of the heads stream, as the demo's pattern says; the
 first row is the model with full caches. Differences are paired, text by text, against the split
 model in its own dtype. The relative error of logits is |logits - that model's| / |that model's|,
-after every token of all questions and answers.
+before every token of all questions and answers.
 """
 
 import dataclasses
 import json
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
 import duo_jax
 from benchmarks import command
-from duo_jax import files
+from duo_jax import files, serve
 from duo_jax.api import DuoModel
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
 from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.passkeys import Sample
 from duo_jax.errors import InputError
 from duo_jax.evaluate.passkeys import retrieval as served_retrieval
-from duo_jax.evaluate.passkeys.retrieval import Retrieved
+from duo_jax.evaluate.results.forced import Forced
 from duo_jax.heads.choose import DEFAULT_SPARSITY, NO_PATTERN
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.reports import machine, markdown, statistics
+from duo_jax.session.runtime import Runtime
 from train.demo_model.presets import TEMPLATES
 from train.retrieval_test import RetrievalTest
 
@@ -104,7 +109,7 @@ def measure(flags: QuantisedFlags) -> dict[str, Any]:
     rows, base = [], None
     for formats in tqdm(all_formats(flags), desc="formats", disable=None):
         model = _load(formats, flags.chunk)
-        found = served_retrieval.retrieve(model.runtime, test.samples, rows=flags.rows)
+        found = retrieve(model.runtime, test.samples, rows=flags.rows)
         if formats == Formats(heads=_DUO):
             base = found
         rows.append(dataclasses.asdict(formats) | numbers(found, None if formats.full else base))
@@ -125,7 +130,45 @@ def measure(flags: QuantisedFlags) -> dict[str, Any]:
     }
 
 
-def numbers(found: Retrieved, base: Retrieved | None) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Found:
+    """What a model makes of some samples."""
+
+    exact: Float[np.ndarray, "samples passkeys"]  # 1 where every token of a passkey is right
+    tokens: Float[np.ndarray, "samples passkeys"]  # fraction of a passkey's tokens that are right
+    logits: Float[np.ndarray, "tokens vocab"]  # before every token of all questions and answers
+    cache_bytes: int  # of one row, measured
+
+
+def retrieve(runtime: Runtime, samples: Sequence[Sample], *, rows: int) -> Found:
+    """Ask for all passkeys of the samples, `rows` samples at a time."""
+    exact, tokens, logits, cache_bytes = [], [], [], 0
+    for first in range(0, len(samples), rows):
+        part = samples[first : first + rows]
+        forced, cache_bytes = served_retrieval.read(runtime, part)
+        found = served_retrieval.judge(runtime, part, forced)
+        exact.append(found.exact)
+        tokens.append(found.tokens)
+        logits.append(_logits(runtime, part, forced))
+    return Found(
+        exact=np.concatenate(exact),
+        tokens=np.concatenate(tokens),
+        logits=np.concatenate(logits),
+        cache_bytes=cache_bytes,
+    )
+
+
+def _logits(
+    runtime: Runtime, samples: Sequence[Sample], forced: Forced
+) -> Float[np.ndarray, "tokens vocab"]:
+    project = jax.jit(serve.logits, static_argnums=0)
+    rest = project(runtime.config, runtime.params, jnp.asarray(forced.rest))
+    every = np.concatenate([forced.first[:, None], np.asarray(rest)], axis=1)
+    sizes = np.array([sample.tokens.size - sample.tail_start for sample in samples])
+    return every[np.arange(every.shape[1]) < sizes[:, None]].astype(np.float32)
+
+
+def numbers(found: Found, base: Found | None) -> dict[str, Any]:
     """Return the numbers of a row.
 
     Args:

@@ -55,7 +55,10 @@ SECTIONS = (
     Section(
         title="One needle at every depth",
         name="needle",
-        text="A passkey of eight words, hidden once; greedy continuation of the question.",
+        text=(
+            "A passkey of eight words, hidden once; greedy continuation of the question. ± is two "
+            "standard errors over texts."
+        ),
         table=heat_map.to_markdown,
     ),
     Section(
@@ -64,7 +67,7 @@ SECTIONS = (
         text=(
             "Each text is read once, then asked for all of its passkeys in turn: the question is "
             "not known when the text is read. A passkey counts if greedy decoding would write all "
-            "of it."
+            "of it. ± is two standard errors over texts, of all lengths."
         ),
         table=heat_map.to_markdown,
     ),

@@ -1,5 +1,6 @@
 """The two KV caches: full ones for retrieval heads, sinks with a ring for streaming heads."""
 
+from duo_jax.cache.rewind import Mark, mark, rewind
 from duo_jax.cache.state import (
     Cache,
     KVCache,
@@ -18,10 +19,13 @@ __all__ = [
     "KVCache",
     "KVFormat",
     "LayerCache",
+    "Mark",
     "cache_bytes",
     "cache_shapes",
     "check_kv_format",
     "grow",
     "init_cache",
     "live_bytes",
+    "mark",
+    "rewind",
 ]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta
@@ -18,7 +19,19 @@ ORDINALS = (
     "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
 ).split()
 
-Words = Literal["nato", "vocabulary"]
+# What stands in place of the defaults with passkeys of digits: SmolLM2-135M answers these.
+DIGITS = {
+    "passkey_words": 1,
+    "intro": "There is important info hidden inside a lot of irrelevant text. Find it and memorize "
+    "it.\n\n",
+    "needle": "\n\nThe {name} pass key is{passkey}. Remember it.{passkey} is the {name} pass key."
+    "\n\n",
+    "closing": "\n\n",
+    "question": "What is the {name} pass key? The {name} pass key is",
+    "separator": ".\n\n",
+}
+
+Words = Literal["nato", "vocabulary", "digits"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +45,10 @@ class PasskeyTemplates:
     words: Words = "nato"
     """Words that passkeys consist of.
     nato: words of the NATO alphabet, with replacement.
-    vocabulary: distinct lower-case words of one token each, for very small models."""
+    vocabulary: distinct lower-case words of one token each, for very small models.
+    digits: distinct numbers of five digits, which small pretrained models recall. Texts and
+    --passkey-words that were left at their defaults are other ones then: one number a passkey,
+    "The {name} pass key is{passkey}. Remember it.{passkey} is the {name} pass key."."""
     intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
     """Text before the haystack."""
     needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
@@ -45,17 +61,33 @@ class PasskeyTemplates:
     """Text after an answer."""
 
     def __post_init__(self) -> None:
+        if self.words == "digits":
+            take_defaults(self, DIGITS)
         check_fields(self)
         if not 1 <= self.num_passkeys <= len(ORDINALS):
             raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
-        if self.needle.count("{passkey}") != 1:
-            raise InputError("the needle must hold {passkey} once")
+        if "{passkey}" not in self.needle:
+            raise InputError("the needle must hold {passkey}")
         for template in (self.needle, self.question):
             rest = filled(template.replace("{passkey}", ""), "")
             if "{" in rest or "}" in rest:
                 raise InputError(
                     f"needle and question may hold {{name}} and no other braces: {quoted(template)}"
                 )
+
+
+def in_words(kind: Words, passkey_words: int) -> str:
+    """Say what passkeys are made of."""
+    if kind == "digits":
+        return "a number" if passkey_words == 1 else f"{passkey_words} numbers"
+    return f"{passkey_words} words"
+
+
+def take_defaults(config: Any, values: Mapping[str, Any]) -> None:
+    """Set the fields of a frozen dataclass that still have the defaults of its class."""
+    for field in dataclasses.fields(config):
+        if field.name in values and getattr(config, field.name) == field.default:
+            object.__setattr__(config, field.name, values[field.name])
 
 
 def filled(template: str, name: str) -> str:
@@ -70,6 +102,24 @@ def word_list(kind: Words, tokenizer: Any) -> list[str]:
     """Return the words that answers are made of, see `PasskeyTemplates.words`."""
     if kind == "nato":
         return [*NATO]
+    if kind == "digits":
+        return [str(number) for number in range(10_000, 100_000)]
     words = (tokenizer.decode([i]) for i in range(len(tokenizer)))
     candidates = sorted({w[1:] for w in words if re.fullmatch(r" [a-z]{3,}", w)})
     return [w for w in candidates if w not in ORDINALS]
+
+
+def tokens_per_word(
+    kind: Words, words: Sequence[str], encode: Callable[[str], list[int]]
+) -> tuple[int, int]:
+    """Return the fewest and the most tokens that a word takes, with a space before it.
+
+    Args:
+      kind: of the words.
+      words: `word_list` of this kind.
+      encode: turns text into tokens.
+    """
+    if kind == "digits":  # 90,000 words are not tried: a token per character is the most
+        return 1, 1 + len(words[0])
+    sizes = [len(encode(" " + word)) for word in words]
+    return min(sizes), max(sizes)

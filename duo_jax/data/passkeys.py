@@ -19,7 +19,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from duo_jax.data.passkey_templates import ORDINALS, PasskeyTemplates, filled, word_list
+from duo_jax.data.passkey_templates import (
+    ORDINALS,
+    PasskeyTemplates,
+    filled,
+    tokens_per_word,
+    word_list,
+)
 from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError
 from duo_jax.schema.kinds import Count
@@ -92,21 +98,20 @@ class PasskeySampler:
         intro = tokenizer(config.intro, add_special_tokens=False) if config.intro else {}
         self._intro = list(intro.get("input_ids", ()))  # encoded as the beginning of a text
         self._words = word_list(config.words, tokenizer)
-        if config.words == "vocabulary":
+        if config.words != "nato":
             needed = config.num_passkeys * config.passkey_words
             if len(self._words) < needed:
                 raise InputError(
                     f"{config.num_passkeys} passkeys of {config.passkey_words} distinct words need "
-                    f"{needed} words; the tokenizer has {len(self._words)} of one token"
+                    f"{needed} words; there are {len(self._words):,} of the kind {config.words}"
                 )
         text = [t for d in documents for t in self._encode(d + "\n\n")]
         self._text = np.array(text, np.int32)
 
         self._longest_haystack(self._draw_passkeys(np.random.default_rng(0)))
         # Words differ in tokens; the shortest leave the most room, which the text must fill.
-        words = self._words if config.words == "nato" else self._words[:1]
-        shortest = min((self._encode(" " + w) for w in words), key=len)
-        needed = self._longest_haystack([shortest * config.passkey_words] * config.num_passkeys)
+        fewest, self._most = tokens_per_word(config.words, self._words, self._encode)
+        needed = self._longest_haystack([[0] * fewest * config.passkey_words] * config.num_passkeys)
         if self._text.size < needed:
             raise TooShortError(
                 f"the text has {self._text.size:,} tokens, samples of {config.max_length:,} need "
@@ -163,15 +168,16 @@ class PasskeySampler:
     def longest_tail(self) -> int:
         """Return an upper bound on the tokens from the first question to the end."""
         config = self.config
-        word = max(len(self._encode(" " + w)) for w in self._words)
         question = max(len(self._encode(filled(config.question, n))) for n in ORDINALS)
         separator = len(self._encode(config.separator))
         # One token of slack per word: a tokenizer may cut a word in a row differently.
-        return config.num_passkeys * (question + separator + config.passkey_words * (word + 1))
+        return config.num_passkeys * (
+            question + separator + config.passkey_words * (self._most + 1)
+        )
 
     def _draw_passkeys(self, rng: np.random.Generator) -> list[list[int]]:
         count, size = self.config.num_passkeys, self.config.passkey_words
-        distinct = self.config.words == "vocabulary"
+        distinct = self.config.words != "nato"
         chosen = rng.choice(len(self._words), (count, size), replace=not distinct)
         return [self._encode("".join(" " + self._words[w] for w in words)) for words in chosen]
 
@@ -205,12 +211,13 @@ class PasskeySampler:
           All tokens, the first one of the tail, and (start, stop) of each answer.
         """
         config, encode = self.config, self._encode
-        before, after = config.needle.split("{passkey}")
+        first, *others = config.needle.split("{passkey}")
         pieces = [piece.tolist() for piece in haystack] or [[]] * (len(passkeys) + 1)
         tokens = [*self._bos, *self._intro]
         for piece, passkey, name in zip(pieces, passkeys, ORDINALS, strict=False):
-            tokens += piece + encode(filled(before, name)) + passkey
-            tokens += encode(filled(after, name))
+            tokens += piece + encode(filled(first, name))
+            for part in others:
+                tokens += passkey + encode(filled(part, name))
         tokens += pieces[-1] + encode(config.closing)
         tail_start, answers = len(tokens), []
         for i in order or range(len(passkeys)):

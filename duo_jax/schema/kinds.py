@@ -18,3 +18,4 @@ Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 # Within float32 on the device, squares included.
 Positive = Annotated[float, Meta(gt=0.0, le=1e18)]
 NotNegative = Annotated[float, Meta(ge=0.0, le=1e18)]
+Nats = NotNegative  # of a token: likelihoods and divergences

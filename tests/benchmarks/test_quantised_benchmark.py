@@ -1,6 +1,7 @@
 """The benchmark of quantised caches and weights counts what it says, through the real caches."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -8,11 +9,10 @@ import pytest
 
 import duo_jax
 from benchmarks import quantised
-from benchmarks.quantised import QuantisedFlags
+from benchmarks.quantised import Found, QuantisedFlags
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
-from duo_jax.evaluate.passkeys import retrieval as served_retrieval
-from duo_jax.evaluate.passkeys.retrieval import Retrieved
+from duo_jax.evaluate.passkeys import retrieval
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 
 TINY = QuantisedFlags(
@@ -27,15 +27,24 @@ def test_passkeys_count_as_in_training():
     model = duo_jax.load("demo", sparsity=1.0, prefill_chunk=TINY.chunk)
     test = quantised.held_out(TINY, model)
     assert test.haystack == "held-out text"
-    by_mask = test.accuracy(
+    masked = functools.partial(
+        test.scores,
         model.config.architecture,
         pretrained.load_params(folder, dtype=np.float32),
-        choose_retrieval_heads(pattern.gates, sparsity=1.0),
         sink_size=pattern.sink_size,
         recent_size=pattern.recent_size,
     )
-    found = served_retrieval.retrieve(model.runtime, test.samples, rows=2)
-    np.testing.assert_array_equal(found.exact, by_mask)
+    itself = masked(np.ones(pattern.gates.shape, bool))
+    by_mask = masked(choose_retrieval_heads(pattern.gates, sparsity=1.0), reference=itself)
+    found = quantised.retrieve(model.runtime, test.samples, rows=2)
+    np.testing.assert_array_equal(found.exact, by_mask.exact)
+    np.testing.assert_array_equal(found.tokens, by_mask.tokens)
+    reference, _ = retrieval.read(duo_jax.load("demo", pattern="none").runtime, test.samples)
+    forced, _ = retrieval.read(model.runtime, test.samples)
+    served = retrieval.judge(model.runtime, test.samples, forced, reference=reference)
+    np.testing.assert_allclose(served.nll, by_mask.nll, atol=1e-3)
+    np.testing.assert_allclose(served.kl, by_mask.kl, atol=1e-3)
+    assert by_mask.kl.mean() > 0.1
     assert 0 < found.exact.mean() <= found.tokens.mean() < 1
     assert len(found.logits) == sum(s.tokens.size - s.tail_start for s in test.samples)
 
@@ -63,9 +72,7 @@ def test_smallest_run_compares_every_setting_with_the_model_itself(tmp_path, cap
 def test_changes_are_paired_text_by_text():
     def found(exact, logits):
         exact = np.array(exact, np.float64)
-        return Retrieved(
-            exact=exact, tokens=exact, logits=np.array(logits, np.float32), cache_bytes=7
-        )
+        return Found(exact=exact, tokens=exact, logits=np.array(logits, np.float32), cache_bytes=7)
 
     base = found([[1, 1], [0, 0]], [[3, 4]])
     numbers = quantised.numbers(found([[1, 0], [0, 0]], [[3, 3]]), base)

@@ -14,15 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.heads.pattern import load_pattern
 from tests import models
 from tests.train.conftest import TINY_FLAGS
 from train.identify.__main__ import main
 from train.identify.flags import IdentifyConfig, default_config
+from train.identify.report import to_markdown, warning
 from train.identify.training import step_config
 from train.loss import StepConfig
+from train.retrieval_test import RetrievalScores
 
 ROOT = pathlib.Path(__file__).parents[2]
+MEASURES = ("tokens", "nll", "kl")
 
 
 def run(model, workdir, *flags) -> None:
@@ -45,7 +49,7 @@ def test_writes_pattern_pictures_metrics_and_report(finished):
     assert pattern.gates.shape == (2, 2)
     assert (pattern.sink_size, pattern.recent_size) == (4, 12)
     assert pattern.gates.min() < 1.0
-    for picture in ("gates.png", "history.png"):
+    for picture in ("gates.png", "history.png", "retrieval.png"):
         with Image.open(finished / picture) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(1 << 24)) > 10
@@ -78,6 +82,59 @@ def test_report_counts_what_it_claims(finished):
     np.testing.assert_allclose(rows["all streaming", 1.0]["kv_bytes_kept"], window / length)
     np.testing.assert_allclose(rows["learned", 0.5]["kv_bytes_kept"], (1 + window / length) / 2)
     assert "exact retrieval" in (finished / "report.md").read_text()
+
+
+def test_report_measures_what_a_weak_model_still_shows(finished):
+    """A random model finds no passkey, but its answers have likelihoods that the heads change."""
+    report = json.loads((finished / "report.json").read_text())
+    rows = {row["heads"]: row for row in report["retrieval"]}
+    itself, streaming = rows["all retrieval (the model itself)"], rows["all streaming"]
+    assert itself["kl"] is itself["kl_error"] is None
+    for row in rows.values():
+        assert 0 <= row["tokens"] < 0.5
+        assert 4 < row["nll"] < 9  # of 600 tokens, about log(600)
+        assert row["nll_error"] > 0
+    assert 0 < rows["learned"]["kl"] < streaming["kl"]
+    assert itself["nll"] != streaming["nll"]
+    table = (finished / "report.md").read_text()
+    assert f"{itself['nll']:.3f} ± {2 * itself['nll_error']:.3f} | -" in table
+    assert f"{streaming['kl']:.3f} ± {2 * streaming['kl_error']:.3f}" in table
+
+
+def test_reports_of_earlier_versions_have_fewer_columns(finished):
+    report = json.loads((finished / "report.json").read_text())
+    del report["warning"]
+    for row in report["retrieval"]:
+        for name in ("accuracy_error", *(n + e for n in MEASURES for e in ("", "_error"))):
+            del row[name]
+    written = to_markdown(report)
+    assert "| exact retrieval " in written
+    assert "NLL" not in written
+    assert "±" not in written
+
+
+def test_a_model_that_finds_no_passkeys_is_told_before_training(
+    tiny_model, given_to_the_search, finished, capsys
+):
+    given_to_the_search("--model", str(tiny_model), *TINY_FLAGS)
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("warning: ")]
+    assert "the model itself retrieves 0.0% of these passkeys" in line
+    assert "Try --words digits, fewer --passkey-words than 4, fewer --num-passkeys" in line
+    top = (finished / "report.md").read_text().splitlines()[2]
+    assert top == f"**Careful**: {line.removeprefix('warning: ')}."
+
+
+def test_what_to_change_is_not_what_was_chosen_already():
+    def scores(exact):
+        found, nll = np.array([[exact]]), np.array([[1.5]])
+        return RetrievalScores(exact=found, tokens=found, nll=nll, kl=None, tails=[])
+
+    data = dataclasses.asdict(PasskeyConfig(words="digits", num_passkeys=1))
+    assert warning(scores(0.2), data) is None
+    line = warning(scores(0.0), data)
+    assert line.endswith("Try a shorter --max-length than 32,000")
+    assert "1.50 nats" in line
 
 
 def test_a_finished_run_is_not_repeated(finished, tiny_model, capsys):

@@ -5,10 +5,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from duo_jax.heads.pattern import Pattern
 from duo_jax.reports import figures
+
+# Of the report's rows: what is drawn, and its axis.
+_SCORES = {
+    "accuracy": "exact retrieval",
+    "nll": "answer NLL\n(nats per token)",
+    "kl": "KL from full attention\n(nats per token)",
+}
+_ENDS = (0.0, 1.0)  # fractions of streaming heads that all choices share
 
 # Labels of the loss axis, by the name of the objective in the metrics.
 _OBJECTIVES = {
@@ -71,4 +79,38 @@ def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title
     below.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (above, below):
         axes.grid(alpha=0.3)
+    figures.save(figure, path, dpi=150)
+
+
+def save_retrieval(rows: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
+    """Draw the report's scores against the fraction of streaming heads, a line per choice of heads.
+
+    Args:
+      rows: the report's "retrieval".
+      path: the picture to write.
+      title: shown above it.
+    """
+    figure, panels = figures.new_figure(11.0, 3.4, ncols=len(_SCORES))
+    choices = dict.fromkeys(row["heads"] for row in rows if row["sparsity"] not in _ENDS)
+    for axes, (score, label) in zip(panels, _SCORES.items(), strict=True):
+        for choice in choices or ("all",):
+            shown = [r for r in rows if r["heads"] == choice or r["sparsity"] in _ENDS]
+            shown.sort(key=lambda row: row["sparsity"])
+            axes.errorbar(
+                [row["sparsity"] for row in shown],
+                [row[score] or 0.0 for row in shown],  # the model has no divergence from itself
+                yerr=[2 * (row[f"{score}_error"] or 0.0) for row in shown],
+                marker="o",
+                markersize=4,
+                capsize=2,
+                label=choice,
+            )
+        axes.set_ylabel(label, fontsize=9)
+        axes.set_xlabel("streaming heads")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.grid(alpha=0.3)
+    panels[0].yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    panels[0].set_ylim(-0.03, 1.05)
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{title}: passkeys through fewer retrieval heads (± 2 standard errors)")
     figures.save(figure, path, dpi=150)

@@ -2,19 +2,31 @@
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from duo_jax import files
+from duo_jax.data.passkey_templates import in_words
 from duo_jax.heads.pattern import Pattern, choose_retrieval_heads
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.reports import machine, markdown
-from train.retrieval_test import RetrievalTest
+from duo_jax.reports.statistics import standard_error
+from train.retrieval_test import RetrievalScores, RetrievalTest
+
+_FEW = 0.1  # of the passkeys: what the model itself finds less of tells nothing about its heads
+_MEASURES = {"tokens": "tokens right", "nll": "answer NLL", "kl": "KL from full"}
+_EXPLAINED = (
+    "Tokens right: fraction of the passkeys' tokens that are the most likely one after the true "
+    "ones. Answer NLL: nats",
+    "per token. KL from full: of the distribution with full attention from this one, nats per "
+    "token. ±: two standard",
+    "errors over samples.",
+)
 
 
 def make(
@@ -24,6 +36,7 @@ def make(
     params: llama.Params,
     pattern: Pattern,
     test: RetrievalTest | None,
+    itself: RetrievalScores | None,
     sparsities: Sequence[float],
     random_seeds: int,
 ) -> dict[str, Any]:
@@ -35,6 +48,7 @@ def make(
       params: its parameters.
       pattern: the gates (or scores) and the streaming sizes they were found with.
       test: held-out samples; None leaves the retrieval table empty.
+      itself: the model's own scores on them.
       sparsities: fractions of streaming heads to test.
       random_seeds: random head choices per sparsity.
     """
@@ -59,7 +73,8 @@ def make(
         "environment": machine.environment(),
         "config": config,
     }
-    if test is not None:
+    if test is not None and itself is not None:
+        report["warning"] = warning(itself, config["data"])
         report["samples"] = {
             "count": len(test.samples),
             "passkeys": sum(len(s.answers) for s in test.samples),
@@ -68,9 +83,29 @@ def make(
         }
         name = "profiled" if config["method"] == "profile" else "learned"
         report["retrieval"] = _retrieval(
-            name, architecture, params, pattern, test, sparsities, random_seeds
+            name, architecture, params, pattern, test, itself, sparsities, random_seeds
         )
     return report
+
+
+def warning(itself: RetrievalScores, data: Mapping[str, Any]) -> str | None:
+    """Say so in a line if the model itself finds too few passkeys, and what to change.
+
+    Args:
+      itself: its scores with full attention.
+      data: the fields of PasskeyConfig.
+    """
+    if itself.exact.mean() >= _FEW:
+        return None
+    changes = [] if data["words"] == "digits" else ["--words digits"]
+    numbers = {"--passkey-words": data["passkey_words"], "--num-passkeys": data["num_passkeys"]}
+    changes += [f"fewer {flag} than {value}" for flag, value in numbers.items() if value > 1]
+    changes.append(f"a shorter --max-length than {data['max_length']:,}")
+    return (
+        f"with full attention the model itself retrieves {itself.exact.mean():.1%} of these "
+        f"passkeys (answer NLL {itself.nll.mean():.2f} nats per token): they hardly tell its heads "
+        f"apart. Try {', '.join(changes[:-1])}{' or ' if changes[:-1] else ''}{changes[-1]}"
+    )
 
 
 def save(report: dict[str, Any], folder: pathlib.Path) -> None:
@@ -86,6 +121,7 @@ def to_markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# Retrieval heads of {model['name']}",
         "",
+        *([f"**Careful**: {report['warning']}.", ""] if report.get("warning") else []),
         f"{model['layers']} layers x {model['kv_heads']} KV heads ({model['q_heads']} query heads "
         f"of {model['head_dim']}); {_how(config)}, "
         f"sink {config['sink']}, recent {config['recent']}, seed {config['seed']}.",
@@ -96,31 +132,31 @@ def to_markdown(report: dict[str, Any]) -> str:
     ]
     if report["retrieval"]:
         samples = report["samples"]
+        measured = [name for name in _MEASURES if name in report["retrieval"][-1]]
         columns = ("heads", "streaming", "retrieval heads", "KV kept", "exact retrieval")
-        rows = []
-        for r in report["retrieval"]:
-            spread = ""
-            if r["runs"] > 1:
-                spread = f" (mean of {r['runs']}: {r['lowest']:.1%} to {r['highest']:.1%})"
-            rows.append(
-                (
-                    r["heads"],
-                    f"{r['sparsity']:.0%}",
-                    f"{r['retrieval_heads']} of {r['all_heads']}",
-                    f"{r['kv_bytes_kept']:.1%}",
-                    f"{r['accuracy']:.1%}{spread}",
-                )
+        rows = [
+            (
+                r["heads"],
+                f"{r['sparsity']:.0%}",
+                f"{r['retrieval_heads']} of {r['all_heads']}",
+                f"{r['kv_bytes_kept']:.1%}",
+                _exact(r),
+                *(_measure(r, name) for name in measured),
             )
+            for r in report["retrieval"]
+        ]
         lines += [
             f"{samples['count']} held-out samples of {samples['length']:,} tokens, "
-            f"{samples['passkeys']} passkeys of {config['data']['passkey_words']} words; "
+            f"{samples['passkeys']} passkeys of "
+            f"{in_words(config['data']['words'], config['data']['passkey_words'])}; "
             f"haystack: {samples['haystack']}.",
             "",
-            markdown.table(columns, rows, aligned=True),
+            markdown.table((*columns, *(_MEASURES[name] for name in measured)), rows, aligned=True),
             "",
             "Exact retrieval: every token of the passkey right, as greedy decoding would write it. "
             "KV kept: bytes of",
             "both caches at this length, against full caches for all heads.",
+            *(_EXPLAINED if measured else []),
             "",
         ]
     environment = ", ".join(
@@ -134,6 +170,24 @@ def to_markdown(report: dict[str, Any]) -> str:
         lines.append(f"The whole command took {seconds['whole_command']:.0f} s. ")
     lines.append(f"Where it ran: {environment}.")
     return "\n".join(lines) + "\n"
+
+
+def _exact(row: dict[str, Any]) -> str:
+    """Write exact retrieval, with two standard errors, and the range of several runs."""
+    error = f" ± {200 * row['accuracy_error']:.1f}" if "accuracy_error" in row else ""
+    spread = ""
+    if row["runs"] > 1:
+        spread = f" (mean of {row['runs']}: {row['lowest']:.1%} to {row['highest']:.1%})"
+    return f"{row['accuracy']:.1%}{error}{spread}"
+
+
+def _measure(row: dict[str, Any], name: str) -> str:
+    """Write a mean and two standard errors."""
+    if row[name] is None:
+        return "-"
+    if name == "tokens":
+        return f"{row[name]:.1%} ± {200 * row[f'{name}_error']:.1f}"
+    return f"{row[name]:.3f} ± {2 * row[f'{name}_error']:.3f}"
 
 
 def _how(config: dict[str, Any]) -> str:
@@ -150,6 +204,7 @@ def _retrieval(
     params: llama.Params,
     pattern: Pattern,
     test: RetrievalTest,
+    itself: RetrievalScores,
     sparsities: Sequence[float],
     random_seeds: int,
 ) -> list[dict[str, Any]]:
@@ -176,10 +231,14 @@ def _retrieval(
         for heads_of, sparsity, masks in trials:
             scores = []
             for heads in masks:
-                scores.append(float(test.accuracy(architecture, params, heads, **sizes).mean()))
+                known = itself if heads.all() else None
+                scores.append(
+                    known or test.scores(architecture, params, heads, **sizes, reference=itself)
+                )
                 bar.update()
             kept = int(masks[0].sum())
             streaming_share = min(1.0, (pattern.sink_size + pattern.recent_size) / test.length)
+            means = [float(s.exact.mean()) for s in scores]
             rows.append(
                 {
                     "heads": heads_of,
@@ -188,10 +247,28 @@ def _retrieval(
                     "all_heads": masks[0].size,
                     "kv_bytes_kept": (kept + (masks[0].size - kept) * streaming_share)
                     / masks[0].size,
-                    "accuracy": float(np.mean(scores)),
-                    "lowest": min(scores),
-                    "highest": max(scores),
+                    "accuracy": float(np.mean(means)),
+                    "accuracy_error": _error([s.exact for s in scores]),
+                    "lowest": min(means),
+                    "highest": max(means),
                     "runs": len(scores),
                 }
+                | _means(scores)
             )
     return rows
+
+
+def _means(scores: Sequence[RetrievalScores]) -> dict[str, float | None]:
+    """Return the mean of each measure, and its standard error; None where there is none."""
+    means: dict[str, float | None] = {}
+    for name in _MEASURES:
+        values = [getattr(s, name) for s in scores]
+        absent = any(value is None for value in values)
+        means[name] = None if absent else float(np.mean(values))
+        means[f"{name}_error"] = None if absent else _error(values)
+    return means
+
+
+def _error(values: Sequence[Float[np.ndarray, "samples passkeys"]]) -> float:
+    """Return the standard error over samples: a sample's passkeys, and all runs, are averaged."""
+    return standard_error(np.mean(values, axis=(0, 2)))

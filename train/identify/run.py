@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 
 import jax.numpy as jnp
@@ -28,7 +29,8 @@ def identify(flags: IdentifyConfig) -> None:
     """Find the retrieval heads of a model and write everything a person wants to see of them.
 
     Writes to the work folder: config.json, metrics.jsonl, checkpoints/, pattern/ (gates in the
-    published file format), gates.png, history.png (of training), report.json and report.md; prints
+    published file format), gates.png, history.png (of training),
+    retrieval.png (of the tests), report.json and report.md; prints
     the report.
     A second call resumes, or repeats the printed report if all is done.
 
@@ -61,7 +63,7 @@ def identify(flags: IdentifyConfig) -> None:
         print(f"This run was complete already; all of it is in {flags.folder()}")
         return
     params = pretrained.load_params(folder, dtype=jnp.dtype(flags.dtype))
-    test = None
+    test, itself = None, None
     if flags.eval_samples:
         test = RetrievalTest(
             flags.data,
@@ -73,6 +75,16 @@ def identify(flags: IdentifyConfig) -> None:
             implementation=flags.implementation,
         )
     with contextlib.closing(WorkDir(flags.folder(), flags, operational=_OPERATIONAL)) as workdir:
+        if test is not None:
+            itself = test.scores(
+                architecture,
+                params,
+                np.ones((architecture.num_layers, architecture.num_kv_heads), bool),
+                sink_size=flags.sink,
+                recent_size=flags.recent,
+            )
+            if words := report.warning(itself, dataclasses.asdict(flags.data)):
+                print(f"warning: {words}", file=sys.stderr)
         find = profile.profile if flags.method == "profile" else training.train
         gates, step_seconds = find(flags, architecture, params, sampler, workdir)
         metrics = workdir.metrics()
@@ -90,6 +102,7 @@ def identify(flags: IdentifyConfig) -> None:
         params=params,
         pattern=pattern,
         test=test,
+        itself=itself,
         sparsities=flags.eval_sparsities,
         random_seeds=flags.eval_random_seeds,
     )
@@ -97,6 +110,10 @@ def identify(flags: IdentifyConfig) -> None:
         "per_sample" if flags.method == "profile" else "per_training_step": step_seconds,
         "whole_command": round(time.monotonic() - started, 1),
     }
+    if results["retrieval"]:
+        plots.save_retrieval(
+            results["retrieval"], workdir.path / "retrieval.png", title=flags.model
+        )
     report.save(results, workdir.path)
     print(files.read_text(report_file))
     print(f"Pattern, pictures and report are in {workdir.path}")

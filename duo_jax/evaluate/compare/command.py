@@ -1,6 +1,7 @@
 """Command line: DuoAttention beside other methods with small caches, at equal bytes."""
 
 import dataclasses
+import functools
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -159,28 +160,28 @@ def compare(flags: CompareConfig) -> None:
         punctuation=methods.punctuation_tokens(split.tokenizer),
     )
     cells = _cells(flags)
+    batch = min(flags.batch, flags.samples)
+    full_caches = functools.cache(
+        lambda name: methods.predict_with_full_caches(subject, tasks[name], batch=batch)
+    )
+    rows.note_older()
     done = sum(cell.key in rows for cell in cells)
     with tqdm(total=len(cells), initial=done, desc=TASK, unit="row", disable=None) as bar:
         for cell in cells:
             if cell.key not in rows:
-                rows.add(cell.key, _measure(flags, subject, tasks[cell.task], cell))
+                found = methods.measure(
+                    subject,
+                    tasks[cell.task],
+                    cell.method,
+                    cell.budget,
+                    full=full_caches(cell.task),
+                    batch=batch,
+                    seed=flags.seed + cell.draw,
+                )
+                rows.add(cell.key, dataclasses.asdict(cell) | found)
                 bar.update()
     result = _result(flags, split, tasks, [rows[cell.key] for cell in cells])
     report.write(flags.folder(), TASK, result)
-
-
-def _measure(
-    flags: CompareConfig, subject: Subject, task: Task, cell: CompareCell
-) -> dict[str, Any]:
-    found = methods.measure(
-        subject,
-        task,
-        cell.method,
-        cell.budget,
-        batch=min(flags.batch, flags.samples),
-        seed=flags.seed + cell.draw,
-    )
-    return dataclasses.asdict(cell) | found
 
 
 def _cells(flags: CompareConfig) -> list[CompareCell]:

@@ -17,6 +17,7 @@ from duo_jax.cache import cache_bytes
 from duo_jax.evaluate import eviction
 from duo_jax.evaluate.compare import served
 from duo_jax.evaluate.compare.tasks import Task
+from duo_jax.evaluate.results.forced import score
 from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.heads.split import duo_config, reorder_layer
 from duo_jax.session.runtime import Runtime
@@ -54,8 +55,24 @@ class Subject:
     punctuation: tuple[int, ...]
 
 
+def predict_with_full_caches(
+    subject: Subject, task: Task, *, batch: int
+) -> list[eviction.Predicted]:
+    """Return what full caches predict, batch by batch."""
+    setting = _setting(subject, task, FULL, 1.0, seed=0)
+    assert not isinstance(setting, str)
+    return [setting[0](texts, tails) for texts, tails, _ in _batches(task, batch)]
+
+
 def measure(
-    subject: Subject, task: Task, method: Method, budget: float, *, batch: int, seed: int = 0
+    subject: Subject,
+    task: Task,
+    method: Method,
+    budget: float,
+    *,
+    full: Sequence[eviction.Predicted],
+    batch: int,
+    seed: int = 0,
 ) -> Row:
     """Measure one method at one budget on one task.
 
@@ -64,6 +81,7 @@ def measure(
       task: texts and questions.
       method: the method.
       budget: fraction of the bytes of full caches.
+      full: `predict_with_full_caches`, for the same batches.
       batch: texts that are read at a time.
       seed: random seed of random heads.
 
@@ -76,18 +94,23 @@ def measure(
     if isinstance(setting, str):
         return {"reason": setting, "full_bytes": full_bytes}
     answer, described = setting
-    predicted: list[np.ndarray] = []
+    predicted, nll, kl = [], [], []
     cache_bytes, text_bytes = 0, []  # the second of methods that evict
-    for texts, tails, count in _batches(task, batch):
-        found = answer(texts, tails)
-        predicted.extend(found.tokens[:count])
+    for reference, (texts, tails, count) in zip(full, _batches(task, batch), strict=True):
+        found = reference if method == FULL else answer(texts, tails)
+        scores = score(subject.runtime, found.forced, tails, reference=reference.forced)
+        predicted.extend(scores.predicted[:count])
+        nll.extend(scores.nll[:count])
+        kl.extend([] if method == FULL or scores.kl is None else scores.kl[:count])
         cache_bytes = max(cache_bytes, found.cache_bytes)
         if found.text_bytes is not None:
             text_bytes.append(found.text_bytes)
-    score = task.score(predicted)
+    right = task.score(predicted)
     return {
-        "exact": score.exact.tolist(),
-        "tokens": score.tokens.tolist(),
+        "exact": right.exact.tolist(),
+        "tokens": right.tokens.tolist(),
+        "nll": task.mean(nll).tolist(),
+        "kl": task.mean(kl).tolist() if kl else None,
         "cache_bytes": cache_bytes,
         "text_bytes": float(np.mean(text_bytes)) if text_bytes else None,
         "full_bytes": full_bytes,
@@ -128,8 +151,7 @@ def _setting(
     split = _split(subject.runtime, chosen, sizes)
 
     def answer(texts: TokenRows, tails: TokenRows) -> eviction.Predicted:
-        tokens, num_bytes = served.predict(split, texts, tails, length=task.length, room=task.room)
-        return eviction.Predicted(tokens=tokens, cache_bytes=num_bytes)
+        return served.predict(split, texts, tails, length=task.length, room=task.room)
 
     described = {
         "retrieval_heads": split.config.retrieval_counts,

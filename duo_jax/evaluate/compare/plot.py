@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import PercentFormatter
 
-from duo_jax.evaluate.compare.points import Point, points
+from duo_jax.evaluate.compare.points import Point, measured, points
 from duo_jax.evaluate.results import describe
 from duo_jax.reports import figures
 
@@ -28,24 +28,41 @@ _NAMES = {
 }
 
 
+_LABELS = {
+    "exact": "exact retrieval (± 2 standard errors)",
+    "nll": "answer NLL, nats per token (± 2 standard errors)",
+}
+
+
 def png(result: dict[str, Any]) -> bytes:
-    """Draw accuracy against bytes, a panel per task; return a PNG."""
-    tasks = result["tasks"]
-    figure, (panels,) = figures.new_figure(
-        4.6 * len(tasks) + 2.6, 4.9, ncols=len(tasks), sharey=True, squeeze=False
+    """Draw scores against bytes, a column per task; return a PNG.
+
+    The first row shows exact retrieval; a second one the answers' likelihood, where it was
+    measured.
+    """
+    tasks, scores = result["tasks"], [score for score in _LABELS if measured(result, score)]
+    figure, rows = figures.new_figure(
+        4.6 * len(tasks) + 2.6,
+        0.9 + 4.0 * len(scores),
+        nrows=len(scores),
+        ncols=len(tasks),
+        sharey="row",
+        squeeze=False,
     )
-    for axes, (task, about) in zip(panels, tasks.items(), strict=True):
-        found = points(result, task)
-        for method in dict.fromkeys(point.method for point in found):
-            _draw(axes, method, [point for point in found if point.method == method])
-        axes.set_title("\n".join([task, *about["in_words"].split("; ")]), fontsize=9)
-        axes.set_xlabel("KV bytes, measured, of full caches")
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.set_ylim(-0.03, 1.05)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("exact retrieval (± 2 standard errors)")
-    handles, labels = panels[0].get_legend_handles_labels()
+    for panels, score in zip(rows, scores, strict=True):
+        for axes, (task, about) in zip(panels, tasks.items(), strict=True):
+            found = points(result, task, score)
+            for method in dict.fromkeys(point.method for point in found):
+                _draw(axes, method, [point for point in found if point.method == method])
+            axes.set_title("\n".join([task, *about["in_words"].split("; ")]), fontsize=9)
+            axes.set_xlabel("KV bytes, measured, of full caches")
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            if score == "exact":
+                axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+                axes.set_ylim(-0.03, 1.05)
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel(_LABELS[score])
+    handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right upper", fontsize=8.5)
     figure.suptitle(
         f"{result['model']}: retrieval at equal bytes, {result['samples']} texts of "
@@ -56,18 +73,20 @@ def png(result: dict[str, Any]) -> bytes:
 
 
 def _draw(axes: Any, method: str, found: list[Point]) -> None:
-    fitting = sorted((p for p in found if p.exact is not None), key=lambda point: point.budget)
+    fitting = sorted((p for p in found if p.mean is not None), key=lambda point: point.budget)
+    if not fitting:
+        return
     if method == "full":
         label = "full caches"
-        axes.axhline(fitting[0].exact, color="black", linewidth=1, linestyle=":", label=label)
+        axes.axhline(fitting[0].mean, color="black", linewidth=1, linestyle=":", label=label)
         return
     shares = [point.share for point in fitting]
-    exact = np.array([point.exact for point in fitting], float)
+    means = np.array([point.mean for point in fitting], float)
     errors = np.array([2 * point.error for point in fitting])
     label = _NAMES.get(method, method)
     spreads = [point.spread for point in fitting if point.spread is not None]
     if spreads:
-        errors = np.abs(np.array(spreads).T - exact)
+        errors = np.abs(np.array(spreads).T - means)
         label += " (mean, range)"
     style = {"markersize": 4.5, "linewidth": 1.5, "capsize": 2, "elinewidth": 0.8}
-    axes.errorbar(shares, exact, yerr=errors, label=label, **style | _STYLES[method])
+    axes.errorbar(shares, means, yerr=errors, label=label, **style | _STYLES[method])

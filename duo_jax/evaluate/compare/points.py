@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from duo_jax.reports.statistics import standard_error
-from duo_jax.schema.kinds import Fraction, Size
+from duo_jax.schema.kinds import Fraction, Nats, Size
 
 
 class StoredRow(TypedDict, total=False):
@@ -22,6 +22,8 @@ class StoredRow(TypedDict, total=False):
     reason: str  # why nothing fits, in place of what follows
     exact: list[Fraction]  # an item per text, as the next
     tokens: list[Fraction]
+    nll: list[Nats]  # rows of earlier versions lack this and the next
+    kl: list[Nats] | None  # None: of full caches, the reference
     cache_bytes: int
     text_bytes: float | None
     full_bytes: int
@@ -30,24 +32,30 @@ class StoredRow(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Point:
-    """A method at a budget; `exact` is None where nothing fits."""
+    """A score of a method at a budget; `mean` is None where nothing fits or it was not measured."""
 
     method: str
     budget: float
+    fits: bool = True
     share: float | None = None  # of the bytes of full caches, measured
-    exact: float | None = None
+    mean: float | None = None
     error: float = 0.0  # standard error over texts
     spread: tuple[float, float] | None = None  # lowest and highest mean of several draws
     texts: Float[np.ndarray, " texts"] | None = None  # mean over draws
 
 
-def points(result: dict[str, Any], task: str) -> list[Point]:
+def measured(result: dict[str, Any], score: str) -> bool:
+    """Return whether any row holds a score: those of earlier versions lack some."""
+    return any(row.get(score) is not None for row in result["rows"])
+
+
+def points(result: dict[str, Any], task: str, score: str = "exact") -> list[Point]:
     """Return the points of a task, in the order in which they were measured."""
     by_place: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in result["rows"]:
         if row["task"] == task:
             by_place.setdefault((row["method"], row["budget"]), []).append(row)
-    return [_point(*place, rows) for place, rows in by_place.items()]
+    return [_point(*place, rows, score) for place, rows in by_place.items()]
 
 
 def differences(
@@ -68,16 +76,18 @@ def differences(
         yield budget, float(change.mean()), standard_error(change)
 
 
-def _point(method: str, budget: float, rows: Sequence[dict[str, Any]]) -> Point:
+def _point(method: str, budget: float, rows: Sequence[dict[str, Any]], score: str) -> Point:
     if "reason" in rows[0]:
+        return Point(method=method, budget=budget, fits=False)
+    if any(row.get(score) is None for row in rows):
         return Point(method=method, budget=budget)
-    draws = np.array([row["exact"] for row in rows])  # [draws, texts]
+    draws = np.array([row[score] for row in rows])  # [draws, texts]
     means, texts = draws.mean(axis=1), draws.mean(axis=0)
     return Point(
         method=method,
         budget=budget,
         share=max(row["cache_bytes"] / row["full_bytes"] for row in rows),
-        exact=float(means.mean()),
+        mean=float(means.mean()),
         error=standard_error(texts),
         spread=(float(means.min()), float(means.max())) if len(rows) > 1 else None,
         texts=texts,

@@ -1,17 +1,24 @@
 """The report of a comparison: JSON, tables and a picture."""
 
+import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from duo_jax import files
 from duo_jax.evaluate.compare import plot
-from duo_jax.evaluate.compare.points import Point, differences, points
+from duo_jax.evaluate.compare.points import Point, differences, measured, points
 from duo_jax.evaluate.results import describe
 from duo_jax.evaluate.results.result_json import to_json
 from duo_jax.reports import markdown
+
+_SCORES = {
+    "exact": "exact retrieval",
+    "tokens": "tokens right",
+    "nll": "answer NLL, nats per token",
+    "kl": "KL from full caches, nats per token",
+}
+_NATS = ("nll", "kl")
 
 
 def write(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
@@ -33,47 +40,57 @@ def to_markdown(result: dict[str, Any]) -> str:
         "caches; in brackets what a method takes. ± two standard errors over texts."
     ]
     for task, about in result["tasks"].items():
-        found = points(result, task)
-        parts += [f"### {task}: {about['in_words']} ({about['haystack']})", _table(found)]
-        lines = _compared(found)
-        if lines:
-            parts.append("\n".join(lines))
+        parts.append(f"### {task}: {about['in_words']} ({about['haystack']})")
+        for score in filter(functools.partial(measured, result), _SCORES):
+            found = points(result, task, score)
+            parts.append(_table(found, score))
+            if score != "tokens" and (lines := _compared(found, score)):
+                parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
-def _table(found: Sequence[Point]) -> str:
+def _table(found: Sequence[Point], score: str) -> str:
     budgets = sorted({point.budget for point in found})
     methods = list(dict.fromkeys(point.method for point in found))
     by_place = {(point.method, point.budget): point for point in found}
     return markdown.table(
-        ["exact retrieval", *(f"{budget:.0%}" for budget in budgets)],
+        [_SCORES[score], *(f"{budget:.0%}" for budget in budgets)],
         [
-            [method, *(_cell(by_place.get((method, budget))) for budget in budgets)]
+            [method, *(_cell(by_place.get((method, budget)), score) for budget in budgets)]
             for method in methods
         ],
     )
 
 
-def _cell(point: Point | None) -> str:
+def _cell(point: Point | None, score: str) -> str:
     if point is None:
         return ""
-    if point.exact is None:
+    if not point.fits:
         return "does not fit"
-    spread = f"± {200 * point.error:.1f}"
+    if point.mean is None:
+        return "-"
+    spread = f"± {_number(2 * point.error, score)}"
     if point.spread is not None:
         lowest, highest = point.spread
-        spread = f"({100 * lowest:.1f} to {100 * highest:.1f})"
-    return f"{point.exact:.1%} {spread} [{point.share:.1%}]"
+        spread = f"({_number(lowest, score)} to {_number(highest, score)})"
+    unit = "" if score in _NATS else "%"
+    return f"{_number(point.mean, score)}{unit} {spread} [{point.share:.1%}]"
 
 
-def _compared(found: Sequence[Point]) -> list[str]:
+def _compared(found: Sequence[Point], score: str) -> list[str]:
     """Return lines with the differences between duo and each other method, paired by text."""
     lines = []
     for other in dict.fromkeys(point.method for point in found):
         parts = [
-            f"{100 * np.mean(change):+.1f} ± {200 * error:.1f} at {budget:.0%}"
+            f"{_number(change, score, '+')} ± {_number(2 * error, score)} at {budget:.0%}"
             for budget, change, error in differences(found, "duo", other)
         ]
         if parts:
-            lines.append(f"- duo minus {other}, points: {', '.join(parts)}")
+            unit = "nats" if score in _NATS else "points"
+            lines.append(f"- duo minus {other}, {unit}: {', '.join(parts)}")
     return lines
+
+
+def _number(value: float, score: str, sign: str = "") -> str:
+    """Write nats as they are, fractions in per cent."""
+    return f"{value:{sign}.3f}" if score in _NATS else f"{100 * value:{sign}.1f}"

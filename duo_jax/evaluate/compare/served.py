@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
 from duo_jax.cache import live_bytes
-from duo_jax.evaluate.eviction.runner import pad
-from duo_jax.serve.teacher_forcing import decode_tokens
+from duo_jax.evaluate.eviction import Predicted
+from duo_jax.evaluate.results.forced import force
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 
@@ -20,8 +19,8 @@ def predict(
     *,
     length: int,
     room: int,
-) -> tuple[Int[np.ndarray, "batch tail"], int]:
-    """Read texts, and predict each token of the tails from the true ones before it.
+) -> Predicted:
+    """Read texts, and decode the tails, each token after the true ones before it.
 
     Args:
       runtime: the split model.
@@ -29,30 +28,9 @@ def predict(
       tails: the tokens after them, at most `room`.
       length: tokens of a text that the cache has room for.
       room: further tokens that it has room for.
-
-    Returns:
-      The most likely token at each place of the tails, and the bytes of a row's live buffers.
     """
     session = Session(runtime, batch_size=len(texts), max_len=length + room)
     session.append([text.tolist() for text in texts])
-    with session.borrowed() as loan:
-        cache, first = loan.take(), _most_likely(loan.logits)
-    num_bytes = live_bytes(cache) // len(texts)
-    given, counts = pad(tails, room)
-    # The last token of a tail is predicted, not given.
-    active = jnp.arange(room)[None, :] < counts[:, None] - 1
-    rest, _ = decode_tokens(
-        runtime.config,
-        runtime.params,
-        cache,
-        given,
-        active,
-        keep=_most_likely,
-        implementation=runtime.implementation,
-    )
-    tokens = np.concatenate([np.asarray(first)[:, None], np.asarray(rest)[:, :-1]], axis=1)
-    return tokens, num_bytes
-
-
-def _most_likely(logits: Float[Array, "batch vocab"]) -> Int[Array, " batch"]:
-    return jnp.argmax(logits, axis=-1)
+    assert session.cache is not None
+    cache_bytes = live_bytes(session.cache) // len(texts)
+    return Predicted(forced=force(session, tails, room=room), cache_bytes=cache_bytes)

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from duo_jax.data.documents import split_held_out
-from duo_jax.data.passkey_templates import PasskeyTemplates
+from duo_jax.data.passkey_templates import PasskeyTemplates, in_words
 from duo_jax.data.passkeys import PasskeyConfig, Sample, sampler_of_first
+from duo_jax.evaluate.results.forced import answer_means
 
 TaskName = Literal["needle", "passkeys"]
 
@@ -52,6 +53,12 @@ class Task:
         return Score(
             exact=np.array([np.mean([tokens.all() for tokens in row]) for row in right]),
             tokens=np.array([np.mean([tokens.mean() for tokens in row]) for row in right]),
+        )
+
+    def mean(self, values: Sequence[Float[np.ndarray, " tail"]]) -> Float[np.ndarray, " texts"]:
+        """Return, for each text, the mean over its passkeys of the mean over a passkey's tokens."""
+        return np.array(
+            [np.mean(answer_means(*pair)) for pair in zip(values, self.answers, strict=True)]
         )
 
 
@@ -93,7 +100,7 @@ def make_task(
     pairs = list(zip(drawn, starts, strict=True))
     return Task(
         name=name,
-        in_words=f"{words} of {data.passkey_words} words; compressed {seen}",
+        in_words=f"{words} of {in_words(data.words, data.passkey_words)}; compressed {seen}",
         texts=[sample.tokens[:start] for sample, start in pairs],
         tails=[sample.tokens[start : sample.answers[-1][1]] for sample, start in pairs],
         answers=[

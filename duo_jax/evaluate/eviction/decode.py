@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from duo_jax import serve
 from duo_jax.evaluate.eviction.cache import FREE, Held, Pool
 from duo_jax.evaluate.eviction.policy import Policy, Step
 from duo_jax.heads.split import DuoConfig
@@ -24,8 +23,8 @@ def decode(
     state: Any,
     tokens: Int[Array, " batch"],
     active: Bool[Array, " batch"],
-) -> tuple[Float[Array, "batch vocab"], Pool]:
-    """Append one token to every active row; return the logits after it.
+) -> tuple[Float[Array, "batch embed"], Pool]:
+    """Append one token to every active row; return the residual stream after it.
 
     Args:
       config: the model.
@@ -34,7 +33,7 @@ def decode(
       pool: the tokens that are kept so far.
       state: the policy's, see `Selection`.
       tokens: one per row.
-      active: rows that take part; the others keep what they have, and their logits mean nothing.
+      active: rows that take part; the others keep what they have, and their streams mean nothing.
     """
     cos_sin = rope.rotation(
         config.architecture,
@@ -58,7 +57,7 @@ def decode(
         out: Any = layer.apply({"params": layer_params}, x, cos_sin, (pool, layer_state, index))
         x, pool = out
     pool = dataclasses.replace(pool, lengths=pool.lengths + active.astype(jnp.int32))
-    return serve.logits(config, params, x)[:, 0], pool
+    return x[:, 0], pool
 
 
 def _attend(

@@ -14,6 +14,7 @@ from duo_jax.evaluate.eviction.cache import Pool, Prompt, compress
 from duo_jax.evaluate.eviction.decode import decode
 from duo_jax.evaluate.eviction.policy import Budget, Policy
 from duo_jax.evaluate.eviction.prompt import read
+from duo_jax.evaluate.results.forced import Forced, pad
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.llama import Params
 from duo_jax.serve.teacher_forcing import decode_given
@@ -22,9 +23,9 @@ from duo_jax.session.runtime import Runtime
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Predicted:
-    """Predictions of a model, and the bytes of its cache."""
+    """What predicts the tails of texts, and the bytes of the cache."""
 
-    tokens: Int[np.ndarray, "batch tail"]  # the most likely token at each place of a tail
+    forced: Forced
     cache_bytes: int  # of one row's live buffers
     # Bytes of the tokens of the text that are kept, mean over rows; for caches that evict.
     text_bytes: float | None = None
@@ -40,7 +41,7 @@ def predict(
     length: int,
     room: int,
 ) -> Predicted:
-    """Read texts, evict, and predict each token of the tails from the true ones before it.
+    """Read texts, evict, and decode the tails, each token after the true ones before it.
 
     Args:
       runtime: a model whose heads are all retrieval heads.
@@ -61,7 +62,7 @@ def predict(
         window=policy.window,
         implementation=runtime.implementation,
     )
-    first = jnp.argmax(prompt.logits, axis=-1)
+    first = np.asarray(prompt.logits)
     # The last token of a tail is predicted, not given.
     pool, state = _evict(policy, prompt, budget=Budget(slots=slots, room=room))
     del prompt
@@ -69,18 +70,10 @@ def predict(
     active = jnp.arange(room)[None, :] < counts[:, None] - 1
     rest = _decode(runtime.config, runtime.params, policy, pool, state, given, active)
     return Predicted(
-        tokens=np.concatenate([np.asarray(first)[:, None], np.asarray(rest)[:, :-1]], axis=1),
+        forced=Forced(first=first, rest=np.asarray(rest)[:, :-1]),
         cache_bytes=cache_bytes // len(texts),
         text_bytes=text_bytes,
     )
-
-
-def pad(
-    rows: Sequence[Int[np.ndarray, "_"]], length: int
-) -> tuple[Int[Array, "batch length"], Int[Array, " batch"]]:
-    """Return rows of one length, and how much of each counts."""
-    padded = [np.pad(row, (0, length - row.size)) for row in rows]
-    return jnp.asarray(np.stack(padded)), jnp.array([row.size for row in rows], jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnames=("policy", "budget"))
@@ -101,15 +94,13 @@ def _decode(
     state: Any,
     tokens: Int[Array, "batch length"],
     active: Bool[Array, "batch length"],
-) -> Int[Array, "batch length"]:
-    """Decode the given tokens one by one; return the most likely token after each."""
+) -> Float[Array, "batch length embed"]:
+    """Decode the given tokens one by one; return the residual stream after each."""
 
     def step(
         pool: Pool, tokens: Int[Array, " batch"], active: Bool[Array, " batch"]
-    ) -> tuple[Float[Array, "batch vocab"], Pool]:
+    ) -> tuple[Float[Array, "batch embed"], Pool]:
         return decode(config, params, policy, pool, state, tokens, active)
 
-    most_likely, _ = decode_given(
-        step, pool, tokens, active, keep=lambda logits, _: jnp.argmax(logits, axis=-1)
-    )
-    return most_likely
+    streams, _ = decode_given(step, pool, tokens, active, keep=lambda x, _: x)
+    return streams

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import tyro
@@ -14,10 +14,11 @@ from duo_jax.data.documents import load_documents
 from duo_jax.errors import InputError
 from duo_jax.evaluate.needle.documents import Document, Haystack, NeedleTemplates
 from duo_jax.evaluate.results import describe, grid, heat_map, scores
+from duo_jax.evaluate.results.forced import References, force, score
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
-from duo_jax.schema.kinds import Count, Fraction, Size
+from duo_jax.schema.kinds import Count, Fraction, Nats, Size
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
 
@@ -73,6 +74,10 @@ class NeedleCell:
     def key(self) -> str:
         return f"{self.caches} length {self.length} depth {self.depth} sample {self.sample}"
 
+    @property
+    def text(self) -> tuple[int, float, int]:
+        return self.length, self.depth, self.sample
+
 
 class _Row(TypedDict):
     """A cell, and what is measured in it."""
@@ -86,6 +91,9 @@ class _Row(TypedDict):
     written: str
     exact: Fraction
     recall: Fraction
+    tokens: NotRequired[Fraction]  # rows of earlier versions lack this and the next two
+    nll: NotRequired[Nats]
+    kl: NotRequired[Nats | None]  # None: full caches were not measured, or it is they
     cache_bytes: int
 
 
@@ -116,12 +124,14 @@ def evaluate(flags: NeedleConfig) -> None:
         for sample in range(flags.samples)
     ]
 
+    references = References()
+
     def measure(model: DuoModel, some: list[NeedleCell]) -> list[dict[str, Any]]:
         texts = [
             haystack.document(length=cell.length, depth=cell.depth, sample=cell.sample)
             for cell in some
         ]
-        answered = _answer(flags, model, texts, longest=lengths[-1])
+        answered = _answer(flags, model, some, texts, references, longest=lengths[-1])
         return [dataclasses.asdict(c) | row for c, row in zip(some, answered, strict=True)]
 
     grid.fill(rows, cells, measure, loaders, batch=flags.batch, desc=TASK)
@@ -143,9 +153,15 @@ def evaluate(flags: NeedleConfig) -> None:
 
 
 def _answer(
-    flags: NeedleConfig, model: DuoModel, texts: Sequence[Document], *, longest: int
+    flags: NeedleConfig,
+    model: DuoModel,
+    cells: list[NeedleCell],
+    texts: Sequence[Document],
+    references: References,
+    *,
+    longest: int,
 ) -> list[dict[str, Any]]:
-    """Generate answers; return a row for each text.
+    """Score the true answers, then generate some; return a row for each text.
 
     The batch is filled up, so that a text gets the same answer whatever it is measured with.
     """
@@ -155,6 +171,11 @@ def _answer(
     session.append([text.tokens for text in full], room=new)
     assert session.cache is not None
     cache_bytes = live_bytes(session.cache) // len(full)
+    # A longer answer could not be written either.
+    answers = [np.array(text.answer_tokens[:new], np.int32) for text in full]
+    forced = force(session, answers, room=new, go_on=True)
+    reference = references.for_cells(cells, forced)
+    known = score(model.runtime, forced, answers, reference=reference)
     written = [""] * len(full)
     for pieces in write_text(
         session,
@@ -167,12 +188,15 @@ def _answer(
         {
             "depth_exactly": text.depth,
             "answer": text.answer,
-            "written": said,
-            "exact": scores.exact_match(said, text.answer),
-            "recall": scores.word_recall(said, text.answer),
+            "written": written[i],
+            "exact": scores.exact_match(written[i], text.answer),
+            "recall": scores.word_recall(written[i], text.answer),
+            "tokens": float(np.mean(known.predicted[i, : answers[i].size] == answers[i])),
+            "nll": float(np.mean(known.nll[i, : answers[i].size])),
+            "kl": None if known.kl is None else float(np.mean(known.kl[i, : answers[i].size])),
             "cache_bytes": cache_bytes,
         }
-        for text, said in zip(texts, written, strict=False)
+        for i, text in enumerate(texts)
     ]
 
 

@@ -9,13 +9,13 @@ a pure function of (templates, tokenizer, text, seed, length, depth, sample).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from jaxtyping import Bool, Int
 from msgspec import Meta
 
-from duo_jax.data.passkey_templates import word_list
+from duo_jax.data.passkey_templates import DIGITS, Words, take_defaults, word_list
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results import scores
 from duo_jax.schema.check import check_fields
@@ -24,6 +24,14 @@ from duo_jax.session.tokenization import Tokenization
 _WORDS = "{words}"
 _ANSWER = "{answer}"
 _NEAR = 0.05  # most distance of a needle from its depth, as a fraction of the haystack
+# As passkeys of digits.
+_DIGITS = {
+    "intro": DIGITS["intro"],
+    "needle": "\n\nThe pass key is {answer}. Remember it.\n\n",
+    "answer": _WORDS,
+    "question": "\n\nWhat is the pass key? The pass key is",
+    "answer_words": 1,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,10 +51,14 @@ class NeedleTemplates:
     """Text after the haystack, which the model continues."""
     answer_words: Annotated[int, Meta(ge=1, le=10_000)] = 6
     """Number of random words that {words} stands for."""
-    words: Literal["nato", "vocabulary"] = "nato"
-    """Kind of random words: the NATO alphabet, or lower-case words that are one token each."""
+    words: Words = "nato"
+    """Kind of random words: the NATO alphabet, lower-case words that are one token each, or numbers
+    of five digits. With digits, what was left at its default is another sentence: "The pass key is
+    {answer}. Remember it.", and the answer one number."""
 
     def __post_init__(self) -> None:
+        if self.words == "digits":
+            take_defaults(self, _DIGITS)
         check_fields(self)
         if self.needle.count(_ANSWER) != 1:
             raise InputError("the needle must hold {answer} once")
@@ -60,6 +72,7 @@ class Document:
 
     tokens: list[int]
     answer: str
+    answer_tokens: list[int]  # as they would follow the tokens
     depth: float  # where the needle stands, as a fraction of the haystack
 
 
@@ -91,6 +104,8 @@ class Haystack:
             raise InputError("the text is empty")
         self._ends = _sentence_ends(self._text, tokenization.tokenizer)
         self._words = word_list(templates.words, tokenization.tokenizer)
+        # Whether an answer follows without a space: in a message of its own, or after one.
+        self._begins_anew = chat or templates.question[-1:].isspace()
 
     @property
     def text_tokens(self) -> int:
@@ -129,7 +144,12 @@ class Haystack:
         haystack, ends = self._text[places], self._ends[places]
         cut = self._cut(ends, depth)
         tokens = [*before, *haystack[:cut].tolist(), *needle, *haystack[cut:].tolist(), *after]
-        return Document(tokens=tokens, answer=answer, depth=cut / size)
+        return Document(
+            tokens=tokens,
+            answer=answer,
+            answer_tokens=self._encode(answer if self._begins_anew else " " + answer),
+            depth=cut / size,
+        )
 
     def _cut(self, ends: Bool[np.ndarray, " tokens"], depth: float) -> int:
         """Return how many tokens of the haystack stand before the needle."""

@@ -1,7 +1,7 @@
 """Command line: several passkeys in one text, read once, then asked for one after the other."""
 
 import dataclasses
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import numpy as np
 import tyro
@@ -9,7 +9,7 @@ import tyro
 from duo_jax import cli
 from duo_jax.api import DuoModel
 from duo_jax.data.documents import load_documents, split_held_out
-from duo_jax.data.passkey_templates import PasskeyTemplates
+from duo_jax.data.passkey_templates import PasskeyTemplates, in_words
 from duo_jax.data.passkeys import (
     PasskeyConfig,
     PasskeySampler,
@@ -18,10 +18,11 @@ from duo_jax.data.passkeys import (
 )
 from duo_jax.evaluate.passkeys import retrieval
 from duo_jax.evaluate.results import describe, grid, heat_map
+from duo_jax.evaluate.results.forced import References
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
-from duo_jax.schema.kinds import Count, Fraction
+from duo_jax.schema.kinds import Count, Fraction, Nats
 
 TASK = "passkeys"
 _DESCRIPTION = """\
@@ -61,6 +62,10 @@ class PasskeyCell:
     def key(self) -> str:
         return f"{self.caches} length {self.length} sample {self.sample}"
 
+    @property
+    def text(self) -> tuple[int, int]:
+        return self.length, self.sample
+
 
 class _Row(TypedDict):
     """What is measured in a cell; lists have an item per passkey."""
@@ -68,6 +73,8 @@ class _Row(TypedDict):
     depths: list[Fraction]
     exact: list[Fraction]
     recall: list[Fraction]
+    nll: NotRequired[list[Nats]]  # rows of earlier versions lack this and the next
+    kl: NotRequired[list[Nats] | None]  # None: full caches were not measured, or it is they
     cache_bytes: int
 
 
@@ -94,15 +101,19 @@ def evaluate(flags: PasskeysConfig) -> None:
         for index in range(flags.samples)
     ]
 
+    references = References()
+
     def measure(model: DuoModel, some: list[PasskeyCell]) -> list[dict[str, Any]]:
         drawn = [samplers[cell.length].sample(cell.sample, length=cell.length) for cell in some]
-        return _measure(flags, model, drawn)
+        return _measure(flags, model, some, drawn, references)
 
     grid.fill(rows, cells, measure, loaders, batch=flags.batch, desc=TASK)
+    number = flags.data.num_passkeys
+    made_of = in_words(flags.data.words, flags.data.passkey_words)
     result = {
         "command": machine.command("duo_jax.evaluate"),
         **describe.settings(flags, split),
-        "task": f"{flags.data.num_passkeys} passkeys of {flags.data.passkey_words} words",
+        "task": f"{number} passkey{'s' * (number > 1)} of {made_of}",
         "seed": flags.seed,
         "samples": flags.samples,
         "sampled": "length",
@@ -134,35 +145,43 @@ def _sampler(
     return sampler_of_first(texts, data, model.tokenizer, seed=flags.seed, stream=_STREAM)
 
 
-def _measure(flags: PasskeysConfig, model: DuoModel, samples: list[Sample]) -> list[dict[str, Any]]:
+def _measure(
+    flags: PasskeysConfig,
+    model: DuoModel,
+    cells: list[PasskeyCell],
+    samples: list[Sample],
+    references: References,
+) -> list[dict[str, Any]]:
     """Read texts and ask for their passkeys; return a row for each.
 
     The batch is filled up, so that a text gets the same answers whatever it is measured with.
     """
     full = [*samples, *samples[-1:] * (flags.batch - len(samples))]
-    found = retrieval.retrieve(model.runtime, full, rows=flags.batch)
+    forced, cache_bytes = retrieval.read(model.runtime, full)
+    reference = references.for_cells(cells, forced)
+    found = retrieval.judge(model.runtime, full, forced, reference=reference)
     return [
         {
             "depths": sample.depths,
-            "exact": exact.tolist(),
-            "recall": tokens.tolist(),
-            "cache_bytes": found.cache_bytes,
+            "exact": found.exact[i].tolist(),
+            "recall": found.tokens[i].tolist(),
+            "nll": found.nll[i].tolist(),
+            "kl": None if found.kl is None else found.kl[i].tolist(),
+            "cache_bytes": cache_bytes,
         }
-        for sample, exact, tokens in zip(samples, found.exact, found.tokens, strict=False)
+        for i, sample in enumerate(samples)
     ]
 
 
 def _by_depth(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return a row per passkey, with the middle of the depth's tenth."""
     bins = np.minimum(np.array(row["depths"]) * _BINS, _BINS - 1).astype(int)
+    measured = [name for name in ("exact", "recall", "nll", "kl") if row.get(name) is not None]
     return [
-        {
-            "depth": (number + 0.5) / _BINS,
-            "exact": exact,
-            "recall": recall,
-            "cache_bytes": row["cache_bytes"],
-        }
-        for number, exact, recall in zip(bins.tolist(), row["exact"], row["recall"], strict=True)
+        {"depth": (number + 0.5) / _BINS}
+        | {name: row[name][i] for name in measured}
+        | {"cache_bytes": row["cache_bytes"]}
+        for i, number in enumerate(bins.tolist())
     ]
 
 

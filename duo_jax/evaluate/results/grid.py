@@ -50,6 +50,11 @@ class GridCell(Protocol):
         """The name of its row."""
         ...
 
+    @property
+    def text(self) -> tuple[int | float, ...]:
+        """What names the text, whatever the caches."""
+        ...
+
 
 SomeCell = TypeVar("SomeCell", bound=GridCell)
 
@@ -146,28 +151,38 @@ def fill(
     """Measure the cells that have no row, up to `batch` of one length at a time.
 
     Models are loaded one after the other, in the order of the cells, and only where a cell needs
-    one: each takes memory for its weights, beside the split model's.
+    one: each takes memory for its weights, beside the split model's. Full caches come first, and
+    what they make of a text is what others are compared with: where a run was stopped between the
+    two they are measured once more, and their row stays as it is.
 
     Args:
       rows: the rows that are done; new ones are added.
       cells: the grid, sorted by kind of caches and length.
-      measure: returns a row for each of some cells.
+      measure: returns a row for each of some cells; remembers what full caches make of them.
       loaders: by kind of caches.
       batch: most cells that are measured together.
       desc: name of the progress bar.
     """
-    missing = [cell for cell in cells if cell.key not in rows]
+    rows.note_older()
+    missing = {cell.key for cell in cells if cell.key not in rows}
     done = len(cells) - len(missing)
+    compared = {cell.text for cell in cells if cell.key in missing}
+    wanted = [
+        cell
+        for cell in cells
+        if cell.key in missing or (cell.caches == FULL and cell.text in compared)
+    ]
     with tqdm(total=len(cells), initial=done, desc=desc, unit="text", disable=None) as bar:
-        for caches, of_model in itertools.groupby(missing, key=lambda cell: cell.caches):
+        for caches, of_model in itertools.groupby(wanted, key=lambda cell: cell.caches):
             model = loaders[caches]()
             for _, of_length in itertools.groupby(of_model, key=lambda cell: cell.length):
                 left = list(of_length)
                 for first in range(0, len(left), batch):
                     part = left[first : first + batch]
                     for cell, row in zip(part, measure(model, part), strict=True):
-                        rows.add(cell.key, row)
-                        bar.update()
+                        if cell.key in missing:
+                            rows.add(cell.key, row)
+                            bar.update()
             del model  # before the next one is loaded
 
 

@@ -1,7 +1,7 @@
 """Scores by length and depth: as JSON, as a table, and as the well-known heat map."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from jaxtyping import Float
 from duo_jax import files
 from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.result_json import to_json
-from duo_jax.reports import figures, markdown
+from duo_jax.reports import figures, markdown, statistics
 
 _SCORES = {"exact": "exact match", "recall": "word recall"}
 _NAMES = {
@@ -28,9 +28,10 @@ def write(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
       folder: where the files go.
       name: their name.
       result: `describe.settings`, "task", "seed", "samples" per "sampled" (a word), "lengths",
-        "depths" and "rows", each with caches, length, depth, the scores "exact" and "recall", and
-        cache_bytes. Optional: other names of the scores ("scores") and of the depth axis
-        ("depth_label"), and the text that each length was read from ("haystacks").
+        "depths" and "rows", each with caches, length, depth, sample, the scores "exact" and
+        "recall", and cache_bytes. Optional: in rows, "tokens", "nll" and "kl"; other names of the
+        scores ("scores") and of the depth axis ("depth_label"), and the text that each length was
+        read from ("haystacks").
     """
     table = to_markdown(result)
     files.write_text(folder / f"{name}.json", to_json(result))
@@ -41,27 +42,62 @@ def write(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
 
 
 def to_markdown(result: dict[str, Any]) -> str:
-    """Write the means over all cells, and the worst cell, of each kind of cache."""
-    exact, recall = _score_names(result).values()
+    """Write the means over all texts, and the worst cell, of each kind of cache.
+
+    Behind ± stand two standard errors over texts. Measures that rows of earlier versions lack are
+    left out.
+    """
+    shown = {
+        score: (words, write)
+        for score, (words, write) in _measures(result).items()
+        if any(row.get(score) is not None for row in result["rows"])
+    }
     lines = []
     for caches in _measured(result):
         rows = _rows(result, caches)
         cells = table(result, caches, "recall")
+        means = [_mean_in_words(result, rows, name, write) for name, (_, write) in shown.items()]
         lines.append(
             (
                 _label(result, caches),
                 np.isfinite(cells).sum(),
-                f"{_mean(rows, 'exact'):.1%}",
-                f"{_mean(rows, 'recall'):.1%}",
+                *means,
                 f"{np.nanmin(cells):.1%}",
                 f"{max(row['cache_bytes'] for row in rows) / 1e6:,.2f}",
             )
         )
-    columns = ("caches", "cells", exact, recall, "worst cell", "cache MB, longest text")
-    found = markdown.table(columns, lines)
+    names = (words for words, _ in shown.values())
+    found = markdown.table(
+        ("caches", "cells", *names, "worst cell", "cache MB, longest text"), lines
+    )
     if "haystacks" in result:
         found += f"\n\nHaystack: {_haystacks(result)}."
     return found
+
+
+def _measures(result: Mapping[str, Any]) -> dict[str, tuple[str, Callable[[np.ndarray], str]]]:
+    """Return, by the name in rows, what a measure is called and how its mean is written."""
+    names = _score_names(result) | ({} if "scores" in result else {"tokens": "tokens right"})
+    return {score: (words, statistics.percent) for score, words in names.items()} | {
+        "nll": ("answer NLL (nats)", statistics.nats),
+        "kl": ("KL from full (nats)", statistics.nats),
+    }
+
+
+def _mean_in_words(
+    result: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    score: str,
+    write: Callable[[np.ndarray], str],
+) -> str:
+    """Return a mean over texts, or a dash where a row lacks the score."""
+    if any(row.get(score) is None for row in rows):
+        return "-"
+    place = ("length", "sample") if result["sampled"] == "length" else ("length", "depth", "sample")
+    texts: dict[tuple[Any, ...], list[float]] = {}
+    for row in rows:
+        texts.setdefault(tuple(row[name] for name in place), []).append(row[score])
+    return write(np.array([np.mean(values) for values in texts.values()]))
 
 
 def table(

@@ -12,6 +12,7 @@ was measuring, and repeats none. A row that was damaged meanwhile is set aside a
 
 import json
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,6 +81,16 @@ class Rows:
     def values(self) -> list[dict[str, Any]]:
         """Return all rows that are done."""
         return list(self._rows.values())
+
+    def note_older(self) -> None:
+        """Say on stderr how many rows an earlier version measured, without likelihoods."""
+        older = sum("exact" in row and "nll" not in row for row in self._rows.values())
+        if older:
+            print(
+                f"{self._file}: {older:,} rows of an earlier version hold no likelihoods, which "
+                "tables leave out; remove the file to measure them again",
+                file=sys.stderr,
+            )
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """Append a row; it is read back as JSON holds it (tuples become lists).

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.data.documents import load_documents
-from duo_jax.data.passkey_templates import NATO, ORDINALS
+from duo_jax.data.passkey_templates import NATO, ORDINALS, tokens_per_word, word_list
 from duo_jax.data.passkeys import (
     PasskeyConfig,
     PasskeySampler,
@@ -335,8 +335,7 @@ BAD_VALUES = {
     "no shortest length": ({"min_length": 0}, "min_length 0 is not a whole number from 1"),
     "lengths the wrong way round": ({"min_length": 401}, "lengths 401 to 400"),
     "no lengths": ({"num_lengths": 0}, "num_lengths 0 is not a whole number from 1"),
-    "needle without passkey": ({"needle": "{name}"}, "the needle must hold {passkey} once"),
-    "needle with two": ({"needle": "{passkey}{passkey}"}, "the needle must hold {passkey} once"),
+    "needle without passkey": ({"needle": "{name}"}, "the needle must hold {passkey}"),
     "unknown name in the needle": ({"needle": "{who}{passkey}"}, "needle"),
     "unknown name in the question": ({"question": "{who}?"}, "question"),
     "single brace in the question": ({"question": "what{?"}, "question"),
@@ -456,3 +455,43 @@ def test_plain_text_shorter_than_a_sample_is_all_of_it(make, tokenizer):
     size = len(tokenizer(words + "\n\n").input_ids)
     assert size < sampler.sample(0).tokens.size
     assert sampler.plain_text(0).tokens.tolist() == tokenizer(words + "\n\n").input_ids
+
+
+DIGITS = PasskeyConfig(words="digits", num_passkeys=3, min_length=60, max_length=400)
+
+
+def test_passkeys_of_digits_are_numbers_of_five_in_sentences_of_their_own(make, tokenizer):
+    for i in INDICES:
+        sample = make(DIGITS).sample(i)
+        answers = answers_of(sample, tokenizer)
+        assert len(set(answers)) == 3
+        context = tokenizer.decode(sample.tokens[: sample.tail_start])
+        tail = tokenizer.decode(sample.tokens[sample.tail_start :])
+        for answer in answers:
+            assert re.fullmatch(r" [1-9]\d{4}", answer)
+            (name,) = re.findall(rf"The (\w+) pass key is{answer}\. Remember it\.", context)
+            assert f"Remember it.{answer} is the {name} pass key." in context
+            assert f"What is the {name} pass key? The {name} pass key is{answer}." in tail
+        assert sample.tokens.size <= 400
+        assert sample.tokens.size - sample.tail_start <= make(DIGITS).longest_tail()
+
+
+def test_what_was_chosen_stays_beside_digits():
+    config = PasskeyConfig(words="digits", passkey_words=2, question="And {name}?")
+    assert (config.passkey_words, config.question) == (2, "And {name}?")
+    assert config.needle.startswith("\n\nThe {name} pass key is{passkey}. Remember it.")
+    assert dataclasses.replace(config) == config
+    assert PasskeyConfig(**dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize("text", [{"vocab_size": 280}, {"vocab_size": 2000}])
+def test_a_word_of_digits_takes_no_more_tokens_than_is_thought(tmp_path, text):
+    tokenizer = AutoTokenizer.from_pretrained(models.write_tokenizer(tmp_path, **text))
+
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    words = word_list("digits", tokenizer)
+    assert (len(words), words[0], words[-1]) == (90_000, "10000", "99999")
+    fewest, most = tokens_per_word("digits", words, encode)
+    assert all(fewest <= len(encode(" " + word)) <= most for word in words[::997])

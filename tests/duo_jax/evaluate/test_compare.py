@@ -11,6 +11,7 @@ from duo_jax.data.documents import load_documents
 from duo_jax.data.passkey_templates import PasskeyTemplates
 from duo_jax.evaluate.compare import command as compare_command
 from duo_jax.evaluate.compare import methods as compare_methods
+from duo_jax.evaluate.compare.plot import png
 from duo_jax.evaluate.compare.points import differences, points
 from duo_jax.evaluate.compare.report import to_markdown
 from duo_jax.evaluate.compare.tasks import Task, make_task
@@ -83,6 +84,35 @@ def test_with_the_whole_budget_every_method_is_the_full_cache(finished):
         np.testing.assert_array_equal(row["predicted"], full["predicted"], row["method"])
     for row in rows_of(result, budget=0.6):
         assert (row["predicted"] != full["predicted"]).any(), row["method"]
+
+
+def test_likelihood_and_divergence_are_measured_for_every_method(finished):
+    workdir, result = finished
+    (full,) = rows_of(result, method="full")
+    assert full["kl"] is None
+    assert len(full["nll"]) == 3
+    for row in rows_of(result, budget=1.0):
+        np.testing.assert_allclose(row["nll"], full["nll"], rtol=1e-4, err_msg=row["method"])
+        if row["method"] != "full":
+            np.testing.assert_allclose(row["kl"], 0, atol=1e-5, err_msg=row["method"])
+    for row in rows_of(result, budget=0.6):
+        assert min(row["kl"]) > 1e-4, row["method"]
+        assert row["nll"] != full["nll"], row["method"]
+    table = (workdir / "compare.md").read_text()
+    assert "| answer NLL, nats per token | 60% | 100% |" in table
+    assert "| KL from full caches, nats per token | 60% | 100% |" in table
+    assert "- duo minus full, nats:" in table
+
+
+def test_a_tables_scores_are_those_that_were_measured(finished):
+    """Results of earlier versions have neither likelihood nor divergence."""
+    _, result = finished
+    older = [{k: v for k, v in row.items() if k not in ("nll", "kl")} for row in result["rows"]]
+    table = to_markdown(result | {"rows": older})
+    assert "| exact retrieval |" in table
+    assert "NLL" not in table
+    assert "KL" not in table
+    assert png(result) != png(result | {"rows": older})
 
 
 def test_the_result_says_what_was_measured_and_with_what(finished):
@@ -223,5 +253,5 @@ def test_differences_are_paired_by_text():
     assert (budget, change) == (0.5, 0.5)
     assert error == pytest.approx(0.25)
     drawn = found[-1]
-    assert (drawn.exact, drawn.spread) == (0.25, (0.25, 0.25))
+    assert (drawn.mean, drawn.spread) == (0.25, (0.25, 0.25))
     assert drawn.share == 0.5

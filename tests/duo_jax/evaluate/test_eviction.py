@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jax
@@ -16,7 +17,7 @@ from duo_jax.evaluate.eviction.decode import decode
 from duo_jax.evaluate.eviction.fastgen import FREQUENT, FULL, LOCAL, PUNCTUATION, SPECIAL
 from duo_jax.evaluate.eviction.policy import Budget, Selection, Step, highest
 from duo_jax.evaluate.eviction.prompt import read, received
-from duo_jax.evaluate.eviction.runner import pad
+from duo_jax.evaluate.results.forced import pad, score
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model import llama
 from duo_jax.model.hf_config import parse_config
@@ -63,7 +64,13 @@ def policies():
 
 
 def predict(runtime, policy, rows, slots):
-    return eviction.predict(runtime, policy, *rows, slots=slots, length=LENGTH, room=ROOM)
+    """Return the most likely token at each place of the tails, and the bytes."""
+    found = eviction.predict(runtime, policy, *rows, slots=slots, length=LENGTH, room=ROOM)
+    return SimpleNamespace(
+        tokens=score(runtime, found.forced, rows[1]).predicted,
+        cache_bytes=found.cache_bytes,
+        text_bytes=found.text_bytes,
+    )
 
 
 def expected(stacked, rows, kept=None, recent=None):

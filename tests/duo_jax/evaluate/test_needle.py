@@ -13,6 +13,7 @@ from duo_jax.evaluate.needle import command as needle_command
 from duo_jax.evaluate.needle.documents import Haystack, NeedleTemplates
 from duo_jax.evaluate.results import scores
 from duo_jax.heads.pattern import Pattern, save_pattern
+from duo_jax.session.session import Session
 from duo_jax.session.tokenization import load_tokenization
 from tests import models, sentencepiece_style
 
@@ -159,6 +160,42 @@ def test_rows_say_what_was_measured(finished):
     assert (workdir / "needle.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_true_answer_is_scored_whatever_was_written(finished, folder):
+    """Its likelihood is that of the answer's tokens in a text of which they are the end."""
+    _, result = finished
+    model = duo_jax.load(folder, prefill_chunk=32)
+    haystack = Haystack(NeedleTemplates(**SHORT), model.tokenization, load_documents(()), seed=0)
+    answer = model.tokenizer(" red", add_special_tokens=False).input_ids
+    for row in result["rows"]:
+        assert row["exact"] == row["tokens"] == 0
+        assert (row.get("kl") is None) == (row["caches"] == "full")
+        if row["caches"] == "duo":
+            document = haystack.document(length=row["length"], depth=row["depth"])
+            assert document.answer_tokens == answer
+            logprobs = []
+            for count in range(len(answer)):
+                session = Session(model.runtime)
+                session.append([document.tokens + answer[:count]])
+                logits = np.asarray(session.snapshot().logits[0], np.float64)
+                logprobs.append(logits[answer[count]] - np.log(np.exp(logits).sum()))
+            assert row["nll"] == pytest.approx(-np.mean(logprobs), abs=1e-4)
+            assert row["kl"] > 1e-4
+
+
+def test_an_answer_begins_anew_in_a_chat_and_after_a_space(tokenization):
+    for question, answer in (("It is", " red"), ("It is\n", "red")):
+        templates = NeedleTemplates(**SHORT | {"question": question})
+        haystack = Haystack(templates, tokenization, load_documents(()), seed=0)
+        document = haystack.document(length=60, depth=0.5)
+        assert tokenization.tokenizer.decode(document.answer_tokens) == answer
+
+
+def test_needles_of_digits_are_the_pass_keys_that_small_models_recall():
+    templates = NeedleTemplates(words="digits", intro="Look.")
+    assert templates.needle == "\n\nThe pass key is {answer}. Remember it.\n\n"
+    assert (templates.answer, templates.answer_words, templates.intro) == ("{words}", 1, "Look.")
+
+
 def test_full_caches_may_be_left_out(finished, folder, capsys):
     """They and the streaming ones may be asked for, or not, in the folder of a finished run."""
     workdir, whole = finished
@@ -201,7 +238,11 @@ def test_a_killed_run_goes_on_and_repeats_no_cell(finished, folder, tmp_path, mo
         lambda *args, **settings: counted.extend(args[2]) or answer(*args, **settings),
     )
     resumed = run(folder, tmp_path / "killed", "--all-streaming")
-    assert len(counted) == 18 - kept.count("\n")
+    assert len({cell.key for cell in counted}) == len(counted)
+    repeated = [cell for cell in counted if f'"{cell.key}"' in kept]
+    assert len(counted) - len(repeated) == 18 - kept.count("\n")
+    # Rows stay as they are, but others are compared with what full caches make of their texts.
+    assert {cell.caches for cell in repeated} == {"full"}
     assert (tmp_path / "killed" / "rows.jsonl").read_text().startswith(kept)
     assert resumed["rows"] == expected["rows"]
     counted.clear()
