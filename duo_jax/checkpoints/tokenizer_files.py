@@ -93,7 +93,8 @@ def _check_sentencepiece(model: pathlib.Path) -> None:
         if model.stat().st_size > _LARGEST_MODEL:
             raise InputError(f"{model} has more than {_LARGEST_MODEL:,} bytes")
         content = model.read_bytes()
-    found = sentencepiece_model_pb2.ModelProto()
+    # protobuf makes the class when the module is imported, where no type checker sees it.
+    found = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         found.ParseFromString(content)
     except DecodeError:
