@@ -254,7 +254,12 @@ def test_a_model_beside_the_state_of_its_training_is_one(tmp_path):
     ],
 )
 def test_a_config_that_is_good_for_the_model_is_good_for_its_tokenizer(tmp_path, changes):
-    """Asked for a tokenizer, transformers checks all of config.json."""
+    """Asked for a tokenizer's class, transformers checks all of config.json."""
     models.write_tokenizer(tmp_path)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "vocab.json").write_text(json.dumps(tokenizer["vocab"]))
+    (tmp_path / "merges.txt").write_text("\n".join(map(" ".join, tokenizer["merges"])))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps(RAW | changes))
     assert len(pretrained.load_tokenizer(tmp_path)("Remember them.")["input_ids"]) > 1
