@@ -55,7 +55,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds to import
 
-    local = {"local_files_only": True, "trust_remote_code": False}
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         if as_it_is or sentencepiece:
             return PreTrainedTokenizerFast.from_pretrained(str(folder), **local)
