@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from typing import Any
+from unittest import mock
 
 Span = tuple[float, float]
 
@@ -48,13 +49,13 @@ def main() -> None:
         parts["load"] = time.process_time() - began
         return model
 
-    def listen(event: str, seconds: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: object) -> None:
         now = time.monotonic()
-        spans.setdefault(event.split("/")[-1], []).append((now - seconds, now))
+        spans.setdefault(event.split("/")[-1], []).append((now - duration_secs, now))
 
-    ModelFlags.load = timed_load
     jax.monitoring.register_event_duration_secs_listener(listen)
-    generate.main(sys.argv[2:])
+    with mock.patch.object(ModelFlags, "load", timed_load):
+        generate.main(sys.argv[2:])
     for part, events in _EVENTS.items():
         parts[part] = union(span for event in events for span in spans.get(event, []))
     pathlib.Path(sys.argv[1]).write_text(json.dumps(parts))

@@ -52,7 +52,7 @@ def switch_on() -> None:
     A folder that cannot be used costs a line on standard error, and time.
     """
     place = folder()
-    if place is None or jax.config.jax_compilation_cache_dir is not None:
+    if place is None or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)

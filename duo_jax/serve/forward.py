@@ -17,7 +17,7 @@ Decoding is the same for both.
 """
 
 import functools
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -152,7 +152,8 @@ def _layer(
         attend, config=config, mode=mode, implementation=implementation
     )
     layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
-    return layer.apply({"params": params}, x, cos_sin, layer_input)
+    result: Any = layer.apply({"params": params}, x, cos_sin, layer_input)
+    return result
 
 
 def logits(

@@ -112,7 +112,7 @@ def test_the_folder_is_the_user_s_and_bounded(tmp_path, monkeypatch):
     told = {}
 
     class Config:
-        jax_compilation_cache_dir = None
+        values = {"jax_compilation_cache_dir": None}  # noqa: RUF012
         update = staticmethod(told.__setitem__)
 
     monkeypatch.setattr(jax, "config", Config)
