@@ -25,7 +25,7 @@ from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_weights, read_array
 from duo_jax.errors import InputError
-from duo_jax.files import is_file, is_folder
+from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
