@@ -72,7 +72,7 @@ class Estimate:
             full_cache=self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK,
             streaming_cache=self.streaming_cache,
             workspace=workspace_bytes(
-                self.config.architecture,
+                workload.config.architecture,
                 chunk=min(workload.chunk, context),
                 batch_size=workload.batch_size,
                 dtype=workload.dtype,
@@ -106,7 +106,7 @@ class Estimate:
 
     def cache_read(self, context: int) -> int:
         """Return the bytes of keys and values that a decode step reads at `context` tokens."""
-        parts, slots = self.parts(context), self.config.ring_slots
+        parts, slots = self.parts(context), self.workload.config.ring_slots
         return parts.full_cache + parts.streaming_cache * min(context, slots) // slots
 
 
@@ -144,9 +144,31 @@ def _weight_bytes(model: ModelConfig, dtype: str, weights: WeightFormat) -> tupl
     return tree_bytes(shapes), tree_bytes(shapes["embed_tokens"])
 
 
-@functools.cache
 def _cache_bytes(served: DuoConfig, **sizes: Any) -> tuple[int, int]:
     """Return the bytes of all full and of all streaming caches; `sizes` as in `cache_shapes`."""
-    layers = cache_shapes(served, **sizes).layers
-    full = [layer.full for layer in layers]
-    return tree_bytes(full), tree_bytes([layer.streaming for layer in layers])
+    full, streaming = _head_bytes(
+        dataclasses.replace(
+            served,
+            architecture=dataclasses.replace(
+                served.architecture, num_layers=1, num_q_heads=2, num_kv_heads=2
+            ),
+            retrieval_counts=(1,),
+        ),
+        **sizes,
+    )
+    num_heads = served.architecture.num_layers * served.architecture.num_kv_heads
+    num_full = served.num_retrieval_heads
+    return num_full * full, (num_heads - num_full) * streaming
+
+
+@functools.cache
+def _head_bytes(one_of_each: DuoConfig, **sizes: Any) -> tuple[int, int]:
+    """Return the bytes of the caches of a retrieval and of a streaming head.
+
+    Args:
+      one_of_each: a model of these two heads; a larger one would take long to describe, and every
+        other head has one of their shapes.
+      **sizes: as in `cache_shapes`.
+    """
+    (layer,) = cache_shapes(one_of_each, **sizes).layers
+    return tree_bytes(layer.full), tree_bytes(layer.streaming)

@@ -3,6 +3,7 @@
 Nothing is allocated or executed, and no weights are read; kernels.aot says what must be installed.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -24,14 +25,17 @@ from kernels import aot
 def param_shapes(
     architecture: ModelConfig, dtype: DTypeLike, *, weights: WeightFormat = "model"
 ) -> Any:
-    """Return the shapes of a model's parameters in serving form; `weights` as in duo_jax.load."""
-    heads = np.ones((architecture.num_layers, architecture.num_kv_heads), bool)
-    init = functools.partial(llama.init_params, architecture, dtype=jnp.dtype(dtype))
+    """Return the shapes of a model's parameters in serving form; `weights` as in duo_jax.load.
+
+    All layers have the shapes of one: only one is traced.
+    """
+    one = dataclasses.replace(architecture, num_layers=1)
+    heads = np.ones((1, architecture.num_kv_heads), bool)
+    init = functools.partial(llama.init_params, one, dtype=jnp.dtype(dtype))
     params = jax.eval_shape(init, jax.random.key(0))
-    params = jax.eval_shape(
-        functools.partial(split.split_params, architecture, heads=heads), params
-    )
-    return quantised_shapes(params, weights)
+    params = jax.eval_shape(functools.partial(split.split_params, one, heads=heads), params)
+    shapes = quantised_shapes(params, weights)
+    return {**shapes, "layers": shapes["layers"] * architecture.num_layers}
 
 
 def tree_bytes(tree: Any) -> int:
