@@ -13,12 +13,12 @@ layers/0/self_attn/q_proj/kernel to layers/31/self_attn/q_proj/kernel. A quantis
 (duo_jax.model.quantised_weights) is stored as two arrays, kernel/values and kernel/scales.
 """
 
+import asyncio
 import contextlib
 import logging
 import pathlib
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, get_args
 
 import msgspec
@@ -140,44 +140,34 @@ def quiet_orbax() -> Iterator[None]:
     """Keep orbax from printing errors that it also raises, and from working on after one.
 
     It logs warnings and tracebacks, its threads also after the block has failed: they are waited
-    for. When several arrays fail at once, it raises only one error; asyncio and Python report the
-    others when their tasks are garbage-collected, and Python reports callbacks that find the event
-    loop closed. So those two filters stay in place after an error.
+    for. It ends its event loops at the first error of many; tasks that are left would go on
+    writing, and complain that their loop is closed. So its loops end when their tasks have.
     """
-    absl, asyncio = logging.getLogger("absl"), logging.getLogger("asyncio")
-    level, report, before = absl.level, sys.unraisablehook, set(threading.enumerate())
+    absl, new_event_loop = logging.getLogger("absl"), asyncio.new_event_loop
+    level, before = absl.level, set(threading.enumerate())
     absl.setLevel(logging.CRITICAL)
-    asyncio.addFilter(_is_not_late)
-    if not isinstance(report, _UnlessLate):  # which an earlier error left in place
-        sys.unraisablehook = _UnlessLate(report)
+    asyncio.new_event_loop = _PatientLoop
     try:
         yield
-        sys.unraisablehook = report
-        asyncio.removeFilter(_is_not_late)
     except Exception:
         for thread in set(threading.enumerate()) - before:
             if type(thread).__module__.startswith("orbax."):
                 thread.join(_LONGEST_WAIT)
         raise
     finally:
+        asyncio.new_event_loop = new_event_loop
         absl.setLevel(level)
 
 
-class _UnlessLate:
-    """Reports what Python cannot raise, unless it comes late from orbax."""
+class _PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that closes when its tasks have ended, with whatever errors."""
 
-    def __init__(self, report: Callable[[Any], object]) -> None:
-        self._report = report
-
-    def __call__(self, unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
-        of_orbax = code is not None and "orbax" in code.co_filename
-        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
-            self._report(unraisable)
-
-
-def _is_not_late(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            ended, _ = self.run_until_complete(asyncio.wait(tasks, timeout=_LONGEST_WAIT))
+            for task in ended:
+                task.cancelled() or task.exception()  # or asyncio logs that nobody asked for it
+        super().close()
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:
