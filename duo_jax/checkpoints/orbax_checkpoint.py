@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import pathlib
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, get_args
@@ -143,10 +144,13 @@ def quiet_orbax() -> Iterator[None]:
     for. It ends its event loops at the first error of many; tasks that are left would go on
     writing, and complain that their loop is closed. So its loops end when their tasks have.
     """
-    absl, new_event_loop = logging.getLogger("absl"), asyncio.new_event_loop
-    level, before = absl.level, set(threading.enumerate())
+    absl, before = logging.getLogger("absl"), set(threading.enumerate())
+    level = absl.level
+    modules = [sys.modules[name] for name in ("asyncio", "uvloop") if name in sys.modules]
+    makers = [module.new_event_loop for module in modules]
     absl.setLevel(logging.CRITICAL)
-    asyncio.new_event_loop = _PatientLoop
+    for module in modules:
+        vars(module)["new_event_loop"] = _PatientLoop
     try:
         yield
     except Exception:
@@ -155,7 +159,8 @@ def quiet_orbax() -> Iterator[None]:
                 thread.join(_LONGEST_WAIT)
         raise
     finally:
-        asyncio.new_event_loop = new_event_loop
+        for module, maker in zip(modules, makers, strict=True):
+            vars(module)["new_event_loop"] = maker
         absl.setLevel(level)
 
 

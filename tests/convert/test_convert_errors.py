@@ -1,5 +1,7 @@
 """Input that cannot be converted: one line, exit code 2, nothing left behind."""
 
+import asyncio
+import errno
 import json
 import os
 import pathlib
@@ -9,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from orbax.checkpoint._src.serialization import type_handlers
 from safetensors.numpy import load_file, save_file
 
 from convert.__main__ import main
@@ -142,9 +145,31 @@ def test_an_unwritable_destination(folder, assert_refused, to_hf):
 
 
 @both_ways
-def test_a_disk_that_takes_no_more(folder, assert_refused, to_hf):
-    with full_disk(20_000):
+@pytest.mark.parametrize("size", [5_000, 20_000])
+def test_a_disk_that_takes_no_more(folder, assert_refused, to_hf, size):
+    with full_disk(size):
         assert_refused("out cannot be written", folder, folder.parent / "out", *to_hf)
+    assert names(folder.parent) == ["model"]
+
+
+def test_whatever_orbax_writes_has_ended_before_it_is_removed(folder, assert_refused, monkeypatch):
+    """Orbax writes arrays side by side, and raises the error of the first that fails."""
+    begun, ended = [], []
+
+    async def write(*arguments):
+        begun.append(arguments)
+        if len(begun) == 1:
+            raise OSError(errno.ENOSPC, "full")
+        await asyncio.sleep(0.2)
+        partial = folder.parent / ".out.partial" / "params"
+        partial.mkdir(parents=True, exist_ok=True)
+        (partial / str(len(ended))).write_text("late")
+        ended.append(arguments)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(type_handlers.NumpyHandler, "_open_and_write", write)
+    assert_refused("out cannot be written", folder, folder.parent / "out")
+    assert len(ended) == len(begun) - 1 > 10
     assert names(folder.parent) == ["model"]
 
 

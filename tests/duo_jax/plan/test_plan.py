@@ -6,6 +6,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -86,6 +87,18 @@ def test_cache_bytes_are_those_that_are_allocated(kv, dtype, context):
         expected = cache_bytes(config, batch_size=2, max_len=context, dtype=dtype, kv=kv)
         assert parts.full_cache + parts.streaming_cache == expected
         assert (parts.streaming_cache > 0) == duo
+
+
+@pytest.mark.parametrize("kv", ["model", "int8", "int4", "int2"])
+@pytest.mark.parametrize("counts", [(0, 0), (8, 8), (0, 3, 3, 8, 1), (7,)], ids=str)
+@pytest.mark.parametrize("context", [1000, 50_000_000])  # the latter in several buffers
+def test_cache_bytes_are_counted_by_head(kv, counts, context):
+    model = dataclasses.replace(WORKLOAD.config.architecture, num_layers=len(counts))
+    config = DuoConfig(architecture=model, retrieval_counts=counts, sink_size=3, recent_size=9)
+    found = estimate(dataclasses.replace(WORKLOAD, config=config), Setting(duo=True, kv=kv))
+    parts = found.parts(context)
+    expected = cache_bytes(config, batch_size=2, max_len=context, dtype="bfloat16", kv=kv)
+    assert parts.full_cache + parts.streaming_cache == expected
 
 
 def test_weight_bytes_are_those_of_the_shapes():
@@ -209,6 +222,51 @@ def test_every_flag_changes_the_plan(printed):
     }
     assert set(rows_of(plans["kv"])) == {("full", "model", "model"), ("duo", "model", "int4")}
     assert set(rows_of(plans["weights"])) == {("full", "model", "model"), ("duo", "w8a8", "model")}
+
+
+LARGE = {
+    "layers": {"num_hidden_layers": 4096},
+    "heads": {
+        "num_hidden_layers": 4096,
+        "num_attention_heads": 4096,
+        "num_key_value_heads": 4096,
+        "head_dim": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
+@pytest.mark.usefixtures("unhooked")
+def test_the_largest_models_are_planned_as_quickly_as_others(sizes, tmp_path, capsys):
+    """A layer that is described costs milliseconds; 4,096 of them took more than a minute."""
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | sizes))
+    start = time.process_time()
+    main(["--model", str(tmp_path), "--pattern", "none", "--gpu", "10000"])
+    assert time.process_time() - start < 2
+    rows = rows_of(capsys.readouterr().out)
+    assert len(rows) == 12
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | sizes | {"num_hidden_layers": 1024}))
+    main(["--model", str(tmp_path), "--pattern", "none", "--gpu", "10000"])
+    quarter = rows_of(capsys.readouterr().out)
+    both = 2 * SMALL["vocab_size"] * 4096 * 2 / GB  # embedding and output projection
+    fitting = [key for key, cells in rows.items() if cells[0] != "does"]  # ... not fit
+    assert len(fitting) >= 3
+    for key in fitting:
+        layers, of_a_quarter = (float(plan[key][1]) - both for plan in (rows, quarter))
+        assert layers == pytest.approx(4 * of_a_quarter, abs=0.05)
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_a_model_whose_every_size_is_the_largest_does_not_fit(tmp_path, capsys):
+    wide = dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 2**30)
+    longest = {"max_position_embeddings": 2**31 - 1}
+    raw = SMALL | LARGE["heads"] | wide | longest | {"head_dim": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    start = time.process_time()
+    with pytest.raises(SystemExit):
+        main(["--model", str(tmp_path), "--pattern", "none"])
+    assert time.process_time() - start < 2
+    assert capsys.readouterr().err.startswith("error: nothing fits a100-80g at any length")
 
 
 def test_a_config_file_and_its_folder_are_the_same(printed, model, capsys):
