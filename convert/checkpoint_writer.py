@@ -12,7 +12,10 @@ small:
   also lay out and compress every array as a whole.
 """
 
+import contextlib
+import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -27,6 +30,9 @@ from duo_jax.schema import checksums
 
 _MIN_GROUP = 1 << 24
 _CHUNK = 1 << 23
+_LOOK = 0.1  # seconds between looks at a folder
+_QUIET_LOOKS = 5  # without a change
+_LONGEST_WAIT = 30.0  # seconds until it is quiet
 
 
 def write_params(
@@ -63,12 +69,33 @@ def write_params(
             for tensor in group:
                 arrays |= _stored(tensor, read_array(weight_files, tensor), dtype, stored)
             digests |= {"/".join(path): checksums.of_array(a) for path, a in arrays.items()}
-            with signals.put_off(), quiet_orbax():  # orbax' threads would go on writing
+            with signals.put_off(), _alone_after(path.parent), quiet_orbax():
                 ocp.partial.save(str(path), nested(arrays))
             progress(sum(weight_files.dtype(tensor).itemsize * tensor.size for tensor in group))
-        with signals.put_off(), quiet_orbax():
+        with signals.put_off(), _alone_after(path.parent), quiet_orbax():
             ocp.partial.finalize(str(path))
     return digests
+
+
+@contextlib.contextmanager
+def _alone_after(folder: pathlib.Path) -> Iterator[None]:
+    """After an error, wait until nobody writes to a folder that is about to be removed.
+
+    The threads of tensorstore write the chunks of an array side by side, and those that are left at
+    the first error, too; they would make the folder again. Nothing tells when they have ended, but
+    until then files come and go, or the processor is busy.
+    """
+    try:
+        yield
+    except Exception:
+        now, quiet, deadline = [*os.walk(folder)], 0, time.monotonic() + _LONGEST_WAIT
+        while quiet < _QUIET_LOOKS and time.monotonic() < deadline:
+            before, busy = now, time.process_time()
+            time.sleep(_LOOK)
+            now = [*os.walk(folder)]
+            is_quiet = now == before and time.process_time() - busy < _LOOK / 2
+            quiet = quiet + 1 if is_quiet else 0
+        raise
 
 
 def _stored(
