@@ -10,6 +10,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import IO, cast
 
 from duo_jax.data.packed_text import ZstdReader
 from duo_jax.errors import InputError
@@ -161,11 +162,12 @@ def _open(path: pathlib.Path) -> io.TextIOWrapper:
 
 def _plain_text(file: io.TextIOWrapper) -> str:
     """Read a text, decoded in one piece: a text that is put together exists twice meanwhile."""
+    raw = cast(IO[bytes], file.buffer)
     content, missing = bytearray(), _MAX_CHARACTERS
-    while missing and (piece := file.buffer.read(min(missing, 1 << 20))):
+    while missing and (piece := raw.read(min(missing, 1 << 20))):
         missing -= len(piece.translate(None, _CONTINUING))
         content += piece
-    rest = file.buffer.read(3)  # of the last character
+    rest = raw.read(3)  # of the last character
     content += rest[: len(rest) - len(rest.lstrip(_CONTINUING))]
     content = content.removeprefix(codecs.BOM_UTF8)
     if b"\r" in content:  # line ends as Python's text mode reads them
