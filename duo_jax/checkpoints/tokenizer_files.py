@@ -67,6 +67,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
             else:
                 config = tokenizer_config(folder)
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, **local)
+            _drop_empty_special_tokens(tokenizer)
             _probe(tokenizer)
             return tokenizer
     except BaseException as error:  # of many types, all about the caller's files
@@ -75,6 +76,18 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         if sentencepiece:  # transformers goes on to try another format, and tells of that one
             raise _damaged(model) from None
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
+
+
+def _drop_empty_special_tokens(tokenizer: Any) -> None:
+    """Treat special tokens that are the empty text as left out: they have no number.
+
+    To find the number of such an unk_token, transformers asks itself without an end.
+    """
+    verbose, tokenizer.verbose = tokenizer.verbose, False  # it complains of those that are not set
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        if getattr(tokenizer, name) == "":
+            setattr(tokenizer, name, None)
+    tokenizer.verbose = verbose
 
 
 def _probe(tokenizer: Any) -> None:

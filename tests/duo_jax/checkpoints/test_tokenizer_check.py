@@ -152,8 +152,10 @@ def test_any_length_is_accepted(value, changed):
     assert load_tokenizer(changed({}, {"model_max_length": value})) is not None
 
 
-def test_an_empty_special_token_has_no_number(changed):
-    tokenizer = load_tokenizer(changed({}, {"eos_token": ""}))
+@pytest.mark.parametrize("settings", [{"eos_token": ""}, {"unk_token": ""}])
+def test_an_empty_special_token_counts_as_none(settings, changed):
+    tokenizer = load_tokenizer(changed({}, settings))
+    assert not set(settings) & set(tokenizer.special_tokens_map)
     assert Detokenizer(tokenizer).push([41]) == "H"
 
 
