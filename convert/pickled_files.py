@@ -13,7 +13,7 @@ import numpy as np
 from duo_jax.checkpoints.safetensors_files import read_index
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.errors import InputError
-from duo_jax.files import exists
+from duo_jax.files import present
 
 SINGLE_FILE = "pytorch_model.bin"
 INDEX_FILE = "pytorch_model.bin.index.json"
@@ -27,9 +27,9 @@ class PickledFiles:
     """
 
     def __init__(self, folder: pathlib.Path) -> None:
-        if exists(folder / SINGLE_FILE):
+        if present(folder / SINGLE_FILE):
             paths = [folder / SINGLE_FILE]
-        elif exists(folder / INDEX_FILE):
+        elif present(folder / INDEX_FILE):
             paths, _ = read_index(folder / INDEX_FILE)
         else:
             raise InputError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")

@@ -13,8 +13,9 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
+from typing import IO
 
-from duo_jax.errors import InputError, cut
+from duo_jax.errors import InputError, cut, quoted
 from duo_jax.process import locks, signals
 
 _LONGEST_SHOWN = 200  # characters of a path in a message
@@ -93,14 +94,65 @@ def writing(path: str | pathlib.Path) -> Iterator[None]:
         raise _cannot_be_written(path, code) from None
 
 
-def read_text(path: str | pathlib.Path, *, max_bytes: int = _LARGEST_TEXT) -> str:
+def present(path: str | pathlib.Path) -> bool:
+    """Whether there is a file of this name, which may be missing, but not be something else.
+
+    Raises:
+      InputError: it is a folder, a pipe or a device, or the system does not say.
+    """
+    mode = _mode(path)
+    if mode and not stat.S_ISREG(mode):
+        raise InputError(f"{shown(path)} cannot be read: it is {_kind(mode)}, no file")
+    return mode != 0
+
+
+def open_binary(path: str | pathlib.Path, *, pipes: bool = False) -> IO[bytes]:
+    """Open a file to read; meant for a block of `reading`.
+
+    Args:
+      path: the file.
+      pipes: it may be something else, such as /dev/stdin. In a folder that somebody published, a
+        pipe would be waited for without an end, and a device has none.
+
+    Raises:
+      InputError: it is a folder, a pipe or a device.
+      OSError: it cannot be opened.
+    """
+    check_name(path)
+    if not pipes:
+        present(path)
+    return pathlib.Path(path).open("rb")
+
+
+def check_name(path: str | pathlib.Path) -> None:
+    """Refuse a name that no file can have, at which Python raises other errors than the system's.
+
+    Raises:
+      InputError: it holds a null character, or half of a character.
+    """
+    try:
+        possible = b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise InputError(f"{quoted(str(path))} holds characters that no file's name can hold")
+
+
+def read_text(
+    path: str | pathlib.Path, *, max_bytes: int = _LARGEST_TEXT, pipes: bool = False
+) -> str:
     """Read a UTF-8 text file.
+
+    Args:
+      path: the file.
+      max_bytes: of its content.
+      pipes: as in `open_binary`.
 
     Raises:
       InputError: it cannot be read, has more than `max_bytes`, or is not UTF-8.
     """
     with reading(path):
-        with pathlib.Path(path).open("rb") as file:
+        with open_binary(path, pipes=pipes) as file:
             content = file.read(max_bytes + 1)  # devices have no size to look at
         if len(content) > max_bytes:
             raise InputError(f"{shown(path)} has more than {max_bytes:,} bytes")
@@ -114,6 +166,7 @@ def make_folder(path: str | pathlib.Path) -> None:
     Raises:
       InputError: it cannot be made.
     """
+    check_name(path)
     with writing(path):
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
 
@@ -135,6 +188,7 @@ def new_folder(
       InputError: `path` exists (and `replace` is false), another process is writing it, or it
         cannot be written, by the block either.
     """
+    check_name(path)
     path = pathlib.Path(path)
     mode = _mode(path)
     if mode and not stat.S_ISDIR(mode):
@@ -177,6 +231,7 @@ def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
     Raises:
       InputError: it cannot be written.
     """
+    check_name(path)
     path = pathlib.Path(path)
     with signals.put_off(), _alone(path, wait=_LONGEST_WAIT) as partial, writing(path):
         partial.write_bytes(content)
@@ -189,6 +244,7 @@ def append_text(path: str | pathlib.Path, text: str) -> None:
     Raises:
       InputError: it cannot be written.
     """
+    check_name(path)
     content = text.encode()
     with signals.put_off(), writing(path), pathlib.Path(path).open("ab", buffering=0) as file:
         before = file.tell()
@@ -206,8 +262,14 @@ def _mode(path: str | pathlib.Path) -> int:
     with reading(path):
         try:
             return os.stat(path).st_mode
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a null character
+        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: as in check_name
             return 0
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"
 
 
 def shown(path: str | pathlib.Path) -> str:

@@ -177,7 +177,7 @@ def _prompt(flags: GenerateConfig) -> tuple[str | None, str]:
 
 def _read_file(file: pathlib.Path) -> str:
     if str(file) != "-":
-        return files.read_text(file).removeprefix("\ufeff")
+        return files.read_text(file, pipes=True).removeprefix("\ufeff")
     with files.reading(file):
         if sys.stdin is None:
             raise InputError("standard input is closed")

@@ -80,7 +80,7 @@ def _found(folder: pathlib.Path, *patterns: str) -> str:
 
 def _base(folder: pathlib.Path) -> str:
     """Return "of MODEL" where the adapter's file names one."""
-    if not files.is_file(folder / _ADAPTER):
+    if not files.present(folder / _ADAPTER):
         return ""
     base = read_json(folder / _ADAPTER).get("base_model_name_or_path")
     return f" of {quoted(base)}" if isinstance(base, str) else ""

@@ -108,7 +108,7 @@ def _weight_files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, s
 def _open(path: pathlib.Path) -> tuple[dict, np.ndarray]:
     """Check one file; return its header and its data as mapped bytes."""
     try:
-        with path.open("rb") as file:
+        with files.open_binary(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if _MAX_HEADER < length <= path.stat().st_size - 8:
                 raise InputError(f"{path} has a header of {length:,} bytes, above {_MAX_HEADER:,}")

@@ -17,7 +17,7 @@ def tokenizer_config(folder: pathlib.Path) -> Any:
     itself. So a null that is good for the model is not blamed on its tokenizer.
     """
     file = folder / "config.json"
-    raw = read_json(file) if files.is_file(file) else {}
+    raw = read_json(file) if files.present(file) else {}
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         return None

@@ -13,7 +13,9 @@ from typing import Any
 
 from duo_jax import files
 from duo_jax.checkpoints.chat_template_files import check_chat_templates
+from duo_jax.checkpoints.tokenizer_check import check_tokenizer_files
 from duo_jax.checkpoints.tokenizer_class import tokenizer_config
+from duo_jax.data import tokenizer_calls
 from duo_jax.errors import InputError
 
 # One of them is needed for a tokenizer; fetched from the hub beside *.json.
@@ -32,6 +34,7 @@ TOKENIZER_FILES = (
 _NEEDED = ("sentencepiece", "google.protobuf")  # to read a SentencePiece model
 _LARGEST_MODEL = 8 << 20  # bytes; one of 256,000 pieces has 4 MB
 _LONGEST_PIECE = 1_000  # characters; every place to divide a piece at is looked at
+_PROBE = "Hello, world!\n  \N{LATIN SMALL LETTER E WITH ACUTE}\N{SNOWMAN}\N{GRINNING FACE} 12"
 
 
 def load_tokenizer(folder: pathlib.Path) -> Any:
@@ -45,6 +48,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     """
     if not any(files.exists(folder / file) for file in TOKENIZER_FILES):
         raise InputError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    check_tokenizer_files(folder, TOKENIZER_FILES)
     check_chat_templates(folder)
     as_it_is = files.exists(folder / "tokenizer.json")
     model = folder / "tokenizer.model"
@@ -57,19 +61,52 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        if as_it_is or sentencepiece:
-            return PreTrainedTokenizerFast.from_pretrained(str(folder), **local)
-        config = tokenizer_config(folder)
-        return AutoTokenizer.from_pretrained(str(folder), config=config, **local)
-    except Exception as error:  # of many types, all about the caller's files
+        with tokenizer_calls.without_panic_lines():
+            if as_it_is or sentencepiece:
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **local)
+            else:
+                config = tokenizer_config(folder)
+                tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, **local)
+            _drop_empty_special_tokens(tokenizer)
+            _probe(tokenizer)
+            return tokenizer
+    except BaseException as error:  # of many types, all about the caller's files
+        if not isinstance(error, Exception) and not tokenizer_calls.is_panic(error):
+            raise  # such as Ctrl-C
         if sentencepiece:  # transformers goes on to try another format, and tells of that one
             raise _damaged(model) from None
         raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
 
 
+def _drop_empty_special_tokens(tokenizer: Any) -> None:
+    """Treat special tokens that are the empty text as left out: they have no number.
+
+    To find the number of such an unk_token, transformers asks itself without an end.
+    """
+    verbose, tokenizer.verbose = tokenizer.verbose, False  # it complains of those that are not set
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        if getattr(tokenizer, name) == "":
+            setattr(tokenizer, name, None)
+    tokenizer.verbose = verbose
+
+
+def _probe(tokenizer: Any) -> None:
+    """Find damage that shows only when a text is encoded and decoded, before hours are spent."""
+    inner = getattr(tokenizer, "backend_tokenizer", None)
+    if inner is None:
+        return
+    for text in (_PROBE, _PROBE[0]):
+        try:
+            inner.decode(inner.encode(text).ids)
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # It lacks one of these characters, and may have all that it will be asked for.
+
+
 def _is_sentencepiece(model: pathlib.Path) -> bool:
     """Whether a file begins as a SentencePiece model; Llama 3's of this name are plain text."""
-    if not files.is_file(model):
+    if not files.present(model):
         return False
     with files.reading(model), model.open("rb") as file:
         return file.read(1) == b"\n"

@@ -30,7 +30,7 @@ def load(config: Config, file: pathlib.Path, *, part: str | None = None) -> Conf
     Raises:
       InputError: the file holds no JSON object, or a field or value that the dataclass refuses.
     """
-    if not files.is_file(file):
+    if not files.present(file):
         return config
     values = read_json(file)
     where = files.shown(file)

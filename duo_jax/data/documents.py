@@ -4,11 +4,13 @@ The default needs no download: `pydoc_data.topics`, the language reference that 
 installation carries (about 465 KB; it differs a little between Python versions).
 """
 
+import codecs
 import io
 import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
+from typing import IO, cast
 
 from duo_jax.data.packed_text import ZstdReader
 from duo_jax.errors import InputError
@@ -18,7 +20,8 @@ from duo_jax.schema.json_reader import parse_json
 # Enough for any haystack; reading on would only cost time and memory.
 _MAX_CHARACTERS = 50_000_000
 _AT_LEAST = 512  # characters that a document counts for, or an empty line: packed, it has no size
-_LONGEST_LINE = 1 << 25  # characters of a line of JSON
+_LONGEST_LINE = 1 << 24  # characters of a line of JSON; one with an emoji takes 4 bytes for each
+_CONTINUING = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 _MOST_FILES = 100_000  # in a folder, before somebody waits for an answer about "/"
 _LARGEST_JSON = 1 << 28  # characters of a file that is one piece of JSON
 # In any case of letters, and packed (.zst) too. A .json file is read where it is named: in folders
@@ -49,7 +52,7 @@ def load_documents(sources: Sequence[str]) -> list[str]:
         return _built_in()
     documents, characters = [], 0
     for document in itertools.chain.from_iterable(map(_read_source, sources)):
-        if document.strip():
+        if document and not document.isspace():
             documents.append(document[: _MAX_CHARACTERS - characters])
         characters += max(len(document), _AT_LEAST)
         if characters >= _MAX_CHARACTERS:
@@ -148,13 +151,28 @@ def _read_file(path: pathlib.Path) -> Iterator[str]:
         elif _ending(path.name) == ".json":
             yield from _json_file(file, path)
         else:
-            yield file.read(_MAX_CHARACTERS)
+            yield _plain_text(file)
 
 
 def _open(path: pathlib.Path) -> io.TextIOWrapper:
     packed = path.name.lower().endswith(_PACKED)
     raw = io.BufferedReader(ZstdReader(path)) if packed else path.open("rb")
     return io.TextIOWrapper(raw, encoding="utf-8-sig")
+
+
+def _plain_text(file: io.TextIOWrapper) -> str:
+    """Read a text, decoded in one piece: a text that is put together exists twice meanwhile."""
+    raw = cast(IO[bytes], file.buffer)
+    content, missing = bytearray(), _MAX_CHARACTERS
+    while missing and (piece := raw.read(min(missing, 1 << 20))):
+        missing -= len(piece.translate(None, _CONTINUING))
+        content += piece
+    rest = raw.read(3)  # of the last character
+    content += rest[: len(rest) - len(rest.lstrip(_CONTINUING))]
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if b"\r" in content:  # line ends as Python's text mode reads them
+        content = content.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return content.decode("utf-8")
 
 
 def _json_file(file: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:
@@ -190,7 +208,7 @@ def _json_texts(lines: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:
         if len(line) > _LONGEST_LINE:
             place = f"{shown(path)}, line {number}"
             raise InputError(f"{place} has more than {_LONGEST_LINE:,} characters")
-        if not line.strip():
+        if line.isspace():
             yield ""
             continue
         place = f"{shown(path)}, line {number}"
@@ -207,6 +225,8 @@ def _text_of(record, where: str) -> str:
 
 def _as_text(text: str) -> str:
     """Replace halves of surrogate pairs, which are legal JSON, but no text."""
+    if text.isascii():
+        return text
     return text.encode("utf-8", "replace").decode("utf-8")
 
 

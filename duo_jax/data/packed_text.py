@@ -24,7 +24,7 @@ class ZstdReader(io.RawIOBase):
         import zstandard
 
         self._error = zstandard.ZstdError
-        self._decompressor = zstandard.ZstdDecompressor
+        self._decompressor = zstandard.ZstdDecompressor()  # making one takes longer than its work
         self._path = path
         self._packed = path.open("rb")
         self._frame: Any = None
@@ -59,7 +59,7 @@ class ZstdReader(io.RawIOBase):
                 raise InputError(f"{self._path} is cut short: its last zstd frame has no end")
             return False
         if self._frame is None or self._frame.eof:
-            self._frame = self._decompressor().decompressobj()
+            self._frame = self._decompressor.decompressobj()
         try:
             unpacked = self._frame.decompress(self._rest)
         except self._error as error:

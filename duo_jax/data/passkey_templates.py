@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
+from duo_jax.data import tokenizer_calls
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import check_fields
 
@@ -104,7 +105,7 @@ def word_list(kind: Words, tokenizer: Any) -> list[str]:
         return [*NATO]
     if kind == "digits":
         return [str(number) for number in range(10_000, 100_000)]
-    words = (tokenizer.decode([i]) for i in range(len(tokenizer)))
+    words = (tokenizer_calls.decode(tokenizer, [i]) for i in range(len(tokenizer)))
     candidates = sorted({w[1:] for w in words if re.fullmatch(r" [a-z]{3,}", w)})
     return [w for w in candidates if w not in ORDINALS]
 

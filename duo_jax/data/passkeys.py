@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from duo_jax.data import tokenizer_calls
 from duo_jax.data.passkey_templates import (
     ORDINALS,
     PasskeyTemplates,
@@ -95,8 +96,9 @@ class PasskeySampler:
         self._entropy = (seed, stream)
         self._encode = _encoder(tokenizer)
         self._bos = _bos(tokenizer)
-        intro = tokenizer(config.intro, add_special_tokens=False) if config.intro else {}
-        self._intro = list(intro.get("input_ids", ()))  # encoded as the beginning of a text
+        self._intro: list[int] = []
+        if config.intro:  # encoded as the beginning of a text
+            self._intro = tokenizer_calls.encode(tokenizer, config.intro, special=False)
         self._words = word_list(config.words, tokenizer)
         if config.words != "nato":
             needed = config.num_passkeys * config.passkey_words
@@ -240,7 +242,9 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
 def _bos(tokenizer: Any) -> list[int]:
     """Return the begin-of-sequence token where the model expects one."""
     bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a").input_ids[0] == bos else []
+    if bos is None:
+        return []
+    return [bos] if tokenizer_calls.encode(tokenizer, "a", special=True)[:1] == [bos] else []
 
 
 def sampler_of_first(

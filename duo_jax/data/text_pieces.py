@@ -15,6 +15,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from duo_jax.data import tokenizer_calls
+
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -42,7 +44,10 @@ class PieceEncoder:
         ):
             return self._as_a_beginning(text)
         end = self._first_added(text)
-        tokens = self._inside.encode(text[:end], add_special_tokens=False).ids if end else []
+        tokens: list[int] = []
+        if end:
+            with tokenizer_calls.calling(self._tokenizer, "encode this text"):
+                tokens = self._inside.encode(text[:end], add_special_tokens=False).ids
         return tokens + (self._as_a_beginning(text[end:]) if end < len(text) else [])
 
     def spelled(self, tokens: Sequence[int], text: str, *, cut_off: bool = False) -> int | None:
@@ -64,7 +69,7 @@ class PieceEncoder:
                 parts[-1].append(token)
         place = 0
         for part in filter(None, parts):
-            said = self._tokenizer.decode(part, clean_up_tokenization_spaces=False)
+            said = tokenizer_calls.decode(self._tokenizer, part, clean_up_tokenization_spaces=False)
             said = said.rstrip(_REPLACEMENT) if cut_off else said
             possible = [said, f" {said}", *([said[1:]] if said.startswith(" ") else [])]
             if self._inside is None or (place and part[0] in self._added):
@@ -76,9 +81,7 @@ class PieceEncoder:
         return place
 
     def _as_a_beginning(self, text: str) -> list[int]:
-        # verbose: a text too long for the model is refused later, in one line.
-        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
-        return encoded["input_ids"]
+        return tokenizer_calls.encode(self._tokenizer, text, special=False)
 
     @functools.cached_property
     def _added(self) -> dict[int, str]:
@@ -87,7 +90,8 @@ class PieceEncoder:
     def _first_added(self, text: str) -> int:
         """Return where the first added token of a text begins, its length if it has none."""
         if any(added in text for added in self._added.values()):
-            found = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+            with tokenizer_calls.calling(self._tokenizer, "encode this text"):
+                found = self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
             for token, (start, end) in zip(found.ids, found.offsets, strict=True):
                 # <unk> also stands for what is not in the vocabulary.
                 if text[start:end].strip() == self._added.get(token):

@@ -74,7 +74,7 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
     folder = pathlib.Path(folder)
     gates_file, config_file = folder / _GATES_FILE, folder / _CONFIG_FILE
     for file in (gates_file, config_file):
-        if not files.is_file(file):
+        if not files.present(file):
             raise InputError(
                 f"{file} does not exist; a pattern folder holds {_GATES_FILE} and {_CONFIG_FILE}"
             )
@@ -92,6 +92,7 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
 
 def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
     """Write a pattern folder; the folder appears only when complete."""
+    path_argument("folder", folder)
     text = io.StringIO()
     np.savetxt(text, pattern.gates, delimiter="\t")
     config = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 import numpy as np
 
+from duo_jax import files
 from duo_jax.errors import InputError, quoted
 
 Kind = TypeVar("Kind")
@@ -67,10 +68,14 @@ def path_argument(name: str, value: Any) -> None:
     """Refuse an argument that is no path.
 
     Raises:
-      InputError: it is neither a text nor a path.
+      InputError: it is neither a text nor a path, or holds characters that no file's name can.
     """
-    if not isinstance(value, str | os.PathLike):
+    if not isinstance(value, str | os.PathLike) or isinstance(os.fspath(value), bytes):
         raise InputError(f"{name} {quoted(value)} is neither a text nor a path")
+    try:
+        files.check_name(os.fspath(value))
+    except InputError as error:
+        raise InputError(f"{name} {error}") from None
 
 
 def describe(kind: Any) -> str:

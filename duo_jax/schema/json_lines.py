@@ -53,7 +53,7 @@ def read(
     if not files.exists(path):
         return []
     whole, records, damaged, first, lines_lost = [], [], [], "", 0
-    with files.reading(path), path.open("rb") as file:
+    with files.reading(path), files.open_binary(path) as file:
         for number, (start, line) in enumerate(_lines(file), start=1):
             try:
                 values = _parse(line, f"line {number}")

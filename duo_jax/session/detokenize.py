@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from duo_jax.data import tokenizer_calls
 from duo_jax.errors import InputError
 
 # Tokens of decoded text that stay in the window. What precedes them can no longer matter: a
@@ -165,7 +166,8 @@ class Detokenizer:
         return new
 
     def _text_of(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(
+        return tokenizer_calls.decode(
+            self._tokenizer,
             token_ids,
             skip_special_tokens=self._skip_special,
             clean_up_tokenization_spaces=False,  # it would change text that was returned
@@ -204,4 +206,5 @@ def _overlap(text: str, stop: str) -> bool:
 
 def _special_ids(tokenizer: Any) -> frozenset[int]:
     added = tokenizer.added_tokens_decoder.items()
-    return frozenset(tokenizer.all_special_ids) | {i for i, token in added if token.special}
+    found = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+    return frozenset(found - {None})  # a special token that is the empty text has no number

@@ -24,7 +24,7 @@ def suggested_sampling(folder: pathlib.Path) -> SamplingConfig:
       InputError: the file is broken, or a value is out of range.
     """
     file = folder / "generation_config.json"
-    if not files.is_file(file):
+    if not files.present(file):
         return SamplingConfig()
     found, where = read_json(file), files.shown(file)
     drawing = convert(found, _Drawing, where).do_sample

@@ -42,7 +42,7 @@ class StoredArrays:
 
     def __init__(self, path: pathlib.Path, expected: Expected) -> None:
         self._path = path
-        with files.reading(path), path.open("rb") as file:
+        with files.reading(path), files.open_binary(path) as file:
             length = int.from_bytes(file.read(8), "little")
             if length > _HEADER_BYTES * (len(expected) + 1):
                 raise _damaged(path, f"a header of {length:,} bytes")

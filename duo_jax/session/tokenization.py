@@ -11,6 +11,7 @@ import msgspec
 
 from duo_jax import files
 from duo_jax.checkpoints import gguf, pretrained
+from duo_jax.data import tokenizer_calls
 from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import convert
@@ -139,8 +140,7 @@ class Tokenization:
         return list(tokens[:low]), place
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        # verbose: a text too long for the model is refused later, in one line.
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return tokenizer_calls.encode(self.tokenizer, text, special=special)
 
 
 def check_variables(variables: Any) -> dict[str, Any]:
@@ -198,7 +198,7 @@ class _EndOfText(msgspec.Struct):
 
 
 def _eos_tokens(file: pathlib.Path) -> list[int]:
-    if not files.is_file(file):
+    if not files.present(file):
         return []
     found = convert(read_json(file), _EndOfText, files.shown(file)).eos_token_id
     return found if isinstance(found, list) else [] if found is None else [found]

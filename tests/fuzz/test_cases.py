@@ -143,7 +143,7 @@ def test_a_flipped_bit_that_leaves_a_valid_text_is_read_as_it_is():
     [
         (b"\n", "no text found"),
         (b'{"text": ""}\n', "no text found"),
-        (b"x", "more than 33,554,432 characters"),
+        (b"x", "more than 16,777,216 characters"),
     ],
     ids=["newlines", "no texts", "a line"],
 )

@@ -4,6 +4,7 @@ import io
 import json
 from typing import BinaryIO
 
+import pytest
 import zstandard
 from hypothesis import strategies as st
 
@@ -97,3 +98,27 @@ def test_packed_lines_are_the_texts_that_zstandard_unpacks(content, folder):
     if found is not REFUSED:
         frames = zstandard.ZstdDecompressor().stream_reader(content, read_across_frames=True)
         assert found == documents_of(frames)
+
+
+_WIDE = "a" * 8_000 + "\N{GRINNING FACE}"  # one in a text, and all characters take four bytes
+_FRAME = pack(b'{"text": "abc"}\n')
+_COSTLY = {
+    "a line.jsonl": lambda: json.dumps({"text": _WIDE * 2_090}, ensure_ascii=False).encode(),
+    "packed line.jsonl.zst": lambda: pack(_COSTLY["a line.jsonl"]()),
+    "too long.jsonl.zst": lambda: pack(b'{"text": "' + (_WIDE * 4_190).encode() + b'"}'),
+    "text.txt": lambda: f" {_WIDE * 6_250}".encode(),
+    "packed text.txt.zst": lambda: pack(f" {_WIDE * 6_250}".encode()),
+    "empty frames.jsonl.zst": lambda: pack(b"") * 100_000 + _FRAME,
+    "frames.jsonl.zst": lambda: _FRAME * 97_000,
+}
+
+
+@pytest.mark.parametrize("name", _COSTLY)
+def test_a_text_costs_a_bounded_multiple_of_its_size(name, tmp_path):
+    content = _COSTLY[name]()
+    file = tmp_path / name
+    file.write_bytes(content)
+    size = len(content)
+    del content
+    found = attempt(lambda: load_documents([str(file)]), size=size)
+    assert (found is REFUSED) == name.startswith("too long")

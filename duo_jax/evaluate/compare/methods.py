@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from duo_jax.cache import cache_bytes
+from duo_jax.data import tokenizer_calls
 from duo_jax.evaluate import eviction
 from duo_jax.evaluate.compare import served
 from duo_jax.evaluate.compare.tasks import Task
@@ -120,7 +121,7 @@ def measure(
 
 def punctuation_tokens(tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens that are punctuation marks only, apart from white space around them."""
-    words = ((i, tokenizer.decode([i]).strip()) for i in range(len(tokenizer)))
+    words = ((i, tokenizer_calls.decode(tokenizer, [i]).strip()) for i in range(len(tokenizer)))
     return tuple(i for i, word in words if word and set(word) <= set(string.punctuation))
 
 

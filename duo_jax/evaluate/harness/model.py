@@ -24,6 +24,7 @@ from lm_eval.utils import (
 from tqdm import tqdm
 
 from duo_jax.api import DuoModel
+from duo_jax.data import tokenizer_calls
 from duo_jax.errors import InputError
 from duo_jax.evaluate.harness import continuations
 from duo_jax.evaluate.harness.continuations import CacheSize
@@ -127,8 +128,7 @@ class DuoLM(TemplateLM):
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
-        encoded = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)
-        return encoded["input_ids"]
+        return tokenizer_calls.encode(self.tokenizer, string, special=add_special_tokens)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

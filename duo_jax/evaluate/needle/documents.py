@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 from msgspec import Meta
 
+from duo_jax.data import tokenizer_calls
 from duo_jax.data.passkey_templates import DIGITS, Words, take_defaults, word_list
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results import scores
@@ -189,6 +190,6 @@ class Haystack:
 def _sentence_ends(text: Int[np.ndarray, " tokens"], tokenizer: Any) -> Bool[np.ndarray, " tokens"]:
     """Return, for every token, whether a sentence ends with it."""
     ids, where = np.unique(text, return_inverse=True)
-    pieces = tokenizer.batch_decode([[int(i)] for i in ids])
+    pieces = [tokenizer_calls.decode(tokenizer, [int(i)]) for i in ids]
     ends = np.array([piece.rstrip(" ").endswith((".", "\n", "!", "?")) for piece in pieces])
     return ends[where]

@@ -277,6 +277,9 @@ def test_a_missing_or_broken_tokenizer_is_one_clear_line(folder):
         pretrained.load_tokenizer(folder)
     (folder / "tokenizer.json").write_text("{")
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizerFast"}')
+    with pytest.raises(InputError, match=r"tokenizer.json is not JSON: "):
+        pretrained.load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(InputError, match=r"the tokenizer in .* cannot be loaded: "):
         pretrained.load_tokenizer(folder)
 

@@ -106,6 +106,24 @@ def test_a_json_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
         load_documents([write(tmp_path / "a.json", json.dumps(["word" * 30]))])
 
 
+@pytest.mark.parametrize("limit", range(1, 12))
+@pytest.mark.parametrize("suffix", ["txt", "txt.zst"])
+def test_a_text_is_cut_between_characters(limit, suffix, tmp_path, monkeypatch):
+    whole = "a\N{GRINNING FACE}\N{SNOWMAN}é\N{GRINNING FACE}\N{GRINNING FACE}b\N{SNOWMAN}"
+    monkeypatch.setattr(text, "_MAX_CHARACTERS", limit)
+    packed = zstandard.ZstdCompressor().compress(whole.encode())
+    file = write(tmp_path / f"a.{suffix}", packed if suffix == "txt.zst" else whole)
+    assert load_documents([file]) == [whole[:limit]]
+
+
+@pytest.mark.parametrize("limit", [3, 4, 100])
+def test_line_ends_are_one_character_wherever_a_text_is_cut(limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(text, "_MAX_CHARACTERS", limit)
+    (found,) = load_documents([write(tmp_path / "a.txt", b"ab\r\ncd\re\r\n")])
+    assert "ab\ncd\ne\n".startswith(found)
+    assert found.startswith("ab\n"[:limit])
+
+
 def test_zstandard_with_several_frames_is_read_to_the_end(tmp_path):
     """As `zstd` leaves it after appending, and as parallel compressors write it."""
     compress = zstandard.ZstdCompressor().compress

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from duo_jax.errors import InputError
+from duo_jax.files import read_text
 from duo_jax.schema.json_reader import MAX_BYTES, parse_json, read_json
 
 REFUSED = {
@@ -59,6 +60,8 @@ def test_a_text_may_hold_any_number_of_commas_and_brackets():
 
 def test_a_file_without_end_costs_no_more_than_the_bound():
     began = time.monotonic()
-    with pytest.raises(InputError, match="/dev/zero has more than"):
+    with pytest.raises(InputError, match="/dev/zero cannot be read: it is a device"):
         read_json("/dev/zero")
+    with pytest.raises(InputError, match="/dev/zero has more than 16,777,216 bytes"):
+        read_text("/dev/zero", max_bytes=MAX_BYTES, pipes=True)
     assert time.monotonic() - began < 2
