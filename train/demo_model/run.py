@@ -77,7 +77,7 @@ def train_demo_model(
             num_samples=flags.test_samples,
             seed=flags.seed,
         )
-        seconds = sum(m["seconds"] for m in workdir.metrics())
+        seconds = sum(m.get("seconds") or 0.0 for m in workdir.metrics())
     summary = export.Summary(
         steps=int(state.step),
         seconds=seconds,
