@@ -1,14 +1,15 @@
 """The flags of `python -m convert`."""
 
 import dataclasses
-import math
 import pathlib
 from typing import Annotated, Literal
 
 import tyro
+from msgspec import Meta
 
 from duo_jax.errors import InputError
 from duo_jax.model.quantised_weights import StoredFormat
+from duo_jax.schema.check import check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,12 @@ class ConvertConfig:
     """Read pickled weights (pytorch_model.bin) if there are no safetensors. Only for files that you
     trust; needs PyTorch."""
 
-    max_shard_gb: float = 5.0
+    max_shard_gb: Annotated[float, Meta(gt=0.0, le=1e6)] = 5.0
     """With --to-hf: the largest size of one file of weights, in GB (1e9 bytes)."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.to_hf and self.weights != "model":
             raise InputError(
                 f"--weights {self.weights} is for checkpoints of duo_jax; leave out --to-hf"
             )
-        if not 0 < self.max_shard_gb < math.inf:
-            raise InputError(f"--max-shard-gb must be positive, not {self.max_shard_gb}")

@@ -29,7 +29,7 @@ from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import check_weight_format
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count
-from duo_jax.serve.sampling import SamplingConfig
+from duo_jax.serve.sampling import sampling_config
 from duo_jax.session.conversation import Conversation, load_conversation
 from duo_jax.session.row_cache import Progress
 from duo_jax.session.runtime import Runtime
@@ -144,7 +144,7 @@ class DuoModel:
 
     def generate(
         self,
-        prompts: Sequence[str],
+        prompts: Iterable[str],
         *,
         max_new_tokens: int = 256,
         stop: str | Sequence[str] = (),
@@ -169,12 +169,13 @@ class DuoModel:
         Raises:
           InputError: there is no prompt, one is empty, or one is too long.
         """
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
             raise InputError("prompts must be a list of texts, such as [text]")
+        prompts = list(prompts)
         if not prompts:
             raise InputError("there is no prompt")
         max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
-        config = SamplingConfig(**sampling)
+        config = sampling_config(sampling)
         session = Session(self.runtime, batch_size=len(prompts))
         tokens = [self.tokenization.encode(prompt) for prompt in prompts]
         session.append(tokens, room=max_new_tokens, progress=progress)

@@ -216,6 +216,18 @@ def new_folder(
             _take_place(partial, path)
 
 
+def check_file(path: str | pathlib.Path) -> None:
+    """Refuse a name under which no file can be written, before hours are spent on its content.
+
+    Raises:
+      InputError: it is a folder's name, or that of a file in a folder which does not exist.
+    """
+    if is_folder(path):  # "" is the current one
+        raise InputError(f"{shown(path)} cannot be written: it is a folder; name a file")
+    if not is_folder(pathlib.Path(path).absolute().parent):
+        raise InputError(f"{shown(path)} cannot be written: its folder does not exist")
+
+
 def write_text(path: str | pathlib.Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it.
 
@@ -233,6 +245,7 @@ def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
     """
     check_name(path)
     path = pathlib.Path(path)
+    check_file(path)
     with signals.put_off(), _alone(path, wait=_LONGEST_WAIT) as partial, writing(path):
         partial.write_bytes(content)
         partial.replace(path)

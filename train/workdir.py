@@ -8,6 +8,7 @@ import gc
 import itertools
 import math
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
@@ -63,9 +64,9 @@ class WorkDir:
     def restore(self, state: State) -> State:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
 
-        Where the latest cannot be read and the one before it can, that one serves, and the latest
-        is set aside with a line on stderr. Another line says where a run has begun and has no
-        checkpoint: it was killed before its first one, or lost them.
+        Where the latest cannot be read, or holds another step than its name says, the one before it
+        serves if it can, and the latest is set aside with a line on stderr. Another line says where
+        a run has begun and has no checkpoint: it was killed before its first one, or lost them.
 
         Raises:
           InputError: no checkpoint can be read; all is left as it was.
@@ -74,7 +75,10 @@ class WorkDir:
         for step in sorted(self._checkpoints.all_steps(), reverse=True):
             try:
                 with quiet_orbax():
-                    state = self._read(step, state)
+                    found = self._read(step, state)
+                if int(found.step) != step:  # its folder was renamed, or copied
+                    raise ValueError(f"it holds the state of step {int(found.step):,}")
+                state = found
                 break
             except Exception as error:  # orbax and tensorstore have no common error for damage
                 signals.check()  # which they may have turned into it
@@ -165,6 +169,9 @@ def _open(folder: pathlib.Path) -> ocp.CheckpointManager:
 
     They hold a checkpoint's time and the names of orbax' classes, and it can do without.
     """
+    # Of saves that were killed or failed. orbax' own cleanup_tmp_directories leaves them for long.
+    for left in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(left, ignore_errors=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
     handler = ocp.StandardCheckpointHandler()
     try:

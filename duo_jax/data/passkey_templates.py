@@ -3,13 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
-
-from msgspec import Meta
+from typing import Any, Literal
 
 from duo_jax.data import tokenizer_calls
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import check_fields
+from duo_jax.schema.kinds import Many, Template
 
 NATO = (
     "alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november "
@@ -34,6 +33,8 @@ DIGITS = {
 
 Words = Literal["nato", "vocabulary", "digits"]
 
+_MOST_WORDS = 100_000  # hidden in a text; nobody reads longer texts
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PasskeyTemplates:
@@ -41,7 +42,7 @@ class PasskeyTemplates:
 
     num_passkeys: int = 10
     """Passkeys hidden in each sample, and questions at its end."""
-    passkey_words: Annotated[int, Meta(ge=1, le=10_000)] = 32
+    passkey_words: Many = 32
     """Words of each passkey."""
     words: Words = "nato"
     """Words that passkeys consist of.
@@ -50,15 +51,17 @@ class PasskeyTemplates:
     digits: distinct numbers of five digits, which small pretrained models recall. Texts and
     --passkey-words that were left at their defaults are other ones then: one number a passkey,
     "The {name} pass key is{passkey}. Remember it.{passkey} is the {name} pass key."."""
-    intro: str = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
+    intro: Template = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
     """Text before the haystack."""
-    needle: str = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
+    needle: Template = "\n\nTake note: this is the {name} passkey to the vault:{passkey}.\n\n"
     """Text that hides a passkey in the haystack; {name} is its ordinal, {passkey} its words."""
-    closing: str = "\n</text>\n\n"
+    closing: Template = "\n</text>\n\n"
     """Text after the haystack."""
-    question: str = "What is the {name} passkey to the vault? The {name} passkey to the vault is:"
+    question: Template = (
+        "What is the {name} passkey to the vault? The {name} passkey to the vault is:"
+    )
     """Text that asks for a passkey; {name} is its ordinal."""
-    separator: str = ".\n\n"
+    separator: Template = ".\n\n"
     """Text after an answer."""
 
     def __post_init__(self) -> None:
@@ -69,6 +72,8 @@ class PasskeyTemplates:
             raise InputError(f"num_passkeys {self.num_passkeys} is not in 1 to {len(ORDINALS)}")
         if "{passkey}" not in self.needle:
             raise InputError("the needle must hold {passkey}")
+        words = self.num_passkeys * self.passkey_words * self.needle.count("{passkey}")
+        check_words(words, "the passkeys of a text")
         for template in (self.needle, self.question):
             rest = filled(template.replace("{passkey}", ""), "")
             if "{" in rest or "}" in rest:
@@ -82,6 +87,16 @@ def in_words(kind: Words, passkey_words: int) -> str:
     if kind == "digits":
         return "a number" if passkey_words == 1 else f"{passkey_words} numbers"
     return f"{passkey_words} words"
+
+
+def check_words(words: int, what: str) -> None:
+    """Refuse numbers that each are in range but together ask for gigabytes of words.
+
+    Raises:
+      InputError: says how many words there may be.
+    """
+    if words > _MOST_WORDS:
+        raise InputError(f"{what} have {words:,} words together; at most {_MOST_WORDS:,} fit")
 
 
 def take_defaults(config: Any, values: Mapping[str, Any]) -> None:

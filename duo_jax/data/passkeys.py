@@ -29,7 +29,7 @@ from duo_jax.data.passkey_templates import (
 )
 from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError
-from duo_jax.schema.kinds import Count
+from duo_jax.schema.kinds import Count, Many
 
 _LENGTH_MULTIPLE = 16
 
@@ -42,7 +42,7 @@ class PasskeyConfig(PasskeyTemplates):
     """Shortest haystack, in tokens."""
     max_length: Count = 32_000
     """Longest sample, in tokens, needles and questions included."""
-    num_lengths: Count = 50
+    num_lengths: Many = 50
     """Haystack lengths, evenly spaced from min_length to max_length; a sample draws one."""
 
     def __post_init__(self) -> None:

@@ -19,12 +19,13 @@ from jaxtyping import Bool, Float
 from duo_jax import files
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import argument, convert, path_argument
-from duo_jax.schema.json_reader import read_json
+from duo_jax.schema.json_reader import MAX_BYTES, parse_json, read_json
 from duo_jax.schema.kinds import Count, Fraction, Size
 
 _GATES_FILE = "full_attention_heads.tsv"
 _CONFIG_FILE = "config.json"
 _MAX_BYTES = 4 << 20  # of a published pattern's gates: 6 KB
+_MOST_GATES = 100_000  # as written, 2.6 MB; the largest published model has 1,008
 
 
 class _Sizes(msgspec.Struct):
@@ -46,18 +47,8 @@ class Pattern:
     def __post_init__(self) -> None:
         argument("sink_size", self.sink_size, Size)
         argument("recent_size", self.recent_size, Count)
-        if not isinstance(self.extra, Mapping):
-            raise InputError(f"extra {quoted(self.extra)} is no mapping of names to values")
-        gates = self.gates
-        if (
-            not isinstance(gates, np.ndarray)
-            or gates.ndim != 2
-            or gates.dtype.kind not in "biuf"
-            or not np.isfinite(gates).all()
-        ):
-            raise InputError(
-                f"gates {quoted(gates)} are no numpy array of finite numbers, layers x KV heads"
-            )
+        _check_extra(self.extra)
+        _check_gates(self.gates)
 
     def clipped(self) -> Float[np.ndarray, "layers kv_heads"]:
         """Return the gates in [0, 1]; stored values may lie slightly outside."""
@@ -91,14 +82,24 @@ def load_pattern(folder: str | pathlib.Path) -> Pattern:
 
 
 def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
-    """Write a pattern folder; the folder appears only when complete."""
+    """Write a pattern folder; the folder appears only when complete.
+
+    Raises:
+      InputError: it cannot be written, or could not be read again.
+    """
+    if not isinstance(pattern, Pattern):
+        raise InputError(f"pattern {quoted(pattern)} is no Pattern")
     path_argument("folder", folder)
+    pattern = dataclasses.replace(pattern)  # checked anew: what it holds may have changed since
     text = io.StringIO()
     np.savetxt(text, pattern.gates, delimiter="\t")
-    config = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    sizes = {"sink_size": pattern.sink_size, "recent_size": pattern.recent_size}
+    config = json.dumps(dict(pattern.extra) | sizes, indent=2)
+    if len(config) > MAX_BYTES:
+        raise InputError(f"extra takes {len(config):,} bytes as JSON, more than {MAX_BYTES:,}")
     with files.new_folder(folder, replace=True) as partial:
         (partial / _GATES_FILE).write_text(text.getvalue(), encoding="utf-8")
-        (partial / _CONFIG_FILE).write_text(json.dumps(dict(pattern.extra) | config, indent=2))
+        (partial / _CONFIG_FILE).write_text(config, encoding="utf-8")
 
 
 def choose_retrieval_heads(
@@ -112,7 +113,11 @@ def choose_retrieval_heads(
     Args:
       gates: one value per layer and KV head; clipped to [0, 1] first.
       sparsity: fraction of streaming heads, in [0, 1].
+
+    Raises:
+      InputError: an argument is of another type, or out of range.
     """
+    _check_gates(gates)
     sparsity = argument("sparsity", sparsity, Fraction)
     kept = round(gates.size * (1.0 - sparsity))
     ranking = np.argsort(-np.clip(gates, 0.0, 1.0), axis=None, kind="stable")
@@ -135,6 +140,36 @@ def check_fits(pattern: Pattern, *, num_layers: int, num_kv_heads: int) -> None:
         )
 
 
+def _check_gates(gates: Any) -> None:
+    if (
+        not isinstance(gates, np.ndarray)
+        or gates.ndim != 2
+        or not 1 <= gates.size <= _MOST_GATES
+        or gates.dtype.kind not in "biuf"
+        or not np.isfinite(gates).all()
+    ):
+        shape = f" of shape {gates.shape}" if isinstance(gates, np.ndarray) else ""
+        raise InputError(
+            f"gates {quoted(gates)}{shape} are no numpy array of 1 to {_MOST_GATES:,} finite "
+            "numbers, layers x KV heads"
+        )
+
+
+def _check_extra(extra: Any) -> None:
+    """Refuse what config.json could not hold, or what could not be read there again."""
+    if not isinstance(extra, Mapping) or not all(isinstance(name, str) for name in extra):
+        raise InputError(f"extra {quoted(extra)} is no mapping of names to values")
+    sizes = [name for name in _Sizes.__struct_fields__ if name in extra]
+    if sizes:
+        raise InputError(f"extra names {', '.join(sizes)}, of which the pattern has its own")
+    try:
+        "".join(extra).encode()  # no half characters; a model's name in the values may have some
+        text = json.dumps(dict(extra), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"extra {quoted(extra)} cannot be written as JSON: {error}") from None
+    parse_json(text, "extra")
+
+
 def _parse_gates(text: str, file: pathlib.Path) -> Float[np.ndarray, "layers kv_heads"]:
     rows = [row for row in text.split("\n") if row.strip()]
     if not rows:
@@ -153,4 +188,6 @@ def _parse_gates(text: str, file: pathlib.Path) -> Float[np.ndarray, "layers kv_
         raise InputError(f"{file} is not a table of tab-separated numbers: {error}") from None
     if not np.isfinite(gates).all():
         raise InputError(f"{file} holds values that are not finite")
+    if gates.size > _MOST_GATES:
+        raise InputError(f"{file} holds {gates.size:,} gates, more than {_MOST_GATES:,}")
     return gates

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from duo_jax import cli, files
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import gguf, pretrained
-from duo_jax.errors import InputError
 from duo_jax.heads.choose import split_heads
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
@@ -69,8 +68,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.png is not None and not files.is_folder(self.png.absolute().parent):
-            raise InputError(f"{self.png} cannot be written: its folder does not exist")
+        if self.png is not None:
+            files.check_file(self.png)
 
 
 def run(flags: PlanConfig) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from kernels.aot import Target
 from kernels.gpu import GPUS as KNOWN
 
@@ -37,7 +37,7 @@ GPUS = {
     for name, gpu in KNOWN.items()
     if gpu.memory is not None
 }
-_GIGABYTES = re.compile(r"(\d+(?:\.\d+)?)(?:gb?)?", re.IGNORECASE)
+_GIGABYTES = re.compile(r"(\d+(?:\.\d+)?)(?:gb?)?", re.IGNORECASE | re.ASCII)
 _MOST_GIGABYTES = 10_000
 
 
@@ -52,8 +52,8 @@ def find(name: str) -> PlannedGpu:
     number = _GIGABYTES.fullmatch(name)
     if number is None or not 0 < float(number[1]) <= _MOST_GIGABYTES:
         raise InputError(
-            f"unknown GPU {name!r}: known are {', '.join(GPUS)}, or a number of gigabytes such as "
-            "24"
+            f"unknown GPU {quoted(name)}: known are {', '.join(GPUS)}, or a number of "
+            "gigabytes such as 24"
         )
     memory = int(float(number[1]) * 1e9)
     return PlannedGpu(name=f"a GPU of {float(number[1]):g} GB", memory=memory, target="a100")

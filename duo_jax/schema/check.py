@@ -189,6 +189,8 @@ def _describe_one(kind: Any) -> str:
             text += "" if note.ge is None else f" from {_number(note.ge)}"
             up_to = " to " if note.gt is None else ", at most "
             text += "" if note.le is None else f"{up_to}{_number(note.le)}"
+            if note.max_length is not None:
+                text += f" of at most {note.max_length:,} characters"
     return text
 
 

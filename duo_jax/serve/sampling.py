@@ -6,7 +6,7 @@ compiled, so another temperature needs no new program.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 from msgspec import Meta
 
-from duo_jax.schema.check import argument, check_fields
+from duo_jax.errors import InputError, quoted
+from duo_jax.schema.check import argument, check_fields, field_kinds
 from duo_jax.schema.kinds import Fraction, Seed
 
 _LARGEST_INT = 2**31 - 1
@@ -58,6 +59,19 @@ class SamplingConfig:
             if self.min_p not in (None, 0.0):
                 on["min_p"] = _positive(self.min_p)
         return on
+
+
+def sampling_config(settings: Mapping[str, Any]) -> SamplingConfig:
+    """Return a SamplingConfig of named settings, as methods take them beside their own arguments.
+
+    Raises:
+      InputError: there is no such setting, or its value cannot be used.
+    """
+    known = field_kinds(SamplingConfig)
+    for name in settings:
+        if name not in known:
+            raise InputError(f"there is no setting {quoted(name)}; of sampling: {', '.join(known)}")
+    return SamplingConfig(**settings)
 
 
 def check_seed(seed: int) -> None:

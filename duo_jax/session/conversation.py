@@ -8,7 +8,7 @@ from duo_jax.cache import cache_bytes
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import argument, convert, path_argument
 from duo_jax.schema.kinds import Count
-from duo_jax.serve.sampling import SamplingConfig
+from duo_jax.serve.sampling import SamplingConfig, sampling_config
 from duo_jax.session import cache_files
 from duo_jax.session.row_cache import Progress
 from duo_jax.session.runtime import Runtime
@@ -91,7 +91,7 @@ class Conversation:
           InputError: as `append`; there is nothing to continue; or the conversation went on
             otherwise before this stream ended.
         """
-        config = SamplingConfig(**sampling)
+        config = sampling_config(sampling)
         max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
         if text is not None:
             self.append(text, room=max_new_tokens, progress=progress)
@@ -121,7 +121,7 @@ class Conversation:
           InputError: the model has no chat template, the chat has become too long, or the
             conversation began as plain text.
         """
-        config = SamplingConfig(**sampling)
+        config = sampling_config(sampling)
         max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
         self.tell(text, answer=True, room=max_new_tokens, progress=progress)
         answer = ""

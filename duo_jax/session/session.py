@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from duo_jax.cache import Cache
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Size
 from duo_jax.serve import decoding
@@ -119,6 +119,8 @@ class Session:
           InputError: as `append`.
         """
         room = argument("room", room, Size)
+        if progress is not None and not callable(progress):
+            raise InputError(f"progress {quoted(progress)} is no function")
         self._limits.check(rows)
         held = self._row_cache.held
         both = zip(self.tokens, rows, held, strict=True)

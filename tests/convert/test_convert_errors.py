@@ -212,7 +212,9 @@ def test_a_value_beyond_the_type_asked_for(folder, assert_refused, to_hf):
 
 def test_flags_that_make_no_sense(folder, assert_refused):
     out = folder.parent / "out"
-    assert_refused("--max-shard-gb must be positive", folder, out, "--max-shard-gb", "0")
+    for size in ("0", "-1", "nan", "1e308"):
+        flags = ("--to-hf", "--max-shard-gb", size)
+        assert_refused("is not a number above 0, at most 1e+06", folder, out, *flags)
 
 
 def lose(path: str):

@@ -261,6 +261,14 @@ def test_a_list_of_prompts_equals_each_alone(model, text):
     assert together == [model.generate([prompt], max_new_tokens=30)[0] for prompt in prompts]
 
 
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("kind", [iter, tuple, np.array, lambda texts: (text for text in texts)])
+def test_prompts_may_come_from_anything_that_yields_texts(model, kind):
+    prompts = [TEXT[:40], "What is"]
+    expected = model.generate(prompts, max_new_tokens=4)
+    assert model.generate(kind(prompts), max_new_tokens=4) == expected
+
+
 def test_streamed_pieces_are_the_text(model, text):
     pieces = list(model.stream(TEXT, max_new_tokens=30))
     assert len(pieces) > 2
@@ -332,7 +340,12 @@ def test_progress_counts_the_tokens_of_the_prompt(model):
         (["a"], {"max_new_tokens": 0}, "max_new_tokens 0 is not a whole number from 1"),
         (["a"], {"temperature": -1.0}, "temperature -1.0"),
         (["a"], {"stop": [""]}, "a stop string is empty"),
-        (["a"], {"temprature": 1.0}, "temprature"),
+        (["a"], {"temprature": 1.0}, "no setting 'temprature'; of sampling: temperature, top_k"),
+        (["a"], {"progress": 5}, "progress 5 is no function"),
+        ({"a": 1}, {}, "prompts must be a list of texts"),
+        (b"ab", {}, "prompts must be a list of texts"),
+        (iter(()), {}, "there is no prompt"),
+        (iter(["a", ""]), {}, "the prompt is empty"),
         (3, {}, "prompts must be a list of texts"),
         (["a", 3], {}, "a text is needed, not 3"),
         (["a"], {"max_new_tokens": "3"}, "max_new_tokens '3' is not a whole number"),
@@ -343,8 +356,20 @@ def test_progress_counts_the_tokens_of_the_prompt(model):
     ],
 )
 def test_texts_that_cannot_be_written(model, prompts, settings, message):
-    with pytest.raises((InputError, TypeError), match=message):
+    with pytest.raises(InputError, match=message):
         model.generate(prompts, **settings)
+
+
+@pytest.mark.usefixtures("unhooked")
+def test_a_conversation_refuses_what_generate_refuses_and_keeps_its_text(model):
+    conversation = model.conversation()
+    conversation.append(TEXT)
+    for settings in ({"temprature": 1}, {"progress": "x"}):
+        with pytest.raises(
+            InputError, match=r"no setting 'temprature'|progress 'x' is no function"
+        ):
+            conversation.generate(" More.", max_new_tokens=2, **settings)
+    assert conversation.num_tokens == len(model.tokenizer(TEXT)["input_ids"])
 
 
 # Conversations

@@ -129,3 +129,26 @@ def test_variables_of_a_chat_template_are_json_or_refused(given, folder):
     if found is not REFUSED:
         assert found == (given or {})
         assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+_GATES_OF_ANY_SHAPE = st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 8, 40_000])).map(np.ones)
+
+
+@fuzzed(
+    st.fixed_dictionaries(
+        {
+            "gates": _GATES_OF_ANY_SHAPE,
+            "sink_size": st.sampled_from([0, 2**31 - 1]),
+            "recent_size": st.just(1),
+            "extra": st.dictionaries(st.sampled_from(["a", "sink_size", 1, "\ud800"]), _VALUES),
+        }
+    )
+)
+def test_a_pattern_that_is_made_can_be_saved_and_read_again(given, folder):
+    made = attempt(lambda: duo_jax.Pattern(**given))
+    if made is not REFUSED:
+        assert attempt(lambda: duo_jax.save_pattern(made, folder / "pattern")) is not REFUSED
+        found = attempt(lambda: duo_jax.load_pattern(folder / "pattern"))
+        assert found is not REFUSED
+        assert np.array_equal(found.gates, made.gates)
+        assert found.extra == json.loads(json.dumps(given["extra"]))

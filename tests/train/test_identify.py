@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,6 +57,22 @@ def test_writes_pattern_pictures_metrics_and_report(finished):
     metrics = [json.loads(row) for row in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics] == list(range(1, 25))
     np.testing.assert_allclose(metrics[-1]["mean_gate"], pattern.gates.mean(), rtol=1e-6)
+
+
+def test_a_run_without_any_metrics_still_ends_with_its_report(
+    tiny_model, finished, tmp_path, capsys
+):
+    workdir = shutil.copytree(finished, tmp_path / "copy")
+    for file in ("report.md", "history.png"):
+        (workdir / file).unlink()
+    metrics = (workdir / "metrics.jsonl").read_text()
+    (workdir / "metrics.jsonl").write_text(metrics.replace("distil", "dystil"))
+    run(tiny_model, workdir)
+    assert "set aside in metrics.damaged.jsonl" in capsys.readouterr().err
+    assert (workdir / "history.png").stat().st_size > 5_000
+    gates = [(x / "pattern" / "full_attention_heads.tsv").read_text() for x in (finished, workdir)]
+    assert gates[0] == gates[1]
+    assert "exact retrieval" in (workdir / "report.md").read_text()
 
 
 def test_pictures_are_drawn_without_pyplot(finished, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +78,61 @@ def test_notes_that_orbax_cannot_read_are_removed(folder, capfd):
     (line,) = (x for x in capfd.readouterr().err.splitlines() if "orbax' notes" in x)
     assert line.endswith("the arrays are checked by themselves")
     np.testing.assert_array_equal(work.restore(state(0)).gates, state(2).gates)
+
+
+@pytest.mark.parametrize(
+    "notes",
+    ["[]", '"x"', "5", "NaN", '{"item_handlers":5}', "[" * 3_000, "9" * 5_000, "null", "\0"],
+    ids=lambda notes: notes[:20],
+)
+def test_no_notes_on_a_checkpoint_end_a_run(folder, capfd, notes):
+    (folder / "checkpoints" / "2" / "_CHECKPOINT_METADATA").write_text(notes)
+    work = workdir(folder)
+    np.testing.assert_array_equal(work.restore(state(0)).gates, state(2).gates)
+    work.save(state(3))
+    work.close()
+    lines = without_plugin_log(capfd.readouterr().err).splitlines()
+    assert len(lines) <= 1
+    assert int(workdir(folder).restore(state(0)).step) == 3
+
+
+def test_what_a_killed_save_has_left_is_removed(folder):
+    for name in ("3.orbax-checkpoint-tmp", "4.orbax-checkpoint-tmp-1795694188"):
+        shutil.copytree(folder / "checkpoints" / "2", folder / "checkpoints" / name)
+    workdir(folder)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["1", "2"]
+
+
+def rename(checkpoints):
+    (checkpoints / "2").rename(checkpoints / "8")
+
+
+def copy(checkpoints):
+    shutil.copytree(checkpoints / "2", checkpoints / "3")
+
+
+@pytest.mark.parametrize(("change", "name", "left"), [(rename, "8", 1), (copy, "3", 2)])
+def test_a_checkpoint_under_the_name_of_another_step_is_set_aside(
+    folder, capfd, change, name, left
+):
+    """Or nothing would be saved before the run comes to the step of that name."""
+    change(folder / "checkpoints")
+    work = workdir(folder)
+    assert int(work.restore(state(0)).step) == left
+    (line,) = (x for x in capfd.readouterr().err.splitlines() if "cannot be read" in x)
+    assert f"step {name} cannot be read (ValueError: it holds the state of step 2)" in line
+    assert (folder / f"damaged-checkpoint-{name}").is_dir()
+    work.save(state(left + 1))
+    work.close()
+    assert int(workdir(folder).restore(state(0)).step) == left + 1
+
+
+def test_checkpoints_that_have_changed_places_are_refused(folder):
+    checkpoints = folder / "checkpoints"
+    for before, after in (("2", "x"), ("1", "2"), ("x", "1")):
+        (checkpoints / before).rename(checkpoints / after)
+    with pytest.raises(InputError, match=r"no checkpoint in .* it holds the state of step 1"):
+        workdir(folder).restore(state(0))
 
 
 def test_where_none_can_be_read_nothing_is_touched(folder):

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 
 from duo_jax.schema.check import check_fields
-from duo_jax.schema.kinds import Count, NotNegative, Seed
+from duo_jax.schema.kinds import Count, Many, NotNegative, Seed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class DemoConfig:
     """Steps over which the learning rate rises at the start."""
     check_every: Count = 20
     """Steps between checks of a stage's threshold."""
-    test_samples: Count = 64
+    test_samples: Many = 64
     """Held-out documents per length, for the table of retrieval at the end."""
     test_lengths: tuple[Count, ...] = (256, 512, 1024)
     """Lengths of that table, in tokens."""

@@ -48,6 +48,11 @@ def train_demo_model(
     check_workdir(path, settings, operational=_OPERATIONAL)
     if files.exists(output) and (not files.is_folder(output) or any(output.iterdir())):
         raise InputError(f"{output} exists already; remove it, or choose another --output")
+    if max(flags.test_lengths, default=0) > architecture.max_positions:
+        raise InputError(
+            f"test length {max(flags.test_lengths):,} is beyond the model's range of "
+            f"{architecture.max_positions:,} tokens"
+        )
     training_text, held_out_text = split_held_out(load_documents([]))
     with contextlib.closing(WorkDir(path, settings, operational=_OPERATIONAL)) as workdir:
         with files.new_folder(path / "tokenizer", replace=True) as folder:
@@ -72,7 +77,7 @@ def train_demo_model(
             num_samples=flags.test_samples,
             seed=flags.seed,
         )
-        seconds = sum(m["seconds"] for m in workdir.metrics())
+        seconds = sum(m.get("seconds") or 0.0 for m in workdir.metrics())
     summary = export.Summary(
         steps=int(state.step),
         seconds=seconds,

@@ -10,7 +10,18 @@ from duo_jax.cli import presets
 from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
 from duo_jax.schema.check import check_fields
-from duo_jax.schema.kinds import Count, Fraction, NotNegative, Positive, Seed, Size
+from duo_jax.schema.kinds import (
+    Count,
+    Few,
+    FewOrNone,
+    Fraction,
+    Many,
+    ManyOrNone,
+    NotNegative,
+    Positive,
+    Seed,
+    Size,
+)
 from duo_jax.session.runtime import check_implementation
 from kernels import Implementation
 from train.distillation import Mixing
@@ -19,6 +30,7 @@ PRESET_FILE = "identify.json"
 
 Method = Literal["optimise", "profile", "lm"]
 
+_MOST_CHOICES = 10_000  # of heads; all are listed before they are tested
 _OPTIMISATION = (
     "num_steps",
     "learning_rate",
@@ -53,7 +65,7 @@ class IdentifyConfig:
     optimise: learn gates by distillation on passkeys, the paper's method.
     profile: sum each head's attention far back while the model answers passkeys; no training.
     lm: learn gates on the next-token loss of the text, without passkeys; an ablation."""
-    profile_samples: Count = 16
+    profile_samples: Many = 16
     """Samples to profile, for --method profile, which refuses the flags of optimisation."""
 
     num_steps: Count = 2000
@@ -81,7 +93,7 @@ class IdentifyConfig:
     slow."""
     seed: Seed = 0
     """Random seed of all samples; the same seed gives the same gates."""
-    length_buckets: Count = 8
+    length_buckets: Few = 8
     """Number of lengths that samples are padded to; each is compiled once."""
 
     checkpoint_every: Count = 50
@@ -89,11 +101,11 @@ class IdentifyConfig:
     tensorboard: bool = False
     """Also write TensorBoard events (needs the tensorboard extra)."""
 
-    eval_samples: Size = 8
+    eval_samples: ManyOrNone = 8
     """Held-out samples of the longest length for the report; 0 skips the retrieval tests."""
     eval_sparsities: tuple[Fraction, ...] = (0.25, 0.5, 0.75)
     """Fractions of streaming heads at which the learned pattern is tested."""
-    eval_random_seeds: Size = 5
+    eval_random_seeds: FewOrNone = 5
     """Random patterns with as many retrieval heads, per sparsity, for comparison."""
 
     data: Annotated[PasskeyConfig, tyro.conf.arg(name="")] = dataclasses.field(
@@ -103,6 +115,12 @@ class IdentifyConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         check_implementation(self.implementation)
+        choices = len(self.eval_sparsities) * (1 + self.eval_random_seeds)
+        if choices > _MOST_CHOICES:
+            raise InputError(
+                f"{len(self.eval_sparsities):,} sparsities with {self.eval_random_seeds:,} random "
+                f"choices of heads are more than {_MOST_CHOICES:,} rows of a report"
+            )
         if "{name}" not in self.data.question:
             raise InputError("the question must hold {name}, or nothing can be looked up")
 

@@ -60,19 +60,29 @@ def save_gates(
 
 
 def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
-    """Draw the loss without its penalty, and the gates, against the step."""
+    """Draw the loss without its penalty, and the gates, against the step.
+
+    Lines of a damaged file may lack values, or all be lost: what there is is drawn.
+    """
     steps = [m["step"] for m in metrics]
-    objective = next(name for name in _OBJECTIVES if name in metrics[0])
+    objective = next((name for name in _OBJECTIVES if any(name in m for m in metrics)), None)
     figure, (above, below) = figures.new_figure(7.0, 4.8, nrows=2, sharex=True)
-    above.plot(steps, [m[objective] for m in metrics], color="tab:blue", linewidth=1.0)
+    if objective is None:
+        figures.no_values(above, "metrics")
+        above.set_ylabel("loss")
+    else:
+        above.plot(steps, _values(metrics, objective), color="tab:blue", linewidth=1.0)
+        above.set_ylabel(_OBJECTIVES[objective])
     if objective == "distillation":
         above.set_ylim(bottom=0)
-    above.set_ylabel(_OBJECTIVES[objective])
     above.set_title(f"{title}: gate training", fontsize=10)
-    below.plot(steps, [m["mean_gate"] for m in metrics], color="tab:orange", label="mean gate")
-    above_half = [m["gates_above_half"] for m in metrics]
-    below.plot(steps, above_half, "--", color="tab:green", label="fraction above 0.5")
-    below.legend()
+    if any(name in m for m in metrics for name in ("mean_gate", "gates_above_half")):
+        mean, above_half = (_values(metrics, name) for name in ("mean_gate", "gates_above_half"))
+        below.plot(steps, mean, color="tab:orange", label="mean gate")
+        below.plot(steps, above_half, "--", color="tab:green", label="fraction above 0.5")
+        below.legend()
+    else:
+        figures.no_values(below, "metrics")
     below.set_ylim(-0.02, 1.02)
     below.set_ylabel("gates")
     below.set_xlabel("step")
@@ -114,3 +124,9 @@ def save_retrieval(rows: Sequence[dict[str, Any]], path: pathlib.Path, *, title:
     panels[0].legend(fontsize=8)
     figure.suptitle(f"{title}: passkeys through fewer retrieval heads (± 2 standard errors)")
     figures.save(figure, path, dpi=150)
+
+
+def _values(metrics: Sequence[dict[str, Any]], name: str) -> list[float]:
+    """Return a value of every step; nan, which is not drawn, where there is none."""
+    values = [m.get(name) for m in metrics]
+    return [float("nan") if value is None else float(value) for value in values]

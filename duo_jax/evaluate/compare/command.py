@@ -30,7 +30,7 @@ from duo_jax.heads.attention_profile import attention_profile
 from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.heads.pattern import Pattern, check_fits, load_pattern
 from duo_jax.reports import machine
-from duo_jax.schema.kinds import Count, Seed
+from duo_jax.schema.kinds import Count, Few, Many, Seed
 
 TASK = "compare"
 _DESCRIPTION = """\
@@ -67,15 +67,15 @@ class CompareConfig(ModelFlags):
     """Text to hide passkeys in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
     as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that
     comes with Python (about 465 KB)."""
-    samples: Count = 32
+    samples: Many = 32
     """Texts per task."""
     length: Count = 1024
     """Tokens of a text, with its questions and answers."""
-    batch: Count = 16
+    batch: Few = 16
     """Texts read at a time; more is faster and takes more memory."""
-    random_seeds: Count = 3
+    random_seeds: Few = 3
     """Random choices of heads for the method "random heads"."""
-    profile_samples: Count = 16
+    profile_samples: Many = 16
     """Training texts for the attention profile, which also gives HeadKV the importance of heads."""
     seed: Seed = 0
     """Random seed of texts, passkeys and random heads; two runs with one seed agree exactly."""

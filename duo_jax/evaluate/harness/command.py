@@ -15,6 +15,7 @@ from duo_jax.checkpoints import gguf, pretrained
 from duo_jax.errors import InputError
 from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.reports import machine
+from duo_jax.schema.kinds import Count
 
 _DESCRIPTION = """\
 Run tasks of lm-evaluation-harness (RULER, LongBench, MMLU, ... or your own) on a split model.
@@ -48,7 +49,7 @@ class LmEvalConfig(LmEvalFlags):
     """System message of the chat."""
     gen_kwargs: str | None = None
     """Generation arguments in place of the tasks' own, such as temperature=0.7,max_gen_toks=64."""
-    lengths: tuple[int, ...] = ()
+    lengths: tuple[Count, ...] = ()
     """Lengths, in tokens, of the contexts that tasks such as RULER's generate. Default: the task's
     own (4,096)."""
     run_unsafe_code: bool = False
@@ -73,8 +74,6 @@ class LmEvalConfig(LmEvalFlags):
             value, least = getattr(self, name), int(name == "limit")
             if value is not None and not least <= value < 2**32:
                 raise InputError(f"{name} {value} is not from {least} to 2^32")
-        if min(self.lengths, default=1) < 1:
-            raise InputError(f"lengths {self.lengths} must be at least 1")
 
 
 def evaluate(flags: LmEvalConfig) -> None:
@@ -87,6 +86,7 @@ def evaluate(flags: LmEvalConfig) -> None:
         raise InputError('lm-evaluation-harness is not installed: pip install "duo_jax[eval]"')
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # see _BOOTSTRAPS
     files.make_folder(flags.out.parent)
+    files.check_file(flags.out)
     with tempfile.TemporaryDirectory() as scratch:
         manager, names = _find_tasks(flags, tokenizer_folder(flags.model, scratch))
         results = _run(flags, manager, _load_tasks(flags, manager, names))

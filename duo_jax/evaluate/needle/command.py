@@ -18,7 +18,7 @@ from duo_jax.evaluate.results.forced import References, force, score
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
-from duo_jax.schema.kinds import Count, Fraction, Nats, Size
+from duo_jax.schema.kinds import Count, Few, Fraction, Nats, Size
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
 
@@ -41,7 +41,7 @@ class NeedleConfig(GridFlags):
     depths: tuple[Fraction, ...] = ()
     """Depths of the needle, from 0 (beginning of the text) to 1 (end). Default: --num-depths evenly
     spaced ones."""
-    num_depths: Count = 10
+    num_depths: Few = 10
     """Number of evenly spaced depths, where --depths is not given."""
     max_new_tokens: Count = 50
     """Tokens to generate after the question, greedily."""
@@ -55,6 +55,7 @@ class NeedleConfig(GridFlags):
         super().__post_init__()
         if len(set(self.depths)) != len(self.depths):
             raise InputError("--depths names a depth twice")
+        self.check_texts(per_length=len(self.depths) or self.num_depths)
 
     def chosen_depths(self) -> list[float]:
         """Return the depths, in ascending order."""

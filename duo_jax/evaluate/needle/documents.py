@@ -9,17 +9,23 @@ a pure function of (templates, tokenizer, text, seed, length, depth, sample).
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int
-from msgspec import Meta
 
 from duo_jax.data import tokenizer_calls
-from duo_jax.data.passkey_templates import DIGITS, Words, take_defaults, word_list
+from duo_jax.data.passkey_templates import (
+    DIGITS,
+    Words,
+    check_words,
+    take_defaults,
+    word_list,
+)
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results import scores
 from duo_jax.schema.check import check_fields
+from duo_jax.schema.kinds import Many, Template
 from duo_jax.session.tokenization import Tokenization
 
 _WORDS = "{words}"
@@ -39,18 +45,18 @@ _DIGITS = {
 class NeedleTemplates:
     """The fact that is hidden, and the question about it."""
 
-    intro: str = "Here is a long text. A question about it follows.\n\n"
+    intro: Template = "Here is a long text. A question about it follows.\n\n"
     """Text before the haystack."""
-    needle: str = "\n\nThe best thing to do in Lisbon on a rainy afternoon is {answer}.\n\n"
+    needle: Template = "\n\nThe best thing to do in Lisbon on a rainy afternoon is {answer}.\n\n"
     """The sentence that is hidden; {answer} stands for the fact."""
-    answer: str = "to ride tram number 28 with a bag of roasted chestnuts and an old map"
+    answer: Template = "to ride tram number 28 with a bag of roasted chestnuts and an old map"
     """The fact to be found; {words} stands for random words, new ones in each document."""
-    question: str = (
+    question: Template = (
         "\n\nQuestion: What does the text say is the best thing to do in Lisbon on a rainy "
         "afternoon?\nAnswer: The best thing to do in Lisbon on a rainy afternoon is"
     )
     """Text after the haystack, which the model continues."""
-    answer_words: Annotated[int, Meta(ge=1, le=10_000)] = 6
+    answer_words: Many = 6
     """Number of random words that {words} stands for."""
     words: Words = "nato"
     """Kind of random words: the NATO alphabet, lower-case words that are one token each, or numbers
@@ -63,6 +69,7 @@ class NeedleTemplates:
         check_fields(self)
         if self.needle.count(_ANSWER) != 1:
             raise InputError("the needle must hold {answer} once")
+        check_words(self.answer.count(_WORDS) * self.answer_words, "all {words} of the answer")
         if not scores.has_words(self.answer.replace(_WORDS, "x")):
             raise InputError("the answer has no word that could be found")
 

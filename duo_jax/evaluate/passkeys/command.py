@@ -22,7 +22,7 @@ from duo_jax.evaluate.results.forced import References
 from duo_jax.evaluate.results.grid import GridFlags
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.reports import machine
-from duo_jax.schema.kinds import Count, Fraction, Nats
+from duo_jax.schema.kinds import Fraction, Many, Nats
 
 TASK = "passkeys"
 _DESCRIPTION = """\
@@ -43,7 +43,7 @@ _STREAM = 2  # of samples: identification trains on stream 0 and tests on stream
 class PasskeysConfig(GridFlags):
     """Flags of the command."""
 
-    samples: Count = 8
+    samples: Many = 8
     """Texts for each length."""
     data: Annotated[PasskeyTemplates, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=PasskeyTemplates

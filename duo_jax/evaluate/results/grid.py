@@ -23,10 +23,12 @@ from duo_jax.data.documents import split_held_out
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.choose import NO_PATTERN
-from duo_jax.schema.kinds import Count, Seed
+from duo_jax.schema.kinds import Count, Few, Many, Seed
 
 PRESET_FILE = "evaluate.json"
 FULL, DUO, STREAMING = "full", "duo", "streaming"
+_MOST_LINES = 1_000  # lengths or depths
+_MOST_TEXTS = 100_000
 
 Flags = TypeVar("Flags", bound=ModelFlags)
 
@@ -69,16 +71,16 @@ class GridFlags(ModelFlags):
     comes with Python (about 465 KB)."""
     lengths: tuple[Count, ...] = ()
     """Lengths of the texts, in tokens. Default: --num-lengths evenly spaced ones."""
-    num_lengths: Count = 13
+    num_lengths: Few = 13
     """Number of evenly spaced lengths, where --lengths is not given."""
     min_length: Count | None = None
     """Shortest of the evenly spaced lengths. Default: the longest divided by --num-lengths, or the
     least that has room for the task."""
     max_length: Count | None = None
     """Longest of the evenly spaced lengths. Default: the model's range less room for the answer."""
-    samples: Count = 1
+    samples: Many = 1
     """Texts for each length (and depth)."""
-    batch: Count = 1
+    batch: Few = 1
     """Texts read at a time; more is faster and takes more memory."""
     full: bool = True
     """Also measure the model as published, every head with a full cache."""
@@ -93,6 +95,24 @@ class GridFlags(ModelFlags):
         super().__post_init__()
         if len(set(self.lengths)) != len(self.lengths):
             raise InputError("--lengths names a length twice")
+        self.check_texts()
+
+    def check_texts(self, *, per_length: int = 1) -> None:
+        """Refuse a grid that is too large to be listed.
+
+        Args:
+          per_length: depths of each length.
+
+        Raises:
+          InputError: says how many texts there may be.
+        """
+        lengths = len(self.lengths) or self.num_lengths
+        texts = lengths * per_length * self.samples
+        if max(lengths, per_length) > _MOST_LINES or texts > _MOST_TEXTS:
+            raise InputError(
+                f"{lengths:,} lengths x {per_length:,} depths x {self.samples:,} samples: a grid "
+                f"has at most {_MOST_LINES:,} lengths, as many depths, and {_MOST_TEXTS:,} texts"
+            )
 
     def folder(self, task: str) -> pathlib.Path:
         """Return the work folder."""

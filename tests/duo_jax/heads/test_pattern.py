@@ -15,6 +15,7 @@ from duo_jax.heads.pattern import (
     load_pattern,
     save_pattern,
 )
+from tests.disk import full_disk
 
 PUBLISHED = pathlib.Path(__file__).parents[4] / "shared" / "attn_patterns"
 needs_published = pytest.mark.skipif(
@@ -224,8 +225,81 @@ def test_saving_replaces_the_whole_folder(tmp_path):
 
 def test_a_failed_save_leaves_the_old_pattern(tmp_path):
     folder = write(tmp_path / "pattern")
-    unwritable = Pattern(gates=np.ones((1, 1)), sink_size=2, recent_size=3, extra={"x": object()})
-    with pytest.raises(TypeError):
-        save_pattern(unwritable, folder)
+    pattern = Pattern(gates=np.ones((1, 1)), sink_size=2, recent_size=3)
+    with full_disk(10), pytest.raises(InputError, match="pattern cannot be written"):
+        save_pattern(pattern, folder)
     assert load_pattern(folder).gates.shape == (2, 2)
     assert [file.name for file in tmp_path.iterdir()] == ["pattern"]
+
+
+GATES = np.ones((2, 2))
+NOT_EXTRA = {
+    "an object": {"a": object()},
+    "a number of numpy": {"a": np.float32(1)},
+    "nan": {"a": [float("nan")]},
+    "a name that is no text": {1: 2},
+    "the pattern's own size": {"sink_size": 5},
+    "too deep": {"a": json.loads("[" * 70 + "]" * 70)},
+    "too many digits": {"a": 10**200},
+    "no mapping": [("a", 1)],
+}
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("case", NOT_EXTRA)
+def test_what_could_not_be_read_again_is_refused_at_once(case):
+    with pytest.raises(InputError, match=r"^extra "):
+        Pattern(gates=GATES, sink_size=1, recent_size=2, extra=NOT_EXTRA[case])
+
+
+def test_what_was_changed_since_is_refused_by_saving(tmp_path):
+    pattern = Pattern(gates=GATES.copy(), sink_size=1, recent_size=2, extra={})
+    pattern.extra["a"] = object()
+    with pytest.raises(InputError, match="cannot be written as JSON"):
+        save_pattern(pattern, tmp_path / "pattern")
+    del pattern.extra["a"]
+    pattern.gates[0, 0] = np.nan
+    with pytest.raises(InputError, match="finite"):
+        save_pattern(pattern, tmp_path / "pattern")
+    assert not (tmp_path / "pattern").exists()
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    "gates", ["x", [[1.0]], np.ones((0, 2)), np.ones((2, 0)), np.ones((1000, 1000)), GATES * np.nan]
+)
+def test_gates_that_are_none_choose_nothing(gates):
+    with pytest.raises(InputError, match=r"^gates .* no numpy array of 1 to 100,000 finite"):
+        choose_retrieval_heads(gates, sparsity=0.5)
+    with pytest.raises(InputError, match=r"^gates .* no numpy array of 1 to 100,000 finite"):
+        Pattern(gates=gates, sink_size=1, recent_size=2)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, bool, np.int64, np.int8])
+def test_the_most_gates_are_read_again(tmp_path, dtype):
+    gates = (-np.ones((100, 1000))).astype(dtype)
+    save_pattern(Pattern(gates=gates, sink_size=1, recent_size=2), tmp_path / "pattern")
+    np.testing.assert_array_equal(load_pattern(tmp_path / "pattern").gates, gates.astype(float))
+
+
+def test_a_table_of_more_gates_is_refused_with_its_name(tmp_path):
+    folder = write(tmp_path / "pattern")
+    (folder / "full_attention_heads.tsv").write_text("1\t1\n" * 60_000)
+    with pytest.raises(InputError, match=r"heads\.tsv holds 120,000 gates, more than 100,000"):
+        load_pattern(folder)
+
+
+@pytest.mark.usefixtures("unhooked")
+@pytest.mark.parametrize(
+    ("pattern", "folder", "message"),
+    [
+        ("x", "p", "pattern 'x' is no Pattern"),
+        (None, "p", "pattern None is no Pattern"),
+        (Pattern(gates=GATES, sink_size=1, recent_size=2), 5, "folder 5 is neither a text nor"),
+        (Pattern(gates=GATES, sink_size=1, recent_size=2), "", "an output folder needs a name"),
+    ],
+)
+def test_what_cannot_be_saved(pattern, folder, message):
+    with pytest.raises(InputError, match=message):
+        save_pattern(pattern, folder)

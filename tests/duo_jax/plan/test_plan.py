@@ -339,6 +339,8 @@ def test_a_format_that_the_model_cannot_have_is_a_row_or_an_error(tmp_path, caps
 
 REFUSED = {
     "unknown GPU": (("--gpu", "tpu"), "unknown GPU 'tpu': known are a100-40g, a100-80g, "),
+    "a digit of another script": (("--gpu", "\u0661"), "unknown GPU '\u0661'"),
+    "no file": (("--png", ""), ". cannot be written: it is a folder"),
     "no memory": (("--gpu", "0"), "unknown GPU '0'"),
     "no such sparsity": (("--sparsity", "1.5"), "sparsity 1.5 is not a number from 0 to 1"),
     "no such pattern": (("--pattern", "nowhere"), "full_attention_heads.tsv does not exist"),
