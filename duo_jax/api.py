@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from duo_jax.cache import check_kv_format
 from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.own_pattern import find_pattern
 from duo_jax.errors import InputError, quoted
 from duo_jax.heads.choose import split_heads
 from duo_jax.heads.pattern import Pattern
@@ -58,7 +59,8 @@ def load(
     Args:
       model: a Hugging Face folder, a GGUF file, a hub name, a converted checkpoint, or "demo".
       pattern: a pattern or its folder; "none" is the model as published, every head with a full
-        cache. Default: the model's own pattern, where it has one.
+        cache. Default: the model's own pattern, or the one that ships with duo_jax for it
+        (`duo_jax.checkpoints.own_pattern`).
       sparsity: fraction of streaming heads, in [0, 1]; default 0.5.
       threshold: instead of a sparsity, the gate above which a head is a retrieval head.
       sink_size: first tokens that a streaming head keeps; default: the pattern's.
@@ -83,8 +85,7 @@ def load(
     architecture = pretrained.load_config(folder)
     config, heads = split_heads(
         architecture,
-        folder,
-        pattern,
+        find_pattern(folder, architecture) if pattern is None else pattern,
         sparsity=sparsity,
         threshold=threshold,
         sink_size=sink_size,

@@ -14,13 +14,11 @@ from duo_jax.schema.kinds import Fraction
 
 NO_PATTERN = "none"
 DEFAULT_SPARSITY = 0.5
-_OWN_PATTERN = "pattern"  # a folder in a model's folder
 
 
 def split_heads(
     architecture: ModelConfig,
-    folder: pathlib.Path,
-    pattern: str | pathlib.Path | Pattern | None,
+    pattern: str | pathlib.Path | Pattern,
     *,
     sparsity: float | None = None,
     threshold: float | None = None,
@@ -31,9 +29,7 @@ def split_heads(
 
     Args:
       architecture: the model.
-      folder: the model's folder; its own pattern is in the subfolder "pattern".
-      pattern: a pattern or its folder; "none" makes every head a retrieval head; None reads the
-        model's own pattern.
+      pattern: a pattern or its folder; "none" makes every head a retrieval head.
       sparsity: fraction of streaming heads, in [0, 1]. Default: 0.5.
       threshold: instead of a sparsity, the gate above which a head is a retrieval head.
       sink_size: first tokens that a streaming head keeps. Default: the pattern's.
@@ -43,7 +39,7 @@ def split_heads(
       The split, and which heads are retrieval heads.
 
     Raises:
-      InputError: there is no pattern, it does not fit the model, or a number is out of range.
+      InputError: the pattern does not fit the model, or a number is out of range.
     """
     sparsity = argument("sparsity", sparsity, Fraction | None)
     threshold = argument("threshold", threshold, Fraction | None)
@@ -55,8 +51,7 @@ def split_heads(
             raise InputError("without a pattern there is no sparsity or threshold to choose")
         heads = np.ones((architecture.num_layers, architecture.num_kv_heads), bool)
     else:
-        learned = _pattern_of(folder) if pattern is None else pattern
-        learned = learned if isinstance(learned, Pattern) else load_pattern(learned)
+        learned = pattern if isinstance(pattern, Pattern) else load_pattern(pattern)
         check_fits(
             learned, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads
         )
@@ -69,14 +64,3 @@ def split_heads(
     given = {"sink_size": sink_size, "recent_size": recent_size}
     sizes |= {name: size for name, size in given.items() if size is not None}
     return duo_config(architecture, heads, **sizes), heads
-
-
-def _pattern_of(folder: pathlib.Path) -> pathlib.Path:
-    """Return the pattern in a model's folder."""
-    own = folder / _OWN_PATTERN
-    if not own.is_dir():
-        raise InputError(
-            f"{folder} has no pattern of its own: name a pattern folder (python -m train.identify "
-            'makes one), or "none" for the model as published'
-        )
-    return own

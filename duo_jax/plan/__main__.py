@@ -16,6 +16,7 @@ from tqdm import tqdm
 from duo_jax import cli, files
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import gguf, pretrained
+from duo_jax.checkpoints.own_pattern import find_pattern
 from duo_jax.heads.choose import split_heads
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
@@ -44,7 +45,8 @@ class PlanConfig:
     """a100-40g, a100-80g, h100-80g, h200, or a number of gigabytes."""
     pattern: str | None = None
     """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
-    head, the model as published. Default: the folder "pattern" in the model's own folder."""
+    head, the model as published. Default: the folder "pattern" in the model's own folder, or the
+    pattern that ships with duo_jax for this model (which its weights tell)."""
     sparsity: Fraction | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     weights: WeightFormat | None = None
@@ -81,11 +83,10 @@ def run(flags: PlanConfig) -> None:
     gpu = gpus.find(flags.gpu)
     file = pretrained.resolve_config(flags.model)
     folder = file if files.is_folder(file) or gguf.is_gguf(file) else file.parent
-    split, _ = split_heads(
-        pretrained.load_config(file), folder, flags.pattern, sparsity=flags.sparsity
-    )
+    architecture = pretrained.load_config(file)
+    pattern = find_pattern(folder, architecture) if flags.pattern is None else flags.pattern
+    split, _ = split_heads(architecture, pattern, sparsity=flags.sparsity)
     workload = Workload(config=split, dtype=flags.dtype, batch_size=flags.batch, chunk=flags.chunk)
-    architecture = split.architecture
     num_heads = architecture.num_layers * architecture.num_kv_heads
     duo = split.num_retrieval_heads < num_heads
     settings = chosen_settings(duo=duo, weights=flags.weights, kv=flags.kv)

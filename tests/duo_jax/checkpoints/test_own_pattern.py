@@ -1,0 +1,99 @@
+"""Which pattern a model has for which nobody named one."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import duo_jax
+from convert.__main__ import main as convert
+from duo_jax.checkpoints import own_pattern
+from duo_jax.checkpoints.weights import open_weights
+from duo_jax.errors import InputError
+from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern
+from duo_jax.model.hf_config import read_config
+from tests import models
+
+RAW = models.llama(vocab_size=400, num_key_value_heads=4)
+pytestmark = pytest.mark.usefixtures("shipped")
+GATES = np.array([[0.9, 0.2, 0.4, 0.1], [0.3, 0.8, 0.7, 0.6]])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Write a model whose norms are no ones, as a trained one's."""
+    folder = models.write_hf(tmp_path / "any name", RAW)
+    models.write_tokenizer(folder, vocab_size=400)
+    file = folder / "model.safetensors"
+    rng = np.random.default_rng(0)
+    save_file(
+        {
+            name: (1 + rng.normal(size=x.shape)).astype(ml_dtypes.bfloat16).astype(x.dtype)
+            if x.ndim == 1
+            else x
+            for name, x in load_file(file).items()
+        },
+        file,
+    )
+    return folder
+
+
+@pytest.fixture
+def shipped(folder, tmp_path, monkeypatch):
+    """Let a pattern for that model ship."""
+    pattern = tmp_path / "patterns" / "known"
+    extra = {own_pattern.FINGERPRINT: own_pattern.fingerprint(open_weights(folder))}
+    save_pattern(Pattern(gates=GATES, sink_size=4, recent_size=8, extra=extra), pattern)
+    monkeypatch.setattr(own_pattern, "shipped_patterns", lambda: [pattern])
+    return pattern
+
+
+def change(folder, name: str, index: int) -> None:
+    """Add a little to one number of a tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].reshape(-1)[index] *= 1.01
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_model_is_known_by_its_weights(folder):
+    model = duo_jax.load(folder)
+    assert model.config.retrieval_counts == (1, 3)
+    assert (model.config.sink_size, model.config.recent_size) == (4, 8)
+
+
+@pytest.mark.parametrize("words", [[], ["--weights", "int4"], ["--dtype", "float16"]])
+def test_in_every_format(folder, shipped, tmp_path, words):
+    convert([*words, str(folder), str(tmp_path / "converted")])
+    found = own_pattern.fingerprint(open_weights(tmp_path / "converted"))
+    assert found == load_pattern(shipped).extra[own_pattern.FINGERPRINT]
+
+
+def test_other_weights_are_another_model(folder):
+    change(folder, "model.layers.1.input_layernorm.weight", 7)
+    with pytest.raises(InputError, match="has no pattern of its own"):
+        duo_jax.load(folder)
+
+
+def test_a_name_says_nothing(tmp_path):
+    other = models.write_hf(tmp_path / "known", RAW)
+    with pytest.raises(InputError, match="has no pattern of its own"):
+        duo_jax.load(other)
+
+
+def test_the_model_s_own_pattern_comes_first(folder):
+    save_pattern(Pattern(gates=1 - GATES, sink_size=2, recent_size=6), folder / own_pattern.OWN)
+    assert duo_jax.load(folder).config.retrieval_counts == (3, 1)
+
+
+def test_a_folder_without_weights_is_not_known(folder):
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="has no pattern of its own"):
+        own_pattern.find_pattern(folder, read_config(folder))
+
+
+@pytest.mark.parametrize("path", own_pattern.shipped_patterns(), ids=lambda path: path.name)
+def test_patterns_that_ship_say_whose_they_are_and_how_they_were_made(path):
+    pattern = load_pattern(path)
+    assert len(pattern.extra[own_pattern.FINGERPRINT]) == 32
+    assert {"model_name", "method", "seed", "made_by"} <= set(pattern.extra)
+    assert sum(file.stat().st_size for file in path.iterdir()) < 20_000
