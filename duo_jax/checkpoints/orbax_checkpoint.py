@@ -171,7 +171,8 @@ class _PatientLoop(asyncio.SelectorEventLoop):
         if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
             ended, _ = self.run_until_complete(asyncio.wait(tasks, timeout=_LONGEST_WAIT))
             for task in ended:
-                task.cancelled() or task.exception()  # or asyncio logs that nobody asked for it
+                if not task.cancelled():
+                    task.exception()  # asyncio logs one that nobody has asked for
         super().close()
 
 
