@@ -42,7 +42,7 @@ def save_gates(
     height = min(9.0, max(2.6, 1.5 + 0.36 * heads))
     figure, axes = figures.new_figure(width, height)
     image = axes.imshow(gates.T, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    figure.colorbar(image, ax=axes, label=value)
+    figure.colorbar(image, ax=axes, label=value.replace(" (", "\n("))  # few heads, little height
     axes.set_xlabel("layer")
     axes.set_ylabel("KV head")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
