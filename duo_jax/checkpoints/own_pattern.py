@@ -1,7 +1,7 @@
 """The pattern of a model for which nobody named one: its own, or one that ships with duo_jax.
 
-A model's own pattern lies in the subfolder "pattern" of its folder. The patterns that ship belong
-to published models, which people keep under any name and in many formats. So a model is known by a
+A model's own pattern lies in the subfolder "pattern" of its folder. Patterns that ship, of which
+there are none yet but in tests, lie in duo_jax/patterns. They belong to published models, which people keep under any name and in many formats. So a model is known by a
 fingerprint: its shape, and the digest of all its norms, which every format keeps as they are (GGUF
 files of any type, 8- and 4-bit checkpoints), while another model of the same shape has others.
 """
@@ -72,7 +72,7 @@ def fingerprint(weight_files: WeightFiles) -> str:
 def shipped_patterns() -> list[pathlib.Path]:
     """Return the pattern folders that ship with duo_jax."""
     folder = pathlib.Path(str(importlib.resources.files("duo_jax") / "patterns"))
-    return sorted(path for path in folder.iterdir() if path.is_dir())
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def _shipped(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Path | None:
