@@ -1,9 +1,10 @@
 """The pattern of a model for which nobody named one: its own, or one that ships with duo_jax.
 
-A model's own pattern lies in the subfolder "pattern" of its folder. Patterns that ship, of which
-there are none yet but in tests, lie in duo_jax/patterns. They belong to published models, which people keep under any name and in many formats. So a model is known by a
-fingerprint: its shape, and the digest of all its norms, which every format keeps as they are (GGUF
-files of any type, 8- and 4-bit checkpoints), while another model of the same shape has others.
+A model's own pattern lies in the subfolder "pattern" of its folder. Patterns that ship (there are
+none yet, but in tests) lie in duo_jax/patterns and belong to published models, which people keep
+under any name and in many formats. So a model is known by a fingerprint: its shape, and the digest
+of all its norms, which every format keeps as they are (GGUF files of any type, 8- and 4-bit
+checkpoints), while another model of the same shape has others.
 """
 
 import importlib.resources
