@@ -4,15 +4,12 @@ Arrays take tens of milliseconds each way, so fewer inputs reach them than other
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 import pathlib
 import shutil
 import tempfile
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from hypothesis import strategies as st
 
@@ -20,11 +17,10 @@ from convert.__main__ import main as convert
 from duo_jax.checkpoints.orbax_checkpoint import _read_marker, marker_of
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.schema import checksums
-from kernels import pytree
 from tests import models
 from tests.fuzz.contract import REFUSED, attempt, fuzzed
 from tests.fuzz.hostile import damaged_bytes, json_files, sealed
-from train.workdir import WorkDir
+from tests.training_state import State, state, workdir
 
 _MARKERS = [marker_of(stored) for stored in ("model", "int8", "int4")]
 _DIGESTS = {"norm/scale": "0" * 32, "embed_tokens/embedding": "1" * 32}
@@ -65,25 +61,10 @@ def converted() -> dict[str, bytes]:
 def trained() -> dict[str, bytes]:
     """Return the files of a work folder with two checkpoints."""
     with tempfile.TemporaryDirectory() as root:
-        with contextlib.closing(work_in(pathlib.Path(root) / "work")) as work:
+        with contextlib.closing(workdir(pathlib.Path(root) / "work")) as work:
             for step in (1, 2):
                 work.save(state(step))
         return files_of(pathlib.Path(root) / "work")
-
-
-@pytree.register
-@dataclasses.dataclass(frozen=True)
-class State:
-    step: jax.Array
-    gates: jax.Array
-
-
-def state(step: int) -> State:
-    return State(step=jnp.int32(step), gates=jnp.arange(6.0).reshape(2, 3) + step)
-
-
-def work_in(folder: pathlib.Path) -> WorkDir:
-    return WorkDir(folder, {"some": "settings"}, operational=())
 
 
 def damaged(files: dict[str, bytes], within: str) -> st.SearchStrategy[tuple[str, bytes | None]]:
@@ -128,7 +109,7 @@ def test_a_training_goes_on_from_a_checkpoint_as_it_was_written(change, folder):
     made = write(folder, trained() | dict([change]))
 
     def restore() -> State:
-        with contextlib.closing(work_in(made)) as work:
+        with contextlib.closing(workdir(made)) as work:
             return work.restore(state(0))
 
     found = attempt(restore, size=len(change[1] or b""))

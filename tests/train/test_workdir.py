@@ -13,22 +13,7 @@ from duo_jax.errors import InputError
 from kernels import pytree
 from tests.disk import full_disk
 from tests.processes import without_plugin_log
-from train.workdir import WorkDir
-
-
-@pytree.register
-@dataclasses.dataclass(frozen=True)
-class State:
-    step: jax.Array
-    gates: jax.Array
-
-
-def state(step: int) -> State:
-    return State(step=jnp.int32(step), gates=jnp.full((2, 3), step, jnp.float32))
-
-
-def workdir(path) -> WorkDir:
-    return WorkDir(path, {"some": "settings"}, operational=())
+from tests.training_state import state, workdir
 
 
 @pytest.fixture
