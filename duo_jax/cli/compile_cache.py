@@ -13,6 +13,7 @@ import warnings
 
 import jax
 
+from duo_jax.cli.user_cache import user_cache
 from duo_jax.errors import InputError
 from duo_jax.process import locks
 
@@ -37,13 +38,8 @@ def folder() -> pathlib.Path | None:
         return None
     if chosen:
         return pathlib.Path(chosen)
-    # As Hugging Face's libraries do on every system.
-    caches = os.environ.get("XDG_CACHE_HOME")
-    try:
-        own = pathlib.Path(caches) if caches else pathlib.Path.home() / ".cache"
-    except RuntimeError:  # a user without a home
-        return None
-    return own / "duo_jax" / "programs"
+    own = user_cache()
+    return None if own is None else own / "programs"
 
 
 def switch_on() -> None:
