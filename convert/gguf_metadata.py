@@ -4,6 +4,7 @@ import json
 import pathlib
 
 from duo_jax.checkpoints import gguf
+from duo_jax.checkpoints.gguf.tokenizer import end_tokens, load_tokenizer
 
 
 def write(source: pathlib.Path, target: pathlib.Path, *, dtype: str) -> None:
@@ -18,9 +19,9 @@ def write(source: pathlib.Path, target: pathlib.Path, *, dtype: str) -> None:
       InputError: the file cannot be read.
     """
     config = gguf.hf_config(gguf.read_header(source)) | {"dtype": dtype}
-    ends = gguf.end_tokens(source)
+    ends = end_tokens(source)
     tokens = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
     settings = tokens | ({"eos_token_id": ends} if ends else {})
     for name, content in (("config.json", config), ("generation_config.json", settings)):
         (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    gguf.load_tokenizer(source).save_pretrained(target)
+    load_tokenizer(source).save_pretrained(target)

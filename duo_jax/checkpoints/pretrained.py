@@ -212,7 +212,9 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
       InputError: there are no tokenizer files, or transformers cannot use them.
     """
     if gguf.is_gguf(folder):
-        return gguf.load_tokenizer(folder)
+        from duo_jax.checkpoints.gguf import tokenizer  # takes the library `tokenizers`
+
+        return tokenizer.load_tokenizer(folder)
     return tokenizer_files.load_tokenizer(folder)
 
 

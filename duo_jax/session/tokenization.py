@@ -186,7 +186,9 @@ def load_tokenization(folder: pathlib.Path) -> Tokenization:
     tokenizer = pretrained.load_tokenizer(folder)
     stops = {tokenizer.eos_token_id}
     if gguf.is_gguf(folder):
-        stops.update(gguf.end_tokens(folder))
+        from duo_jax.checkpoints.gguf.tokenizer import end_tokens  # as in pretrained
+
+        stops.update(end_tokens(folder))
     for name in ("generation_config.json", "config.json"):
         stops.update(_eos_tokens(folder / name))
     stops.discard(None)

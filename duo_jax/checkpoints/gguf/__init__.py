@@ -15,14 +15,11 @@ tensors (`tensors`) and tokenizer (`tokenizer`) are rebuilt from what it finds, 
 from duo_jax.checkpoints.gguf.config import hf_config, read_config
 from duo_jax.checkpoints.gguf.header import is_gguf, read_header, refuse_folder
 from duo_jax.checkpoints.gguf.tensors import GgufTensors
-from duo_jax.checkpoints.gguf.tokenizer import end_tokens, load_tokenizer
 
 __all__ = [
     "GgufTensors",
-    "end_tokens",
     "hf_config",
     "is_gguf",
-    "load_tokenizer",
     "read_config",
     "read_header",
     "refuse_folder",
