@@ -16,12 +16,10 @@ from duo_jax.checkpoints import gguf, pretrained
 from duo_jax.checkpoints.orbax_checkpoint import (
     MARKER_FILE,
     PARAMS_FOLDER,
-    is_checkpoint,
     marker_of,
 )
-from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import shortened
-from duo_jax.checkpoints.weights import HuggingFaceFiles, WeightFiles, open_weights
+from duo_jax.checkpoints.weights import HuggingFaceFiles, WeightFiles, has_weights, open_weights
 from duo_jax.errors import InputError
 from duo_jax.files import new_folder
 from duo_jax.schema import checksums
@@ -83,8 +81,7 @@ def convert(flags: ConvertConfig) -> None:
 
 
 def _open(folder: pathlib.Path, *, allow_pickle: bool) -> WeightFiles:
-    others = gguf.is_gguf(folder) or is_checkpoint(folder) or has_safetensors(folder)
-    if allow_pickle and not others:
+    if allow_pickle and not has_weights(folder):
         architecture = pretrained.load_config(folder)
         return HuggingFaceFiles(PickledFiles(folder), architecture, str(folder))
     return open_weights(folder)

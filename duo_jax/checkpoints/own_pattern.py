@@ -14,10 +14,7 @@ import pathlib
 import ml_dtypes
 
 from duo_jax import files
-from duo_jax.checkpoints import gguf
-from duo_jax.checkpoints.orbax_checkpoint import is_checkpoint
-from duo_jax.checkpoints.safetensors_files import has_safetensors
-from duo_jax.checkpoints.weights import WeightFiles, open_weights, read_array
+from duo_jax.checkpoints.weights import WeightFiles, has_weights, open_weights, read_array
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import load_pattern
 from duo_jax.model.config import ModelConfig
@@ -81,9 +78,7 @@ def _shipped(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Path | 
     gates = (architecture.num_layers, architecture.num_kv_heads)
     loaded = {path: load_pattern(path) for path in shipped_patterns()}
     fitting = {path: pattern for path, pattern in loaded.items() if pattern.gates.shape == gates}
-    if not fitting or not (
-        gguf.is_gguf(folder) or is_checkpoint(folder) or has_safetensors(folder)
-    ):
+    if not fitting or not has_weights(folder):
         return None
     found = fingerprint(open_weights(folder))
     return next((path for path, p in fitting.items() if p.extra[FINGERPRINT] == found), None)

@@ -148,6 +148,11 @@ def load_architecture(folder: pathlib.Path) -> ModelConfig:
     return open_weights(folder).architecture
 
 
+def has_weights(folder: pathlib.Path) -> bool:
+    """Whether `open_weights` has something to open in a folder or file; nothing is checked."""
+    return gguf.is_gguf(folder) or is_checkpoint(folder) or has_safetensors(folder)
+
+
 def open_weights(folder: pathlib.Path) -> WeightFiles:
     """Open a model's weights; reads headers only, and embeddings that may be tied.
 
