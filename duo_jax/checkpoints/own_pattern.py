@@ -1,10 +1,10 @@
 """The pattern of a model for which nobody named one: its own, or one that ships with duo_jax.
 
-A model's own pattern lies in the subfolder "pattern" of its folder. Patterns that ship (there are
-none yet, but in tests) lie in duo_jax/patterns and belong to published models, which people keep
-under any name and in many formats. So a model is known by a fingerprint: its shape, and the digest
-of all its norms, which every format keeps as they are (GGUF files of any type, 8- and 4-bit
-checkpoints), while another model of the same shape has others.
+A model's own pattern lies in the subfolder "pattern" of its folder. Patterns that ship lie in
+duo_jax/patterns, with the presets they were made and measured with, and belong to published models,
+which people keep under any name and in many formats. So a model is known by a fingerprint: its
+shape, and the digest of all its norms, which every format keeps as they are (GGUF files of any
+type, 8- and 4-bit checkpoints), while another model of the same shape has others.
 """
 
 import importlib.resources
@@ -45,7 +45,7 @@ def find_pattern(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Pat
     """
     if files.is_folder(folder / OWN):
         return folder / OWN
-    pattern = _shipped(folder, architecture)
+    pattern = find_shipped(folder, architecture)
     if pattern is None:
         raise InputError(
             f"{folder} has no pattern of its own: name a pattern folder (python -m train.identify "
@@ -73,8 +73,8 @@ def shipped_patterns() -> list[pathlib.Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _shipped(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Path | None:
-    """Return the pattern that ships with duo_jax for a model."""
+def find_shipped(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Path | None:
+    """Return the pattern folder that ships with duo_jax for a model, if one does."""
     gates = (architecture.num_layers, architecture.num_kv_heads)
     loaded = {path: load_pattern(path) for path in shipped_patterns()}
     fitting = {path: pattern for path, pattern in loaded.items() if pattern.gates.shape == gates}

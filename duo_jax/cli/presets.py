@@ -1,4 +1,7 @@
-"""Defaults of flags that a model brings: a JSON file in its folder, with fields of a dataclass."""
+"""Defaults of flags that a model brings: a JSON file, with fields of a dataclass.
+
+It lies in the model's folder; for a model whose pattern ships with duo_jax, beside that pattern.
+"""
 
 import argparse
 import contextlib
@@ -9,6 +12,8 @@ from typing import TypeVar
 
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.own_pattern import find_shipped
+from duo_jax.checkpoints.weights import has_weights
 from duo_jax.errors import InputError
 from duo_jax.schema.check import replace
 from duo_jax.schema.json_reader import read_json
@@ -39,6 +44,23 @@ def load(config: Config, file: pathlib.Path, *, part: str | None = None) -> Conf
     for name in _NOT_IN_A_PRESET.intersection(values if isinstance(values, dict) else ()):
         raise InputError(f"{where} sets {name}, which is for whoever runs the command to choose")
     return replace(config, values, where)
+
+
+def file_of(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """Return the preset of a model; the file need not exist.
+
+    Args:
+      folder: the model's folder, or its GGUF file.
+      name: the name of the preset's file.
+
+    Raises:
+      InputError: the model's files cannot be read.
+    """
+    own = folder / name
+    if files.present(own) or not has_weights(folder):
+        return own
+    shipped = find_shipped(folder, pretrained.load_config(folder))
+    return own if shipped is None else shipped / name
 
 
 def defaults(

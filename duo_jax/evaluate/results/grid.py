@@ -225,6 +225,6 @@ def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> 
         args,
         config_type.model,
         lambda model, folder: presets.load(
-            config_type(model=model), folder / PRESET_FILE, part=task
+            config_type(model=model), presets.file_of(folder, PRESET_FILE), part=task
         ),
     )

@@ -9,6 +9,7 @@ import duo_jax
 from convert.__main__ import main as convert
 from duo_jax.checkpoints import own_pattern
 from duo_jax.checkpoints.weights import open_weights
+from duo_jax.cli import presets
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern
 from duo_jax.model.hf_config import read_config
@@ -89,3 +90,22 @@ def test_a_folder_without_weights_is_not_known(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="has no pattern of its own"):
         own_pattern.find_pattern(folder, read_config(folder))
+
+
+def test_presets_lie_beside_a_pattern_that_ships(folder, shipped):
+    """A preset of the model's own comes first; one that ships is no other model's."""
+    assert presets.file_of(folder, "identify.json") == shipped / "identify.json"
+    (folder / "identify.json").write_text("{}")
+    assert presets.file_of(folder, "identify.json") == folder / "identify.json"
+    change(folder, "model.layers.1.input_layernorm.weight", 7)
+    assert presets.file_of(folder, "evaluate.json") == folder / "evaluate.json"
+
+
+@pytest.mark.parametrize(
+    "pattern", patterns := own_pattern.shipped_patterns(), ids=[p.name for p in patterns]
+)
+def test_patterns_that_ship_say_where_they_come_from(pattern):
+    loaded = load_pattern(pattern)
+    assert set(loaded.extra) >= {own_pattern.FINGERPRINT, "model_name", "method", "num_steps"}
+    assert (pattern / "identify.json").exists()
+    assert (pattern / "README.md").exists()
