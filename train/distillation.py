@@ -18,7 +18,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
@@ -37,6 +37,7 @@ class Batch:
     tokens: Int[Array, "batch length"]
     tail_start: Int[Array, " batch"]  # first supervised position
     total_length: Int[Array, " batch"]  # real tokens; the tail ends here
+    answers: Bool[Array, "batch length"] | None = None  # tokens of answers (`train.answers`)
 
 
 def distillation_loss(

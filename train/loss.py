@@ -27,10 +27,11 @@ from jaxtyping import Array, Float, Int
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from kernels import Implementation
+from train.answers import answer_divergence
 from train.distillation import Batch, Mixing, distillation_loss
 from train.language_modelling import language_modelling_loss
 
-Objective = Literal["distillation", "cross_entropy"]
+Objective = Literal["distillation", "divergence", "cross_entropy"]
 
 _STIFFNESS = 10.0  # of the quadratic term: 5 = 10 / 2 above
 _MULTIPLIER_RATE = 0.1
@@ -47,9 +48,30 @@ class StepConfig:
     sink_size: int
     recent_size: int
     mixing: Mixing
-    tail_size: int  # of distillation
+    tail_size: int  # of objectives that look at questions and answers only
     objective: Objective = "distillation"
     implementation: Implementation = "auto"
+
+
+def objective(
+    gates: Float[Array, "layers kv_heads"],
+    params: llama.Params,
+    batch: Batch,
+    *,
+    architecture: ModelConfig,
+    step: StepConfig,
+) -> Float[Array, ""]:
+    """Return the first term of the loss: what streaming heads cost the model."""
+    options = {
+        "sink_size": step.sink_size,
+        "recent_size": step.recent_size,
+        "mixing": step.mixing,
+        "implementation": step.implementation,
+    }
+    if step.objective == "cross_entropy":
+        return language_modelling_loss(gates, architecture, params, batch, **options)
+    of_tail = answer_divergence if step.objective == "divergence" else distillation_loss
+    return of_tail(gates, architecture, params, batch, tail_size=step.tail_size, **options)
 
 
 def loss(
@@ -73,35 +95,13 @@ def loss(
       number: steps that are done.
       multiplier: of the sparsity constraint; unused without `step.target_sparsity`.
     """
-    if step.objective == "cross_entropy":
-        objective = language_modelling_loss(
-            gates,
-            architecture,
-            params,
-            batch,
-            sink_size=step.sink_size,
-            recent_size=step.recent_size,
-            mixing=step.mixing,
-            implementation=step.implementation,
-        )
-    else:
-        objective = distillation_loss(
-            gates,
-            architecture,
-            params,
-            batch,
-            sink_size=step.sink_size,
-            recent_size=step.recent_size,
-            mixing=step.mixing,
-            tail_size=step.tail_size,
-            implementation=step.implementation,
-        )
+    first = objective(gates, params, batch, architecture=architecture, step=step)
     if step.target_sparsity is None:
         penalty = step.reg_weight * jnp.mean(jnp.abs(gates))
     else:
         excess = _excess(gates, number, step.target_sparsity, step.num_steps)
         penalty = multiplier * excess + 0.5 * _STIFFNESS * jnp.square(excess)
-    return objective + penalty, {step.objective: objective, "penalty": penalty}
+    return first + penalty, {step.objective: first, "penalty": penalty}
 
 
 def next_multiplier(

@@ -7,6 +7,9 @@ answers shows whether it is a retrieval head.
     [bos] intro, haystack with needles in it, closing | question answer separator, ...
                                                         ^ the tail: what is supervised
 
+With a chat form every second sample is a chat: the user's message holds all before the tail, and
+the assistant writes the tail. Models that were tuned for chats use other heads in them.
+
 A sample is a pure function of (config, tokenizer, text, seed, index).
 """
 
@@ -77,6 +80,7 @@ class PasskeySampler:
       documents: the haystack.
       seed: decides every sample, together with the index.
       stream: another number gives another sequence of samples for the same seed.
+      chat: what the model's chat template writes before and after a user's message; None: no chats.
 
     Raises:
       TooShortError: the text is too short for max_length.
@@ -91,14 +95,18 @@ class PasskeySampler:
         *,
         seed: int,
         stream: int = 0,
+        chat: tuple[str, str] | None = None,
     ) -> None:
         self.config = config
         self._entropy = (seed, stream)
         self._encode = _encoder(tokenizer)
         self._bos = _bos(tokenizer)
-        self._intro: list[int] = []
-        if config.intro:  # encoded as the beginning of a text
-            self._intro = tokenizer_calls.encode(tokenizer, config.intro, special=False)
+        # What stands before the haystack, and after it; for each form of samples.
+        self._frames = [(self._begin(tokenizer, config.intro), self._encode(config.closing))]
+        if chat is not None:
+            before, after = chat
+            opening = self._begin(tokenizer, before + config.intro)
+            self._frames.append((opening, self._encode(config.closing + after)))
         self._words = word_list(config.words, tokenizer)
         if config.words != "nato":
             needed = config.num_passkeys * config.passkey_words
@@ -135,15 +143,17 @@ class PasskeySampler:
         depths = rng.choice(np.linspace(0.05, 0.95, 1000), config.num_passkeys, replace=False)
         depths = np.sort(depths)
         passkeys = self._draw_passkeys(rng)
+        frame = self._frames[index % len(self._frames)]
 
-        overhead = len(self._assemble(passkeys)[0])
+        overhead = len(self._assemble(passkeys, frame)[0])
         size = min(length or drawn, self._longest_haystack(passkeys))
         size += -(size + overhead) % _LENGTH_MULTIPLE
         start = rng.integers(self._text.size - size + 1)
         haystack = self._text[start : start + size]
         cuts = [int(size * depth) for depth in depths]
         order = rng.permutation(config.num_passkeys).tolist()
-        tokens, tail_start, answers = self._assemble(passkeys, np.split(haystack, cuts), order)
+        pieces = np.split(haystack, cuts)
+        tokens, tail_start, answers = self._assemble(passkeys, frame, pieces, order)
         return Sample(
             tokens=np.array(tokens, np.int32),
             tail_start=tail_start,
@@ -177,6 +187,11 @@ class PasskeySampler:
             question + separator + config.passkey_words * (self._most + 1)
         )
 
+    def _begin(self, tokenizer: Any, text: str) -> list[int]:
+        """Encode the beginning of a text; chat templates may write the first token themselves."""
+        tokens = tokenizer_calls.encode(tokenizer, text, special=False) if text else []
+        return tokens if self._bos and tokens[:1] == self._bos else self._bos + tokens
+
     def _draw_passkeys(self, rng: np.random.Generator) -> list[list[int]]:
         count, size = self.config.num_passkeys, self.config.passkey_words
         distinct = self.config.words != "nato"
@@ -186,7 +201,7 @@ class PasskeySampler:
     def _longest_haystack(self, passkeys: list[list[int]]) -> int:
         """Return how much text fits into max_length beside these passkeys."""
         config = self.config
-        overhead = len(self._assemble(passkeys)[0])
+        overhead = max(len(self._assemble(passkeys, frame)[0]) for frame in self._frames)
         longest = config.max_length // _LENGTH_MULTIPLE * _LENGTH_MULTIPLE
         if longest <= overhead:
             raise InputError(
@@ -199,6 +214,7 @@ class PasskeySampler:
     def _assemble(
         self,
         passkeys: list[list[int]],
+        frame: tuple[list[int], list[int]],
         haystack: Sequence[Int[np.ndarray, " _"]] = (),
         order: Sequence[int] = (),
     ) -> tuple[list[int], int, list[tuple[int, int]]]:
@@ -206,6 +222,7 @@ class PasskeySampler:
 
         Args:
           passkeys: tokens of each.
+          frame: tokens before the haystack, and after it.
           haystack: what stands before each needle, and after the last; default: nothing.
           order: in which passkeys are asked for; default: as they stand in the text.
 
@@ -215,12 +232,13 @@ class PasskeySampler:
         config, encode = self.config, self._encode
         first, *others = config.needle.split("{passkey}")
         pieces = [piece.tolist() for piece in haystack] or [[]] * (len(passkeys) + 1)
-        tokens = [*self._bos, *self._intro]
+        before, after = frame
+        tokens = [*before]
         for piece, passkey, name in zip(pieces, passkeys, ORDINALS, strict=False):
             tokens += piece + encode(filled(first, name))
             for part in others:
                 tokens += passkey + encode(filled(part, name))
-        tokens += pieces[-1] + encode(config.closing)
+        tokens += pieces[-1] + after
         tail_start, answers = len(tokens), []
         for i in order or range(len(passkeys)):
             tokens += encode(filled(config.question, ORDINALS[i]))

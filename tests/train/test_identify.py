@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from duo_jax.checkpoints import pretrained
 from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.heads.pattern import load_pattern
 from tests import models
@@ -262,6 +263,25 @@ def test_flags_decide_weights_and_samples(tiny_model, tmp_path, given_to_the_sea
     for more in (("--seed", "1"), ("--max-length", "208"), ("--text", str(book))):
         assert look(*more)[0] == np.float32
         assert look(*more)[1] != tokens
+
+
+def test_chats_are_in_the_models_template(tiny_model, tmp_path, given_to_the_search, capsys):
+    flags = ["--dtype", "float32", "--min-length", "40", "--max-length", "256", "--chats"]
+    flags += ["--num-passkeys", "3", "--passkey-words", "4", "--eval-samples", "0"]
+    with pytest.raises(SystemExit):
+        main(["--model", str(tiny_model), *flags, "--workdir", str(tmp_path / "none")])
+    assert "this model has no chat template; leave out --chats" in capsys.readouterr().err
+    folder = shutil.copytree(tiny_model, tmp_path / "chatty")
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    sampler = given_to_the_search("--model", str(folder), *flags).sampler
+    tokenizer = pretrained.load_tokenizer(folder)
+    plain, chat = (tokenizer.decode(sampler.sample(i).tokens) for i in (0, 1))
+    assert "<user>" not in plain
+    assert chat.startswith("<user>Here is a long text with passkeys")
+    assert chat.count("<assistant>") == 1
 
 
 @pytest.mark.parametrize(

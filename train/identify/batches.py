@@ -17,8 +17,12 @@ def padded_length(sample: Sample, flags: IdentifyConfig) -> int:
 def batch_of_one(sample: Sample, length: int) -> Batch:
     """Return a sample, padded to `length`."""
     tokens = np.pad(sample.tokens, (0, length - sample.tokens.size))
+    answers = np.zeros(length, bool)
+    for start, stop in sample.answers:
+        answers[start:stop] = True
     return Batch(
         tokens=jnp.asarray(tokens[None]),
         tail_start=jnp.array([sample.tail_start]),
         total_length=jnp.array([sample.tokens.size]),
+        answers=jnp.asarray(answers[None]),
     )

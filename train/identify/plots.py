@@ -21,6 +21,7 @@ _ENDS = (0.0, 1.0)  # fractions of streaming heads that all choices share
 # Labels of the loss axis, by the name of the objective in the metrics.
 _OBJECTIVES = {
     "distillation": "distillation loss\n(mean squared error)",
+    "divergence": "KL of the answers\n(nats per token)",
     "cross_entropy": "language-modelling loss\n(nats per token)",
 }
 
@@ -73,7 +74,7 @@ def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title
     else:
         above.plot(steps, _values(metrics, objective), color="tab:blue", linewidth=1.0)
         above.set_ylabel(_OBJECTIVES[objective])
-    if objective == "distillation":
+    if objective in ("distillation", "divergence"):
         above.set_ylim(bottom=0)
     above.set_title(f"{title}: gate training", fontsize=10)
     if any(name in m for m in metrics for name in ("mean_gate", "gates_above_half")):

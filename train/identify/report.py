@@ -194,8 +194,10 @@ def _how(config: dict[str, Any]) -> str:
     """Say in a few words how the heads were told apart."""
     if config["method"] == "profile":
         return f"attention profile of {config['profile_samples']} samples"
-    objective = "language-modelling loss, " if config["method"] == "lm" else ""
-    return f"{objective}{config['num_steps']} steps, mixing {config['mixing']}"
+    steps = f"{config['num_steps']} steps, mixing {config['mixing']}"
+    if config["method"] == "budget":
+        return f"gates under a budget for {config['target_sparsity']:.1%} streaming, {steps}"
+    return f"language-modelling loss, {steps}" if config["method"] == "lm" else steps
 
 
 def _retrieval(

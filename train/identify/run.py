@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 import sys
 import time
 
@@ -16,10 +17,13 @@ from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, save_pattern
+from duo_jax.session.tokenization import load_tokenization
 from train.identify import plots, profile, report, training
 from train.identify.flags import IdentifyConfig, default_config
 from train.retrieval_test import RetrievalTest
 from train.workdir import WorkDir
+
+_MESSAGE = "Here is a text."  # anything that a chat template writes as it is
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
@@ -50,7 +54,8 @@ def identify(flags: IdentifyConfig) -> None:
         )
     tokenizer = pretrained.load_tokenizer(folder)
     training_text, held_out_text = split_held_out(load_documents(flags.text))
-    sampler = PasskeySampler(flags.data, tokenizer, training_text, seed=flags.seed)
+    chat = _chat_form(folder) if flags.chats else None
+    sampler = PasskeySampler(flags.data, tokenizer, training_text, seed=flags.seed, chat=chat)
     if sampler.largest_token >= architecture.vocab_size:
         raise InputError(
             f"the tokenizer makes token {sampler.largest_token:,}, the model has "
@@ -117,6 +122,22 @@ def identify(flags: IdentifyConfig) -> None:
     report.save(results, workdir.path)
     print(files.read_text(report_file))
     print(f"Pattern, pictures and report are in {workdir.path}")
+
+
+def _chat_form(folder: pathlib.Path) -> tuple[str, str]:
+    """Return what a model's chat template writes before and after a user's message.
+
+    Raises:
+      InputError: the model has none, or it does not write the message as it is.
+    """
+    tokenization = load_tokenization(folder)
+    if not tokenization.tokenizer.chat_template:
+        raise InputError("this model has no chat template; leave out --chats")
+    rendered = tokenization.render_chat([{"role": "user", "content": _MESSAGE}])
+    before, found, after = rendered.partition(_MESSAGE)
+    if not found:
+        raise InputError("the model's chat template changes messages; leave out --chats")
+    return before, after
 
 
 def _pattern(flags: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"]) -> Pattern:

@@ -1,4 +1,4 @@
-"""Gates by optimisation: one sample a step."""
+"""Gates by training: one sample a step."""
 
 import functools
 from typing import Any
@@ -12,11 +12,20 @@ from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.llama import Params
+from train import budget, optimisation
 from train.identify.batches import batch_of_one, padded_length
-from train.identify.flags import IdentifyConfig
+from train.identify.flags import IdentifyConfig, Method
 from train.loop import run_steps
-from train.optimisation import GateState, StepConfig, init_state, train_step
+from train.loss import Objective, StepConfig
 from train.workdir import WorkDir
+
+_OBJECTIVES: dict[Method, Objective] = {
+    "optimise": "distillation",
+    "budget": "divergence",
+    "lm": "cross_entropy",
+}
+
+State = budget.BudgetState | optimisation.GateState
 
 
 def train(
@@ -32,11 +41,15 @@ def train(
       InputError: the loss is not finite.
     """
     step = step_config(flags, tail_size=min(sampler.longest_tail(), flags.data.max_length))
-    update = jax.jit(functools.partial(train_step, architecture=architecture, step=step))
+    if flags.method == "budget":
+        start, one_update = budget.init_state(architecture), budget.train_step
+    else:
+        start, one_update = optimisation.init_state(architecture, step), optimisation.train_step
+    update = jax.jit(functools.partial(one_update, architecture=architecture, step=step))
     make_sample = sampler.plain_text if flags.method == "lm" else sampler.sample
     board = summary_writer()(str(workdir.path / "tensorboard")) if flags.tensorboard else None
 
-    def one_step(state: GateState) -> tuple[GateState, dict[str, Any]]:
+    def one_step(state: State) -> tuple[State, dict[str, Any]]:
         index = int(state.step)
         sample = make_sample(index)
         length = max(padded_length(sample, flags), step.tail_size)
@@ -52,7 +65,7 @@ def train(
                 board.add_scalar(name, value, index + 1)
         return state, values | {"length": sample.tokens.size}
 
-    state = workdir.restore(init_state(architecture, step))
+    state = workdir.restore(start)
     bar = tqdm(
         total=step.num_steps, initial=int(state.step), desc="identify", unit="step", disable=None
     )
@@ -65,6 +78,8 @@ def train(
         checkpoint_every=flags.checkpoint_every,
         shown=("loss", "mean_gate"),
     )
+    if isinstance(state, budget.BudgetState):
+        return budget.pattern_gates(state.scores, step), seconds
     return np.asarray(state.gates), seconds
 
 
@@ -84,7 +99,7 @@ def step_config(flags: IdentifyConfig, *, tail_size: int) -> StepConfig:
         recent_size=flags.recent,
         mixing=flags.mixing,
         tail_size=tail_size,
-        objective="cross_entropy" if flags.method == "lm" else "distillation",
+        objective=_OBJECTIVES[flags.method],
         implementation=flags.implementation,
     )
 

@@ -311,6 +311,25 @@ def test_every_field_changes_the_samples(make, field):
     assert any(not np.array_equal(a.tokens, b.tokens) for a, b in pairs)
 
 
+def test_every_second_sample_is_a_chat(make, tokenizer, tokenizer_with_bos):
+    """The user's message holds all before the questions, and no token is lost or written twice."""
+    plain, chats = make(), make(chat=("[user] ", " [assistant] "))
+    assert same(chats.sample(2), plain.sample(2))
+    sample = chats.sample(3)
+    before, tail = (
+        tokenizer.decode(part)
+        for part in (sample.tokens[: sample.tail_start], sample.tokens[sample.tail_start :])
+    )
+    assert before.startswith("[user] " + SMALL.intro)
+    assert before.endswith(SMALL.closing + " [assistant] ")
+    assert tail == tokenizer.decode(plain.sample(3).tokens[plain.sample(3).tail_start :])
+    assert sample.tokens.size % 16 == 0
+    bos = tokenizer_with_bos.bos_token
+    for opening in ("[user] ", bos + "[user] "):  # templates write it themselves, or do not
+        made = make(tokenizer=tokenizer_with_bos, chat=(opening, "[assistant] "))
+        assert made.sample(1).tokens.tolist().count(tokenizer_with_bos.bos_token_id) == 1
+
+
 def test_templates_stand_where_they_belong(make, tokenizer):
     marks = {
         "intro": "<intro>",
