@@ -216,7 +216,7 @@ class _Lab:
 
     def __init__(self, flags: AblationsFlags) -> None:
         folder = pretrained.resolve(flags.model)
-        self.preset = default_config(flags.model, folder)
+        self.preset = default_config(flags.model, folder).resolved()
         self.model = pretrained.load_config(folder)
         self.shape = (self.model.num_layers, self.model.num_kv_heads)
         self.largest_error = 0.0  # standard error over texts of any number measured

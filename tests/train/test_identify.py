@@ -211,9 +211,24 @@ def test_preset_of_the_model_becomes_the_default(tmp_path):
 def test_defaults_are_the_papers(tmp_path):
     config = default_config("m", tmp_path)
     assert config == IdentifyConfig(model="m")
+    config = config.resolved()
     assert (config.num_steps, config.learning_rate, config.reg_weight) == (2000, 0.02, 0.05)
     assert (config.sink, config.recent, config.mixing) == (128, 256, "teacher")
     assert (config.dtype, config.data.max_length) == ("bfloat16", 32_000)
+
+
+def test_a_method_has_defaults_of_its_own_beside_what_was_chosen(tmp_path):
+    """A preset that names a method leaves the others as they are."""
+    (tmp_path / "identify.json").write_text(json.dumps({"method": "budget", "num_steps": 7}))
+    preset = default_config("m", tmp_path)
+    budget = preset.resolved()
+    assert (budget.num_steps, budget.learning_rate, budget.mixing) == (7, 0.7, "self")
+    assert budget.target_sparsity == 0.75
+    papers = dataclasses.replace(preset, method="optimise", learning_rate=0.01).resolved()
+    assert (papers.num_steps, papers.learning_rate, papers.mixing) == (7, 0.01, "teacher")
+    assert papers.target_sparsity is None
+    chosen = dataclasses.replace(preset, mixing="teacher", target_sparsity=0.5).resolved()
+    assert (chosen.mixing, chosen.target_sparsity) == ("teacher", 0.5)
 
 
 # By the field of StepConfig that they change; tests/train/test_optimisation.py sees that each field

@@ -114,6 +114,8 @@ def test_flags_reach_the_profile(tiny_model, tmp_path, monkeypatch):
         ("profile", ("--target-sparsity", "0.5")),
         ("profile", ("--mixing", "self")),
         ("optimise", ("--profile-samples", "5")),
+        ("budget", ("--profile-samples", "5")),
+        ("budget", ("--reg-weight", "0.1")),
         ("lm", ("--profile-samples", "5")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
@@ -155,3 +157,20 @@ def test_language_modelling_learns_from_text_alone(tiny_model, tmp_path, monkeyp
         )
     assert "language-modelling loss, 3 steps" in (tmp_path / "run" / "report.md").read_text()
     assert (tmp_path / "run" / "history.png").exists()
+
+
+def test_gates_under_a_budget_are_trained_reported_and_served(tiny_model, tmp_path):
+    flags = [*PROFILE_FLAGS[4:], "--method", "budget", "--num-steps", "5"]
+    flags += ["--target-sparsity", "0.5", "--checkpoint-every", "2"]
+    main(["--model", str(tiny_model), "--workdir", str(tmp_path), *flags])
+    metrics = metrics_of(tmp_path)
+    assert [m["loss"] for m in metrics] == [m["divergence"] for m in metrics]
+    np.testing.assert_allclose([m["mean_gate"] for m in metrics[2:]], 0.5, rtol=1e-5)
+    report = (tmp_path / "report.md").read_text()
+    assert "gates under a budget for 50.0% streaming, 5 steps, mixing self" in report
+    assert (tmp_path / "history.png").exists()
+    pattern = load_pattern(tmp_path / "pattern")
+    assert (pattern.gates > 0.5).sum() == 2
+    assert pattern.extra["target_sparsity"] == 0.5
+    model = duo_jax.load(str(tiny_model), pattern=str(tmp_path / "pattern"), sparsity=0.5)
+    assert model.config.num_retrieval_heads == 2

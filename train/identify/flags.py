@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import tyro
 
 from duo_jax.cli import presets
-from duo_jax.data.passkey_templates import take_defaults
 from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
 from duo_jax.schema.check import check_fields
@@ -31,13 +30,8 @@ PRESET_FILE = "identify.json"
 
 Method = Literal["optimise", "budget", "profile", "lm"]
 
-# What stands in place of the defaults with --method budget.
-_BUDGET = {
-    "num_steps": 100,
-    "learning_rate": 1.0,
-    "target_sparsity": 0.75,
-    "mixing": "self",
-}
+_PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
+_BUDGETS = {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75}
 
 _MOST_CHOICES = 10_000  # of heads; all are listed before they are tested
 _OPTIMISATION = (
@@ -74,28 +68,27 @@ class IdentifyConfig:
     """How to find retrieval heads.
     optimise: learn gates by distillation on passkeys, the paper's method.
     budget: learn gates whose mean is --target-sparsity's at every step, on how far the answers are
-    from those of full attention. Better heads in a tenth of the steps on small models. Flags that
-    were left at their defaults are other ones then: 100 steps, learning rate 1, target sparsity
-    0.75, mixing self.
+    from those of full attention. On SmolLM2 better heads in a twentieth of the steps.
     profile: sum each head's attention far back while the model answers passkeys; no training.
     lm: learn gates on the next-token loss of the text, without passkeys; an ablation."""
     profile_samples: Many = 16
     """Samples to profile, for --method profile, which refuses the flags of optimisation."""
 
-    num_steps: Count = 2000
-    """Optimisation steps, one sample each."""
-    learning_rate: Positive = 0.02
-    """Peak learning rate; rises over the first fifth of the steps, falls over the last. Of --method
-    budget: constant, in logits of a gate per gradient of mean size."""
+    num_steps: Count | None = None
+    """Optimisation steps, one sample each. Default: 2,000; of --method budget, 100."""
+    learning_rate: Positive | None = None
+    """Peak learning rate; rises over the first fifth of the steps, falls over the last. Default:
+    0.02. Of --method budget: constant, in logits of a gate per gradient of mean size; 0.7."""
     reg_weight: NotNegative = 0.05
     """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
     target_sparsity: Fraction | None = None
     """Steer the mean gate to 1 minus this, in place of the fixed weight. For models whose gates
-    nearly all stay at 1, as they do with grouped queries."""
-    mixing: Mixing = "teacher"
+    nearly all stay at 1, as they do with grouped queries. Default of --method budget: 0.75."""
+    mixing: Mixing | None = None
     """Source of the gated full-attention term.
-    teacher: the teacher's output, as in the reference code; cheapest.
-    self: the student's own queries, keys and values, as in the paper's formula."""
+    teacher: the teacher's output, as in the reference code; cheapest. The default.
+    self: the student's own queries, keys and values, as in the paper's formula. The default of
+    --method budget."""
     sink: Size = 128
     """Number of first tokens (attention sinks) that a streaming head keeps."""
     recent: Count = 256
@@ -131,8 +124,6 @@ class IdentifyConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.method == "budget":
-            take_defaults(self, _BUDGET)
         check_fields(self)
         check_implementation(self.implementation)
         choices = len(self.eval_sparsities) * (1 + self.eval_random_seeds)
@@ -154,6 +145,12 @@ class IdentifyConfig:
             if getattr(self, name) not in (getattr(defaults, name), getattr(IdentifyConfig, name)):
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"--method {self.method} does not read {flag}; leave it out")
+
+    def resolved(self) -> "IdentifyConfig":
+        """Return the flags with the method's defaults for those that were not given."""
+        values = _BUDGETS if self.method == "budget" else _PAPERS
+        unset = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **unset)
 
     def folder(self) -> pathlib.Path:
         """Return the work folder."""

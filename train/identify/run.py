@@ -46,6 +46,7 @@ def identify(flags: IdentifyConfig) -> None:
         training.summary_writer()
     folder = pretrained.resolve(flags.model)
     flags.check_method(default_config(flags.model, folder))
+    flags = flags.resolved()
     architecture = pretrained.load_config(folder)
     if flags.data.max_length > architecture.max_positions:
         raise InputError(

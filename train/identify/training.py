@@ -88,8 +88,12 @@ def step_config(flags: IdentifyConfig, *, tail_size: int) -> StepConfig:
 
     Args:
       flags: the command's.
-      tail_size: positions that distillation compares.
+      tail_size: positions that are compared.
     """
+    flags = flags.resolved()
+    assert flags.num_steps
+    assert flags.learning_rate
+    assert flags.mixing
     return StepConfig(
         num_steps=flags.num_steps,
         learning_rate=flags.learning_rate,
