@@ -136,12 +136,12 @@ def _choices(flags: HeadChoicesFlags, patterns: dict[str, Pattern]) -> Iterator[
     yield Choice(name=report.FULL, sparsity=0.0, heads=np.ones(shape, bool))
     yield Choice(name=report.STREAMING, sparsity=1.0, heads=np.zeros(shape, bool))
     for sparsity in flags.sparsities:
-        chosen = np.ones(shape, bool)
         for name, pattern in patterns.items():
-            chosen = choose_retrieval_heads(pattern.gates, sparsity=sparsity)
-            yield Choice(name=name, sparsity=sparsity, heads=chosen)
+            heads = choose_retrieval_heads(pattern.gates, sparsity=sparsity)
+            yield Choice(name=name, sparsity=sparsity, heads=heads)
+        as_many = choose_retrieval_heads(np.ones(shape), sparsity=sparsity)
         for seed in range(flags.random_seeds):
-            heads = random_heads(chosen, seed=seed)
+            heads = random_heads(as_many, seed=seed)
             yield Choice(name=report.RANDOM, sparsity=sparsity, heads=heads, seed=seed)
 
 
