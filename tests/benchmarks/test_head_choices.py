@@ -1,5 +1,6 @@
 """The comparison of choices of heads: every row has its own heads, and a stopped run goes on."""
 
+import dataclasses
 import itertools
 import json
 
@@ -10,7 +11,7 @@ from PIL import Image
 from benchmarks import head_choices
 from benchmarks.head_choices import HeadChoicesFlags
 from benchmarks.quality import head_choices_report as report
-from benchmarks.quality.head_choices_flags import default
+from benchmarks.quality.head_choices_flags import Templates, default
 from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, choose_retrieval_heads, random_heads, save_pattern
@@ -21,7 +22,21 @@ GATES = {
     "learned": np.array([[0.9, 0.1, 0.2, 0.8]]),
     "profile": np.array([[0.1, 0.9, 0.2, 0.8]]),
 }
-SMALL = {"lengths": (256, 128), "num_passkeys": (2, 1), "tokens": 256, "random_seeds": 2}
+DATA = Templates(
+    words="digits",
+    intro="",
+    needle=" {name}{passkey}.",
+    closing="",
+    question=" {name}",
+    separator=".",
+)
+SMALL = {
+    "lengths": (256, 128),
+    "num_passkeys": (2, 1),
+    "tokens": 256,
+    "random_seeds": 2,
+    "data": DATA,
+}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +90,9 @@ def value_of(heads: np.ndarray) -> float:
 
 def run(tmp_path, model, patterns, **changes):
     flags = SMALL | {"workdir": str(tmp_path / "work"), "out": tmp_path / "some/result.json"}
-    flags |= {"model": str(model), "patterns": patterns} | changes
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"the {number}th of many words" for number in range(1500)))
+    flags |= {"model": str(model), "patterns": patterns, "text": (str(text),)} | changes
     head_choices.main(HeadChoicesFlags(**flags))
     return json.loads(flags["out"].read_text())
 
@@ -194,7 +211,8 @@ def test_the_demo_model_keeps_its_passkeys_with_its_own_pattern(tmp_path):
 def test_texts_are_not_those_of_identification_or_its_report(model):
     tokenizer = pretrained.load_tokenizer(model)
     text = ["one two three four five six seven " * 200]
-    data = head_choices.PasskeyConfig(words="digits", num_passkeys=1, min_length=1, max_length=256)
+    shape = {"num_passkeys": 1, "min_length": 1, "max_length": 256}
+    data = head_choices.PasskeyConfig(**dataclasses.asdict(DATA) | shape)
     drawn = [
         RetrievalTest(data, tokenizer, text, text, num_samples=1, seed=0, stream=stream).samples[0]
         for stream in (0, 1, 2, head_choices._STREAM)
