@@ -29,6 +29,7 @@ from benchmarks.quality import head_choices_report as report
 from benchmarks.quality.head_choices_flags import HeadChoicesFlags, default
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.own_pattern import find_pattern
 from duo_jax.cli import presets
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeyConfig
@@ -118,11 +119,8 @@ def _patterns(
     flags: HeadChoicesFlags, folder: pathlib.Path, architecture: ModelConfig
 ) -> dict[str, Pattern]:
     """Load the patterns, by name."""
-    own = folder / "pattern"
-    if not flags.patterns and not files.is_folder(own):
-        raise InputError(f"{flags.model} has no pattern of its own: name some with --patterns")
-    named = (pattern.split("=", 1) for pattern in flags.patterns or [f"learned={own}"])
-    patterns = {name: load_pattern(place) for name, place in named}
+    given = flags.patterns or [f"learned={find_pattern(folder, architecture)}"]
+    patterns = {name: load_pattern(place) for name, place in (x.split("=", 1) for x in given)}
     for pattern in patterns.values():
         check_fits(
             pattern, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads

@@ -33,8 +33,8 @@ class HeadChoicesFlags:
     """A Hugging Face folder, a GGUF file, a hub name such as org/name, a converted checkpoint, or
     "demo", the model that ships with duo_jax."""
     patterns: tuple[str, ...] = ()
-    """Patterns to compare, NAME=FOLDER each. Default: the folder "pattern" in the model's own,
-    named "learned"."""
+    """Patterns to compare, NAME=FOLDER each; others are compared with the one named "profile".
+    Default: the model's own, named "learned"."""
     sparsities: tuple[Fraction, ...] = (0.5, 0.75)
     """Fractions of streaming heads."""
     random_seeds: FewOrNone = 5

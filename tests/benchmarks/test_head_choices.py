@@ -246,7 +246,7 @@ def test_unusable_settings_are_refused(changes, complaint):
 def test_what_does_not_fit_the_model_is_refused(tmp_path, model, patterns):
     with pytest.raises(InputError, match="beyond the model's range"):
         run(tmp_path, model, patterns, lengths=(1024,))
-    with pytest.raises(InputError, match="name some with --patterns"):
+    with pytest.raises(InputError, match="no pattern of its own"):
         run(tmp_path, model, ())
     wide = Pattern(gates=np.ones((2, 4)), sink_size=4, recent_size=12)
     save_pattern(wide, tmp_path / "wide")
