@@ -170,12 +170,12 @@ class _Lab:
         needed to compare with: its row stays as it is.
         """
         keys = [_key(length, passkeys, choice.heads) for choice in choices]
-        missing = [key for key in dict.fromkeys(keys) if key not in self._rows]
-        test = self._test(length, passkeys) if missing else None
+        complete = all(key in self._rows for key in keys)
+        test = None if complete else self._test(length, passkeys)
         full: RetrievalScores | None = None
         results = []
         for key, choice in zip(keys, choices, strict=True):
-            if test is not None and (key in missing or full is None):
+            if test is not None and (key not in self._rows or full is None):
                 began = time.monotonic()
                 scores = self._scores(test, choice.heads, full)
                 if full is None:

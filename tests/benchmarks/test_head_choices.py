@@ -84,6 +84,12 @@ def measured(monkeypatch):
     return seen
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Draw nothing: pictures take most of the time."""
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+
+
 def value_of(heads: np.ndarray) -> float:
     return float((heads.ravel() * [0.1, 0.2, 0.25, 0.3]).sum())
 
@@ -97,6 +103,7 @@ def run(tmp_path, model, patterns, **changes):
     return json.loads(flags["out"].read_text())
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_each_choice_is_measured_with_its_heads_short_lengths_first(
     tmp_path, model, patterns, measured
 ):
@@ -123,6 +130,7 @@ def test_each_choice_is_measured_with_its_heads_short_lengths_first(
     assert lines[2:6] == [("learned", 0.5), ("profile", 0.5), ("random", 0.5), ("random", 0.5)]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_killed_run_measures_the_rest_only(tmp_path, model, patterns, measured, monkeypatch):
     add, left = head_choices.Rows.add, iter([True] * 3)
 
@@ -151,7 +159,7 @@ def test_a_killed_run_measures_the_rest_only(tmp_path, model, patterns, measured
         run(tmp_path, model, patterns, tokens=512)
 
 
-@pytest.mark.usefixtures("measured")
+@pytest.mark.usefixtures("measured", "undrawn")
 def test_differences_are_paired_and_their_errors_over_texts(tmp_path, model, patterns):
     result = run(tmp_path, model, patterns)
     found = report.lines(result, 1, 128)
@@ -181,11 +189,12 @@ def test_differences_are_paired_and_their_errors_over_texts(tmp_path, model, pat
 @pytest.mark.usefixtures("measured")
 def test_picture_shows_a_panel_for_each_table_measure_and_sparsity(tmp_path, model, patterns):
     run(tmp_path, model, patterns, lengths=(128,), num_passkeys=(1,))
-    small = Image.open(tmp_path / "some/result.png").size
-    run(tmp_path, model, patterns, lengths=(128, 256), num_passkeys=(1, 2))
     with Image.open(tmp_path / "some/result.png") as image:
-        assert image.size[0] == small[0]
-        assert image.size[1] > 1.5 * small[1]
+        small = image.size
+    run(tmp_path, model, patterns, lengths=(128, 256), num_passkeys=(2,), sparsities=(0.5,))
+    with Image.open(tmp_path / "some/result.png") as image:
+        assert image.size[0] < 0.7 * small[0]  # one sparsity of two
+        assert image.size[1] == small[1]
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
