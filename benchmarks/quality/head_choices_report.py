@@ -161,7 +161,7 @@ def _draw(panel: Any, result: Result, passkeys: int, score: str, sparsity: float
             if (line.heads, line.sparsity) == (name, wanted)
         ]
         # Beside one another: where choices agree, one would hide the other.
-        shift = 2 ** (0.035 * (number - len(styles) / 2))
+        shift = 2 ** (0.035 * (number - (len(styles) - 1) / 2))
         panel.errorbar(
             [length * shift for length, _ in points],
             [scale * float(np.mean(values)) for _, values in points],
