@@ -38,7 +38,7 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
-from duo_jax.heads.pattern import choose_retrieval_heads
+from duo_jax.heads.pattern import choose_retrieval_heads, random_heads
 from duo_jax.reports import machine, statistics
 from train.identify import profile, training
 from train.identify.flags import IdentifyConfig, Method, default_config
@@ -150,10 +150,7 @@ def _methods(lab: "_Lab", flags: AblationsFlags):
             for method, of_seeds in gates.items()
         }
         heads = chosen["optimise"][0]
-        chosen["random"] = [
-            np.random.default_rng([seed, heads.sum()]).permutation(heads.ravel()).reshape(lab.shape)
-            for seed in range(flags.random_seeds)
-        ]
+        chosen["random"] = [random_heads(heads, seed=seed) for seed in range(flags.random_seeds)]
         for method, masks in chosen.items():
             rows.append(
                 {

@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks import command, quantised
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
-from benchmarks.quality import ablations_report, published
+from benchmarks.quality import ablations_report, head_choices_report, published
 from duo_jax import files
 from duo_jax.evaluate.compare import report as compare_report
 from duo_jax.evaluate.results import describe, heat_map
@@ -49,6 +49,7 @@ class Section:
     text: str
     table: Callable[[dict[str, Any]], str]
     picture: bool = True
+    command: str = ""  # that measures it, shown in place of a result that is not there yet
 
 
 SECTIONS = (
@@ -91,6 +92,18 @@ SECTIONS = (
         table=lambda result: _without_title(ablations_report.to_markdown(result)),
     ),
     Section(
+        title="Choices of heads on a pretrained model",
+        name="head_choices",
+        text=(
+            "Pass keys in held-out text that no pattern was made on: how much is lost with the "
+            "same number of retrieval heads, by how they were chosen. All choices answer the same "
+            "texts; *minus* columns are differences, text by text. *profile*: the attention "
+            "profile, which needs no training."
+        ),
+        table=head_choices_report.to_markdown,
+        command="python -m benchmarks.head_choices --model M --patterns learned=P profile=Q",
+    ),
+    Section(
         title="Smaller caches and weights",
         name="quantised",
         text=(
@@ -111,8 +124,13 @@ def write_page(flags: PageFlags) -> None:
     """
     parts = [_HEAD]
     for section in SECTIONS:
-        result = read_json(flags.results / f"{section.name}.json")
-        parts += [f"## {section.title}\n", f"{section.text}\n", f"{where(result)}\n"]
+        file = flags.results / f"{section.name}.json"
+        parts += [f"## {section.title}\n", f"{section.text}\n"]
+        if section.command and not files.exists(file):
+            parts.append(f"Not measured yet; `{section.command}` measures it.\n")
+            continue
+        result = read_json(file)
+        parts.append(f"{where(result)}\n")
         parts.append(section.table(result) + "\n")
         if section.picture:
             parts.append(f"![{section.title}](../{flags.results}/{section.name}.png)\n")

@@ -6,8 +6,11 @@
 term is the layer's own, or that of another stream, the teacher (`train.distillation`).
 """
 
+import functools
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from duo_jax.model import llama
 from kernels import Implementation, full_attention, streaming_attention
@@ -54,6 +57,38 @@ def self_mixed_attention(
             implementation=implementation,
         )
         return mix(layer_input, full, streaming), None
+
+    return attend
+
+
+def chosen_attention(
+    *, sink_size: int, recent_size: int, implementation: Implementation = "auto"
+) -> llama.Attend:
+    """Return the attention of a deployed pattern, which computes one term for each KV head.
+
+    The layer input says which of the layer's KV heads are retrieval heads. The result is that of
+    `self_mixed_attention` with gates 1 and 0.
+    """
+
+    def attend(
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        v: Float[Array, "batch length kv_heads head_dim"],
+        layer_input: Bool[Array, " kv_heads"],
+    ) -> tuple[Float[Array, "batch length q_heads head_dim"], None]:
+        options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
+        full = functools.partial(full_attention, **options)
+        streaming = functools.partial(
+            streaming_attention, sink_size=sink_size, recent_size=recent_size, **options
+        )
+        grouped = q.reshape(*k.shape[:3], -1, q.shape[-1])
+        heads = (jnp.moveaxis(x, 2, 0) for x in (grouped, k[..., None, :], v[..., None, :]))
+        # One head at a time: of several, the condition would compute both terms.
+        out = jax.lax.map(
+            lambda head: jax.lax.cond(head[0], full, lambda *qkv: streaming(*qkv)[0], *head[1:]),
+            (layer_input, *heads),
+        )
+        return jnp.moveaxis(out, 0, 2).reshape(q.shape), None
 
     return attend
 

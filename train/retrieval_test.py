@@ -23,7 +23,7 @@ from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.token_scores import check_finite, score_streams
 from kernels import Implementation
-from train import gates as gated
+from train import gates
 from train.distillation import Batch, tail_of, tail_positions
 
 _TOKENS_PER_BATCH = 4096
@@ -42,6 +42,7 @@ class RetrievalTest:
       held_out_text: documents that it does not read.
       num_samples: how many samples.
       seed: decides every sample, together with its index.
+      stream: another number gives other samples; training has stream 0.
       implementation: of attention, see kernels.dispatch.
     """
 
@@ -54,6 +55,7 @@ class RetrievalTest:
         *,
         num_samples: int,
         seed: int,
+        stream: int = 1,
         implementation: Implementation = "auto",
     ) -> None:
         self._implementation = implementation
@@ -61,7 +63,7 @@ class RetrievalTest:
             "held-out text": held_out_text,
             "training text (the held-out part is shorter than the length)": training_text,
         }
-        sampler, self.haystack = sampler_of_first(texts, data, tokenizer, seed=seed, stream=1)
+        sampler, self.haystack = sampler_of_first(texts, data, tokenizer, seed=seed, stream=stream)
         self.samples = [sampler.sample(i, length=data.max_length) for i in range(num_samples)]
         self.length = max(s.tokens.size for s in self.samples)
         self._tail_size = max(s.tokens.size - s.tail_start for s in self.samples)
@@ -104,7 +106,6 @@ class RetrievalTest:
         Raises:
           InputError: the model's numbers are not finite.
         """
-        gates = jnp.asarray(heads, jnp.float32)
         tokens, nll, kl = [], [], []  # of each sample, a number per passkey
         kept = []
         for number, first in enumerate(range(0, len(self.samples), self._rows)):
@@ -112,7 +113,7 @@ class RetrievalTest:
             batch = self._batch(rows)
             tails = _tails(
                 params,
-                gates,
+                jnp.asarray(heads),
                 batch,
                 architecture=architecture,
                 sink_size=sink_size,
@@ -178,7 +179,7 @@ class RetrievalScores:
 )
 def _tails(
     params: llama.Params,
-    gates: Float[Array, "layers kv_heads"],
+    heads: Bool[Array, "layers kv_heads"],
     batch: Batch,
     *,
     architecture: ModelConfig,
@@ -188,7 +189,7 @@ def _tails(
     implementation: Implementation,
 ) -> Float[Array, "batch tail embed"]:
     """Return the residual streams at the questions and answers."""
-    attend = gated.self_mixed_attention(
+    attend = gates.chosen_attention(
         sink_size=sink_size, recent_size=recent_size, implementation=implementation
     )
     x, _ = llama.hidden_states(
@@ -196,7 +197,7 @@ def _tails(
         params,
         batch.tokens,
         attend=attend,
-        layer_inputs=gates,
+        layer_inputs=heads,
         total_length=jnp.max(batch.total_length),
     )
     return tail_of(x, batch, tail_size)

@@ -126,6 +126,14 @@ def choose_retrieval_heads(
     return chosen.reshape(gates.shape)
 
 
+def random_heads(
+    heads: Bool[np.ndarray, "layers kv_heads"], *, seed: int
+) -> Bool[np.ndarray, "layers kv_heads"]:
+    """Return as many retrieval heads in random places; another seed gives other places."""
+    rng = np.random.default_rng([seed, heads.sum()])
+    return rng.permutation(heads.ravel()).reshape(heads.shape)
+
+
 def check_fits(pattern: Pattern, *, num_layers: int, num_kv_heads: int) -> None:
     """Refuse a pattern that was made for a model of another shape.
 

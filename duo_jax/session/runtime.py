@@ -54,15 +54,19 @@ class Runtime:
 
         Tells models and head orders apart; no protection against tampering.
         """
-        digest = hashlib.sha256()
-        if self.weight_format != "model":  # w8a8 and int8 have the same leaves
-            digest.update(self.weight_format.encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
-            at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
-            values = leaf[np.unravel_index(at, leaf.shape)]
-            digest.update(jax.tree_util.keystr(path).encode())
-            digest.update(np.asarray(values).astype(np.float32).tobytes())
-        return digest.hexdigest()
+        # w8a8 and int8 have the same leaves.
+        return digest_of(self.params, "" if self.weight_format == "model" else self.weight_format)
+
+
+def digest_of(params: Any, prefix: str = "") -> str:
+    """Return a digest of some values of every parameter, and of a text; see `weights_digest`."""
+    digest = hashlib.sha256(prefix.encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
+        values = leaf[np.unravel_index(at, leaf.shape)]
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.asarray(values).astype(np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def check_implementation(name: str) -> None:

@@ -75,18 +75,34 @@ def test_all_gates_zero_is_pure_streaming(mixing):
     np.testing.assert_allclose(loss(jnp.zeros((2, 2)), mixing, data), expected, rtol=1e-5)
 
 
-def test_self_mixing_with_binary_gates_masks_head_by_head():
+@pytest.mark.parametrize("attention", [gated.self_mixed_attention, gated.chosen_attention])
+def test_binary_gates_mask_head_by_head(attention):
     config, _ = model()
     shape = (1, 40, config.num_q_heads, config.head_dim)
     q = jax.random.normal(jax.random.key(1), shape)
     k = jax.random.normal(jax.random.key(2), (1, 40, config.num_kv_heads, config.head_dim))
     v = jax.random.normal(jax.random.key(3), k.shape)
-    out, _ = gated.self_mixed_attention(**SIZES)(q, k, v, jnp.array([0.0, 1.0]))
+    gates = jnp.array([0.0, 1.0])
+    chosen = attention is gated.chosen_attention
+    out, _ = attention(**SIZES)(q, k, v, gates > 0.5 if chosen else gates)
     scale = config.head_dim**-0.5
     streaming, _ = streaming_attention(q, k, v, softmax_scale=scale, **SIZES)
     np.testing.assert_array_equal(out[:, :, :2], streaming[:, :, :2])
     full = full_attention(q, k, v, softmax_scale=scale)
     np.testing.assert_array_equal(out[:, :, 2:], full[:, :, 2:])
+
+
+def test_chosen_heads_compute_one_term_each():
+    config, params = model()
+
+    def run(heads):
+        attend = gated.chosen_attention(**SIZES)
+        tokens = batch().tokens
+        return llama.hidden_states(config, params, tokens, attend=attend, layer_inputs=heads)[0]
+
+    program = jax.jit(run).lower(jnp.ones((2, 2), bool)).compile().as_text()
+    assert program is not None
+    assert " conditional(" in program
 
 
 @pytest.mark.parametrize("mixing", ["teacher", "self"])

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from duo_jax import files
 from duo_jax.data.passkey_templates import in_words
-from duo_jax.heads.pattern import Pattern, choose_retrieval_heads
+from duo_jax.heads.pattern import Pattern, choose_retrieval_heads, random_heads
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.reports import machine, markdown
@@ -218,10 +218,7 @@ def _retrieval(
     for sparsity in sparsities:
         found = choose_retrieval_heads(pattern.gates, sparsity=sparsity)
         trials.append((name, sparsity, [found]))
-        shuffled = [
-            np.random.default_rng([seed, found.sum()]).permutation(found.ravel()).reshape(shape)
-            for seed in range(random_seeds)
-        ]
+        shuffled = [random_heads(found, seed=seed) for seed in range(random_seeds)]
         if shuffled:
             trials.append(("random", sparsity, shuffled))
     trials.append(("all streaming", 1.0, [np.zeros(shape, bool)]))

@@ -208,12 +208,16 @@ def fill(
 
 def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
     """Return all that rows depend on: the flags, what files hold, and which text is held out."""
-    split = itertools.chain.from_iterable(split_held_out(documents))
-    text = hashlib.sha256("\0".join(split).encode("utf-8", "replace"))
     return dataclasses.asdict(flags) | {
         "weights_digest": model.runtime.weights_digest,
-        "text_digest": text.hexdigest(),
+        "text_digest": text_digest(documents),
     }
+
+
+def text_digest(documents: Sequence[str]) -> str:
+    """Return a digest of documents, and of which of them are held out."""
+    split = itertools.chain.from_iterable(split_held_out(documents))
+    return hashlib.sha256("\0".join(split).encode("utf-8", "replace")).hexdigest()
 
 
 def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> Flags:
