@@ -87,9 +87,10 @@ def test_binary_gates_mask_head_by_head(attention):
     out, _ = attention(**SIZES)(q, k, v, gates > 0.5 if chosen else gates)
     scale = config.head_dim**-0.5
     streaming, _ = streaming_attention(q, k, v, softmax_scale=scale, **SIZES)
-    np.testing.assert_array_equal(out[:, :, :2], streaming[:, :, :2])
+    error = 1e-6 if chosen else 0  # of one head at a time, sums have another order
+    np.testing.assert_allclose(out[:, :, :2], streaming[:, :, :2], rtol=0, atol=error)
     full = full_attention(q, k, v, softmax_scale=scale)
-    np.testing.assert_array_equal(out[:, :, 2:], full[:, :, 2:])
+    np.testing.assert_allclose(out[:, :, 2:], full[:, :, 2:], rtol=0, atol=error)
 
 
 def test_chosen_heads_compute_one_term_each():
