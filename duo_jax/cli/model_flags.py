@@ -22,7 +22,8 @@ class ModelFlags:
     "demo", the model that ships with duo_jax."""
     pattern: str | None = None
     """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
-    head, the model as published. Default: the folder "pattern" in the model's own folder."""
+    head, the model as published. Default: the folder "pattern" in the model's own folder, or the
+    pattern that ships with duo_jax for this model."""
     sparsity: Fraction | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     threshold: Fraction | None = None

@@ -66,7 +66,14 @@ def test_it_finds_a_pass_key(file):
     assert "51934" in answer
 
 
-def test_it_prints_what_readme_says(file, capsys):
+def test_its_pattern_ships(file):
+    config = duo_jax.load(file).config
+    assert (config.num_retrieval_heads, config.sink_size, config.recent_size) == (45, 16, 256)
+
+
+def test_it_prints_what_readme_says(file, capsys, monkeypatch):
+    """A pass key 700 tokens back, through caches of which half are of streaming heads."""
+    monkeypatch.chdir(README.parent)
     text = README.read_text(encoding="utf-8")
     [(command, printed)] = re.findall(r"(python -m duo_jax.*smollm2.*)\n((?:# .*\n)+)```", text)
     words = shlex.split(command)[3:]

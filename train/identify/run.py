@@ -96,11 +96,12 @@ def identify(flags: IdentifyConfig) -> None:
         metrics = workdir.metrics()
     pattern = _pattern(flags, gates)
     save_pattern(pattern, workdir.path / "pattern")
-    pictures = {"title": flags.model}
+    title = pathlib.PurePath(flags.model).name  # not where the file lies
+    pictures = {"title": title}
     if flags.method == "profile":
         pictures["value"] = "attention far back (1: retrieval head)"
     else:
-        plots.save_history(metrics, workdir.path / "history.png", title=flags.model)
+        plots.save_history(metrics, workdir.path / "history.png", title=title)
     plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
     results = report.make(
         config=dataclasses.asdict(flags),
@@ -117,9 +118,7 @@ def identify(flags: IdentifyConfig) -> None:
         "whole_command": round(time.monotonic() - started, 1),
     }
     if results["retrieval"]:
-        plots.save_retrieval(
-            results["retrieval"], workdir.path / "retrieval.png", title=flags.model
-        )
+        plots.save_retrieval(results["retrieval"], workdir.path / "retrieval.png", title=title)
     report.save(results, workdir.path)
     print(files.read_text(report_file))
     print(f"Pattern, pictures and report are in {workdir.path}")
