@@ -16,8 +16,8 @@ from benchmarks.serving.rivals import running
 from duo_jax import serve
 from duo_jax.cache import init_cache
 from duo_jax.heads.split import DuoConfig
-from duo_jax.model import llama
 from kernels import masks
+from tests.params import random_params
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="torch is not installed"
@@ -52,7 +52,7 @@ def split(model, counts, sink=3, recent=8):
 
 def test_bytes_of_a_step_are_those_of_weights_and_visible_keys():
     model = small_model()
-    params = llama.init_params(model, jax.random.key(0))
+    params = random_params(model)
     table = params.pop("embed_tokens")["embedding"]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + table[0].nbytes
 

@@ -80,17 +80,17 @@ def test_config_json_says_what_transformers_needs(tmp_path):
 
 
 def test_host_memory_is_a_few_tensors_not_the_model(tmp_path):
-    """48 equal tensors of 4M numbers, which take 16 MB as float32 and 805 MB in all.
+    """24 equal tensors of 4M numbers, which take 16 MB as float32 and 403 MB in all.
 
     Measured: 51 MB to safetensors, importing transformers included, and 62 MB to int4.
     """
-    raw = LARGE | {"num_hidden_layers": 16, "vocab_size": 1024}
+    raw = LARGE | {"num_hidden_layers": 8, "vocab_size": 1024}
     block = np.random.default_rng(0).standard_normal((1024, 1024), np.float32) * 0.02
     block = gguf_files.gguf.quantize(block, gguf_files.Q8_0)
     wide, deep = np.tile(block, (4, 1)), np.tile(block, (1, 4))
     tensors = models.hf_tensors(raw | {"num_hidden_layers": 1, "intermediate_size": 8})
     tensors = {name: array for name, array in tensors.items() if "mlp" not in name}
-    for layer in range(16):
+    for layer in range(8):
         for name, array in list(tensors.items()):
             tensors[name.replace("layers.0", f"layers.{layer}")] = array
         mlp = f"model.layers.{layer}.mlp"
@@ -102,6 +102,6 @@ def test_host_memory_is_a_few_tensors_not_the_model(tmp_path):
     copy, int4 = growth(
         ["--to-hf", file, tmp_path / "copy"], [file, tmp_path / "int4", "--weights", "int4"]
     )
-    total = 48 * 16 * MB
-    assert copy < 0.1 * total
-    assert int4 < 0.25 * total
+    total = 24 * 16 * MB
+    assert copy < 0.2 * total
+    assert int4 < 0.4 * total

@@ -28,11 +28,9 @@ from kernels.tiles import AttentionTiles, ForwardBackwardTiles
 TARGETS = get_args(aot.Target)
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
-SELECTION = (
-    "decode: 80 x float32", "prefill: 96 x float16", "prefill: 256 x float32",
-    "chunk: 128 x float32", "chunk: 256 x bfloat16", "gradient: 64 x float32",
-    "gradient: 80 x float32", "gradient: 256 x float32",
-)  # fmt: skip
+# The hardest of every op; the slow tests compile the whole grid.
+SELECTION = ("decode: 80 x float32", "prefill: 256 x float32", "chunk: 256 x bfloat16")
+SELECTION += ("gradient: 256 x float32",)
 
 
 @functools.cache

@@ -108,7 +108,8 @@ def test_sample_is_a_pure_function_of_seed_and_index(make):
 
 
 def test_seeds_streams_and_indices_differ(make):
-    variants = [make().sample(i).tokens.tobytes() for i in INDICES]
+    sampler = make()
+    variants = [sampler.sample(i).tokens.tobytes() for i in INDICES]
     variants += [make(seed=seed).sample(0).tokens.tobytes() for seed in (1, 2)]
     variants += [make(stream=stream).sample(0).tokens.tobytes() for stream in (1, 2)]
     variants += [make(seed=1, stream=1).sample(0).tokens.tobytes()]
@@ -116,8 +117,9 @@ def test_seeds_streams_and_indices_differ(make):
 
 
 def test_every_passkey_is_hidden_once_and_asked_once(make, tokenizer):
+    sampler = make()
     for i in INDICES:
-        sample = make().sample(i)
+        sample = sampler.sample(i)
         context = tokenizer.decode(sample.tokens[: sample.tail_start])
         tail = tokenizer.decode(sample.tokens[sample.tail_start :])
         answers = answers_of(sample, tokenizer)
@@ -132,8 +134,9 @@ def test_every_passkey_is_hidden_once_and_asked_once(make, tokenizer):
 
 def test_each_question_gets_the_passkey_of_its_name(make, tokenizer):
     orders = set()
+    sampler = make()
     for i in INDICES:
-        sample = make().sample(i)
+        sample = sampler.sample(i)
         text = tokenizer.decode(sample.tokens)
         hidden = re.findall(r"this is the (\w+) passkey to the vault:((?: \w+)+)\.", text)
         assert [name for name, _ in hidden] == ORDINALS[:3]  # named by depth
@@ -150,8 +153,9 @@ def test_each_question_gets_the_passkey_of_its_name(make, tokenizer):
 def test_tail_is_questions_and_answers_only(make, tokenizer):
     question = r"What is the (\w+) passkey to the vault\? The \1 passkey to the vault is:"
     unit = re.compile(rf"{question}(?: [a-z]+){{4}}\.\n\n")
+    sampler = make()
     for i in INDICES:
-        sample = make().sample(i)
+        sample = sampler.sample(i)
         tail = tokenizer.decode(sample.tokens[sample.tail_start :])
         assert len(unit.findall(tail)) == 3
         assert unit.sub("", tail) == ""
@@ -170,8 +174,9 @@ def test_needles_lie_at_their_drawn_depths(make, tokenizer):
     config = SMALL
     encode = functools.partial(tokenizer, add_special_tokens=False)
     depths = []
+    sampler = make()
     for i in INDICES:
-        sample = make().sample(i)
+        sample = sampler.sample(i)
         text = tokenizer.decode(sample.tokens[: sample.tail_start])
         needles = [m.group() for m in re.finditer(r"\n\nTake note: [^.]*\.\n\n", text)]
         sizes = [len(encode(needle).input_ids) for needle in needles]
@@ -243,8 +248,9 @@ def test_longest_tail_bounds_every_tail(make, config, request):
 
 def test_vocabulary_words_are_distinct_and_one_token_each(make, tokenizer):
     config = dataclasses.replace(SMALL, words="vocabulary", passkey_words=5)
+    sampler = make(config)
     for i in INDICES:
-        sample = make(config).sample(i)
+        sample = sampler.sample(i)
         words = [word for answer in answers_of(sample, tokenizer) for word in answer.split()]
         assert len(set(words)) == len(words) == 15
         assert all(stop - start == 5 for start, stop in sample.answers)
@@ -480,8 +486,9 @@ DIGITS = PasskeyConfig(words="digits", num_passkeys=3, min_length=60, max_length
 
 
 def test_passkeys_of_digits_are_numbers_of_five_in_sentences_of_their_own(make, tokenizer):
+    sampler = make(DIGITS)
     for i in INDICES:
-        sample = make(DIGITS).sample(i)
+        sample = sampler.sample(i)
         answers = answers_of(sample, tokenizer)
         assert len(set(answers)) == 3
         context = tokenizer.decode(sample.tokens[: sample.tail_start])

@@ -33,6 +33,7 @@ HEADS = {"mixed": MIXED, "all retrieval": ALL, "all streaming": NONE}
 # Where the kinds of layers do not matter, one of the first kind compiles faster.
 ONE_LAYER = parse_config(RAW | {"num_hidden_layers": 1})
 SOME = MIXED[:1]
+HEADS["one layer"] = SOME
 
 # Cached by configuration, so every test with the same shapes shares one compiled program.
 params = functools.cache(random_params)
@@ -40,7 +41,8 @@ prefill = jax.jit(serve.prefill, static_argnums=0, static_argnames="mode", donat
 decode = jax.jit(serve.decode, static_argnums=0, donate_argnums=2)
 
 
-def split(heads, *, config=CONFIG, weights=None, sink=SINK, recent=RECENT):
+def split(heads, *, config=None, weights=None, sink=SINK, recent=RECENT):
+    config = config or (ONE_LAYER if len(heads) == 1 else CONFIG)
     weights = params(config) if weights is None else weights
     return (
         duo_config(config, heads, sink_size=sink, recent_size=recent),
@@ -71,7 +73,7 @@ def masked_logits(
     heads,
     tokens,
     *,
-    config=CONFIG,
+    config=None,
     weights=None,
     sink=SINK,
     recent=RECENT,
@@ -79,6 +81,7 @@ def masked_logits(
     total_length=None,
 ):
     """Run the unsplit model at once, every head at full length behind its mask."""
+    config = config or (ONE_LAYER if len(heads) == 1 else CONFIG)
     weights = params(config) if weights is None else weights
     return np.asarray(
         _masked_logits(
@@ -114,12 +117,13 @@ def read(config, weights, tokens, *, chunk, mode="exact", max_len=LENGTH + 3, dt
     return np.array(ends), np.stack(seen, axis=1), cache
 
 
-CHUNKS = [1, 7, SINK, SINK + RECENT + 1, LENGTH, 2 * LENGTH]
+CHUNKS = [1, SINK, SINK + RECENT + 1, LENGTH, 2 * LENGTH]
 
 
 @pytest.mark.parametrize(
     ("name", "chunk"),
-    [("mixed", chunk) for chunk in CHUNKS] + [("all retrieval", 7), ("all streaming", 7)],
+    [("one layer", chunk) for chunk in CHUNKS]
+    + [("mixed", 7), ("all retrieval", 7), ("all streaming", 7)],
 )
 def test_prefill_in_chunks_equals_one_masked_forward(name, chunk):
     config, weights = split(HEADS[name])
@@ -160,7 +164,7 @@ def test_all_retrieval_equals_the_plain_model():
 
 @pytest.mark.parametrize("mode", ["exact", "chunk"])
 def test_rows_of_different_lengths_equal_each_row_alone(mode):
-    config, weights = split(MIXED)
+    config, weights = split(SOME)
     lengths, chunk = [LENGTH, 1, 11, 24], 8
     tokens = tokens_of(batch=len(lengths))
     cache = init_cache(config, batch_size=len(lengths), max_len=LENGTH + 5)
@@ -203,9 +207,9 @@ def test_rows_may_be_appended_to_at_different_lengths():
     np.testing.assert_allclose(logits[1], expected[1, 13], atol=2e-5)
 
 
-@pytest.mark.parametrize("chunk", [5, SINK + RECENT + 1])
-def test_chunk_mode_shows_streaming_heads_the_cache_and_their_whole_chunk(chunk):
-    config, weights = split(MIXED)
+@pytest.mark.parametrize(("name", "chunk"), [("mixed", 5), ("one layer", SINK + RECENT + 1)])
+def test_chunk_mode_shows_streaming_heads_the_cache_and_their_whole_chunk(name, chunk):
+    config, weights = split(HEADS[name])
     tokens = tokens_of()
     ends, logits, _ = read(config, weights, tokens, chunk=chunk, mode="chunk")
 
@@ -214,7 +218,7 @@ def test_chunk_mode_shows_streaming_heads_the_cache_and_their_whole_chunk(chunk)
         begins = i // chunk * chunk
         return (j <= i) & ((j < sink_size) | (j >= begins - recent_size))
 
-    expected = masked_logits(MIXED, tokens, mask=reference_mask)
+    expected = masked_logits(HEADS[name], tokens, mask=reference_mask)
     np.testing.assert_allclose(logits, expected[:, ends], atol=2e-5)
 
 
@@ -225,7 +229,14 @@ def test_chunk_mode_of_one_chunk_is_dense():
     np.testing.assert_allclose(logits[:, 0], masked_logits(ALL, tokens)[:, -1], atol=2e-5)
 
 
-@pytest.mark.parametrize("name", models.CASES)
+# These differ from others in how rope turns alone, which serving takes from the model.
+ROPE_ONLY = ["llama-3, grouped queries", "llama-3.1, scaled rope", "llama, linear rope"]
+ROPE_ONLY += ["mistral, no window"]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x in ROPE_ONLY)) for x in models.CASES]
+)
 def test_every_family_is_served(name):
     raw = models.CASES[name]
     config = parse_config(raw | {"num_hidden_layers": 1})
@@ -249,9 +260,9 @@ def test_every_family_is_served(name):
 
 @pytest.mark.parametrize(("sink", "recent"), [(0, 1), (0, 5), (3, 1), (50, 50)])
 def test_unusual_sizes(sink, recent):
-    config, weights = split(SOME, config=ONE_LAYER, sink=sink, recent=recent)
+    config, weights = split(SOME, sink=sink, recent=recent)
     tokens = tokens_of()
-    expected = masked_logits(SOME, tokens, config=ONE_LAYER, sink=sink, recent=recent)
+    expected = masked_logits(SOME, tokens, sink=sink, recent=recent)
     ends, logits, cache = read(config, weights, tokens[:, :30], chunk=12)
     np.testing.assert_allclose(logits, expected[:, ends], atol=2e-5)
     for position in range(30, LENGTH):
@@ -264,7 +275,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_plain_model(dtype):
     """Against the same rounded weights in float32; the plain model sets the scale."""
     rounded = random_params(ONE_LAYER, dtype=dtype)
     wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float32)), rounded)
-    config, weights = split(SOME, config=ONE_LAYER, weights=rounded)
+    config, weights = split(SOME, weights=rounded)
     tokens = tokens_of(batch=8)
 
     @jax.jit
@@ -276,7 +287,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_plain_model(dtype):
         return np.sqrt(np.mean(np.square(np.asarray(error, np.float32))))
 
     yardstick = rms(np.asarray(plain(rounded, tokens), np.float32) - plain(wide, tokens))
-    expected = masked_logits(SOME, tokens, config=ONE_LAYER, weights=wide)
+    expected = masked_logits(SOME, tokens, weights=wide)
     ends, logits, cache = read(config, weights, tokens[:, :30], chunk=12, dtype=dtype)
     assert logits.dtype == dtype
     assert rms(logits.astype(np.float32) - expected[:, ends]) <= 2 * yardstick
@@ -290,7 +301,7 @@ def test_half_precision_errs_at_most_twice_as_much_as_the_plain_model(dtype):
 
 
 def test_hidden_states_are_those_of_every_token():
-    config, weights = split(SOME, config=ONE_LAYER)
+    config, weights = split(SOME)
     tokens = jnp.asarray(tokens_of())
     cache = init_cache(config, batch_size=2, max_len=LENGTH)
 
@@ -301,12 +312,12 @@ def test_hidden_states_are_those_of_every_token():
         return serve.logits(config, weights, x)
 
     logits = every_logit(config, weights, cache, tokens)
-    np.testing.assert_allclose(logits, masked_logits(SOME, tokens, config=ONE_LAYER), atol=2e-5)
+    np.testing.assert_allclose(logits, masked_logits(SOME, tokens), atol=2e-5)
 
 
 def test_decode_can_be_vmapped():
     """Two continuations of one text, as a beam search would try them."""
-    config, weights = split(SOME, config=ONE_LAYER)
+    config, weights = split(SOME)
     tokens = tokens_of()
     _, _, cache = read(config, weights, tokens[:, :12], chunk=12)
     choices = jnp.asarray(tokens[:, 12:14].T)  # [choices, batch]
@@ -323,9 +334,9 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
 from duo_jax import serve
 from duo_jax.cache import init_cache
-from tests.duo_jax.serve.test_serve import LENGTH, ONE_LAYER, SOME, split, tokens_of
+from tests.duo_jax.serve.test_serve import LENGTH, SOME, split, tokens_of
 
-config, weights = split(SOME, config=ONE_LAYER)
+config, weights = split(SOME)
 mesh = jax.make_mesh((2,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
 rows, copy = NamedSharding(mesh, P("batch")), NamedSharding(mesh, P())
 prefill = jax.jit(serve.prefill, static_argnums=0)

@@ -141,7 +141,10 @@ def test_another_text_is_read_from_its_beginning(runtime):
     assert write(session) == read_and_write(runtime, prompt(30)[:20] + prompt(5, seed=9))
 
 
-@pytest.mark.parametrize("kv", ["model", "bf16", "int8", "int4", "int2"])
+OFTEN, RARELY = ["model", "int4", "int2"], ["bf16", "int8"]  # which go back as these do
+
+
+@pytest.mark.parametrize("kv", [*OFTEN, *(pytest.param(x, marks=pytest.mark.slow) for x in RARELY)])
 @pytest.mark.parametrize("full", [True, False], ids=["all full", "some streaming"])
 def test_a_cache_goes_back_where_nothing_was_overwritten(runtime, kv, full):
     """As far as two texts begin alike; a ring of 4 + 8 tokens that has gone round cannot."""
