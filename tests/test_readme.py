@@ -45,6 +45,16 @@ def test_serve_examples_print_what_the_readme_says(command, printed, capsys):
     assert without_times(captured.out + captured.err) == without_times(printed)
 
 
+def test_what_it_prints_is_the_passkey_and_is_not_while_every_head_streams():
+    """The notebook's stored output says so of other fractions, through the Python interface."""
+    prompt = (ROOT / "duo_jax/demo/prompt.txt").read_text(encoding="utf-8")
+    [passkey] = [line for line in prompt.splitlines() if line.startswith("Passkey third ")]
+    (_, half), (all_streaming, none) = serve_examples()
+    assert f"Repeat this.\n{passkey.removesuffix('.')}\n" in half
+    assert all_streaming.endswith("--sparsity 1")
+    assert passkey.removesuffix(".") not in none
+
+
 def measured_row(benchmark: str, geometry: str) -> str:
     """Return a row of the table of savings, from a result file in benchmarks/results."""
     result = json.loads((ROOT / f"benchmarks/results/{benchmark}.json").read_text())

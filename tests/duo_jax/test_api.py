@@ -499,18 +499,3 @@ def test_a_template_that_refuses(folder, tmp_path):
     model = duo_jax.load(tmp_path / "tiny")
     with pytest.raises(InputError, match="chat template refuses this: no system please"):
         next(model.conversation().chat("Hello"))
-
-
-# The demo model
-
-
-# Half of the heads streaming: test_the_demo_answers_without_flags in test_generate_cli.py.
-@pytest.mark.parametrize(("sparsity", "finds"), [(0.75, True), (1.0, False)])
-def test_the_demo_model_finds_its_passkey(sparsity, finds):
-    prompt = (pretrained.resolve("demo") / "prompt.txt").read_text()
-    [passkey] = [line for line in prompt.splitlines() if line.startswith("Passkey third ")]
-    words = passkey.removeprefix("Passkey third").removesuffix(".")
-    model = duo_jax.load("demo", sparsity=sparsity)
-    assert sum(heads_of(model)) == round(16 * (1 - sparsity))
-    [answer] = model.generate([prompt], max_new_tokens=16)
-    assert answer.startswith(words) == finds

@@ -242,15 +242,6 @@ def test_sizes_and_dtype_show_in_the_summary(run):
     )
 
 
-def test_the_demo_answers_without_flags(capsys):
-    generate.main(["--max-new-tokens", "16"])
-    out, err = capsys.readouterr()
-    prompt = (pretrained.resolve("demo") / "prompt.txt").read_text()
-    [passkey] = [line for line in prompt.splitlines() if line.startswith("Passkey third ")]
-    assert f"Repeat this.\n{passkey.removesuffix('.')}" in out
-    assert "866 tokens read" in err
-
-
 def test_errors_are_one_line(error, folder, tmp_path):
     for words, message in [
         ((), "there is no prompt; give --prompt or --prompt-file"),

@@ -68,24 +68,19 @@ def test_two_processes_share_a_folder_and_a_third_finds_all(tmp_path):
     for process in both:
         _, where, said = finish(process)
         assert (where, said) == (place, "")
-    assert len(programs(tmp_path / "programs")) == 3
+    first, second, _ = programs(tmp_path / "programs")
     assert finish(start(DUO_JAX_COMPILE_CACHE=place)) == (3, place, "")
 
-
-def test_an_entry_that_a_killed_process_left_is_written_again(tmp_path):
-    environment = {"DUO_JAX_COMPILE_CACHE": str(tmp_path)}
-    finish(start(**environment))
-    first, second, _ = programs(tmp_path)
+    # An entry that a killed process left is written again.
     whole = len(first.read_bytes())
     for file in (first, second):
         file.write_bytes(file.read_bytes()[:40])
     # Killed while it wrote the first; damaged otherwise, the second: a program like any other.
     first.with_name(first.name.replace("-cache", "-atime")).unlink()
-    (tmp_path / "gone-atime").write_bytes(bytes(8))
-    found, _, said = finish(start(**environment))
-    assert (found, said) == (1, "")
+    first.with_name("gone-atime").write_bytes(bytes(8))
+    assert finish(start(DUO_JAX_COMPILE_CACHE=place)) == (1, place, "")
     assert len(first.read_bytes()) == whole
-    assert not (tmp_path / "gone-atime").exists()
+    assert not first.with_name("gone-atime").exists()
 
 
 def test_a_folder_that_cannot_be_used_costs_one_line(tmp_path):
@@ -101,7 +96,6 @@ def test_who_tells_jax_where_is_obeyed(tmp_path):
     environment = {"DUO_JAX_COMPILE_CACHE": mine, "JAX_COMPILATION_CACHE_DIR": theirs}
     assert finish(start(**environment))[1] == theirs
     assert not pathlib.Path(mine).exists()
-    assert finish(start(DUO_JAX_COMPILE_CACHE="off"))[1] == "None"
 
 
 def test_the_folder_is_the_user_s_and_bounded(tmp_path, monkeypatch):
@@ -121,6 +115,10 @@ def test_the_folder_is_the_user_s_and_bounded(tmp_path, monkeypatch):
     assert told["jax_compilation_cache_dir"] == str(place)
     assert told["jax_compilation_cache_max_size"] == 2**30
     assert place.stat().st_mode & 0o777 == 0o700
+    told.clear()
+    monkeypatch.setenv(compile_cache.VARIABLE, "off")
+    compile_cache.switch_on()
+    assert told == {}
 
 
 @pytest.mark.parametrize(
