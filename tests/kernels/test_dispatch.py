@@ -30,15 +30,23 @@ KERNELS = {
     "prefill_packed": "duo_prefill_packed",
     "streaming": "duo_streaming",
 }
-# On each GPU in turn; test_compiled.py lowers every case for two GPUs.
-LOWERED = {
-    f"{name}, {gpu}": (name.partition(":")[0], case, gpu)
-    for (name, case), gpu in zip(
-        (x for x in named().items() if any(y in x[0] for y in ("llama", "float32", "head_dim"))),
-        itertools.cycle(GPUS),
-        strict=False,
-    )
-}
+# By default one case of every kind of every op, on each GPU in turn; the slow tests run all.
+# test_compiled.py lowers every case for two GPUs.
+LOWERED, _kinds = [], set()
+for (_name, _case), _gpu in zip(
+    (x for x in named().items() if any(y in x[0] for y in ("llama", "float32", "head_dim"))),
+    itertools.cycle(GPUS),
+    strict=False,
+):
+    _op = _name.partition(":")[0]
+    _new = {
+        (_op, _case.gradient, kind)
+        for kind in ("llama", "float32", "head_dim", f"int{_case.bits}")
+        if kind in _name
+    } - _kinds
+    _kinds |= _new
+    _marks = [] if _new else [pytest.mark.slow]
+    LOWERED.append(pytest.param(_op, _case, _gpu, id=f"{_name}, {_gpu}", marks=_marks))
 
 
 @contextlib.contextmanager
@@ -67,7 +75,7 @@ def call(q_dtype, kv_dtype=None, *, head_dim=64, slots=40, kv_heads=2):
     return of, (q, kv, kv, lengths)
 
 
-@pytest.mark.parametrize(("op", "case", "gpu"), LOWERED.values(), ids=LOWERED.keys())
+@pytest.mark.parametrize(("op", "case", "gpu"), LOWERED)
 def test_kernels_can_be_lowered_for_a_gpu_and_auto_picks_them(op, case, gpu):
     with described(gpu):
         text = lowered(functools.partial(case.run, implementation="auto"), *case.shapes())
