@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import re
 
 import numpy as np
@@ -10,67 +9,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from duo_jax.checkpoints.pretrained import load_tokenizer
-from duo_jax.data.documents import load_documents
 from duo_jax.data.passkey_templates import NATO, ORDINALS, tokens_per_word, word_list
-from duo_jax.data.passkeys import (
-    PasskeyConfig,
-    PasskeySampler,
-    TooShortError,
-    sampler_of_first,
-)
+from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
 from tests import models, sentencepiece_style
-
-SMALL = PasskeyConfig(num_passkeys=3, passkey_words=4, min_length=60, max_length=400, num_lengths=5)
-INDICES = range(40)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return models.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
-def make(tokenizer):
-    """Return a function that makes fresh samplers."""
-    documents = load_documents(())[:12]
-
-    def make(config=SMALL, *, seed=0, text=documents, tokenizer=tokenizer, **others):
-        return PasskeySampler(config, tokenizer, text, seed=seed, **others)
-
-    return make
-
-
-# Nothing but passkeys, so that their lengths in tokens matter most.
-BARE = dataclasses.replace(
-    SMALL, min_length=1, intro="", needle="{passkey}\n", closing="", question="", separator="\n"
-)
-
-
-@pytest.fixture(scope="module")
-def coarse_tokenizer(tmp_path_factory):
-    """Return a tokenizer that spells most words: from two to eight tokens each."""
-    folder = models.write_tokenizer(tmp_path_factory.mktemp("coarse"), vocab_size=280)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    sizes = {len(tokenizer(" " + word).input_ids) for word in NATO}
-    assert max(sizes) - min(sizes) >= 3
-    return tokenizer
-
-
-def same(a, b) -> bool:
-    return (
-        np.array_equal(a.tokens, b.tokens)
-        and (a.tail_start, a.answers, a.depths) == (b.tail_start, b.answers, b.depths)
-    )  # fmt: skip
-
-
-def answers_of(sample, tokenizer) -> list[str]:
-    return [tokenizer.decode(sample.tokens[start:stop]) for start, stop in sample.answers]
+from tests.passkeys import BARE, INDICES, SMALL, answers_of, same
 
 
 @pytest.mark.parametrize("scheme", ["first", "legacy"])
@@ -257,123 +200,20 @@ def test_vocabulary_words_are_distinct_and_one_token_each(make, tokenizer):
         assert not set(words) & set(ORDINALS)
 
 
-@pytest.fixture(scope="module")
-def tokenizer_with_bos(folder, tmp_path_factory):
-    """Return the same tokenizer with the post-processor of Llama, which puts bos in front."""
-    raw = json.loads((folder / "tokenizer.json").read_text())
-    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
-    text, pair = ({"Sequence": {"id": x, "type_id": i}} for i, x in enumerate("AB"))
-    raw["post_processor"] = {
-        "type": "TemplateProcessing",
-        "single": [bos, text],
-        "pair": [bos, text, pair],
-        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
-    }
-    target = tmp_path_factory.mktemp("with-bos")
-    (target / "tokenizer.json").write_text(json.dumps(raw))
-    (target / "tokenizer_config.json").write_text((folder / "tokenizer_config.json").read_text())
-    return AutoTokenizer.from_pretrained(target)
-
-
 def test_bos_stands_in_front_exactly_where_the_tokenizer_puts_one(
     make, tokenizer, tokenizer_with_bos
 ):
     assert tokenizer_with_bos("a").input_ids[0] == tokenizer_with_bos.bos_token_id
     assert tokenizer("a").input_ids[0] != tokenizer.bos_token_id
+    samplers = make(), make(tokenizer=tokenizer_with_bos)
     for i in range(5):
-        plain = make().sample(i)
-        marked = make(tokenizer=tokenizer_with_bos).sample(i)
+        plain, marked = (sampler.sample(i) for sampler in samplers)
         assert (marked.tokens == 0).tolist() == [True] + [False] * (marked.tokens.size - 1)
         assert not (plain.tokens == 0).any()
         assert marked.tokens.size % 16 == 0
         assert answers_of(plain, tokenizer) == answers_of(marked, tokenizer_with_bos)
         intro = tokenizer(SMALL.intro, add_special_tokens=False).input_ids
         assert marked.tokens[1 : 1 + len(intro)].tolist() == intro
-
-
-CHANGES = {
-    "num_passkeys": 2,
-    "passkey_words": 3,
-    "words": "vocabulary",
-    "min_length": 100,
-    "max_length": 384,
-    "num_lengths": 2,
-    "intro": "Read this.\n",
-    "needle": "\n{name} key:{passkey}\n",
-    "closing": "\nThe end.\n",
-    "question": "{name} key:",
-    "separator": "\n",
-}
-
-
-def test_every_field_is_listed():
-    assert sorted(CHANGES) == sorted(field.name for field in dataclasses.fields(PasskeyConfig))
-
-
-@pytest.mark.parametrize("field", CHANGES)
-def test_every_field_changes_the_samples(make, field):
-    changed = dataclasses.replace(SMALL, **{field: CHANGES[field]})
-    pairs = zip(map(make().sample, range(8)), map(make(changed).sample, range(8)), strict=True)
-    assert any(not np.array_equal(a.tokens, b.tokens) for a, b in pairs)
-
-
-def test_every_second_sample_is_a_chat(make, tokenizer, tokenizer_with_bos):
-    """The user's message holds all before the questions, and no token is lost or written twice."""
-    plain, chats = make(), make(chat=("[user] ", " [assistant] "))
-    assert same(chats.sample(2), plain.sample(2))
-    sample = chats.sample(3)
-    before, tail = (
-        tokenizer.decode(part)
-        for part in (sample.tokens[: sample.tail_start], sample.tokens[sample.tail_start :])
-    )
-    assert before.startswith("[user] " + SMALL.intro)
-    assert before.endswith(SMALL.closing + " [assistant] ")
-    assert tail == tokenizer.decode(plain.sample(3).tokens[plain.sample(3).tail_start :])
-    assert sample.tokens.size % 16 == 0
-    bos = tokenizer_with_bos.bos_token
-    for opening in ("[user] ", bos + "[user] "):  # templates write it themselves, or do not
-        made = make(tokenizer=tokenizer_with_bos, chat=(opening, "[assistant] "))
-        assert made.sample(1).tokens.tolist().count(tokenizer_with_bos.bos_token_id) == 1
-
-
-def test_templates_stand_where_they_belong(make, tokenizer):
-    marks = {
-        "intro": "<intro>",
-        "needle": "<needle {name}:{passkey}>",
-        "closing": "<closing>",
-        "question": "<question {name}:",
-        "separator": ">",
-    }
-    sample = make(dataclasses.replace(SMALL, **marks)).sample(0)
-    text = tokenizer.decode(sample.tokens)
-    found = re.findall(r"<(intro|needle|closing|question)", text)
-    assert found == ["intro"] + ["needle"] * 3 + ["closing"] + ["question"] * 3
-    for answer in answers_of(sample, tokenizer):
-        assert len(re.findall(rf"<needle (\w+):{answer}>", text)) == 1
-        assert len(re.findall(rf"<question (\w+):{answer}>", text)) == 1
-
-
-BAD_VALUES = {
-    "no passkeys": ({"num_passkeys": 0}, "num_passkeys 0 is not in 1 to 20"),
-    "more passkeys than ordinals": ({"num_passkeys": 21}, "num_passkeys 21"),
-    "no words": ({"passkey_words": 0}, "passkey_words 0 is not a whole number from 1"),
-    "no shortest length": ({"min_length": 0}, "min_length 0 is not a whole number from 1"),
-    "lengths the wrong way round": ({"min_length": 401}, "lengths 401 to 400"),
-    "no lengths": ({"num_lengths": 0}, "num_lengths 0 is not a whole number from 1"),
-    "needle without passkey": ({"needle": "{name}"}, "the needle must hold {passkey}"),
-    "unknown name in the needle": ({"needle": "{who}{passkey}"}, "needle"),
-    "unknown name in the question": ({"question": "{who}?"}, "question"),
-    "single brace in the question": ({"question": "what{?"}, "question"),
-    "positional name in the question": ({"question": "{} {0}?"}, "question"),
-}
-
-
-@pytest.mark.parametrize(("change", "message"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
-def test_bad_values_are_one_clear_line(change, message):
-    with pytest.raises(InputError) as error:
-        dataclasses.replace(SMALL, **change)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_no_room_for_the_passkeys(make):
@@ -404,82 +244,10 @@ def test_where_only_some_samples_have_room_none_is_wrong(make, coarse_tokenizer)
     assert refused > 0
 
 
-def test_text_too_short_names_the_two_ways_out(make):
-    with pytest.raises(InputError, match=r"the text has \d+ tokens.*--text, or lower --max-length"):
-        make(text=["Too short a text for that."])
-
-
-def test_the_first_text_that_is_long_enough_is_taken_and_named(tokenizer):
-    texts = {"short": ["Too short."], "long": load_documents(())[:12], "longer": load_documents(())}
-    sampler, name = sampler_of_first(texts, SMALL, tokenizer, seed=0, stream=2)
-    assert name == "long"
-    expected = PasskeySampler(SMALL, tokenizer, texts["long"], seed=0, stream=2)
-    assert same(sampler.sample(3), expected.sample(3))
-    with pytest.raises(TooShortError):
-        sampler_of_first({"a": [], "b": ["Too short."]}, SMALL, tokenizer, seed=0, stream=2)
-
-
-def test_only_a_text_that_is_too_short_is_passed_over(tokenizer):
-    """Another error would be the same for every text, or hide what is wrong with the first."""
-
-    class Broken(list):
-        def __iter__(self):
-            raise InputError("the first text cannot be read")
-
-    texts = {"broken": Broken(), "long": load_documents(())[:12]}
-    with pytest.raises(InputError, match="the first text cannot be read"):
-        sampler_of_first(texts, SMALL, tokenizer, seed=0, stream=2)
-
-
-def test_text_just_long_enough_serves_every_sample(make, coarse_tokenizer):
-    config = dataclasses.replace(BARE, num_passkeys=1, passkey_words=1, max_length=128)
-    words = "night vault sea " * 100
-    low, high = 0, len(words)
-    while high - low > 1:  # the shortest text that is accepted
-        middle = (low + high) // 2
-        try:
-            make(config, text=[words[:middle]], tokenizer=coarse_tokenizer)
-            high = middle
-        except InputError:
-            low = middle
-    sampler = make(config, text=[words[:high]], tokenizer=coarse_tokenizer)
-    samples = [sampler.sample(i, length=128) for i in range(100)]
-    assert {sample.tokens.size for sample in samples} == {128}
-    assert len({sample.tail_start for sample in samples}) > 1
-
-
 def test_too_few_words_in_the_vocabulary(make):
     config = dataclasses.replace(SMALL, words="vocabulary", passkey_words=30)
     with pytest.raises(InputError, match=r"3 passkeys of 30 distinct words need 90 words; .* \d+"):
         make(config)
-
-
-def test_plain_text_is_a_stretch_of_the_text_as_long_as_the_sample(make, tokenizer_with_bos):
-    text = load_documents(())[:12]
-    sampler = make(tokenizer=tokenizer_with_bos)
-    everything = tokenizer_with_bos("\n\n".join(text), add_special_tokens=False).input_ids
-    starts = set()
-    for i in INDICES:
-        plain = sampler.plain_text(i)
-        assert (plain.tail_start, plain.answers, plain.depths) == (0, (), ())
-        assert plain.tokens.size == sampler.sample(i).tokens.size
-        assert same(plain, make(tokenizer=tokenizer_with_bos).plain_text(i))
-        assert plain.tokens[0] == tokenizer_with_bos.bos_token_id
-        stretch = tokenizer_with_bos.decode(plain.tokens[1:])
-        assert stretch in tokenizer_with_bos.decode(everything) + "\n\n"
-        starts.add(stretch[:20])
-    assert len(starts) > len(INDICES) / 2
-    other_seed = make(tokenizer=tokenizer_with_bos, seed=1).plain_text(0)
-    assert not np.array_equal(other_seed.tokens, sampler.plain_text(0).tokens)
-
-
-def test_plain_text_shorter_than_a_sample_is_all_of_it(make, tokenizer):
-    config = dataclasses.replace(SMALL, min_length=400)
-    words = "night vault sea " * 40
-    sampler = make(config, text=[words])
-    size = len(tokenizer(words + "\n\n").input_ids)
-    assert size < sampler.sample(0).tokens.size
-    assert sampler.plain_text(0).tokens.tolist() == tokenizer(words + "\n\n").input_ids
 
 
 DIGITS = PasskeyConfig(words="digits", num_passkeys=3, min_length=60, max_length=400)
@@ -499,7 +267,7 @@ def test_passkeys_of_digits_are_numbers_of_five_in_sentences_of_their_own(make, 
             assert f"Remember it.{answer} is the {name} pass key." in context
             assert f"What is the {name} pass key? The {name} pass key is{answer}." in tail
         assert sample.tokens.size <= 400
-        assert sample.tokens.size - sample.tail_start <= make(DIGITS).longest_tail()
+        assert sample.tokens.size - sample.tail_start <= sampler.longest_tail()
 
 
 def test_what_was_chosen_stays_beside_digits():
