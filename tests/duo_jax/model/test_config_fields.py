@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax.model import llama
+from duo_jax.model import llama, rope
 from duo_jax.model.config import ModelConfig, RopeConfig
 from duo_jax.model.hf_config import parse_config
 from tests import models
@@ -103,11 +103,15 @@ def test_exempt_fields_really_have_no_effect(field):
     np.testing.assert_array_equal(logits_of(config), logits_of(changed))
 
 
+def rotation_of(config: ModelConfig) -> np.ndarray:
+    return np.stack(rope.rotation(config, jnp.arange(models.LENGTH)[None]))
+
+
 @pytest.mark.parametrize("field", ROPE_CHANGES)
-def test_every_rope_field_is_read(field):
+def test_every_rope_field_changes_the_rotation(field):
     raw, value = ROPE_CHANGES[field]
     config = parse_config(raw)
-    rope = dataclasses.replace(config.rope, **{field: value})
-    assert rope != config.rope
-    changed = dataclasses.replace(config, rope=rope)
-    assert np.abs(logits_of(config) - logits_of(changed)).max() > 1e-3
+    changed = dataclasses.replace(config.rope, **{field: value})
+    assert changed != config.rope
+    differs = rotation_of(config) - rotation_of(dataclasses.replace(config, rope=changed))
+    assert np.abs(differs).max() > 1e-3
