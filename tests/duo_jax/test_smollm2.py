@@ -11,11 +11,14 @@ import pytest
 import duo_jax
 from convert import fetch
 from duo_jax import generate
+from duo_jax.checkpoints import own_pattern
 from duo_jax.checkpoints.gguf import read_config, read_header
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError
+from duo_jax.heads.pattern import load_pattern
 from duo_jax.session.tokenization import load_tokenization
 from tests.golden import gguf_tokens, smollm2
+from train.identify.flags import default_config
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("unhooked")]
 README = pathlib.Path(__file__).parents[2] / "README.md"
@@ -73,9 +76,13 @@ def test_it_finds_a_pass_key(file):
     assert "51934" in answer
 
 
-def test_its_pattern_ships(file):
-    config = duo_jax.load(file).config
-    assert (config.num_retrieval_heads, config.sink_size, config.recent_size) == (45, 16, 256)
+def test_its_pattern_and_presets_ship(file):
+    [shipped] = own_pattern.shipped_patterns()
+    assert own_pattern.find_pattern(file, read_config(file)) == shipped
+    preset = default_config(str(file), file)
+    assert (preset.method, preset.data.words, preset.chats) == ("budget", "digits", True)
+    pattern = load_pattern(shipped)
+    assert (pattern.sink_size, pattern.recent_size) == (preset.sink, preset.recent)
 
 
 def test_it_prints_what_readme_says(file, capsys, monkeypatch):
