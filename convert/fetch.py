@@ -6,9 +6,9 @@ runs. The file is kept in the user's cache folder; DUO_JAX_CACHE names another o
 """
 
 if __name__ == "__main__":  # a signal ends what follows in one line
-    from duo_jax.process import signals
+    from duo_jax.process import startup
 
-    signals.end_at_once()
+    startup.begin()
 
 
 import dataclasses

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from duo_jax.process import signals
+from duo_jax.process import startup
 
 # Modules are imported when they are asked for, so that the list appears at once.
 COMMANDS = {
@@ -21,7 +21,7 @@ def main(args: list[str] | None = None) -> None:
     """Run a command on a list of words; default: the process's own."""
     if args is None:
         args = sys.argv[1:]
-        signals.end_at_once()  # in one line, while the command is imported
+        startup.begin()  # in one line, while the command is imported
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return

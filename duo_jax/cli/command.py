@@ -14,7 +14,7 @@ import tyro
 
 from duo_jax.cli import compile_cache
 from duo_jax.errors import InputError
-from duo_jax.process import signals
+from duo_jax.process import signals, startup
 from kernels.errors import UnsupportedError
 
 Flags = TypeVar("Flags")
@@ -59,6 +59,7 @@ def run(
             compile_cache.switch_on()
         main(flags)
 
+    startup.end()
     signals.run(lambda: _run(command))
 
 

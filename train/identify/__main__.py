@@ -1,9 +1,9 @@
 """Command line of identification."""
 
 if __name__ == "__main__":  # a signal ends what follows in one line: jax takes seconds to import
-    from duo_jax.process import signals
+    from duo_jax.process import startup
 
-    signals.end_at_once()
+    startup.begin()
 
 
 from duo_jax import cli

@@ -297,9 +297,9 @@ IMPORTING = """
 import sys
 for module in {MAINS}:
     __import__(module.removesuffix(".generate"))
-from duo_jax.process import signals
+from duo_jax.process import signals, startup
 assert "jax" not in sys.modules
-signals.end_at_once()
+startup.begin()
 print("ready", flush=True)
 {then}
 """
@@ -338,4 +338,4 @@ def test_a_command_asks_for_that_before_it_imports_anything(module):
     _, _, after_docstring = file.read_text().split('"""', maxsplit=2)
     first = 'if __name__ == "__main__":'
     assert after_docstring.lstrip().startswith(first)
-    assert "signals.end_at_once()" in after_docstring.split("\n\n\n")[0]
+    assert "startup.begin()" in after_docstring.split("\n\n\n")[0]
