@@ -18,10 +18,11 @@ def write(source: pathlib.Path, target: pathlib.Path, *, dtype: str) -> None:
     Raises:
       InputError: the file cannot be read.
     """
-    config = gguf.hf_config(gguf.read_header(source)) | {"dtype": dtype}
-    ends = end_tokens(source)
+    header = gguf.read_header(source)
+    config = gguf.hf_config(header) | {"dtype": dtype}
+    ends = end_tokens(header)
     tokens = {key: config[key] for key in ("bos_token_id", "pad_token_id") if key in config}
     settings = tokens | ({"eos_token_id": ends} if ends else {})
     for name, content in (("config.json", config), ("generation_config.json", settings)):
         (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    load_tokenizer(source).save_pretrained(target)
+    load_tokenizer(header).save_pretrained(target)

@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from duo_jax.cache import check_kv_format
 from duo_jax.checkpoints import pretrained
 from duo_jax.checkpoints.own_pattern import find_pattern
+from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError, quoted
 from duo_jax.heads.choose import split_heads
 from duo_jax.heads.pattern import Pattern
@@ -82,7 +83,8 @@ def load(
     weight_format = check_weight_format(weights)
     dtype = _check_dtype(dtype)
     folder = pretrained.resolve(model)
-    architecture = pretrained.load_config(folder)
+    weight_files = open_weights(folder)
+    architecture = weight_files.architecture
     config, heads = split_heads(
         architecture,
         find_pattern(folder, architecture) if pattern is None else pattern,
@@ -95,7 +97,7 @@ def load(
     if dtype is None and jax.default_backend() == "cpu":
         dtype = np.float32  # CPUs compute in half precision by converting every number
     check_kv_format(config, kv)
-    params = pretrained.load_split_params(folder, heads, dtype=dtype, weights=weight_format)
+    params = pretrained.load_split_params(weight_files, heads, dtype=dtype, weights=weight_format)
     runtime = Runtime(
         config=config,
         params=params,

@@ -142,7 +142,7 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
 
 
 def load_split_params(
-    folder: pathlib.Path,
+    model: pathlib.Path | WeightFiles,
     heads: Bool[np.ndarray, "layers kv_heads"],
     *,
     dtype: DTypeLike | None = None,
@@ -153,22 +153,22 @@ def load_split_params(
     Loads tensor by tensor, so host memory peaks at about one tensor beyond what the device holds.
 
     Args:
-      folder: a Hugging Face folder, a converted checkpoint or a GGUF file.
+      model: a Hugging Face folder, a converted checkpoint or a GGUF file; or one that is open.
       heads: which KV heads are retrieval heads.
       dtype: type to cast to; None keeps the stored type, or takes float32 if there are several.
         Weights are quantised from the stored values, not from values of this type.
       weights: format of the layers' projections, see duo_jax.model.quantised_weights.
 
     Raises:
-      InputError: as `load_params`; or the folder holds weights in another quantised format.
+      InputError: as `load_params`; or the model holds weights in another quantised format.
     """
     check_weight_format(weights)
-    weight_files = open_weights(folder)
+    weight_files = open_weights(model) if isinstance(model, pathlib.Path) else model
     if weight_files.format not in ("model", stored_format(weights)):
         stored = weight_files.format
         fitting = [name for name in get_args(WeightFormat) if stored_format(name) == stored]
         raise InputError(
-            f"{folder} holds {stored} weights: load it with weights {' or '.join(fitting)}, "
+            f"the model holds {stored} weights: load it with weights {' or '.join(fitting)}, "
             f"not {weights}"
         )
 
@@ -214,7 +214,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
     if gguf.is_gguf(folder):
         from duo_jax.checkpoints.gguf import tokenizer  # takes the library `tokenizers`
 
-        return tokenizer.load_tokenizer(folder)
+        return tokenizer.load_tokenizer(gguf.read_header(folder))
     return tokenizer_files.load_tokenizer(folder)
 
 

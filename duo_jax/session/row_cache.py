@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float
 from duo_jax import cache as caches
 from duo_jax import serve
 from duo_jax.cache import Cache
+from duo_jax.session import memory
 from duo_jax.session.limits import Limits
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.timing import Timing
@@ -53,14 +55,14 @@ class RowCache:
         return np.asarray(self.cache.lengths).tolist()
 
     def empty(self, size: int) -> Cache:
-        """Return an empty cache with room for `size` tokens in every row."""
-        return caches.init_cache(
-            self._runtime.config,
-            batch_size=self._batch_size,
-            max_len=self._limits.capacity(size),
-            dtype=self._runtime.dtype,
-            kv=self._runtime.kv_format,
-        )
+        """Return an empty cache with room for `size` tokens in every row.
+
+        Raises:
+          InputError: there is too little memory for it.
+        """
+        config, sizes = self._runtime.config, self._sizes(size)
+        with memory.for_cache(caches.cache_bytes(config, **sizes)):
+            return jax.block_until_ready(caches.init_cache(config, **sizes))
 
     def go_back(self, lengths: Sequence[int]) -> None:
         """Keep the first tokens of every row; all are forgotten where the cache cannot go back.
@@ -91,12 +93,15 @@ class RowCache:
           rows: begin with what the cache holds.
           room: tokens for which the cache should have room beyond the rows.
           progress: called after every chunk.
+
+        Raises:
+          InputError: there is too little memory.
         """
         size = max(map(len, rows)) + room
         ends = zip(self.held, rows, self.logits_at, strict=True)
         if any(held == len(row) != known for held, row, known in ends):
             self.cache = None  # an end is held, but its logits are forgotten: read again
-        self._reserve(size)
+        self.reserve(size)
         done, total = 0, sum(map(len, rows)) - sum(self.held)
         while done < total:
             with self._timing.prefill():
@@ -109,13 +114,28 @@ class RowCache:
         assert self.logits is not None
         return self.logits
 
-    def _reserve(self, size: int) -> None:
-        """Give every row room for `size` tokens."""
+    def reserve(self, size: int) -> None:
+        """Give every row room for `size` tokens.
+
+        Raises:
+          InputError: there is too little memory; what was held still is.
+        """
         capacity = self._limits.capacity(size)
         if self.cache is None:
             self.cache, self.capacity = self.empty(size), capacity
         elif capacity > self.capacity:
-            self.cache, self.capacity = caches.grow(self.cache, max_len=capacity), capacity
+            with memory.for_cache(caches.cache_bytes(self._runtime.config, **self._sizes(size))):
+                larger = caches.grow(self.cache, max_len=capacity)
+                self.cache, self.capacity = jax.block_until_ready(larger), capacity
+
+    def _sizes(self, size: int) -> dict[str, Any]:
+        """Return the arguments of a cache for rows of `size` tokens."""
+        return {
+            "batch_size": self._batch_size,
+            "max_len": self._limits.capacity(size),
+            "dtype": self._runtime.dtype,
+            "kv": self._runtime.kv_format,
+        }
 
     def _read_chunk(self, rows: Rows, *, more: bool) -> int:
         """Read one chunk of every row that is not at its end; return how many tokens.

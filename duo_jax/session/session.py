@@ -102,8 +102,8 @@ class Session:
           progress: called after every chunk, with tokens read and tokens to read.
 
         Raises:
-          InputError: a row would be empty, or longer than the model or the cache allows; nothing
-            has been appended then.
+          InputError: a row would be empty, or longer than the model, the cache or the memory
+            allows; nothing has been appended then.
         """
         if len(tokens) != self.batch_size:
             raise InputError(f"{len(tokens)} rows of tokens for a session of {self.batch_size}")
@@ -128,6 +128,7 @@ class Session:
         if kept != held:  # another text; the logits of its last token are needed
             ends = zip(kept, rows, strict=True)
             self._row_cache.go_back([min(length, len(row) - 1) for length, row in ends])
+        self._row_cache.reserve(max(map(len, rows)) + room)
         self.tokens = rows
         self._row_cache.read(rows, room=room, progress=progress)
 

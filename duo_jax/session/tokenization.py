@@ -183,12 +183,14 @@ def load_tokenization(folder: pathlib.Path) -> Tokenization:
     Raises:
       InputError: there is no usable tokenizer.
     """
-    tokenizer = pretrained.load_tokenizer(folder)
-    stops = {tokenizer.eos_token_id}
     if gguf.is_gguf(folder):
-        from duo_jax.checkpoints.gguf.tokenizer import end_tokens  # as in pretrained
+        from duo_jax.checkpoints.gguf import tokenizer as gguf_tokenizer  # as in pretrained
 
-        stops.update(end_tokens(folder))
+        header = gguf.read_header(folder)
+        tokenizer, ends = gguf_tokenizer.load_tokenizer(header), gguf_tokenizer.end_tokens(header)
+    else:
+        tokenizer, ends = pretrained.load_tokenizer(folder), []
+    stops = {tokenizer.eos_token_id, *ends}
     for name in ("generation_config.json", "config.json"):
         stops.update(_eos_tokens(folder / name))
     stops.discard(None)

@@ -4,6 +4,7 @@ import dataclasses
 import decimal
 import json
 import pathlib
+import types
 
 import huggingface_hub  # noqa: F401  # here, as it takes seconds to import
 import jax.numpy as jnp
@@ -97,13 +98,14 @@ def _patched_load(**given):
     with pytest.MonkeyPatch.context() as patch:
         tokenization = Tokenization(tokenizer=None, stop_tokens=())
         patch.setattr(api, "load_tokenization", lambda _: tokenization)
+        opened = types.SimpleNamespace(architecture=_ARCHITECTURE)
+        patch.setattr(api, "open_weights", lambda _: opened)
         patch.setattr(pretrained, "load_split_params", lambda *_, **__: params)
         return duo_jax.load(**given)
 
 
 @fuzzed(_arguments(_LOAD))
 def test_load_uses_an_argument_or_refuses_it(given, folder):
-    (folder / "config.json").write_text(json.dumps(models.llama()))
     loaded = attempt(lambda: _patched_load(model=folder, **given))
     if loaded is not REFUSED:
         for name in ("sink_size", "recent_size"):

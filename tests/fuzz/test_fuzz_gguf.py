@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from duo_jax.checkpoints.gguf import read_header
-from duo_jax.checkpoints.gguf.tokenizer import load_tokenizer
+from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.checkpoints.weights import open_weights
 from tests import gguf_files, models
 from tests.fuzz.contract import REFUSED, attempt, fuzzed

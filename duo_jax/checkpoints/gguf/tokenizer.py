@@ -9,7 +9,6 @@ of Llama 3 that merges do not reach.
 
 import itertools
 import os
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 
 from duo_jax.checkpoints.chat_template_files import LONGEST_TEMPLATE
 from duo_jax.checkpoints.gguf import pre_tokenizers
-from duo_jax.checkpoints.gguf.header import Header, read_header
+from duo_jax.checkpoints.gguf.header import Header
 from duo_jax.errors import InputError, quoted
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # types of tokens
@@ -36,19 +35,19 @@ _SPECIAL = {
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")  # of a text, a turn, a message
 
 
-def load_tokenizer(path: pathlib.Path) -> Any:
+def load_tokenizer(header: Header) -> Any:
     """Rebuild the tokenizer of a GGUF file.
 
     Returns:
       A transformers tokenizer.
 
     Raises:
-      InputError: the file cannot be read, or holds no tokenizer of a known kind.
+      InputError: the file holds no tokenizer of a known kind.
     """
-    vocabulary = _Vocabulary(read_header(path))
+    vocabulary = _Vocabulary(header)
     kind = vocabulary.entry("model")
     if kind not in _BUILDERS:
-        raise vocabulary.header.refused(
+        raise header.refused(
             f"tokenizer {quoted(kind)} is not supported; supported: {', '.join(_BUILDERS)}"
         )
     # Without PyTorch, transformers warns that it has no models; only its tokenizers are used here.
@@ -60,22 +59,22 @@ def load_tokenizer(path: pathlib.Path) -> Any:
             tokenizer_object=_BUILDERS[kind](vocabulary),
             clean_up_tokenization_spaces=False,
             chat_template=vocabulary.chat_template(),
-            name_or_path=str(path),  # tells tokenizers apart, in the harness's caches too
+            name_or_path=str(header.path),  # tells tokenizers apart, in the harness's caches too
             **vocabulary.special,
         )
     except InputError:
         raise
     except Exception as error:  # of many types, all about the file
-        raise vocabulary.header.refused(f"its tokenizer cannot be built: {error}") from None
+        raise header.refused(f"its tokenizer cannot be built: {error}") from None
 
 
-def end_tokens(path: pathlib.Path) -> list[int]:
+def end_tokens(header: Header) -> list[int]:
     """Return the tokens that end an answer: those of a text, a turn and a message.
 
     Raises:
-      InputError: the file cannot be read, or names a token that it does not have.
+      InputError: the file names a token that it does not have.
     """
-    vocabulary = _Vocabulary(read_header(path))
+    vocabulary = _Vocabulary(header)
     found = (vocabulary.token_id(name) for name in _ENDS)
     return sorted({token for token in found if token is not None})
 

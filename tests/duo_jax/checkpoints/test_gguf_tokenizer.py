@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from duo_jax.checkpoints.gguf.tokenizer import load_tokenizer
+from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.errors import InputError
 from duo_jax.evaluate.harness.command import tokenizer_folder
 from duo_jax.session.tokenization import load_tokenization
