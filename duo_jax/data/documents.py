@@ -10,20 +10,20 @@ import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import IO, cast
+from typing import IO, Any, cast
 
 from duo_jax.data.packed_text import ZstdReader
 from duo_jax.errors import InputError
 from duo_jax.files import is_file, is_folder, reading, shown
-from duo_jax.schema.json_reader import parse_json
+from duo_jax.schema.json_reader import parse_json, parse_list
 
 # Enough for any haystack; reading on would only cost time and memory.
 _MAX_CHARACTERS = 50_000_000
 _AT_LEAST = 512  # characters that a document counts for, or an empty line: packed, it has no size
 _LONGEST_LINE = 1 << 24  # characters of a line of JSON; one with an emoji takes 4 bytes for each
+_PIECE = 1 << 20  # characters, or bytes of a plain text, that are read at once
 _CONTINUING = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 _MOST_FILES = 100_000  # in a folder, before somebody waits for an answer about "/"
-_LARGEST_JSON = 1 << 28  # characters of a file that is one piece of JSON
 # In any case of letters, and packed (.zst) too. A .json file is read where it is named: in folders
 # they hold settings more often than texts.
 _PLAIN = (".txt", ".md", ".rst")
@@ -145,13 +145,15 @@ def _ending(name: str) -> str:
 
 
 def _read_file(path: pathlib.Path) -> Iterator[str]:
-    with reading(path), _open(path) as file:
-        if _ending(path.name) in _LINES:
-            yield from _json_texts(file, path)
-        elif _ending(path.name) == ".json":
-            yield from _json_file(file, path)
-        else:
-            yield _plain_text(file)
+    with reading(path):
+        if _ending(path.name) == ".json":
+            yield from _json_file(path)
+            return
+        with _open(path) as file:
+            if _ending(path.name) in _LINES:
+                yield from _json_texts(file, path)
+            else:
+                yield _plain_text(file)
 
 
 def _open(path: pathlib.Path) -> io.TextIOWrapper:
@@ -164,7 +166,7 @@ def _plain_text(file: io.TextIOWrapper) -> str:
     """Read a text, decoded in one piece: a text that is put together exists twice meanwhile."""
     raw = cast(IO[bytes], file.buffer)
     content, missing = bytearray(), _MAX_CHARACTERS
-    while missing and (piece := raw.read(min(missing, 1 << 20))):
+    while missing and (piece := raw.read(min(missing, _PIECE))):
         missing -= len(piece.translate(None, _CONTINUING))
         content += piece
     rest = raw.read(3)  # of the last character
@@ -175,29 +177,41 @@ def _plain_text(file: io.TextIOWrapper) -> str:
     return content.decode("utf-8")
 
 
-def _json_file(file: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:
-    """Yield the texts of a list or of one object; of lines, where it is more than one of these."""
-    text = file.read(_LARGEST_JSON + 1)
-    if len(text) > _LARGEST_JSON:
+def _json_file(path: pathlib.Path) -> Iterator[str]:
+    """Yield the texts of a list, of lines, or of one object."""
+    with _open(path) as file:
+        while (begin := file.read(_PIECE)).isspace():
+            yield begin
+        if begin.lstrip().startswith("["):
+            records = parse_list(begin, file, shown(path), longest=_LONGEST_LINE)
+            for number, record in enumerate(records):
+                yield _text_or_text_of(record, f"{shown(path)}, entry {number}")
+            return
+    with _open(path) as file:
+        while (line := file.readline(_LONGEST_LINE + 1)).isspace():
+            pass
+        lines = _is_object(line)
+        text = "" if lines else line + file.read(_LONGEST_LINE + 1 - len(line))
+    if lines:
+        with _open(path) as file:
+            yield from _json_texts(file, path)
+    elif len(text) > _LONGEST_LINE:
         raise InputError(
-            f"{shown(path)} has more than {_LARGEST_JSON:,} characters; make it JSON lines (.jsonl)"
+            f"{shown(path)} has more than {_LONGEST_LINE:,} characters; make it JSON lines (.jsonl)"
         )
-    lines = text.strip().split("\n", 1)
-    if len(lines) > 1 and _is_json(lines[0]):
-        yield from _json_texts(io.StringIO(text), path)
-        return
-    value = parse_json(text, shown(path))
-    for number, record in enumerate(value if isinstance(value, list) else [value]):
-        where = f"{shown(path)}, entry {number}" if isinstance(value, list) else shown(path)
-        yield _as_text(record) if isinstance(record, str) else _text_of(record, where)
+    else:
+        yield _text_or_text_of(parse_json(text, shown(path)), shown(path))
 
 
-def _is_json(text: str) -> bool:
+def _text_or_text_of(record: Any, where: str) -> str:
+    return _as_text(record) if isinstance(record, str) else _text_of(record, where)
+
+
+def _is_object(text: str) -> bool:
     try:
-        parse_json(text, "")
+        return isinstance(parse_json(text, ""), dict)
     except InputError:
         return False
-    return True
 
 
 def _json_texts(lines: io.TextIOBase, path: pathlib.Path) -> Iterator[str]:

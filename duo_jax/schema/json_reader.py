@@ -5,11 +5,14 @@ overflows, no key twice in an object (readers differ in which one counts), bound
 number of parts and digits. Types are the business of `duo_jax.schema.check`.
 """
 
+import contextlib
+import io
 import itertools
 import json
 import math
 import pathlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from duo_jax import files
@@ -18,6 +21,9 @@ from duo_jax.errors import InputError, quoted
 MAX_BYTES = 16 << 20  # the largest index of a published model has 9 MB
 _MAX_DEPTH = 64
 _MAX_PARTS = 1_000_000  # values and separators; an empty list has 2 characters, and takes 64 bytes
+_STEP = 1 << 20  # characters of a list that are read at once
+_SPACE = re.compile(r"[ \t\n\r]*")
+_EMPTY_LIST = re.compile(r"\s*\[\s*\]\s*")
 _MAX_DIGITS = 100  # transformers writes an endless model_max_length with 31
 
 
@@ -44,17 +50,84 @@ def parse_json(text: str, where: str) -> Any:
     Raises:
       InputError: with `where` and, where it is known, the place.
     """
-    try:
+    with _about(where):
         _check_number_of_parts(text)
         value = _DECODER.decode(text)
         _check_depth(value, text)
+    return value
+
+
+def parse_list(begin: str, rest: io.TextIOBase, where: str, *, longest: int) -> Iterator[Any]:
+    """Yield the entries of a list, which is never in memory as a whole.
+
+    Args:
+      begin: the first characters of the file, the opening bracket among them.
+      rest: the others.
+      where: the file, for messages.
+      longest: characters that an entry may have.
+
+    Raises:
+      InputError: with `where` and the number of the entry.
+    """
+    if _EMPTY_LIST.fullmatch(begin):
+        return
+    text, at = begin, begin.index("[")  # where an entry's bracket or comma is
+    for number in itertools.count():
+        place = f"{where}, entry {number}"
+        while (found := _entry(text, at + 1, place)) is None:  # cut off, or not JSON
+            more = rest.read(max(_STEP, len(text) - at))
+            text, at = text[at:] + more, 0
+            if not more:
+                raise InputError(f"{place} is not JSON, or the file is cut short")
+            if len(text) > longest:
+                raise InputError(f"{place} is not JSON, or has more than {longest:,} characters")
+            with _about(place):
+                _check_number_of_parts(text)
+        value, at = found
+        yield value
+        if text[at] == "]":
+            break
+    tail = text[at + 1 :]
+    while tail:
+        if not tail.isspace():
+            raise InputError(f"{where} is not JSON: something follows its list")
+        tail = rest.read(_STEP)
+
+
+def _entry(text: str, at: int, where: str) -> tuple[Any, int] | None:
+    """Return a list's entry and where its comma or the closing bracket is; None if it has none."""
+    start = _end_of_space(text, at)
+    try:
+        with _about(where):
+            value, end = _DECODER.raw_decode(text, start)
+            _check_depth(value, text[start:end])
+    except _NotJsonError:
+        return None
+    end = _end_of_space(text, end)
+    return (value, end) if text[end : end + 1] in (",", "]") else None
+
+
+def _end_of_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    assert found is not None, "it matches nothing, too"
+    return found.end()
+
+
+class _NotJsonError(InputError):
+    """The text is not JSON; a longer one that begins with it may be."""
+
+
+@contextlib.contextmanager
+def _about(where: str) -> Iterator[None]:
+    """Have the errors of a block that decodes JSON say where it is."""
+    try:
+        yield
     except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error}") from None
+        raise _NotJsonError(f"{where} is not JSON: {error}") from None
     except RecursionError:
         raise InputError(f"{where} {_TOO_DEEP}") from None
     except InputError as error:
         raise InputError(f"{where} {error}") from None
-    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -87,10 +87,18 @@ def test_anything_else_is_plain_text(tmp_path, name):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ('{"words": 3}', r"a\.json: no text under any of text, content"),
+        ('{"words": 3}', r"a\.json, line 1: no text under any of text, content"),
+        ('{\n"words": 3}', r"a\.json: no text under any of text, content"),
         ('[{"text": "a"}, {"words": 3}]', r"a\.json, entry 1: no text under any of"),
         ('[["a"]]', r"a\.json, entry 0: no text"),
-        ('[{"text": "a"}', r"a\.json is not JSON"),
+        ('[{"text": "a"}', r"a\.json, entry 0 is not JSON, or the file is cut short"),
+        ('["a", 1', r"a\.json, entry 1 is not JSON, or the file is cut short"),
+        ('["a",]', r"a\.json, entry 1 is not JSON, or the file is cut short"),
+        ('["a"] ["b"]', r"a\.json is not JSON: something follows its list"),
+        ('["a", {"text": "b", "text": "c"}]', r"a\.json, entry 1 has the key 'text' twice"),
+        ('["a", ' + "[" * 70 + "]" * 70 + "]", r"a\.json, entry 1 is nested more than 64 deep"),
+        (f"[{'[' * 9999}", r"a\.json, entry 0 is nested more than 64 deep"),
+        (" [\n ] ", r"no text found in .*a\.json$"),
         ('{"text": "a"}\n{"text": ', r"a\.json, line 2 is not JSON"),
         ("3", r"a\.json: no text"),
     ],
@@ -100,10 +108,29 @@ def test_a_json_file_without_texts_is_refused(tmp_path, data, message):
         load_documents([write(tmp_path / "a.json", data)])
 
 
-def test_a_json_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("duo_jax.data.documents._LARGEST_JSON", 100)
-    with pytest.raises(InputError, match=r"a\.json has more than 100 characters; make it JSON lin"):
-        load_documents([write(tmp_path / "a.json", json.dumps(["word" * 30]))])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"text": "word" * 30}, r"a\.json has more than 100 characters; make it JSON lines"),
+        (["a", "word" * 30], r"a\.json, entry 1 is not JSON, or has more than 100 characters"),
+    ],
+)
+def test_json_that_is_too_large_is_refused(tmp_path, monkeypatch, value, message):
+    monkeypatch.setattr("duo_jax.data.documents._LONGEST_LINE", 100)
+    monkeypatch.setattr("duo_jax.data.documents._PIECE", 10)
+    monkeypatch.setattr("duo_jax.schema.json_reader._STEP", 10)
+    with pytest.raises(InputError, match=message):
+        load_documents([write(tmp_path / "a.json", json.dumps(value))])
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("step", [1, 2, 3, 7])
+def test_a_json_list_is_read_in_pieces(tmp_path, monkeypatch, step, indent):
+    monkeypatch.setattr("duo_jax.data.documents._PIECE", step)
+    monkeypatch.setattr("duo_jax.schema.json_reader._STEP", step)
+    texts = ["a", 'b]"},', "[\\", "\U0001f600" * 9, {"text": "c", "more": [1, {"d": 2.5}]}]
+    data = json.dumps(texts, indent=indent, ensure_ascii=step % 2 > 0)
+    assert load_documents([write(tmp_path / "a.json", data)]) == [*texts[:-1], "c"]
 
 
 @pytest.mark.parametrize("limit", range(1, 12))
