@@ -93,7 +93,9 @@ def load(
         sink_size=sink_size,
         recent_size=recent_size,
     )
-    tokenization = load_tokenization(folder)
+    tokenization = dataclasses.replace(
+        load_tokenization(folder), max_tokens=architecture.max_positions
+    )
     if dtype is None and jax.default_backend() == "cpu":
         dtype = np.float32  # CPUs compute in half precision by converting every number
     check_kv_format(config, kv)

@@ -36,7 +36,10 @@ def quoted(value: Any) -> str:
         return f"a whole number of {value.bit_length():,} bits"
     elif isinstance(value, list | tuple | dict | set) and len(value) > _LONGEST_QUOTED:
         return f"a {type(value).__name__} of {len(value):,}"
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:  # of what it holds, such as such a number
+        return f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= _LONGEST_QUOTED else f"{text[:_LONGEST_QUOTED]}..."
 
 

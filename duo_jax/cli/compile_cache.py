@@ -3,7 +3,8 @@
 jax writes and reads entries under a lock, so that processes may share the folder, and throws out
 what was not used for longest. An entry is its program, then the time of its latest use in a second
 file; a process that is killed in between leaves an entry that jax would find damaged again and
-again, so entries that lack one of the two are removed first.
+again, so entries that lack one of the two are removed first. Programs are packed with a checksum,
+which jax leaves out but checks where there is one: what is damaged is compiled again.
 """
 
 import os
@@ -12,6 +13,8 @@ import sys
 import warnings
 
 import jax
+import zstandard
+from jax._src import compilation_cache
 
 from duo_jax.cli.user_cache import user_cache
 from duo_jax.errors import InputError
@@ -60,9 +63,15 @@ def switch_on() -> None:
         return
     # What jax cannot read or write in the middle of a run, it compiles.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation")
+    compilation_cache.compress_executable = _compress
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+
+
+def _compress(program: bytes) -> bytes:
+    """Do what jax's function of this name does, with a checksum in the frame."""
+    return zstandard.ZstdCompressor(write_checksum=True).compress(program)
 
 
 def _tidy(place: pathlib.Path) -> bool:

@@ -16,10 +16,12 @@ from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import convert
 from duo_jax.schema.json_reader import read_json
-from duo_jax.schema.kinds import Size
+from duo_jax.schema.kinds import LARGEST_INT32, Size
 from duo_jax.session import chat_template
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
+_LONG_TEXT = 1 << 19  # characters; shorter ones are encoded before they are counted
+_NORMALISED = 4  # characters that a normaliser may make one of
 _OF_THE_CHAT = frozenset(["messages", "add_generation_prompt"])  # no variables for users to set
 
 
@@ -29,6 +31,7 @@ class Tokenization:
 
     tokenizer: Any  # of transformers
     stop_tokens: tuple[int, ...]
+    max_tokens: int = LARGEST_INT32  # the model's range
 
     def encode(
         self, text: str, *, continues: bool = False, before: Sequence[int] = ()
@@ -42,13 +45,13 @@ class Tokenization:
           before: the tokens of that row.
 
         Raises:
-          InputError: the text is empty.
+          InputError: the text is empty, or too long for the model whatever its tokens are.
         """
         if not isinstance(text, str):
             raise InputError(f"a text is needed, not {quoted(text)}")
         if not text:
             raise InputError("the prompt is empty")
-        _check_characters(text, "the prompt")
+        self._check(text, "the prompt")
         if continues:
             return self._pieces.encode(text, before=before)
         return self._encode(text, special=True)
@@ -113,7 +116,7 @@ class Tokenization:
           InputError: the model has no chat template, or it cannot render these messages.
         """
         text = self.render_chat(messages, answer=answer, variables=variables)
-        _check_characters(text, "the chat")
+        self._check(text, "the chat")
         whole = self._encode(text, special=False)  # the template writes the special tokens itself
         kept, place = self._shared(text, before)
         if whole[: len(kept)] == kept:
@@ -123,6 +126,23 @@ class Tokenization:
     def encode_markup(self, text: str) -> list[int]:
         """Tokenise the beginning of a rendered chat, which holds its own special tokens."""
         return self._encode(text, special=False)
+
+    def _check(self, text: str, name: str) -> None:
+        """Refuse what is no text, or longer than any tokens that the model has a range for.
+
+        A token takes 300 bytes while a text is encoded. Normalisers may make one character of a
+        few; a text of spaces alone, which some tokens swallow, is the only one refused wrongly.
+        """
+        _check_characters(text, name)
+        if len(text) > _LONG_TEXT and len(text) > self._most_characters:
+            raise InputError(
+                f"{len(text):,} characters are too many: the model's range is "
+                f"{self.max_tokens:,} tokens"
+            )
+
+    @functools.cached_property
+    def _most_characters(self) -> int:
+        return self.max_tokens * _NORMALISED * max(map(len, self.tokenizer.get_vocab()))
 
     @functools.cached_property
     def _pieces(self) -> PieceEncoder:

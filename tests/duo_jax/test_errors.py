@@ -100,3 +100,8 @@ def test_another_train_package_in_an_environment(site, tmp_path):
     (other / "train").mkdir(parents=True)
     (other / "train" / "__init__.py").touch()
     assert f"'train' (not installed by pip) is at {other}" in importing(other, site, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("value", [{"a": 1 << 99_999}, [1 << 99_999]], ids=["dict", "list"])
+def test_what_holds_numbers_that_python_does_not_write_is_named(value):
+    assert errors.quoted(value) == f"a {type(value).__name__} that cannot be shown"

@@ -145,3 +145,14 @@ def test_python_code_keeps_nothing_by_itself():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert out.stdout == "None\n"
+
+
+def test_a_program_of_which_a_bit_is_another_is_compiled_again(tmp_path):
+    """Unpacked without a checksum, most of them become another program without a word."""
+    assert finish(start(DUO_JAX_COMPILE_CACHE=str(tmp_path)))[0] == 0
+    for file in tmp_path.glob("*-cache"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    found, _, said = finish(start(DUO_JAX_COMPILE_CACHE=str(tmp_path)))
+    assert (found, said) == (0, "")

@@ -252,3 +252,19 @@ def test_a_turn_reads_only_what_is_new(scheme, model_of):
     new = tokens_of(" </s><s>[INST] who did it? [/INST]", model.tokenization)
     assert chat.session.tokens[0] == [*tokens[:-1], *new]
     assert chat.session.timing.prefill_tokens - before == len(new)
+
+
+class OneTokenForThree:
+    def get_vocab(self):
+        return {"a": 0, "abc": 1}
+
+    def __call__(self, text, **_):
+        return {"input_ids": [1] * (len(text) // 3)}
+
+
+def test_a_text_beyond_the_model_s_range_is_refused_before_it_is_encoded(monkeypatch):
+    monkeypatch.setattr("duo_jax.session.tokenization._LONG_TEXT", 10)
+    tokenization = Tokenization(tokenizer=OneTokenForThree(), stop_tokens=(), max_tokens=5)
+    assert len(tokenization.encode("abc" * 20)) == 20  # refused where tokens are counted
+    with pytest.raises(InputError, match="63 characters are too many: the model's range is 5 tok"):
+        tokenization.encode("abc" * 21)
