@@ -63,6 +63,18 @@ def is_folder(path: str | pathlib.Path) -> bool:
     return stat.S_ISDIR(_mode(path))
 
 
+def absolute(path: str | pathlib.Path) -> pathlib.Path:
+    """Return a path from the root.
+
+    Raises:
+      InputError: it begins at the current folder, which was removed.
+    """
+    try:
+        return pathlib.Path(path).absolute()
+    except FileNotFoundError:
+        raise InputError(f"{shown(path)}: the current folder was removed") from None
+
+
 @contextlib.contextmanager
 def reading(path: str | pathlib.Path) -> Iterator[None]:
     """Turn errors of a block that only reads `path` into an InputError about it.
@@ -224,7 +236,7 @@ def check_file(path: str | pathlib.Path) -> None:
     """
     if is_folder(path):  # "" is the current one
         raise InputError(f"{shown(path)} cannot be written: it is a folder; name a file")
-    if not is_folder(pathlib.Path(path).absolute().parent):
+    if not is_folder(absolute(path).parent):
         raise InputError(f"{shown(path)} cannot be written: its folder does not exist")
 
 

@@ -239,7 +239,7 @@ def _check_new(folder: pathlib.Path) -> None:
     """Refuse a folder that could not be made at the end, before any work is done."""
     if files.exists(folder):
         raise InputError(f"{folder} already exists; remove it or choose another name")
-    parent = next(parent for parent in folder.absolute().parents if files.exists(parent))
+    parent = next(parent for parent in files.absolute(folder).parents if files.exists(parent))
     if not files.is_folder(parent):
         raise InputError(f"{folder} cannot be written: {parent} is not a folder")
     if not os.access(parent, os.W_OK | os.X_OK):

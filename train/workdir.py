@@ -59,7 +59,7 @@ class WorkDir:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         with files.writing(path), quiet_orbax():  # it looks at what is there
-            self._checkpoints = _open((path / "checkpoints").absolute())
+            self._checkpoints = _open(files.absolute(path / "checkpoints"))
 
     def restore(self, state: State) -> State:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.

@@ -29,7 +29,7 @@ from duo_jax.checkpoints import tensor_info, tensor_names
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.errors import InputError, quoted
-from duo_jax.files import exists
+from duo_jax.files import absolute, exists
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
@@ -70,7 +70,7 @@ class CheckpointFiles:
     def __init__(self, folder: pathlib.Path, architecture: ModelConfig) -> None:
         self.architecture = architecture
         self.tensors = tensor_names.tensors(architecture)
-        self._path = folder.absolute() / PARAMS_FOLDER
+        self._path = absolute(folder) / PARAMS_FOLDER
         self.format: StoredFormat
         self.format, self._digests = _read_marker(folder / MARKER_FILE)
         self._metadata = self._read_metadata()

@@ -27,7 +27,7 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
     Raises:
       InputError: the folder cannot be written, or holds a run of another configuration.
     """
-    existing = next(p for p in (path, *path.absolute().parents) if files.exists(p))
+    existing = next(p for p in (path, *files.absolute(path).parents) if files.exists(p))
     if not files.is_folder(existing) or not os.access(existing, os.W_OK):
         raise InputError(f"workdir {path} cannot be written")
     file = path / _CONFIG_FILE

@@ -236,3 +236,12 @@ def test_a_folder_without_write_permission_is_one_clear_line(tmp_path):
         pass
     with pytest.raises(InputError, match="cannot be written: Permission denied"):
         files.write_text(tmp_path / "a", "x")
+
+
+def test_a_current_folder_that_was_removed_is_said(tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(InputError, match=r"^a\.txt: the current folder was removed$"):
+        files.write_text("a.txt", "")
+    assert files.absolute(tmp_path) == tmp_path
