@@ -19,7 +19,7 @@ from duo_jax.errors import InputError, cut, quoted
 from duo_jax.process import locks, signals
 
 _LONGEST_SHOWN = 200  # characters of a path in a message
-_LARGEST_TEXT = 1 << 28  # bytes; a text of 4M tokens has about 20 MB
+LARGEST_TEXT = 3 << 24  # bytes, or characters of 4; a text of 4M tokens has about 20 MB
 _LONGEST_WAIT = 10.0  # seconds for another process to write a file of the same name
 # What a disk or its permissions refuse, wherever in a block of code it happens.
 _REFUSALS = (
@@ -151,7 +151,7 @@ def check_name(path: str | pathlib.Path) -> None:
 
 
 def read_text(
-    path: str | pathlib.Path, *, max_bytes: int = _LARGEST_TEXT, pipes: bool = False
+    path: str | pathlib.Path, *, max_bytes: int = LARGEST_TEXT, pipes: bool = False
 ) -> str:
     """Read a UTF-8 text file.
 

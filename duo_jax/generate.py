@@ -181,7 +181,10 @@ def _read_file(file: pathlib.Path) -> str:
     with files.reading(file):
         if sys.stdin is None:
             raise InputError("standard input is closed")
-        return sys.stdin.read()
+        text = sys.stdin.read(files.LARGEST_TEXT + 1)  # as of a file; a pipe may have no end
+        if len(text) > files.LARGEST_TEXT:
+            raise InputError(f"standard input has more than {files.LARGEST_TEXT:,} characters")
+        return text
 
 
 def _turns(prompt: str | None) -> Iterator[str]:

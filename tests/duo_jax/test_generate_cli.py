@@ -96,6 +96,14 @@ def test_a_file_comes_before_the_prompt(run, expected, tmp_path, monkeypatch):
     assert run("--prompt-file", "-", *words)[0] == expected + "\n"
 
 
+def test_standard_input_without_an_end_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("duo_jax.files.LARGEST_TEXT", 10)
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 11))
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--prompt-file", "-", "--no-compile-cache"])
+    assert capsys.readouterr().err == "error: standard input has more than 10 characters\n"
+
+
 def test_a_saved_book_answers_as_if_read_now(run, expected, tmp_path):
     read_only = ("--max-new-tokens", 0)
     out, err = run("--prompt", TEXT, "--save-cache", tmp_path / "book", settings=read_only)
