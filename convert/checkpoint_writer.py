@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from duo_jax.checkpoints.orbax_checkpoint import nested, quiet_orbax, stored_shapes
+from duo_jax.checkpoints.orbax_checkpoint import nested, orbax_path, quiet_orbax, stored_shapes
 from duo_jax.checkpoints.tensor_info import cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.checkpoints.weights import WeightFiles, read_array
@@ -60,7 +60,7 @@ def write_params(
     """
     from orbax.checkpoint.experimental import v1 as ocp
 
-    path = path.absolute()
+    path = orbax_path(path)
     context, digests = ocp.Context(), {}
     context.array.saving.storage_options.chunk_byte_size = _CHUNK
     with context:

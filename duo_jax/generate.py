@@ -8,7 +8,6 @@ if __name__ == "__main__":  # a signal ends what follows in one line: jax takes 
 
 import contextlib
 import dataclasses
-import io
 import os
 import pathlib
 import sys
@@ -101,8 +100,6 @@ def generate(flags: GenerateConfig) -> None:
     """
     if flags.save_cache is not None:
         _check_new(flags.save_cache)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
-        sys.stdout.reconfigure(errors="replace")
     prompt, shown = _prompt(flags)
     loaded = flags.load()
     settings: dict[str, Any] = {"max_len": flags.max_len}

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from msgspec import Meta
 
 from duo_jax import files
-from duo_jax.checkpoints.orbax_checkpoint import quiet_orbax
+from duo_jax.checkpoints.orbax_checkpoint import orbax_path, quiet_orbax
 from duo_jax.cli import workdir
 from duo_jax.errors import InputError, cut
 from duo_jax.process import signals
@@ -59,7 +59,7 @@ class WorkDir:
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
         with files.writing(path), quiet_orbax():  # it looks at what is there
-            self._checkpoints = _open(files.absolute(path / "checkpoints"))
+            self._checkpoints = _open(orbax_path(path / "checkpoints"))
 
     def restore(self, state: State) -> State:
         """Return the latest checkpoint, or `state` where there is none; metrics are cut to fit.
@@ -83,7 +83,8 @@ class WorkDir:
             except Exception as error:  # orbax and tensorstore have no common error for damage
                 signals.check()  # which they may have turned into it
                 damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            gc.collect()  # while orbax' late complaints are still silenced
+            with quiet_orbax():  # asyncio complains of lost tasks when they are collected
+                gc.collect()
         else:
             if damaged:
                 raise InputError(

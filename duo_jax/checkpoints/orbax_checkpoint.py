@@ -19,6 +19,7 @@ import logging
 import pathlib
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -48,6 +49,7 @@ PARAMS_FOLDER = "params"
 FORMAT = "duo_jax checkpoint"
 VERSION = 1
 QUANTISED_VERSION = 2  # readers that predate quantised weights refuse it
+_COMPLAINING = ("absl", "asyncio")  # loggers, of what is raised as well
 _LONGEST_WAIT = 30.0  # seconds for orbax' threads to end after an error
 
 
@@ -60,6 +62,20 @@ class _Marker(msgspec.Struct):
     weights: str | None = None
 
 
+def orbax_path(folder: pathlib.Path) -> pathlib.Path:
+    """Return a folder's path as orbax needs it: from the root, and in UTF-8.
+
+    Raises:
+      InputError: the path has other bytes, or the current folder was removed.
+    """
+    path = absolute(folder)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: a checkpoint's path must be UTF-8") from None
+    return path
+
+
 class CheckpointFiles:
     """Tensors of a converted checkpoint.
 
@@ -70,7 +86,7 @@ class CheckpointFiles:
     def __init__(self, folder: pathlib.Path, architecture: ModelConfig) -> None:
         self.architecture = architecture
         self.tensors = tensor_names.tensors(architecture)
-        self._path = absolute(folder) / PARAMS_FOLDER
+        self._path = orbax_path(folder / PARAMS_FOLDER)
         self.format: StoredFormat
         self.format, self._digests = _read_marker(folder / MARKER_FILE)
         self._metadata = self._read_metadata()
@@ -144,15 +160,18 @@ def quiet_orbax() -> Iterator[None]:
     for. It ends its event loops at the first error of many; tasks that are left would go on
     writing, and complain that their loop is closed. So its loops end when their tasks have.
     """
-    absl, before = logging.getLogger("absl"), set(threading.enumerate())
-    level = absl.level
+    before = set(threading.enumerate())
+    levels = {logging.getLogger(name): logging.getLogger(name).level for name in _COMPLAINING}
     modules = [sys.modules[name] for name in ("asyncio", "uvloop") if name in sys.modules]
     makers = [module.new_event_loop for module in modules]
-    absl.setLevel(logging.CRITICAL)
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
     for module in modules:
         vars(module)["new_event_loop"] = _PatientLoop
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
     except Exception:
         for thread in set(threading.enumerate()) - before:
             if type(thread).__module__.startswith("orbax."):
@@ -161,7 +180,8 @@ def quiet_orbax() -> Iterator[None]:
     finally:
         for module, maker in zip(modules, makers, strict=True):
             vars(module)["new_event_loop"] = maker
-        absl.setLevel(level)
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):

@@ -12,6 +12,7 @@ from typing import NoReturn, TypeVar
 import jax
 import tyro
 
+from duo_jax import files
 from duo_jax.cli import compile_cache
 from duo_jax.errors import InputError
 from duo_jax.process import signals, startup
@@ -55,11 +56,14 @@ def run(
     def command() -> None:
         start = None if default is None else default()
         flags = _parse(flags_type, prog=prog, description=description, default=start, args=words)
+        files.absolute(".")  # transformers cannot be imported in a folder that was removed
         if keep_programs:
             compile_cache.switch_on()
         main(flags)
 
     startup.end()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal that lacks a character shows "?"
+        sys.stdout.reconfigure(errors="replace")
     signals.run(lambda: _run(command))
 
 

@@ -56,9 +56,10 @@ def switch_on() -> None:
     try:
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         locked = _tidy(place)
-    except OSError as error:
-        locked = False
-        print(f"{place} cannot be used ({error.strerror}): programs are not kept", file=sys.stderr)
+        str(place).encode()  # jax takes no other names
+    except (OSError, UnicodeEncodeError) as error:
+        locked, reason = False, getattr(error, "strerror", "no UTF-8")
+        print(f"{place} cannot be used ({reason}): programs are not kept", file=sys.stderr)
     if not locked:
         return
     # What jax cannot read or write in the middle of a run, it compiles.

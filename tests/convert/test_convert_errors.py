@@ -302,3 +302,9 @@ def test_help_reads_well():
 
 def _repository() -> pathlib.Path:
     return pathlib.Path(__file__).parents[2]
+
+
+def test_a_checkpoint_whose_name_is_not_utf_8(folder, tmp_path, assert_refused):
+    """A legal name, but orbax takes no other than UTF-8."""
+    assert_refused("must be UTF-8", folder, tmp_path / "a\udcff")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

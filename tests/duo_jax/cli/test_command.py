@@ -1,6 +1,7 @@
 """Errors of commands: one line for what they refuse, a traceback for a defect."""
 
 import dataclasses
+import io
 import signal
 import subprocess
 import sys
@@ -44,6 +45,20 @@ def test_flags_reach_the_command():
     seen = []
     run(seen.append, "--number", "3")
     assert seen == [Flags(number=3)]
+
+
+def test_a_current_folder_that_was_removed_is_said(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert error_line(capsys, lambda _: None).endswith("the current folder was removed")
+
+
+def test_what_a_terminal_cannot_show_is_a_question_mark(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    run(lambda _: print("caf\xe9 \udcff", flush=True))
+    assert out.buffer.getvalue() == b"caf? ?\n"
 
 
 def refuse(_: Flags) -> None:

@@ -1,10 +1,12 @@
 """Programs that commands keep: found again, shared, bounded, and never in the way."""
 
 import dataclasses
+import io
 import os
 import pathlib
 import subprocess
 import sys
+import types
 import warnings
 
 import jax
@@ -89,6 +91,17 @@ def test_a_folder_that_cannot_be_used_costs_one_line(tmp_path):
     found, where, said = finish(start(DUO_JAX_COMPILE_CACHE=str(place)))
     assert (found, where) == (0, "None")
     assert said == f"{place} cannot be used (Not a directory): programs are not kept\n"
+
+
+def test_a_folder_that_jax_cannot_name_costs_one_line(tmp_path, monkeypatch):
+    said = io.TextIOWrapper(io.BytesIO(), errors="backslashreplace")  # as Python opens it
+    monkeypatch.setattr(sys, "stderr", said)
+    monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "a\udcff"))
+    config = types.SimpleNamespace(values={"jax_compilation_cache_dir": None})
+    monkeypatch.setattr(jax, "config", config)
+    compile_cache.switch_on()
+    said.flush()
+    assert said.buffer.getvalue().endswith(b" cannot be used (no UTF-8): programs are not kept\n")
 
 
 def test_who_tells_jax_where_is_obeyed(tmp_path):
