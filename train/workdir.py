@@ -73,17 +73,17 @@ class WorkDir:
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._checkpoints.all_steps(), reverse=True):
-            try:
-                with quiet_orbax():
-                    found = self._read(step, state)
-                if int(found.step) != step:  # its folder was renamed, or copied
-                    raise ValueError(f"it holds the state of step {int(found.step):,}")
-                state = found
-                break
-            except Exception as error:  # orbax and tensorstore have no common error for damage
-                signals.check()  # which they may have turned into it
-                damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            with quiet_orbax():  # asyncio complains of lost tasks when they are collected
+            with quiet_orbax():  # asyncio complains of lost tasks when their errors are forgotten
+                try:
+                    with quiet_orbax():
+                        found = self._read(step, state)
+                    if int(found.step) != step:  # its folder was renamed, or copied
+                        raise ValueError(f"it holds the state of step {int(found.step):,}")
+                    state = found
+                    break
+                except Exception as error:  # orbax and tensorstore have no common one for damage
+                    signals.check()  # which they may have turned into it
+                    damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
                 gc.collect()
         else:
             if damaged:
