@@ -9,7 +9,7 @@ def begin() -> None:
     """Have signals end the process at once, and put the collection of garbage off.
 
     For the first line of what is the process's main module. Imports make no garbage, but so many
-    objects that Python looks them all through several times: a tenth of the whole start.
+    objects that Python looks them all through several times: a fifth of the whole start.
     """
     signals.end_at_once()
     gc.disable()
