@@ -43,7 +43,7 @@ class Rival:
         self.versions: dict[str, str] = self._answer()
 
     def measure(self, what: str, **request: Any) -> dict[str, Any]:
-        """Ask for "decode" or "prefill" with the arguments of the worker's method of that name.
+        """Ask for a measurement, such as "decode", with the arguments of the worker's function.
 
         Raises:
           RivalError: the worker died; its last words are in the message.
@@ -108,6 +108,17 @@ def _worker(
 ) -> Iterator[Rival]:
     command = [str(python.absolute()), "-m", "benchmarks.serving.rival_worker", library]
     command += [str(folder.absolute()), dtype, str(machine.cores())]
+    with started(library, command) as rival:
+        yield rival
+
+
+@contextlib.contextmanager
+def started(library: str, command: Sequence[str]) -> Iterator[Rival]:
+    """Start a worker and end it afterwards.
+
+    Raises:
+      RivalError: it died before it answered.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         log = pathlib.Path(scratch) / "stderr"
         with (

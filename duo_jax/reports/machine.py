@@ -7,10 +7,12 @@ import platform
 import shlex
 import sys
 import time
+from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 _CPUINFO = pathlib.Path("/proc/cpuinfo")
 
@@ -58,6 +60,25 @@ def read_bandwidth(*, size: int = 1 << 30, repeats: int = 5) -> float:
         total(values).block_until_ready()
         best = min(best, time.perf_counter() - began)
     return size / best
+
+
+def copy_bandwidth(*, size: int = 1 << 28, repeats: int = 5) -> float:
+    """Return the bytes per second that all cores together read and write, the best of some copies.
+
+    Args:
+      size: bytes that are copied, by every core a part; more than caches hold.
+      repeats: copies.
+    """
+    workers = cores()
+    parts = np.split(np.ones((workers, size // workers), np.uint8), workers)
+    copies = [np.zeros_like(part) for part in parts]
+    best = float("inf")
+    with futures.ThreadPoolExecutor(workers) as pool:
+        for _ in range(repeats):
+            began = time.perf_counter()
+            list(pool.map(np.copyto, copies, parts))
+            best = min(best, time.perf_counter() - began)
+    return 2 * sum(part.nbytes for part in parts) / best
 
 
 def _device_name() -> str:
