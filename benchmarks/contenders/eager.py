@@ -15,7 +15,6 @@ class Eager:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         torch.set_num_threads(settings["threads"])
-        torch.set_grad_enabled(False)
         path, file = pathlib.Path(settings["model"]), {}
         if path.is_file():
             path, file = path.parent, {"gguf_file": path.name}
@@ -25,8 +24,9 @@ class Eager:
         self._static = settings["cache"] == "StaticCache"
         self.versions = {"transformers": transformers.__version__, "torch": torch.__version__}
 
+    @torch.inference_mode()
     def generate(self, tokens: list[int], count: int) -> Iterator[int]:
-        """What its own `generate` does, without looking for ends and without its options."""
+        """Do what its own `generate` does, without looking for ends and without its options."""
         cache: transformers.Cache = transformers.DynamicCache()
         if self._static:
             most = len(tokens) + count
