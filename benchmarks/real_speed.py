@@ -68,7 +68,7 @@ class RealSpeedFlags:
     """Sinks of the streaming heads."""
     recent: Count = 256
     """Recent tokens of the streaming heads."""
-    weights: tuple[WeightFormat, ...] = ("int8", "int4")
+    weights: tuple[WeightFormat, ...] = ()
     """Formats of weights to measure beside the model's own, with full caches."""
     others: tuple[Other, ...] = ("transformers", "llama.cpp")
     """Other programs to measure."""

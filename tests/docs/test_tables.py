@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import budgets, gpu_table, identify, logits_error, quantised, results_page
+from benchmarks.contenders.report import REPORT as REAL_SPEED
 from benchmarks.quality import published
 from benchmarks.serving import report as serving_report
 from duo_jax.cache import KVFormat
@@ -91,6 +92,21 @@ def test_serving_tables_are_those_of_the_committed_benchmarks(name):
     assert made_by.to_markdown(result) + "\n" == (RESULTS / f"{name}.md").read_text()
     benchmark = name.removesuffix("_kv")
     assert result["command"].startswith(f"python -m benchmarks.{benchmark}")
+
+
+def test_table_of_a_real_model_is_that_of_the_committed_run_or_says_that_there_is_none():
+    file = RESULTS / "real_speed.json"
+    if not file.is_file():
+        assert "No run is committed yet." in page("benchmarks")
+        return
+    result = json.loads(file.read_text())
+    assert REAL_SPEED.to_markdown(result) in page("benchmarks")
+    assert f"copies {result['copy_bandwidth'] / 1e9:.0f} GB/s" in page("benchmarks")
+    for length in {row["length"] for row in result["rows"]}:
+        rows = {row["name"]: row for row in result["rows"] if row["length"] == length}
+        for part in ("prefill_ratio", "decode_ratio"):
+            eager = [row.get(part, 0) for name, row in rows.items() if "transformers" in name]
+            assert max(eager, default=0) <= 1 <= rows["duo 50%"][part]
 
 
 def test_results_page_is_that_of_the_committed_files(tmp_path, monkeypatch):
