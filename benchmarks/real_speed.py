@@ -19,7 +19,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -230,38 +230,45 @@ def _rows(
     running: Sequence[tuple[Contender, Rival]],
     tokens: list[int],
     copy_bandwidth: float,
-) -> Iterator[dict[str, Any]]:
-    """Yield a row for each contender at one length."""
+) -> list[dict[str, Any]]:
+    """Return a row for each contender at one length."""
     request = {"tokens": tokens, "count": flags.new_tokens}
     loaded = [rival.measure("warm_up", **request)["peak_bytes"] for _, rival in running]
     answers: list[list[dict[str, Any]]] = [[] for _ in running]
     for _ in range(flags.rounds):
         for (_, rival), mine in zip(running, answers, strict=True):
             mine.append(rival.measure("generate", **request))
-    steps = flags.new_tokens - 1
-    for (contender, _), mine, peak in zip(running, answers, loaded, strict=True):
-        prefill = timing.summary([len(tokens) / one["prefill_seconds"] for one in mine])
-        decode = timing.summary([steps / one["decode_seconds"] for one in mine])
-        bytes_per_second = mine[0]["step_bytes"] * decode["median"]
-        row = {
+    of_all = zip(running, answers, loaded, strict=True)
+    rows = [
+        {
             "length": len(tokens),
             "name": contender.name,
             "weights": contender.weights,
-            "prefill": prefill,
-            "decode": decode,
-            "step_bytes": mine[0]["step_bytes"],
-            "gb_per_second": bytes_per_second / 1e9,
-            "peak_bytes": max(one["peak_bytes"] for one in mine),
             "start_peak_bytes": peak,
             "same_tokens": _agreement(mine[0]["tokens"], answers[0][0]["tokens"]),
-            "absurd": bytes_per_second < ABSURD * copy_bandwidth and contender.module != "duo",
+            **_speeds(mine, len(tokens), steps=flags.new_tokens - 1),
         }
-        if contender.name == FULL:
-            full = row
+        for (contender, _), mine, peak in of_all
+    ]
+    for row, (contender, _) in zip(rows, running, strict=True):
+        slowest = ABSURD * copy_bandwidth / 1e9
+        row["absurd"] = contender.module != "duo" and row["gb_per_second"] < slowest
         if not row["absurd"]:
             for part in ("prefill", "decode"):
-                row[f"{part}_ratio"] = row[part]["median"] / full[part]["median"]
-        yield row
+                row[f"{part}_ratio"] = row[part]["median"] / rows[0][part]["median"]
+    return rows
+
+
+def _speeds(runs: list[dict[str, Any]], length: int, *, steps: int) -> dict[str, Any]:
+    """Return what the runs of one contender give, in tokens and bytes per second."""
+    decode = timing.summary([steps / run["decode_seconds"] for run in runs])
+    return {
+        "prefill": timing.summary([length / run["prefill_seconds"] for run in runs]),
+        "decode": decode,
+        "step_bytes": runs[0]["step_bytes"],
+        "gb_per_second": runs[0]["step_bytes"] * decode["median"] / 1e9,
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+    }
 
 
 def _agreement(tokens: list[int], others: list[int]) -> int:

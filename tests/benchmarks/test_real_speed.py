@@ -56,7 +56,7 @@ def rows(full, other, *, module="eager"):
         for name, module, runs in named
     ]
     flags = RealSpeedFlags(new_tokens=3, rounds=len(full))
-    return list(real_speed._rows(flags, running, [0] * 8, COPY))
+    return real_speed._rows(flags, running, [0] * 8, COPY)
 
 
 def test_speeds_are_medians_over_rounds():
