@@ -31,7 +31,21 @@ def _draw(report: Report, result: Result) -> Any:
     return figure
 
 
-REPORT = Report(
+class _OfOneMachine(Report):
+    """A report that says below its table what the machine copies, and every version."""
+
+    def to_markdown(self, result: Result) -> str:
+        versions = {name: x for of in result["versions"].values() for name, x in of.items()}
+        words = [
+            result["hardware"],
+            f"copies {result['copy_bandwidth'] / 1e9:.1f} GB/s",
+            f"load {result['load_before']} before",
+            *(f"{name} {version}" for name, version in versions.items()),
+        ]
+        return f"{super().to_markdown(result)}\n\n{'; '.join(words)}."
+
+
+REPORT = _OfOneMachine(
     title="A real model on a CPU",
     columns=(
         Column("tokens", "length", "{:,}"),

@@ -154,6 +154,7 @@ def test_the_command_measures_a_process_and_names_what_is_not_there(tmp_path, ca
     assert re.match("llama.cpp is skipped: there is no .*no/such/python;", skipped)
     table = (tmp_path / "speed.md").read_text()
     assert table == REPORT.to_markdown(result) + "\n" == capsys.readouterr().out
+    assert "; copies 10.0 GB/s; " in table
     assert (tmp_path / "speed.png").stat().st_size > 0
 
 

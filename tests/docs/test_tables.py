@@ -101,7 +101,6 @@ def test_table_of_a_real_model_is_that_of_the_committed_run_or_says_that_there_i
         return
     result = json.loads(file.read_text())
     assert REAL_SPEED.to_markdown(result) in page("benchmarks")
-    assert f"copies {result['copy_bandwidth'] / 1e9:.0f} GB/s" in page("benchmarks")
     for length in {row["length"] for row in result["rows"]}:
         rows = {row["name"]: row for row in result["rows"] if row["length"] == length}
         for part in ("prefill_ratio", "decode_ratio"):
