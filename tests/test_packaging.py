@@ -18,8 +18,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 PACKAGES = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 OURS = {*PACKAGES, "benchmarks", "tests", "docs"}
-# Imported in an environment of its own (benchmarks/serving/rivals.py).
-ELSEWHERE = {"kvpress"}
+# Imported in environments of their own (benchmarks/serving/rivals.py, benchmarks/real_speed.py).
+ELSEWHERE = {"kvpress", "llama_cpp"}
 # Where an extra may be imported at the top of a file: nobody imports these without it.
 NEED_AN_EXTRA = ("duo_jax/evaluate/harness", "duo_jax/evaluate/lm_eval_model.py")
 
