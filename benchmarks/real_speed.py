@@ -172,7 +172,7 @@ def contenders(flags: RealSpeedFlags, model: pathlib.Path) -> list[Contender]:
         found.append(
             Contender(
                 name="llama.cpp",
-                module="llama_cpp",
+                module="cpp",
                 weights=model.stem.rpartition(".")[2],
                 python=flags.llama_cpp_python.absolute(),
                 settings={
@@ -202,7 +202,7 @@ def _start(
 
 def _started(contender: Contender) -> contextlib.AbstractContextManager[Rival]:
     """Start a contender's process."""
-    if contender.module == "llama_cpp" and not contender.python.is_file():
+    if contender.module == "cpp" and not contender.python.is_file():
         raise RivalError(
             f"there is no {contender.python}; make it as python -m benchmarks.real_speed --help "
             "says, or pass --llama-cpp-python"

@@ -47,7 +47,8 @@ class Eager:
         config = self._model.config
         weights = sum(x.nbytes for x in self._model.parameters())  # a tied one counts once
         if not config.tie_word_embeddings:  # one row of it is read
-            weights -= self._model.get_input_embeddings().weight.nbytes
+            table = self._model.get_input_embeddings()
+            weights -= sum(x.nbytes for x in table.parameters())
         heads = config.num_hidden_layers * config.num_key_value_heads
         return weights + 2 * 4 * heads * config.head_dim * context
 

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import sys
+from typing import Any
 
 import jax
 import pytest
@@ -46,7 +47,7 @@ def run(decode_seconds, *, tokens=(1, 2, 3)):
 
 def rows(full, other, *, module="eager"):
     named = [(real_speed.FULL, "duo", full), ("other", module, other)]
-    running = [
+    running: Any = [
         (
             real_speed.Contender(
                 name=name, module=module, weights="", python=pathlib.Path(), settings={}
