@@ -202,8 +202,9 @@ class _Lab:
         )
 
     def _data(self, length: int, passkeys: int) -> PasskeyConfig:
-        shape = {"num_passkeys": passkeys, "min_length": 1, "max_length": length}
-        return PasskeyConfig(**dataclasses.asdict(self._flags.data) | shape)
+        data: dict[str, Any] = dataclasses.asdict(self._flags.data)
+        data |= {"num_passkeys": passkeys, "min_length": 1, "max_length": length}
+        return PasskeyConfig(**data)
 
     def _scores(
         self, test: RetrievalTest, heads: Heads, full: RetrievalScores | None

@@ -155,10 +155,11 @@ def _draw(panel: Any, result: Result, passkeys: int, score: str, sparsity: float
     for number, (name, (colour, dash)) in enumerate(styles.items()):
         wanted = {FULL: 0.0, STREAMING: 1.0}.get(name, sparsity)
         points = [
-            (length, line.texts(score))
+            (length, values)
             for length, found in zip(lengths, at_lengths, strict=True)
             for line in found
             if (line.heads, line.sparsity) == (name, wanted)
+            and (values := line.texts(score)) is not None
         ]
         # Beside one another: where choices agree, one would hide the other.
         shift = 2 ** (0.035 * (number - (len(styles) - 1) / 2))
