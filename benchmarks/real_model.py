@@ -3,8 +3,8 @@
     python -m benchmarks.real_model --model MODEL --pattern PATTERN
 
 Each step is a command of `python -m duo_jax.evaluate`, in a process and a folder of its own; what
-is finished is not run again, and a step that was stopped goes on where it was. The results so far
-are written after every step: JSON, pictures, and the page that shows them and says what is missing.
+is finished is not run again, and a step that was stopped goes on where it was. At the end, or when
+it is stopped, what there is is written: JSON, pictures, and a page that also says what is missing.
 """
 
 import dataclasses
@@ -60,15 +60,16 @@ def main(flags: RealModelFlags) -> None:
     steps = all_steps(flags.sizes, flags.pattern, flags.work)
     folders = {step.name: step.folder(flags.work, flags.model, pattern) for step in steps}
     wanted = [step for step in steps if not flags.only or step.name.startswith(flags.only)]
-    for step in wanted:
-        folder = folders[step.name]
-        late = flags.minutes is not None and time.monotonic() - began > 60 * flags.minutes
-        if late or files.present(step.result(folder)):
-            continue
-        if not _run(step, flags.model, folder):
-            failed.append(step.name)
+    try:
+        for step in wanted:
+            folder = folders[step.name]
+            late = flags.minutes is not None and time.monotonic() - began > 60 * flags.minutes
+            if late or files.present(step.result(folder)):
+                continue
+            if not _run(step, flags.model, folder):
+                failed.append(step.name)
+    finally:  # what is finished is shown, also after Ctrl-C
         _write(flags, steps, folders)
-    _write(flags, steps, folders)
     if failed:
         raise InputError(f"these steps failed: {', '.join(failed)}")
 
