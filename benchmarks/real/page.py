@@ -128,8 +128,6 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
     """
     about = read_json(folder / results.ABOUT)
     lines = [_HEAD.format(model=about["model"], folder=folder, command=about["command"])]
-    if about["missing"]:
-        lines.append(f"**Not measured yet: {', '.join(about['missing'])}.**\n")
     names = list(about["parts"])
     for section in _SECTIONS:
         present = list(filter(section.parts, names))
@@ -141,6 +139,12 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
             lines += [f"{section.table(found)}\n", f"{where(found)}\n"]
             if files.present(folder / f"{name}.png"):
                 lines.append(f"![{section.title}](../{folder}/{name}.png)\n")
+    if about["missing"]:
+        lines += [
+            "## Not measured yet\n",
+            "Of the command's steps, named by part, length and percentage of streaming heads: "
+            f"{', '.join(about['missing'])}.\n",
+        ]
     files.write_text(page, "\n".join(lines))
 
 

@@ -48,7 +48,7 @@ class Sizes:
     """Tasks of RULER that need no download."""
     ruler_limits: tuple[Few, ...] = (10, 8, 4)
     """Questions of each task, for each of the lengths up to the third."""
-    perplexity_length: Count = 8192
+    perplexity_length: Count = 4096
     """Tokens of the texts to predict with streaming heads."""
     perplexity_samples: Few = 3
     """Texts to predict."""
