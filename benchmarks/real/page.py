@@ -16,10 +16,9 @@ from duo_jax.schema.json_reader import read_json
 _HEAD = """\
 # Results on {model}
 
-Written by `python -m benchmarks.real_model` from the files in `{folder}`; do not edit it. A real
-pretrained model on a CPU, so there are few texts: ± is two standard errors over texts, which is 0
-where all texts agree and then says less than it seems to. One command measures all of it, and goes
-on where it was stopped:
+Written from the files in `{folder}`; do not edit it. A real pretrained model on a CPU, so there
+are few texts: ± is two standard errors over texts, which is 0 where all texts agree and then says
+less than it seems to. One command measures all of it, and goes on where it was stopped:
 
 <!-- takes minutes -->
 ```bash
