@@ -75,21 +75,22 @@ _SECTIONS = (
         table=_perplexity,
     ),
     Section(
-        title="One needle at every depth",
+        title="Passkeys",
         text=(
-            'A number of five digits, hidden once in filler ("The grass is green. The sky is '
-            'blue. ..."); the question is part of the prompt, the model writes the answer.'
+            'Numbers of five digits in filler ("The grass is green. The sky is blue. ..."); the '
+            "text is read before any question is asked. A passkey counts if greedy decoding would "
+            "write all of it."
         ),
-        parts=lambda name: name == "needle",
+        parts=lambda name: name.startswith("passkeys"),
         table=_by_length,
     ),
     Section(
-        title="Passkeys",
+        title="One needle at every depth",
         text=(
-            "Numbers of five digits in the same filler; the text is read before any question is "
-            "asked. A passkey counts if greedy decoding would write all of it."
+            "A number of five digits, hidden once in filler; the question is part of the prompt, "
+            "the model writes the answer."
         ),
-        parts=lambda name: name.startswith("passkeys"),
+        parts=lambda name: name == "needle",
         table=_by_length,
     ),
     Section(
@@ -141,8 +142,9 @@ def write(folder: pathlib.Path, page: pathlib.Path) -> None:
     if about["missing"]:
         lines += [
             "## Not measured yet\n",
-            "Of the command's steps, named by part, length and percentage of streaming heads: "
-            f"{', '.join(about['missing'])}.\n",
+            "Of the command's steps, named by part, length and percentage of streaming heads:\n",
+            *(f"- {', '.join(names)}" for names in about["missing"].values()),
+            "",
         ]
     files.write_text(page, "\n".join(lines))
 

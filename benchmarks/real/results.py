@@ -40,10 +40,10 @@ def collect(
     """
     files.make_folder(folder)
     parts: dict[str, Found] = {}
-    missing = []
+    missing: dict[str, list[str]] = {}
     for step, place in steps:
         if not files.present(step.result(place)):
-            missing.append(step.name)
+            missing.setdefault(step.part, []).append(step.name)
             continue
         result = _without_places(read_json(step.result(place)), places) | {"model": model}
         if "rows" not in result:

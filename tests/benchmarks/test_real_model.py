@@ -78,9 +78,9 @@ def test_steps_are_run_once_collected_and_shown(model, tmp_path, started):
     assert [words[0] for words in started] == ["perplexity"] * 2 + ["passkeys"] * 2 + ["needle"] * 2
     about = json.loads((tmp_path / "results/about.json").read_text())
     assert about["parts"] == ["perplexity", "passkeys-2", "needle"]
-    assert about["missing"][0] == "formats-perplexity"
+    assert about["missing"]["formats"] == ["formats-perplexity"]
     page = (tmp_path / "page.md").read_text()
-    assert "streaming heads: formats-perplexity, " in page.split("## Not measured yet")[1]
+    assert "\n- formats-perplexity\n" in page.split("## Not measured yet")[1]
     assert page.count("| 50% streaming |") == 6  # two tables of each part
     assert str(tmp_path) not in page.replace(str(tmp_path / "results"), "")
     assert "real_model --model MODEL --pattern PATTERN --lengths 400 --needle-depths 2" in page
@@ -112,7 +112,7 @@ def test_steps_are_run_once_collected_and_shown(model, tmp_path, started):
 def test_a_step_that_fails_is_named_after_the_others_are_run(model, tmp_path, started, capsys):
     sizes = dataclasses.replace(SIZES, perplexity_length=9_000)
     with pytest.raises(real_model.InputError, match="failed: perplexity-full, "):
-        real_model.main(flags(model, tmp_path, sizes=sizes, only=("perplexity", "needle-full")))
+        real_model.main(flags(model, tmp_path, sizes=sizes, only=("perplexity", "needle-400-full")))
     assert len(started) == 3
     assert "the model's range of 512" in capsys.readouterr().err
     assert "| full caches |" in (tmp_path / "page.md").read_text()
