@@ -1,6 +1,5 @@
 """The pages' numbers are those of the committed result files, and these meet their bars."""
 
-import dataclasses
 import json
 import pathlib
 from typing import get_args
@@ -122,10 +121,10 @@ def test_results_page_is_that_of_the_committed_files(tmp_path, monkeypatch):
 
 def test_page_of_the_real_model_is_that_of_the_committed_files(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    flags = {field.name: field.default for field in dataclasses.fields(RealModelFlags)}
+    flags = RealModelFlags(model="M", pattern="P")
     written = tmp_path / "page.md"
-    real_page.write(flags["results"], written)
-    assert written.read_text(encoding="utf-8") == page(flags["page"].stem)
+    real_page.write(flags.results, written)
+    assert written.read_text(encoding="utf-8") == page(flags.page.stem)
 
 
 def test_comparison_meets_its_bars():
