@@ -100,7 +100,7 @@ class PasskeySampler:
         self.config = config
         self._entropy = (seed, stream)
         self._encode = _encoder(tokenizer)
-        self._bos = _bos(tokenizer)
+        self._bos = bos_tokens(tokenizer)
         # What stands before the haystack, and after it; for each form of samples.
         self._frames = [(self._begin(tokenizer, config.intro), self._encode(config.closing))]
         if chat is not None:
@@ -257,7 +257,7 @@ def _encoder(tokenizer: Any) -> Callable[[str], list[int]]:
     return lambda text: list(encode(text)) if text else []
 
 
-def _bos(tokenizer: Any) -> list[int]:
+def bos_tokens(tokenizer: Any) -> list[int]:
     """Return the begin-of-sequence token where the model expects one."""
     bos = tokenizer.bos_token_id
     if bos is None:

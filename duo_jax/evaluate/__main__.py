@@ -17,6 +17,7 @@ from duo_jax.errors import InputError
 COMMANDS = {
     "needle": ("needle", "a fact at every depth of texts of every length: the heat map"),
     "passkeys": ("passkeys", "several passkeys in one text, as in identification"),
+    "perplexity": ("perplexity", "how well long text is predicted, by position"),
     "lm-eval": ("harness", "tasks of lm-evaluation-harness: RULER, LongBench, MMLU, ..."),
     "compare": ("compare", "DuoAttention beside other methods, at equal bytes of cache"),
 }

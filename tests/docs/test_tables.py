@@ -10,6 +10,8 @@ import pytest
 from benchmarks import budgets, gpu_table, identify, logits_error, quantised, results_page
 from benchmarks.contenders.report import REPORT as REAL_SPEED
 from benchmarks.quality import published
+from benchmarks.real import page as real_page
+from benchmarks.real_model import RealModelFlags
 from benchmarks.serving import report as serving_report
 from duo_jax.cache import KVFormat
 from duo_jax.heads.pattern import load_pattern
@@ -115,6 +117,14 @@ def test_results_page_is_that_of_the_committed_files(tmp_path, monkeypatch):
     assert written.read_text() == page("results")
     for name in published.LONGBENCH_METHODS:
         assert name in page("results").split("## Published by others")[1]
+
+
+def test_page_of_the_real_model_is_that_of_the_committed_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    flags = RealModelFlags(model="M", pattern="P")
+    written = tmp_path / "page.md"
+    real_page.write(flags.results, written)
+    assert written.read_text(encoding="utf-8") == page(flags.page.stem)
 
 
 def test_comparison_meets_its_bars():

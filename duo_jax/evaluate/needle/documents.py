@@ -22,6 +22,7 @@ from duo_jax.data.passkey_templates import (
     take_defaults,
     word_list,
 )
+from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results import scores
 from duo_jax.schema.check import check_fields
@@ -106,7 +107,8 @@ class Haystack:
     ) -> None:
         self._templates, self._tokenization, self._seed = templates, tokenization, seed
         self._chat = chat
-        encode = self._encode
+        # Documents may be longer than the model's range, unlike what Tokenization encodes.
+        encode = PieceEncoder(tokenization.tokenizer).encode
         self._text = np.array([t for d in documents for t in encode(d + "\n\n")], np.int32)
         if not self._text.size:
             raise InputError("the text is empty")

@@ -30,8 +30,9 @@ def write(folder: pathlib.Path, name: str, result: dict[str, Any]) -> None:
       result: `describe.settings`, "task", "seed", "samples" per "sampled" (a word), "lengths",
         "depths" and "rows", each with caches, length, depth, sample, the scores "exact" and
         "recall", and cache_bytes. Optional: in rows, "tokens", "nll" and "kl"; other names of the
-        scores ("scores") and of the depth axis ("depth_label"), and the text that each length was
-        read from ("haystacks").
+        scores ("scores") and of the depth axis ("depth_label"), the text that each length was read
+        from ("haystacks"), and what rows with other caches than those of `grid` are called
+        ("labels").
     """
     table = to_markdown(result)
     files.write_text(folder / f"{name}.json", to_json(result))
@@ -170,7 +171,7 @@ def _score_names(result: Mapping[str, Any]) -> dict[str, str]:
 
 def _measured(result: Mapping[str, Any]) -> list[str]:
     found = {row["caches"] for row in result["rows"]}
-    return [caches for caches in _NAMES if caches in found]
+    return [caches for caches in result.get("labels", _NAMES) if caches in found]
 
 
 def _rows(result: Mapping[str, Any], caches: str) -> list[dict[str, Any]]:
@@ -182,6 +183,8 @@ def _mean(rows: Sequence[Mapping[str, Any]], score: str) -> float:
 
 
 def _label(result: Mapping[str, Any], caches: str) -> str:
+    if "labels" in result:
+        return result["labels"][caches]
     if caches != grid.DUO:
         return _NAMES[caches]
     return f"{_NAMES[caches]}, {result['sparsity']:.0%} streaming"

@@ -1,5 +1,6 @@
 """Needles: the documents, their scores, the command that draws the heat map."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -108,6 +109,16 @@ def test_a_length_without_room_is_refused(haystack):
 def test_scores(written, exact, recall):
     assert scores.exact_match(written, "blue red and grey") == exact
     assert scores.word_recall(written, "blue red and grey") == recall
+
+
+def test_a_document_may_be_longer_than_any_prompt(tokenization):
+    """A haystack is cut from it; only prompts are bounded by the model's range."""
+    bounded = dataclasses.replace(tokenization, max_tokens=512)
+    text = "Some words that go on.\n" * 25_000
+    with pytest.raises(InputError, match="characters are too many"):
+        bounded.encode(text, continues=True)
+    document = Haystack(TEMPLATES, bounded, [text], seed=3).document(length=400, depth=0.5)
+    assert len(document.tokens) == 400
 
 
 @pytest.fixture(scope="module")
