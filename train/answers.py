@@ -14,7 +14,7 @@ from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.token_scores import score_streams
 from kernels import Implementation
-from train.distillation import Batch, Mixing, tail_of, tail_positions, teacher_and_student
+from train.distillation import Batch, Mixing, predicted_positions, tail_of, teacher_and_student
 
 
 def answer_divergence(
@@ -45,15 +45,14 @@ def answer_divergence(
         mixing=mixing,
         implementation=implementation,
     )
-    # What is at a place predicts the token after it; the end's is of no answer.
-    after = jnp.minimum(tail_positions(batch, tail_size) + 1, batch.tokens.shape[1] - 1)
+    predicted = predicted_positions(batch, tail_size)
     scores = score_streams(
         architecture,
         params,
         tail_of(student, batch, tail_size),
-        jnp.take_along_axis(batch.tokens, after, axis=1),
+        jnp.take_along_axis(batch.tokens, predicted, axis=1),
         tail_of(teacher, batch, tail_size),
     )
-    answers = jnp.take_along_axis(batch.answers, after, axis=1)
+    answers = jnp.take_along_axis(batch.answers, predicted, axis=1)
     assert scores.kl is not None
     return jnp.sum(scores.kl, where=answers) / jnp.sum(answers).astype(scores.kl.dtype)

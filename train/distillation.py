@@ -138,6 +138,14 @@ def tail_positions(batch: Batch, tail_size: int) -> Int[Array, "batch tail"]:
     return start[:, None] + jnp.arange(tail_size)[None, :]
 
 
+def predicted_positions(batch: Batch, tail_size: int) -> Int[Array, "batch tail"]:
+    """Return the positions of the tokens that those of `tail_positions` predict.
+
+    What is at the very end predicts no token of the text; it gets the last one's position.
+    """
+    return jnp.minimum(tail_positions(batch, tail_size) + 1, batch.tokens.shape[1] - 1)
+
+
 def tail_of(
     x: Float[Array, "batch length channels"], batch: Batch, tail_size: int
 ) -> Float[Array, "batch tail channels"]:

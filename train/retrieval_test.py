@@ -24,7 +24,7 @@ from duo_jax.model.config import ModelConfig
 from duo_jax.model.token_scores import check_finite, score_streams
 from kernels import Implementation
 from train import gates
-from train.distillation import Batch, tail_of, tail_positions
+from train.distillation import Batch, predicted_positions, tail_of, tail_positions
 
 _TOKENS_PER_BATCH = 4096
 
@@ -123,13 +123,12 @@ class RetrievalTest:
             )
             kept.append(np.asarray(tails))
             places = tail_positions(batch, self._tail_size)
-            # What is at a place predicts the token after it; the end's is of no answer.
-            after = jnp.minimum(places + 1, self.length - 1)
+            predicted = predicted_positions(batch, self._tail_size)
             scores = score_streams(
                 architecture,
                 params,
                 tails,
-                jnp.take_along_axis(batch.tokens, after, axis=1),
+                jnp.take_along_axis(batch.tokens, predicted, axis=1),
                 None if reference is None else jnp.asarray(reference.tails[number]),
             )
             scores = jax.tree.map(np.asarray, scores)
