@@ -1,11 +1,13 @@
-"""What the tests of lm-evaluation-harness share; they are skipped where it is not installed."""
+"""What the evaluations' tests share; those of lm-evaluation-harness are skipped without it."""
 
 import importlib.util
 import pathlib
 import socket
 
+import numpy as np
 import pytest
 
+from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
 
@@ -15,6 +17,21 @@ def tiny_model(tmp_path_factory) -> pathlib.Path:
     raw = models.llama(vocab_size=400, max_position_embeddings=64)
     folder = models.write_hf(tmp_path_factory.mktemp("model"), raw)
     return models.write_tokenizer(folder, vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> pathlib.Path:
+    """Write a model of one layer, with a pattern of its own."""
+    raw = models.llama(
+        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
+    )
+    folder = models.write_hf(tmp_path_factory.mktemp("model") / "tiny", raw)
+    models.write_tokenizer(folder)
+    save_pattern(
+        Pattern(gates=np.array([[0.9, 0.1, 0.2, 0.8]]), sink_size=4, recent_size=12),
+        folder / "pattern",
+    )
+    return folder
 
 
 @pytest.fixture

@@ -13,10 +13,9 @@ from duo_jax.evaluate import __main__ as command
 from duo_jax.evaluate.needle import command as needle_command
 from duo_jax.evaluate.needle.documents import Haystack, NeedleTemplates
 from duo_jax.evaluate.results import scores
-from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.session.session import Session
 from duo_jax.session.tokenization import load_tokenization
-from tests import models, sentencepiece_style
+from tests import sentencepiece_style
 
 TEMPLATES = NeedleTemplates(
     intro="Read this.\n",
@@ -119,21 +118,6 @@ def test_a_document_may_be_longer_than_any_prompt(tokenization):
         bounded.encode(text, continues=True)
     document = Haystack(TEMPLATES, bounded, [text], seed=3).document(length=400, depth=0.5)
     assert len(document.tokens) == 400
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    raw = models.llama(
-        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
-    )
-    folder = models.write_hf(tmp_path_factory.mktemp("needle") / "tiny", raw)
-    models.write_tokenizer(folder)
-    pattern = folder / "pattern"
-    save_pattern(
-        Pattern(gates=np.array([[0.9, 0.1, 0.2, 0.8]]), sink_size=4, recent_size=12),
-        pattern,
-    )
-    return folder
 
 
 # A tokenizer of 600 words spells the default needle in hundreds of tokens.

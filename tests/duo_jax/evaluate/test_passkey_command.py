@@ -16,25 +16,9 @@ from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.evaluate import __main__ as command
 from duo_jax.evaluate.passkeys import retrieval
-from duo_jax.heads.pattern import Pattern, save_pattern
-from tests import models
 
 TASK = ["--num-passkeys", "3", "--passkey-words", "4"]
 FLAGS = ["--lengths", "256", "--samples", "3", "--batch", "2", "--kv", "bf16", *TASK]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    raw = models.llama(
-        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
-    )
-    folder = models.write_hf(tmp_path_factory.mktemp("passkeys") / "tiny", raw)
-    models.write_tokenizer(folder)
-    save_pattern(
-        Pattern(gates=np.array([[0.9, 0.1, 0.2, 0.8]]), sink_size=4, recent_size=12),
-        folder / "pattern",
-    )
-    return folder
 
 
 def run(folder, workdir, *more: str) -> dict:

@@ -17,25 +17,10 @@ from duo_jax.evaluate.perplexity import reading
 from duo_jax.evaluate.perplexity.command import bucket_bounds
 from duo_jax.evaluate.perplexity.texts import stretches
 from duo_jax.heads.pattern import Pattern, save_pattern
-from tests import models
 
 pytestmark = pytest.mark.usefixtures("unhooked")
 LENGTH = 300
 FLAGS = ["--length", str(LENGTH), "--samples", "2", "--sparsities", "0.5", "--kv-formats", "int4"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    raw = models.llama(
-        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
-    )
-    folder = models.write_hf(tmp_path_factory.mktemp("perplexity") / "tiny", raw)
-    models.write_tokenizer(folder)
-    save_pattern(
-        Pattern(gates=np.array([[0.9, 0.1, 0.2, 0.8]]), sink_size=4, recent_size=12),
-        folder / "pattern",
-    )
-    return folder
 
 
 def run(folder, workdir, *more: str) -> dict:
