@@ -56,7 +56,13 @@ Heads = Bool[np.ndarray, "layers kv_heads"]
 _STREAM = 3  # of samples: identification has 0, its report 1, evaluations 2
 # What more or other rows of a folder may have been asked for with.
 _OPERATIONAL = (
-    *("workdir", "out", "patterns", "sparsities", "random_seeds", "lengths", "num_passkeys"),
+    "workdir",
+    "out",
+    "patterns",
+    "sparsities",
+    "random_seeds",
+    "lengths",
+    "num_passkeys",
 )
 
 

@@ -35,9 +35,7 @@ from train.loss import StepConfig, objective
 _FALL = 0.6  # of the steps, in which the budget falls
 _MEMORY = 0.8  # of the scale
 _WIDEST = 20.0  # shift beyond the scores: no gate is further from 0 or 1 than float32 can tell
-_ROUNDING = (
-    1e-6  # nats per gate; smaller gradients are not told from rounding errors, nor scaled up
-)
+_ROUNDING = 1e-6  # nats per gate; smaller gradients may be rounding errors, and are not scaled up
 _HALVINGS = 40  # of the interval in which the shift lies
 
 

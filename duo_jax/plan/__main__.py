@@ -45,7 +45,8 @@ class PlanConfig:
     """a100-40g, a100-80g, h100-80g, h200, or a number of gigabytes."""
     pattern: str | None = None
     """A pattern folder (python -m train.identify makes one), or "none" for full caches on every
-    head, the model as published. Default: the folder "pattern" in the model's own folder."""
+    head, the model as published. Default: the folder "pattern" in the model's own folder, or the
+    pattern that ships with duo_jax for this model."""
     sparsity: Fraction | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     weights: WeightFormat | None = None

@@ -68,7 +68,7 @@ class IdentifyConfig:
     """How to find retrieval heads.
     optimise: learn gates by distillation on passkeys, the paper's method.
     budget: learn gates whose mean is --target-sparsity's at every step, on how far the answers are
-    from those of full attention. On SmolLM2 better heads in a twentieth of the steps.
+    from those of full attention. On SmolLM2 better heads from no more steps.
     profile: sum each head's attention far back while the model answers passkeys; no training.
     lm: learn gates on the next-token loss of the text, without passkeys; an ablation."""
     profile_samples: Many = 16

@@ -33,6 +33,8 @@ model named by --model: its own preset (evaluate.json) where it has one.
 """
 # Fields that decide which rows there are, not what is in them.
 _ROW_CHOICE = ("workdir", "full", "sparsities", "weight_formats", "kv_formats")
+# What `describe.settings` says that differs between settings.
+_OF_A_SETTING = ("retrieval_heads", "sparsity", "weights", "kv")
 _LONGEST = 8192
 _FIRST_BUCKET = 256  # tokens; every later bucket is as long as all before it
 
@@ -94,10 +96,6 @@ def evaluate(flags: PerplexityConfig) -> None:
             del model  # before the next one is loaded
     result["rows"] = [rows[_key(setting.name, text)] for setting, text in cells]
     report.write(flags.folder(), TASK, result)
-
-
-# What `describe.settings` says that differs between settings.
-_OF_A_SETTING = ("retrieval_heads", "sparsity", "weights", "kv")
 
 
 def bucket_bounds(length: int) -> list[int]:
