@@ -30,7 +30,7 @@ from duo_jax.heads.pattern import Pattern
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import check_weight_format
 from duo_jax.schema.check import argument
-from duo_jax.schema.kinds import Count
+from duo_jax.schema.kinds import Count, Share
 from duo_jax.serve.sampling import sampling_config
 from duo_jax.session.conversation import Conversation, load_conversation
 from duo_jax.session.row_cache import Progress
@@ -38,6 +38,9 @@ from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
 from duo_jax.session.tokenization import Tokenization, load_tokenization
+
+# KVzip (arXiv 2505.23416), section 3.3.
+_REPEAT = "\n\nRepeat the previous context exactly:\n\n"
 
 
 def load(
@@ -51,6 +54,8 @@ def load(
     dtype: DTypeLike | None = None,
     weights: str = "model",
     kv: str = "model",
+    keep: float = 1.0,
+    keep_by: str = "snapkv",
     prefill_chunk: int = 8192,
     prefill_mode: str = "exact",
     implementation: str = "auto",
@@ -71,6 +76,11 @@ def load(
         (`duo_jax.model.quantised_weights`).
       kv: format of the caches: "model" (the dtype), "bf16", "int8", "int4" or "int2"
         (`duo_jax.cache`).
+      keep: fraction of the tokens read that a retrieval head keeps, above 0; the others are evicted
+        before anything is written, and their bytes freed. Not with "int2".
+      keep_by: which tokens those are: "snapkv", what the end of the text looks at, or "kvzip", what
+        the model needs to repeat the text, for questions that come later
+        (`duo_jax.session.eviction`).
       prefill_chunk: number of prompt tokens read at a time.
       prefill_mode: what streaming heads see while a prompt is read, "exact" or "chunk"
         (`duo_jax.serve.forward`).
@@ -99,7 +109,10 @@ def load(
     if dtype is None and jax.default_backend() == "cpu":
         dtype = np.float32  # CPUs compute in half precision by converting every number
     check_kv_format(config, kv)
+    keep = argument("keep", keep, Share)
     params = pretrained.load_split_params(weight_files, heads, dtype=dtype, weights=weight_format)
+    repeated = keep < 1 and keep_by == "kvzip"
+    repeat = tuple(tokenization.encode(_REPEAT, continues=True)) if repeated else ()
     runtime = Runtime(
         config=config,
         params=params,
@@ -107,6 +120,9 @@ def load(
         prefill_mode=prefill_mode,
         implementation=implementation,
         kv_format=kv,
+        keep=keep,
+        keep_by=keep_by,
+        repeat_tokens=repeat,
     )
     return DuoModel(runtime=runtime, tokenization=tokenization)
 

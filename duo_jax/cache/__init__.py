@@ -1,5 +1,6 @@
 """The two KV caches: full ones for retrieval heads, sinks with a ring for streaming heads."""
 
+from duo_jax.cache.evict import LATEST, evict, without_votes
 from duo_jax.cache.rewind import Mark, mark, rewind
 from duo_jax.cache.state import (
     Cache,
@@ -15,6 +16,7 @@ from duo_jax.cache.state import (
 )
 
 __all__ = [
+    "LATEST",
     "Cache",
     "KVCache",
     "KVFormat",
@@ -23,9 +25,11 @@ __all__ = [
     "cache_bytes",
     "cache_shapes",
     "check_kv_format",
+    "evict",
     "grow",
     "init_cache",
     "live_bytes",
     "mark",
     "rewind",
+    "without_votes",
 ]

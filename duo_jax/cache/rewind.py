@@ -23,6 +23,7 @@ class Mark:
 
     rings: _Rings  # of each layer: the streaming one, and the latest tokens of full caches
     lengths: Int[Array, " batch"]
+    kept: Int[Array, " batch"]
 
 
 def mark(cache: Cache) -> Mark:
@@ -32,6 +33,7 @@ def mark(cache: Cache) -> Mark:
             (layer.streaming, *(part.latest for part in layer.full)) for layer in cache.layers
         ),
         lengths=cache.lengths,
+        kept=cache.kept,
     )
     return jax.tree.map(jnp.copy, here)
 
@@ -49,4 +51,4 @@ def rewind(cache: Cache, to: Mark) -> Cache:
         )
         for layer, (streaming, *latest) in zip(cache.layers, to.rings, strict=True)
     )
-    return Cache(layers=tuple(layers), lengths=to.lengths)
+    return Cache(layers=tuple(layers), lengths=to.lengths, kept=to.kept)

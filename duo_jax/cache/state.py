@@ -8,6 +8,9 @@ min(length, slots); their order does not matter to attention, since keys carry t
 Each row of a batch has its own length. Slots beyond it hold anything finite, such as zeros or
 older tokens: attention gives them weight 0, but 0 * nan is nan.
 
+Where tokens are evicted from retrieval heads (duo_jax.cache.evict), a full cache holds fewer tokens
+than were read: the first `kept` slots, in order of position, another choice in every head.
+
 The storage format of keys and values is chosen per run (`KVFormat`):
 
     "model"         the dtype of the parameters
@@ -39,6 +42,8 @@ from kernels.packed import Layout, Packed
 KVFormat = Literal["model", "bf16", "int8", "int4", "int2"]
 Shape = tuple[int, int, int, int]  # [batch, kv_heads, slots, head_dim]
 
+_GROWING = ("keys", "values", "votes")  # of a full cache, with its slots
+
 _LAYOUTS: dict[str, tuple[Layout, Layout]] = {
     "int8": (packed.INT8, packed.INT8),
     "int4": (packed.INT4, packed.INT4),
@@ -55,6 +60,8 @@ class KVCache:
     values: Float[Array, "batch kv_heads slots head_dim"] | Packed
     # "int2" only: a ring of the latest tokens, position p in slot p % 64.
     latest: "KVCache | None" = None
+    # Where tokens are to be evicted: how much each was looked at (duo_jax.serve.votes).
+    votes: Float[Array, "batch kv_heads slots 1"] | None = None
     format: KVFormat = dataclasses.field(default="model", metadata={"static": True})
 
     @property
@@ -82,6 +89,7 @@ class Cache:
 
     layers: tuple[LayerCache, ...]
     lengths: Int[Array, " batch"]  # tokens read so far, per row
+    kept: Int[Array, " batch"]  # how many of them full caches hold
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +121,7 @@ def init_cache(
     max_len: int,
     dtype: DTypeLike = jnp.float32,
     kv: str = "model",
+    votes: bool = False,
 ) -> Cache:
     """Return an empty cache.
 
@@ -122,11 +131,13 @@ def init_cache(
       max_len: tokens that a row can hold.
       dtype: data type of the parameters.
       kv: storage format, a KVFormat.
+      votes: whether full caches count how much their tokens are looked at; not with "int2".
 
     Raises:
       InputError: as `check_kv_format`.
     """
     kv_format = check_kv_format(config, kv)
+    assert not (votes and kv_format == "int2")
     architecture, slots = config.architecture, _whole_blocks(max_len, kv_format)
     shape = (batch_size, 1, slots, architecture.head_dim)
     ring_shape = (config.ring_slots, architecture.head_dim)
@@ -139,15 +150,17 @@ def init_cache(
         return LayerCache(
             full=tuple(
                 _full_cache(
-                    (batch_size, min(most, retrieval - first), *shape[2:]), dtype, kv_format
+                    (batch_size, min(most, retrieval - first), *shape[2:]), dtype, kv_format, votes
                 )
                 for first in range(0, retrieval, most)
             ),
             streaming=_kv_cache(ring, dtype, ring_format) if streaming else None,
         )
 
+    none = jnp.zeros(batch_size, jnp.int32)
+    # Two buffers: a cache that is donated must not hold one twice.
     return Cache(
-        layers=tuple(map(layer, config.retrieval_counts)), lengths=jnp.zeros(batch_size, jnp.int32)
+        layers=tuple(map(layer, config.retrieval_counts)), lengths=none, kept=jnp.copy(none)
     )
 
 
@@ -156,11 +169,9 @@ def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
     return jax.eval_shape(functools.partial(init_cache, config, **sizes))
 
 
-def cache_bytes(
-    config: DuoConfig, *, batch_size: int, max_len: int, dtype: DTypeLike, kv: str = "model"
-) -> int:
-    """Return the bytes of the keys and values that `init_cache` allocates."""
-    shapes = cache_shapes(config, batch_size=batch_size, max_len=max_len, dtype=dtype, kv=kv)
+def cache_bytes(config: DuoConfig, **sizes: Any) -> int:
+    """Return the bytes of the layers' caches that `init_cache(config, **sizes)` allocates."""
+    shapes = cache_shapes(config, **sizes)
     leaves = jax.tree.leaves(shapes.layers)
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
@@ -182,8 +193,8 @@ def grow(cache: Cache, *, max_len: int) -> Cache:
 
         def some_heads(first: int) -> KVCache:
             some = jax.tree.map(lambda leaf: leaf[:, first : first + most], part)
-            keys, values = (jax.tree.map(pad, x) for x in (some.keys, some.values))
-            return dataclasses.replace(some, keys=keys, values=values)
+            padded = jax.tree.map(pad, (some.keys, some.values, some.votes))
+            return dataclasses.replace(some, **dict(zip(_GROWING, padded, strict=True)))
 
         one_head = jax.tree.map(lambda leaf: leaf[:, :1], (part.keys, part.values))
         most = _heads_per_buffer(jax.eval_shape(lambda: jax.tree.map(pad, one_head)))
@@ -205,8 +216,12 @@ def _kv_cache(shape: Shape, dtype: DTypeLike, kv_format: KVFormat) -> KVCache:
     return KVCache(keys=keys, values=values, format=kv_format)
 
 
-def _full_cache(shape: Shape, dtype: DTypeLike, kv_format: KVFormat) -> KVCache:
+def _full_cache(
+    shape: Shape, dtype: DTypeLike, kv_format: KVFormat, votes: bool = False
+) -> KVCache:
     cache = _kv_cache(shape, dtype, kv_format)
+    if votes:
+        cache = dataclasses.replace(cache, votes=jnp.zeros((*shape[:3], 1), jnp.float32))
     if kv_format != "int2":
         return cache
     batch, heads, _, head_dim = shape

@@ -194,8 +194,12 @@ def _like(cache: KVCache, keys: NewKV, values: NewKV) -> KVCache:
         new = jnp.swapaxes(new, 1, 2)
         return packed.pack(new, cached.layout) if isinstance(cached, Packed) else new
 
+    votes = cache.votes
+    if votes is not None:
+        batch, length, heads, _ = keys.shape
+        votes = jnp.zeros((batch, heads, length, 1), votes.dtype)
     return dataclasses.replace(
-        cache, keys=stored(cache.keys, keys), values=stored(cache.values, values)
+        cache, keys=stored(cache.keys, keys), values=stored(cache.values, values), votes=votes
     )
 
 

@@ -8,8 +8,9 @@ from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.schema.check import check_fields
-from duo_jax.schema.kinds import Count, Fraction, Size
+from duo_jax.schema.kinds import Count, Fraction, Share, Size
 from duo_jax.serve import PrefillMode
+from duo_jax.session.runtime import KeepBy
 from kernels import Implementation
 
 
@@ -51,6 +52,13 @@ class ModelFlags:
     """Format of the caches. model: the data type. bf16: bfloat16. int8, int4: one scale per token
     and head. int2: keys have a scale per channel in blocks of 64 tokens, and the latest 64 tokens
     stay exact."""
+    keep: Share = 1.0
+    """Fraction of the tokens read that a retrieval head keeps. The others are evicted before
+    anything is written, and their memory is freed. Not with --kv int2."""
+    keep_by: KeepBy = "snapkv"
+    """Which tokens those are. snapkv: what the end of the text looks at; put the question there.
+    kvzip: what the model needs to repeat the text, for questions that come later; it takes as long
+    as reading the text a second time."""
     implementation: Implementation = "auto"
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very

@@ -22,6 +22,7 @@ ManyOrNone = Annotated[int, Meta(ge=0, le=10_000)]
 Template = Annotated[str, Meta(max_length=20_000)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+Share = Annotated[float, Meta(gt=0.0, le=1.0)]  # of what must not be nothing
 # Within float32 on the device, squares included.
 Positive = Annotated[float, Meta(gt=0.0, le=1e18)]
 NotNegative = Annotated[float, Meta(ge=0.0, le=1e18)]

@@ -2,5 +2,6 @@
 
 from duo_jax.serve.attention import PrefillMode
 from duo_jax.serve.forward import decode, hidden_states, logits, prefill
+from duo_jax.serve.votes import Voters
 
-__all__ = ["PrefillMode", "decode", "hidden_states", "logits", "prefill"]
+__all__ = ["PrefillMode", "Voters", "decode", "hidden_states", "logits", "prefill"]

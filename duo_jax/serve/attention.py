@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from duo_jax.cache import KVCache, LayerCache, update
 from duo_jax.heads.split import DuoConfig
+from duo_jax.serve.votes import Voters, count_votes
 from kernels import (
     Implementation,
     decode_attention,
@@ -52,6 +53,7 @@ class LayerInput:
 
     cache: LayerCache
     lengths: Int[Array, " batch"]  # tokens before these
+    kept: Int[Array, " batch"]  # how many of those full caches hold
     num_tokens: Int[Array, " batch"]  # of these, how many count
 
 
@@ -63,6 +65,7 @@ def attend(
     *,
     config: DuoConfig,
     mode: PrefillMode,
+    voters: Voters = "latest",
     implementation: Implementation,
 ) -> tuple[Queries, LayerCache]:
     """Append keys and values to a layer's caches, and attend to them.
@@ -74,6 +77,7 @@ def attend(
       layer_input: the layer's cache, and where the tokens belong.
       config: the split model.
       mode: what streaming heads see of a chunk, see duo_jax.serve.forward.
+      voters: whose attention a chunk's votes count, where the caches have any.
       implementation: attention implementation, see kernels.dispatch.
 
     Returns:
@@ -82,7 +86,14 @@ def attend(
     if q.shape[1] == 1:
         return attend_token(q, k, v, layer_input, config=config, implementation=implementation)
     return attend_chunk(
-        q, k, v, layer_input, config=config, mode=mode, implementation=implementation
+        q,
+        k,
+        v,
+        layer_input,
+        config=config,
+        mode=mode,
+        voters=voters,
+        implementation=implementation,
     )
 
 
@@ -97,12 +108,12 @@ def attend_token(
 ) -> tuple[Float[Array, "batch 1 q_heads head_dim"], LayerCache]:
     """Do what `attend` does for one token per row."""
     options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-    lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
+    lengths, num_tokens, kept = layer_input.lengths, layer_input.num_tokens, layer_input.kept
     filled, place = lengths + num_tokens, {"lengths": lengths, "num_tokens": num_tokens}
 
     def full(q, k, v, cache):
-        cache = update.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, filled, **options)
+        cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens)
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, kept + num_tokens, **options)
         return out[:, None], cache
 
     def blocks(q, k, v, cache):
@@ -130,17 +141,20 @@ def attend_chunk(
     *,
     config: DuoConfig,
     mode: PrefillMode,
+    voters: Voters = "latest",
     implementation: Implementation,
 ) -> tuple[Queries, LayerCache]:
     """Do what `attend` does for several tokens per row."""
     options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
-    lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
+    lengths, num_tokens, kept = layer_input.lengths, layer_input.num_tokens, layer_input.kept
     sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
     place = {"lengths": lengths, "num_tokens": num_tokens}
 
     def full(q, k, v, cache):
-        cache = update.append(cache, k, v, starts=lengths, num_tokens=num_tokens)
-        out, _ = prefill_attention(q, cache.keys, cache.values, lengths, **options)
+        cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens)
+        out, lse = prefill_attention(q, cache.keys, cache.values, kept, **options)
+        if cache.votes is not None:
+            cache = count_votes(cache, q, lse, kept=kept, num_tokens=num_tokens, voters=voters)
         return out, cache
 
     def blocks(q, k, v, cache):

@@ -28,6 +28,7 @@ from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama, rope
 from duo_jax.model.llama import Params
 from duo_jax.serve.attention import LayerInput, PrefillMode, attend
+from duo_jax.serve.votes import Voters
 from kernels import Implementation
 
 
@@ -40,6 +41,7 @@ def prefill(
     *,
     mode: PrefillMode = "exact",
     total_lengths: Int[Array, " batch"] | None = None,
+    voters: Voters = "latest",
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "batch vocab"], Cache]:
     """Append a chunk of tokens to every row.
@@ -53,6 +55,7 @@ def prefill(
       mode: what streaming heads see of the chunk.
       total_lengths: tokens per row once the whole prompt is read, of which this chunk may be a
         part; only "dynamic" rope scaling reads it. Default: the length after this chunk.
+      voters: whose attention counts as votes, where the caches have any (duo_jax.serve.votes).
       implementation: attention implementation, see kernels.dispatch.
 
     Returns:
@@ -66,6 +69,7 @@ def prefill(
         num_tokens,
         mode=mode,
         total_lengths=total_lengths,
+        voters=voters,
         implementation=implementation,
     )
     last = jnp.clip(num_tokens - 1, 0, tokens.shape[1] - 1)
@@ -114,6 +118,7 @@ def hidden_states(
     *,
     mode: PrefillMode = "exact",
     total_lengths: Int[Array, " batch"] | None = None,
+    voters: Voters = "latest",
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "batch length embed"], Cache]:
     """Append a chunk as `prefill` does, but return the residual stream at all its tokens."""
@@ -127,16 +132,26 @@ def hidden_states(
     x = params["embed_tokens"]["embedding"][tokens]
     layers = []
     for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
-        layer_input = LayerInput(cache=layer_cache, lengths=lengths, num_tokens=num_tokens)
+        layer_input = LayerInput(
+            cache=layer_cache, lengths=lengths, kept=cache.kept, num_tokens=num_tokens
+        )
         x, layer_cache = _layer(
-            config, layer_params, x, cos_sin, layer_input, mode=mode, implementation=implementation
+            config,
+            layer_params,
+            x,
+            cos_sin,
+            layer_input,
+            mode=mode,
+            voters=voters,
+            implementation=implementation,
         )
         layers.append(layer_cache)
-    return x, Cache(layers=tuple(layers), lengths=lengths + num_tokens)
+    after = {"lengths": lengths + num_tokens, "kept": cache.kept + num_tokens}
+    return x, Cache(layers=tuple(layers), **after)
 
 
 # A program of its own, so that layers whose heads are split alike are traced once.
-@functools.partial(jax.jit, static_argnames=("config", "mode", "implementation"))
+@functools.partial(jax.jit, static_argnames=("config", "mode", "voters", "implementation"))
 def _layer(
     config: DuoConfig,
     params: Params,
@@ -145,11 +160,12 @@ def _layer(
     layer_input: LayerInput,
     *,
     mode: PrefillMode,
+    voters: Voters,
     implementation: Implementation,
 ) -> tuple[Float[Array, "batch length embed"], LayerCache]:
     """Apply one layer, whose number of retrieval heads is that of its cache."""
     attend_layer = functools.partial(
-        attend, config=config, mode=mode, implementation=implementation
+        attend, config=config, mode=mode, voters=voters, implementation=implementation
     )
     layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
     result: Any = layer.apply({"params": params}, x, cos_sin, layer_input)

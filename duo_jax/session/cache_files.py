@@ -38,7 +38,7 @@ FORMAT, VERSION = "duo_jax cache", 3
 _MARKER, _TOKENS, _LOGITS = "cache.json", "tokens.safetensors", "logits.safetensors"
 
 
-class _Marker(msgspec.Struct, forbid_unknown_fields=True):
+class _Marker(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """What cache.json holds, beside its checksum."""
 
     format: str
@@ -52,6 +52,10 @@ class _Marker(msgspec.Struct, forbid_unknown_fields=True):
     prefill_mode: str
     weights: str
     lengths: list[Count]
+    # Where tokens were evicted:
+    kept: list[Size] | None = None  # tokens that full caches hold, per row
+    keep: float = 1.0
+    keep_by: str = "snapkv"
     logits_at: list[Count]
     extra: dict[str, Any]
     files: dict[str, str]  # their checksums
@@ -71,7 +75,6 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
     """
     snapshot = session.snapshot()
     lengths = np.asarray(snapshot.cache.lengths)
-    longest = int(lengths.max())
     if not _fit(lengths.tolist(), snapshot.logits_at, snapshot.tokens):
         raise InputError("nothing has been read yet: there is no cache to save")
     marker = {
@@ -82,11 +85,17 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
         "logits_at": snapshot.logits_at,
         "extra": extra,
     }
+    kept = np.asarray(snapshot.cache.kept)
+    if session.runtime.keep == 1:  # as before there was eviction
+        del marker["keep"], marker["keep_by"]
+    else:
+        marker["kept"] = kept.tolist()
+    filled = {"full": int(kept.max()), "streaming": int(lengths.max())}
     with files.new_folder(folder) as partial:
         found = marker["files"] = {}
         for number, layer in enumerate(snapshot.cache.layers):
             name = _layer_file(number)
-            found[name] = stored_arrays.save(_to_arrays(layer, longest), partial / name)
+            found[name] = stored_arrays.save(_to_arrays(layer, filled), partial / name)
         logits = {"logits": np.asarray(snapshot.logits)}
         found[_LOGITS] = stored_arrays.save(logits, partial / _LOGITS)
         tokens = {str(i): np.array(row, np.int32) for i, row in enumerate(snapshot.tokens)}
@@ -124,12 +133,15 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
     rows = [tokens[name].tolist() for name in names]
     if not _fit(marker.lengths, marker.logits_at, rows):
         raise InputError(f"{folder / _MARKER}: lengths and logits_at do not fit the tokens")
+    kept = marker.lengths if marker.kept is None else marker.kept
+    if len(kept) != len(rows) or any(k > n for k, n in zip(kept, marker.lengths, strict=True)):
+        raise InputError(f"{folder / _MARKER}: kept does not fit the lengths")
     # All that the files claim to hold is looked at before memory is taken for it.
-    make_empty = functools.partial(session.empty_cache, rows)
-    longest = max(marker.lengths)
+    make_empty = functools.partial(session.empty_cache, rows, kept=max(kept))
+    filled = {"full": max(kept), "streaming": max(marker.lengths)}
     shapes = jax.eval_shape(make_empty)
     arrays_of = [
-        opened(_layer_file(number), _expected(layer, longest))
+        opened(_layer_file(number), _expected(layer, filled))
         for number, layer in enumerate(shapes.layers)
     ]
     shape = (session.batch_size, runtime.config.architecture.vocab_size)
@@ -142,7 +154,10 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
         Snapshot(
             tokens=rows,
             cache=dataclasses.replace(
-                empty, layers=tuple(layers), lengths=jnp.array(marker.lengths, jnp.int32)
+                empty,
+                layers=tuple(layers),
+                lengths=jnp.array(marker.lengths, jnp.int32),
+                kept=jnp.array(kept, jnp.int32),
             ),
             logits=jnp.array(read_logits()["logits"]),
             logits_at=marker.logits_at,
@@ -167,6 +182,8 @@ _DESCRIPTIONS = {
     "dtype": "dtype",
     "kv": "KV format",
     "prefill_mode": "prefill mode",
+    "keep": "fraction of tokens to keep",
+    "keep_by": "choice of tokens to keep",
 }
 
 
@@ -180,6 +197,8 @@ def _belongs_to(runtime: Runtime) -> dict[str, Any]:
         "recent_size": runtime.config.recent_size,
         "retrieval_heads": list(runtime.config.retrieval_counts),
         "prefill_mode": runtime.prefill_mode,
+        "keep": runtime.keep,
+        "keep_by": runtime.keep_by if runtime.keep < 1 else "snapkv",
         "weights": runtime.weights_digest,
     }
 
@@ -193,7 +212,7 @@ def _architecture(architecture: ModelConfig) -> dict[str, Any]:
 
 
 def _difference(theirs: Any, mine: Any) -> str:
-    return f" ({theirs}, here {mine})" if isinstance(mine, int) or len(mine) < 12 else ""
+    return f" ({theirs}, here {mine})" if isinstance(mine, int | float) or len(mine) < 12 else ""
 
 
 def _read_marker(folder: pathlib.Path) -> _Marker:
@@ -216,12 +235,15 @@ def _layer_file(number: int) -> str:
     return f"layer-{number:05d}.safetensors"
 
 
-def _to_arrays(layer: LayerCache, longest: int) -> dict[str, np.ndarray]:
-    """Name a layer's filled slots; safetensors wants contiguous arrays."""
+def _to_arrays(layer: LayerCache, tokens: dict[str, int]) -> dict[str, np.ndarray]:
+    """Name a layer's filled slots; safetensors wants contiguous arrays.
+
+    `tokens` says how many tokens caches of a kind hold, or could hold.
+    """
     arrays = {}
     for kind, parts in _parts(layer).items():
         for name, leaf in _leaves(parts[0]).items():
-            filled = _filled(name, leaf, parts[0], longest)
+            filled = _filled(name, leaf, parts[0], tokens[kind])
             leaves = (_leaves(part)[name][:, :, :filled] for part in parts)
             arrays[f"{kind}.{name}"] = np.concatenate(list(map(np.asarray, leaves)), axis=1)
     return arrays
@@ -233,24 +255,24 @@ def _leaves(cache: KVCache) -> dict[str, Any]:
     return {".".join(key.name for key in path): leaf for path, leaf in leaves}
 
 
-def _expected(layer: LayerCache, longest: int) -> Expected:
+def _expected(layer: LayerCache, tokens: dict[str, int]) -> Expected:
     """Return what the file of a layer holds, by the shapes of an empty one."""
     found = {}
     for kind, parts in _parts(layer).items():
         num_heads = sum(part.keys.shape[1] for part in parts)
         for name, leaf in _leaves(parts[0]).items():
-            slots = _filled(name, leaf, parts[0], longest)
+            slots = _filled(name, leaf, parts[0], tokens[kind])
             shape = (leaf.shape[0], num_heads, slots, leaf.shape[3])
             found[f"{kind}.{name}"] = (shape, np.dtype(leaf.dtype))
     return found
 
 
-def _filled(name: str, leaf: Any, cache: KVCache, longest: int) -> int:
-    """Return how many slots of a buffer `longest` tokens fill; a slot may hold several tokens."""
+def _filled(name: str, leaf: Any, cache: KVCache, tokens: int) -> int:
+    """Return how many slots of a buffer some tokens fill; a slot may hold several tokens."""
     if name.startswith("latest.") and cache.latest is not None:
         cache = cache.latest
     slots = cache.slots
-    return -(-min(longest, slots) * leaf.shape[2] // slots)
+    return -(-min(tokens, slots) * leaf.shape[2] // slots)
 
 
 def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:

@@ -25,7 +25,9 @@ Rows = Sequence[Sequence[int]]
 _WIDTHS = (64, 256, 1024)
 
 _prefill = jax.jit(
-    serve.prefill, static_argnames=("config", "mode", "implementation"), donate_argnames="cache"
+    serve.prefill,
+    static_argnames=("config", "mode", "voters", "implementation"),
+    donate_argnames="cache",
 )
 
 
@@ -41,11 +43,13 @@ class RowCache:
 
     def __init__(self, runtime: Runtime, batch_size: int, limits: Limits, timing: Timing) -> None:
         self.cache: Cache | None = None  # None before anything is read, and while it is lent
-        self.capacity = 0  # tokens that a row of the cache can hold
+        self.slots = 0  # of its full caches
         self.logits: Float[Array, "batch vocab"] | None = None  # after logits_at tokens of each row
         self.logits_at = [0] * batch_size
         self._runtime, self._batch_size = runtime, batch_size
         self._limits, self._timing = limits, timing
+        if runtime.keep < 1:  # a cache of a fixed size would not become smaller
+            self._limits = dataclasses.replace(limits, max_len=None)
 
     @property
     def held(self) -> list[int]:
@@ -53,6 +57,19 @@ class RowCache:
         if self.cache is None:
             return [0] * self._batch_size
         return np.asarray(self.cache.lengths).tolist()
+
+    @property
+    def evicted(self) -> int:
+        """Tokens that every row's full caches hold no more."""
+        if self.cache is None or self._runtime.keep == 1:
+            return 0
+        return int(np.min(np.asarray(self.cache.lengths) - np.asarray(self.cache.kept)))
+
+    def take(self) -> Cache:
+        """Return the cache, to be used up; what becomes of it belongs in `cache`."""
+        cache, self.cache = self.cache, None
+        assert cache is not None
+        return cache
 
     def empty(self, size: int) -> Cache:
         """Return an empty cache with room for `size` tokens in every row.
@@ -68,7 +85,7 @@ class RowCache:
         """Keep the first tokens of every row; all are forgotten where the cache cannot go back.
 
         A streaming head's ring cannot once it has gone round: what it held is overwritten. Nor can
-        int2, whose blocks of tokens are quantised together.
+        int2, whose blocks of tokens are quantised together, or a cache that has evicted tokens.
         """
         held, config = self.held, self._runtime.config
         window = config.sink_size + config.recent_size
@@ -76,11 +93,13 @@ class RowCache:
         if (
             self.cache is None
             or self._runtime.kv_format == "int2"
+            or self.evicted
             or (streaming and max(held) > window)
         ):
             self.cache = None
             return
-        self.cache = dataclasses.replace(self.cache, lengths=jnp.array(lengths, jnp.int32))
+        ends = np.array(lengths, np.int32)
+        self.cache = dataclasses.replace(self.cache, lengths=jnp.array(ends), kept=jnp.array(ends))
         pairs = zip(self.logits_at, lengths, strict=True)
         self.logits_at = [at if at <= length else 0 for at, length in pairs]
 
@@ -120,21 +139,27 @@ class RowCache:
         Raises:
           InputError: there is too little memory; what was held still is.
         """
-        capacity = self._limits.capacity(size)
+        size -= self.evicted
+        slots = self.slots_for(size)
         if self.cache is None:
-            self.cache, self.capacity = self.empty(size), capacity
-        elif capacity > self.capacity:
+            self.cache, self.slots = self.empty(size), slots
+        elif slots > self.slots:
             with memory.for_cache(caches.cache_bytes(self._runtime.config, **self._sizes(size))):
-                larger = caches.grow(self.cache, max_len=capacity)
-                self.cache, self.capacity = jax.block_until_ready(larger), capacity
+                larger = caches.grow(self.cache, max_len=slots)
+                self.cache, self.slots = jax.block_until_ready(larger), slots
+
+    def slots_for(self, size: int) -> int:
+        """Return how many slots full caches get for `size` tokens."""
+        return self._limits.capacity(size)
 
     def _sizes(self, size: int) -> dict[str, Any]:
         """Return the arguments of a cache for rows of `size` tokens."""
         return {
             "batch_size": self._batch_size,
-            "max_len": self._limits.capacity(size),
+            "max_len": self.slots_for(size),
             "dtype": self._runtime.dtype,
             "kv": self._runtime.kv_format,
+            "votes": self._runtime.keep < 1,
         }
 
     def _read_chunk(self, rows: Rows, *, more: bool) -> int:
@@ -146,24 +171,44 @@ class RowCache:
         unread = max(len(row) - n for row, n in zip(rows, held, strict=True))
         chunk, mode = self._runtime.prefill_chunk, self._runtime.prefill_mode
         width = chunk_width(unread, chunk, mode, more=more)
-        parts = [list(row[n : n + width]) for row, n in zip(rows, held, strict=True)]
-        num_tokens = np.array([len(part) for part in parts], np.int32)
-        padded = np.array([part + [0] * (width - len(part)) for part in parts], np.int32)
-        donated, self.cache = self.cache, None
-        logits, cache = _prefill(
+        if self._runtime.keep < 1:
+            width = max(width, min(_WIDTHS[0], chunk))  # a single token would not vote
+        parts = [row[n : n + width] for row, n in zip(rows, held, strict=True)]
+        logits = self.prefill(parts, width=width, total_lengths=list(map(len, rows)))
+        if self.logits is not None:
+            logits = jnp.where(jnp.array([[len(part) > 0] for part in parts]), logits, self.logits)
+        self.logits = logits.block_until_ready()
+        return sum(map(len, parts))
+
+    def prefill(
+        self,
+        parts: Rows,
+        *,
+        width: int,
+        total_lengths: Sequence[int],
+        voters: serve.Voters = "latest",
+    ) -> Float[Array, "batch vocab"]:
+        """Append some tokens to every row of the cache, and return the logits after them.
+
+        Args:
+          parts: the tokens, at most `width` for each row.
+          width: what they are padded to.
+          total_lengths: as in duo_jax.serve.prefill.
+          voters: as there.
+        """
+        padded = np.array([[*part, *([0] * (width - len(part)))] for part in parts], np.int32)
+        logits, self.cache = _prefill(
             self._runtime.config,
             self._runtime.params,
-            donated,
+            self.take(),
             jnp.asarray(padded),
-            jnp.asarray(num_tokens),
+            jnp.array([len(part) for part in parts], jnp.int32),
             mode=self._runtime.prefill_mode,
             implementation=self._runtime.implementation,
-            total_lengths=jnp.array([len(row) for row in rows], jnp.int32),
+            total_lengths=jnp.array(total_lengths, jnp.int32),
+            voters=voters,
         )
-        if self.logits is not None:
-            logits = jnp.where(jnp.asarray(num_tokens > 0)[:, None], logits, self.logits)
-        self.logits, self.cache = logits.block_until_ready(), cache
-        return int(num_tokens.sum())
+        return logits
 
 
 def chunk_width(unread: int, chunk: int, mode: str, *, more: bool) -> int:

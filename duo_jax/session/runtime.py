@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,9 +13,11 @@ from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import WeightFormat, format_of
 from duo_jax.schema.check import argument
-from duo_jax.schema.kinds import Count
+from duo_jax.schema.kinds import Count, Share
 from duo_jax.serve import PrefillMode
 from kernels import Implementation, dispatch
+
+KeepBy = Literal["snapkv", "kvzip"]
 
 _SAMPLES_PER_LEAF = 64
 
@@ -30,13 +32,20 @@ class Runtime:
     prefill_mode: str = "exact"  # a PrefillMode
     implementation: str = "auto"  # of attention, a kernels.Implementation
     kv_format: str = "model"  # a KVFormat
+    keep: float = 1.0  # fraction of tokens that retrieval heads keep (duo_jax.session.eviction)
+    keep_by: str = "snapkv"  # a KeepBy
+    repeat_tokens: tuple[int, ...] = ()  # ask the model to repeat the text; for "kvzip"
 
     def __post_init__(self) -> None:
         chunk = argument("prefill_chunk", self.prefill_chunk, Count)
         object.__setattr__(self, "prefill_chunk", chunk)  # numpy's numbers become Python's
         argument("prefill mode", self.prefill_mode, PrefillMode)
         check_implementation(self.implementation)
-        check_kv_format(self.config, self.kv_format)
+        kv_format = check_kv_format(self.config, self.kv_format)
+        object.__setattr__(self, "keep", argument("keep", self.keep, Share))
+        argument("keep_by", self.keep_by, KeepBy)
+        if self.keep < 1 and kv_format == "int2":
+            raise InputError('"int2" packs 64 tokens together: none of them can be evicted')
 
     @property
     def dtype(self) -> np.dtype:

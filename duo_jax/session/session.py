@@ -19,6 +19,7 @@ from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Size
 from duo_jax.serve import decoding
 from duo_jax.serve.sampling import SamplingConfig, check_seed, seen_tokens
+from duo_jax.session.eviction import evict
 from duo_jax.session.limits import Limits
 from duo_jax.session.row_cache import Progress, RowCache
 from duo_jax.session.runtime import Runtime
@@ -85,7 +86,7 @@ class Session:
     @property
     def capacity(self) -> int:
         """Tokens that a row of the cache can hold."""
-        return self._row_cache.capacity
+        return self._row_cache.slots + self._row_cache.evicted
 
     def append(
         self,
@@ -225,10 +226,12 @@ class Session:
           room: tokens for which the cache should have room beyond the rows.
 
         Raises:
-          InputError: a row is empty.
+          InputError: a row is empty, or tokens cannot be evicted (duo_jax.session.eviction).
         """
         self._limits.check(self.tokens)
         self._row_cache.read(self.tokens, room=room)
+        with self.timing.prefill():
+            evict(self._row_cache, self.runtime, self.tokens, room=room)
         with self._lent() as loan:
             yield loan
 
@@ -245,21 +248,25 @@ class Session:
             tokens=self.tokens, cache=cache, logits=logits, logits_at=self._row_cache.logits_at
         )
 
-    def empty_cache(self, rows: list[list[int]]) -> Cache:
+    def empty_cache(self, rows: list[list[int]], *, kept: int) -> Cache:
         """Return a cache for these rows, to be filled and given to `restore`.
+
+        Args:
+          rows: the tokens.
+          kept: how many of a row's tokens full caches hold at most.
 
         Raises:
           InputError: a row is empty, or longer than the model or the cache allows.
         """
         self._limits.check(rows)
-        return self._row_cache.empty(max(map(len, rows)))
+        return self._row_cache.empty(kept)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from a snapshot whose cache came from `empty_cache`."""
         self.tokens, held = snapshot.tokens, self._row_cache
         held.cache, held.logits = snapshot.cache, snapshot.logits
         held.logits_at = snapshot.logits_at
-        held.capacity = self._limits.capacity(max(map(len, snapshot.tokens)))
+        held.slots = held.slots_for(int(snapshot.cache.kept.max()))
 
     @contextlib.contextmanager
     def _lent(self) -> Iterator[Loan]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from duo_jax.cache import live_bytes
 from duo_jax.evaluate.eviction import Predicted
 from duo_jax.evaluate.results.forced import force
 from duo_jax.session.runtime import Runtime
@@ -31,6 +30,5 @@ def predict(
     """
     session = Session(runtime, batch_size=len(texts), max_len=length + room)
     session.append([text.tolist() for text in texts])
-    assert session.cache is not None
-    cache_bytes = live_bytes(session.cache) // len(texts)
-    return Predicted(forced=force(session, tails, room=room), cache_bytes=cache_bytes)
+    forced, cache_bytes = force(session, tails, room=room)
+    return Predicted(forced=forced, cache_bytes=cache_bytes)

@@ -9,7 +9,6 @@ import tyro
 
 from duo_jax import cli
 from duo_jax.api import DuoModel
-from duo_jax.cache import live_bytes
 from duo_jax.data.documents import load_documents
 from duo_jax.errors import InputError
 from duo_jax.evaluate.needle.documents import Document, Haystack, NeedleTemplates
@@ -170,11 +169,9 @@ def _answer(
     new = flags.max_new_tokens
     session = Session(model.runtime, batch_size=len(full), max_len=longest + new)
     session.append([text.tokens for text in full], room=new)
-    assert session.cache is not None
-    cache_bytes = live_bytes(session.cache) // len(full)
     # A longer answer could not be written either.
     answers = [np.array(text.answer_tokens[:new], np.int32) for text in full]
-    forced = force(session, answers, room=new, go_on=True)
+    forced, cache_bytes = force(session, answers, room=new, go_on=True)
     reference = references.for_cells(cells, forced)
     known = score(model.runtime, forced, answers, reference=reference)
     written = [""] * len(full)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from duo_jax.cache import live_bytes
 from duo_jax.data.passkeys import Sample
 from duo_jax.evaluate.results.forced import Forced, answer_means, force, score
 from duo_jax.session.runtime import Runtime
@@ -36,9 +35,7 @@ def read(runtime: Runtime, samples: Sequence[Sample]) -> tuple[Forced, int]:
     session = Session(runtime, batch_size=len(samples))
     texts = [sample.tokens[: sample.tail_start].tolist() for sample in samples]
     session.append(texts, room=longest)
-    assert session.cache is not None
-    cache_bytes = live_bytes(session.cache) // len(samples)
-    return force(session, tails, room=longest), cache_bytes
+    return force(session, tails, room=longest)
 
 
 def judge(

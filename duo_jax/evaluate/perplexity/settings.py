@@ -69,6 +69,10 @@ class PerplexityConfig(ModelFlags):
             raise InputError(
                 "without a pattern no head streams: add --sparsities with nothing after it"
             )
+        if self.keep < 1:
+            raise InputError(
+                "perplexity reads a text and writes nothing: no token is evicted, leave out --keep"
+            )
         if not self.settings():
             raise InputError("there is nothing to measure")
 

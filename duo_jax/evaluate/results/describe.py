@@ -31,6 +31,7 @@ def settings(flags: ModelFlags, model: DuoModel) -> dict[str, Any]:
         "prefill_mode": runtime.prefill_mode,
         "prefill_chunk": runtime.prefill_chunk,
         "implementation": runtime.implementation,
+        **({"keep": runtime.keep, "keep_by": runtime.keep_by} if runtime.keep < 1 else {}),
     }
 
 
@@ -46,6 +47,8 @@ def in_words(result: dict[str, Any]) -> str:
     smaller = [
         f"{result[name]} {words}" for name, words in _FORMATS.items() if result[name] != "model"
     ]
+    if "keep" in result:
+        smaller.append(f"{result['keep']:.0%} of tokens kept by {result['keep_by']}")
     parts = [
         f"sink {result['sink']}, recent {result['recent']}",
         ", ".join([result["dtype"], *smaller]),

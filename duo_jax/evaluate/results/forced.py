@@ -1,6 +1,6 @@
 """Answers by teacher forcing: what a model makes of tails of texts, each token after the true ones.
 
-    forced = force(session, tails, room=longest)
+    forced, cache_bytes = force(session, tails, room=longest)
     scores = score(runtime, forced, tails, reference=forced_of_full_caches)
 
 `session` has read the texts. What is kept of a pass are residual streams, not logits: a text's take
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from duo_jax.cache import mark, rewind
+from duo_jax.cache import live_bytes, mark, rewind
 from duo_jax.evaluate.results import grid
 from duo_jax.model.token_scores import check_finite, score_logits, score_streams
 from duo_jax.serve.teacher_forcing import decode_tokens
@@ -43,7 +43,9 @@ class TailScores:
     kl: Float[np.ndarray, "batch tail"] | None  # KL(reference || model), nats
 
 
-def force(session: Session, tails: Sequence[Tokens], *, room: int, go_on: bool = False) -> Forced:
+def force(
+    session: Session, tails: Sequence[Tokens], *, room: int, go_on: bool = False
+) -> tuple[Forced, int]:
     """Decode tails from the caches of a session that has read what is before them.
 
     Args:
@@ -51,6 +53,9 @@ def force(session: Session, tails: Sequence[Tokens], *, room: int, go_on: bool =
       tails: the tokens after each row.
       room: to pad tails to; another number is another compilation.
       go_on: leave the session as it was; otherwise it has used its cache up.
+
+    Returns:
+      What predicts the tails, and the bytes of a row's cache.
     """
     runtime = session.runtime
     given, counts = pad(tails, room)
@@ -58,6 +63,7 @@ def force(session: Session, tails: Sequence[Tokens], *, room: int, go_on: bool =
     active = jnp.arange(room)[None, :] < counts[:, None] - 1
     with session.borrowed(room=room) as loan:
         first, cache = np.asarray(loan.logits), loan.take()
+        cache_bytes = live_bytes(cache) // session.batch_size
         here = mark(cache) if go_on else None
         streams, cache = decode_tokens(
             runtime.config,
@@ -69,7 +75,7 @@ def force(session: Session, tails: Sequence[Tokens], *, room: int, go_on: bool =
         )
         if here is not None:
             loan.cache = rewind(cache, here)
-    return Forced(first=first, rest=np.asarray(streams)[:, : room - 1])
+    return Forced(first=first, rest=np.asarray(streams)[:, : room - 1]), cache_bytes
 
 
 def score(

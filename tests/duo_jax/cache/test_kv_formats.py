@@ -134,7 +134,9 @@ def one_layer(kv: str, q, k, v, cuts, *, retrieval: int):
         at = int(lengths[0])
         parts = (x[:, at : at + cut] for x in (q, k, v))
         num_tokens = jnp.full(2, cut, jnp.int32)
-        place = attention.LayerInput(cache=layer, lengths=lengths, num_tokens=num_tokens)
+        place = attention.LayerInput(
+            cache=layer, lengths=lengths, kept=lengths, num_tokens=num_tokens
+        )
         out, layer = attend(*parts, place)
         outs.append(out)
         lengths = lengths + cut

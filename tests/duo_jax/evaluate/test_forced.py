@@ -24,7 +24,7 @@ def test_a_session_goes_on_from_its_text_without_reading_it_again(tmp_path):
     expected, session = Session(runtime, max_len=40), Session(runtime, max_len=40)
     for one in (expected, session):
         one.append([text.tolist()])
-    forced = force(session, [tail[:9]], room=12, go_on=True)
+    forced, _ = force(session, [tail[:9]], room=12, go_on=True)
     assert forced.rest.shape[1] == 11
     assert session.tokens == [text.tolist()]
     written, wanted = (list(one.decode(max_new_tokens=6)) for one in (session, expected))

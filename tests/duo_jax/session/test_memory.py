@@ -39,11 +39,11 @@ def test_a_cache_that_no_machine_holds_is_refused(sizes):
 def test_a_cache_that_cannot_grow_stays_as_it_is(monkeypatch):
     held = RowCache(make_session().runtime, 1, Limits(architecture=CONFIG, max_len=None), Timing())
     held.reserve(10)
-    cache, capacity = held.cache, held.capacity
+    cache, slots = held.cache, held.slots
     monkeypatch.setattr(memory, "_device_memory", lambda: 2 * cache.nbytes)
     with pytest.raises(InputError, match="GB of memory"):
         held.reserve(20_000)
-    assert (held.cache, held.capacity) == (cache, capacity)
+    assert (held.cache, held.slots) == (cache, slots)
 
 
 def test_memory_that_is_there_but_not_free_is_refused():

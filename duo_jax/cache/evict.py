@@ -1,0 +1,82 @@
+"""Evict tokens from full caches: retrieval heads keep those that were looked at most.
+
+Every head of every layer keeps equally many, its own. What stays moves to the first slots, in order
+of position, and into buffers of fewer slots, so that bytes are freed. Keys carry the rotation of
+their positions, so attention needs to know nothing more than how many slots are filled. Rings of
+streaming heads stay as they are.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from duo_jax.cache.state import Cache, KVCache, LayerCache
+
+# SnapKV (arXiv 2404.14469, section 5.3): the votes of neighbours are pooled, so that a token brings
+# its surroundings along; the latest tokens, which voted, all stay.
+_POOLED = 7  # slots, odd
+LATEST = 32  # tokens
+
+
+def evict(cache: Cache, keep: Sequence[int], *, slots: int) -> Cache:
+    """Return a cache that holds `keep[b]` tokens of row b in each full cache.
+
+    Layers are made one by one; if the caller holds the cache no more, so are the old ones freed.
+
+    Args:
+      cache: its full caches have votes; used up.
+      keep: tokens that stay, per row, at most as many as there are.
+      slots: of the new buffers, at least the largest of `keep`.
+    """
+    kept, keep = cache.kept, jnp.array(np.asarray(keep), jnp.int32)
+    layers, lengths = list(cache.layers), cache.lengths
+    del cache
+    for number, layer in enumerate(layers):
+        full = tuple(_compacted(part, kept, keep, slots=slots) for part in layer.full)
+        layers[number] = LayerCache(full=full, streaming=layer.streaming)
+        del layer
+    return Cache(layers=tuple(layers), lengths=lengths, kept=keep)
+
+
+def without_votes(cache: Cache) -> Cache:
+    """Return a cache, used up, with all its votes at 0."""
+    layers = (
+        dataclasses.replace(
+            layer,
+            full=tuple(
+                dataclasses.replace(part, votes=jnp.zeros_like(part.votes)) for part in layer.full
+            ),
+        )
+        for layer in cache.layers
+    )
+    return dataclasses.replace(cache, layers=tuple(layers))
+
+
+@functools.partial(jax.jit, static_argnames="slots")
+def _compacted(
+    part: KVCache, kept: Int[Array, " batch"], keep: Int[Array, " batch"], *, slots: int
+) -> KVCache:
+    """Return the chosen tokens of every head, in buffers of `slots`."""
+    assert part.votes is not None
+    ranked = jnp.argsort(-_pooled(part.votes[..., 0], kept), axis=-1, stable=True)[..., :slots]
+    chosen = jnp.arange(ranked.shape[-1])[None, None, :] < keep[:, None, None]
+    at = jnp.sort(jnp.where(chosen, ranked, part.slots), axis=-1)
+    at = jnp.minimum(at, part.slots - 1)[..., None]
+    return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, at, axis=2), part)
+
+
+def _pooled(
+    votes: Float[Array, "batch kv_heads slots"], kept: Int[Array, " batch"]
+) -> Float[Array, "batch kv_heads slots"]:
+    """Return by how much each token should stay; -inf for slots that hold none."""
+    slot, kept = jnp.arange(votes.shape[-1])[None, None, :], kept[:, None, None]
+    votes = jnp.where(slot < kept, votes, 0)
+    window = (1, 1, _POOLED)
+    pooled = jax.lax.reduce_window(votes, -jnp.inf, jax.lax.max, window, (1, 1, 1), "SAME")
+    pooled = jnp.where(slot >= kept - LATEST, jnp.inf, pooled)
+    return jnp.where(slot < kept, pooled, -jnp.inf)
