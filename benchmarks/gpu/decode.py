@@ -15,7 +15,7 @@ from benchmarks.gpu.models import Published
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.tables import Table
 from benchmarks.serving import floors, timing, variants
-from duo_jax.cache import cache_shapes
+from duo_jax.cache import cache_shapes, with_lengths
 from kernels.aot import COMPILER_OPTIONS
 
 
@@ -68,7 +68,7 @@ class Decoding(Program):
             cache = compiled.step(cache, tokens=settings.decode_steps)
 
         for _, context in table.in_time((f"{self.name}: {n:,}", n) for n in self.contexts):
-            cache = dataclasses.replace(cache, lengths=jnp.array([context], jnp.int32))
+            cache = with_lengths(cache, jnp.array([context], jnp.int32))
             cache = compiled.step(cache, tokens=2)
             seconds = timing.interleaved({"steps": steps}, rounds=settings.decode_rounds)["steps"]
             row = {

@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from benchmarks.serving import shapes
 from duo_jax import serve
-from duo_jax.cache import Cache, cache_shapes, init_cache
+from duo_jax.cache import Cache, cache_shapes, init_cache, with_lengths
 from duo_jax.checkpoints import pretrained
 from duo_jax.heads import split
 from duo_jax.heads.split import DuoConfig
@@ -81,9 +81,8 @@ def filled_cache(
     leaves, treedef = jax.tree.flatten(empty.layers)
     for i, key in enumerate(jax.random.split(jax.random.key(0), len(leaves))):
         leaves[i] = _random_like(leaves[i], key)
-    return Cache(
-        layers=jax.tree.unflatten(treedef, leaves), lengths=jnp.array([context], jnp.int32)
-    )
+    filled = dataclasses.replace(empty, layers=jax.tree.unflatten(treedef, leaves))
+    return with_lengths(filled, jnp.array([context], jnp.int32))
 
 
 class Decoder:
@@ -152,7 +151,7 @@ class Reader:
     def read(self) -> None:
         """Read the prompt; return when it is done."""
         cache = self._init_cache() if self._cache is None else self._cache
-        cache = dataclasses.replace(cache, lengths=jnp.zeros(1, jnp.int32))
+        cache = with_lengths(cache, jnp.zeros(1, jnp.int32))
         for part, num_tokens in self._chunks:
             program = self._read[part.shape]
             logits, cache = program(self.params, cache, part, num_tokens)

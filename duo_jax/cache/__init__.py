@@ -13,6 +13,7 @@ from duo_jax.cache.state import (
     grow,
     init_cache,
     live_bytes,
+    with_lengths,
 )
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "live_bytes",
     "mark",
     "rewind",
+    "with_lengths",
     "without_votes",
 ]

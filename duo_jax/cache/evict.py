@@ -33,26 +33,25 @@ def evict(cache: Cache, keep: Sequence[int], *, slots: int) -> Cache:
       keep: tokens that stay, per row, at most as many as there are.
       slots: of the new buffers, at least the largest of `keep`.
     """
-    kept, keep = cache.kept, jnp.array(np.asarray(keep), jnp.int32)
+    before, after = cache.kept, jnp.array(np.asarray(keep), jnp.int32)
     layers, lengths = list(cache.layers), cache.lengths
     del cache
     for number, layer in enumerate(layers):
-        full = tuple(_compacted(part, kept, keep, slots=slots) for part in layer.full)
+        full = tuple(_compacted(part, before, after, slots=slots) for part in layer.full)
         layers[number] = LayerCache(full=full, streaming=layer.streaming)
         del layer
-    return Cache(layers=tuple(layers), lengths=lengths, kept=keep)
+    return Cache(layers=tuple(layers), lengths=lengths, kept=after)
 
 
 def without_votes(cache: Cache) -> Cache:
     """Return a cache, used up, with all its votes at 0."""
+
+    def without(part: KVCache) -> KVCache:
+        assert part.votes is not None
+        return dataclasses.replace(part, votes=jnp.zeros_like(part.votes))
+
     layers = (
-        dataclasses.replace(
-            layer,
-            full=tuple(
-                dataclasses.replace(part, votes=jnp.zeros_like(part.votes)) for part in layer.full
-            ),
-        )
-        for layer in cache.layers
+        dataclasses.replace(layer, full=tuple(map(without, layer.full))) for layer in cache.layers
     )
     return dataclasses.replace(cache, layers=tuple(layers))
 

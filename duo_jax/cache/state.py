@@ -158,10 +158,8 @@ def init_cache(
         )
 
     none = jnp.zeros(batch_size, jnp.int32)
-    # Two buffers: a cache that is donated must not hold one twice.
-    return Cache(
-        layers=tuple(map(layer, config.retrieval_counts)), lengths=none, kept=jnp.copy(none)
-    )
+    cache = Cache(layers=tuple(map(layer, config.retrieval_counts)), lengths=none, kept=none)
+    return with_lengths(cache, none)
 
 
 def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
@@ -179,6 +177,12 @@ def cache_bytes(config: DuoConfig, **sizes: Any) -> int:
 def live_bytes(cache: Cache) -> int:
     """Return the bytes that all key and value buffers take on their device."""
     return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(cache.layers))
+
+
+def with_lengths(cache: Cache, lengths: Int[Array, " batch"]) -> Cache:
+    """Return the cache as one that holds so many tokens of every row, none of them evicted."""
+    # Two buffers: a cache that is donated must not hold one twice.
+    return dataclasses.replace(cache, lengths=lengths, kept=jnp.copy(lengths))
 
 
 def grow(cache: Cache, *, max_len: int) -> Cache:

@@ -196,7 +196,7 @@ class Conversation:
         return session.cache.nbytes, cache_bytes(
             runtime.config.all_retrieval(),
             batch_size=1,
-            max_len=session.capacity,
+            max_len=session.whole_slots,
             dtype=runtime.dtype,
             kv=runtime.kv_format,
         )

@@ -98,8 +98,7 @@ class RowCache:
         ):
             self.cache = None
             return
-        ends = np.array(lengths, np.int32)
-        self.cache = dataclasses.replace(self.cache, lengths=jnp.array(ends), kept=jnp.array(ends))
+        self.cache = caches.with_lengths(self.cache, jnp.array(lengths, jnp.int32))
         pairs = zip(self.logits_at, lengths, strict=True)
         self.logits_at = [at if at <= length else 0 for at, length in pairs]
 

@@ -88,6 +88,13 @@ class Session:
         """Tokens that a row of the cache can hold."""
         return self._row_cache.slots + self._row_cache.evicted
 
+    @property
+    def whole_slots(self) -> int:
+        """Slots of a full cache that held all tokens, as one from which none are evicted does."""
+        if self.runtime.keep == 1:
+            return self._row_cache.slots
+        return self._row_cache.slots_for(max(map(len, self.tokens)))
+
     def append(
         self,
         tokens: Sequence[Sequence[int]],

@@ -97,6 +97,8 @@ class CompareConfig(ModelFlags):
             )
         if self.kv != "model":
             raise InputError("methods are compared with caches in the model's dtype: --kv model")
+        if self.keep < 1:
+            raise InputError("methods decide for themselves what is kept: leave out --keep")
 
     def folder(self) -> pathlib.Path:
         """Return the work folder."""

@@ -147,11 +147,11 @@ class GridFlags(ModelFlags):
 def models(flags: GridFlags, split: DuoModel) -> dict[str, Callable[[], DuoModel]]:
     """Return, by name, how to load each model to be measured; `split` is what the flags load."""
     config = split.config
-    if config == config.all_retrieval():
+    if config == config.all_retrieval() and flags.keep == 1:
         return {FULL: lambda: split}
     found = {DUO: lambda: split}
     if flags.full:
-        as_published: dict[str, Any] = {"pattern": NO_PATTERN}
+        as_published: dict[str, Any] = {"pattern": NO_PATTERN, "keep": 1.0}
         as_published |= dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
         found = {FULL: functools.partial(flags.load, **as_published), **found}
     if flags.all_streaming:

@@ -13,6 +13,7 @@ from duo_jax.cache import LATEST, cache_bytes
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
+from duo_jax.evaluate import __main__ as evaluate
 from duo_jax.evaluate.passkeys import retrieval
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model.hf_config import parse_config
@@ -81,6 +82,7 @@ def test_bytes_are_freed():
     assert before == cache_bytes(config, max_len=2048, **sizes)
     assert session.cache.nbytes == cache_bytes(config, max_len=1024, **sizes)
     assert session.capacity >= len(session.tokens[0])
+    assert session.whole_slots == 2048  # what the bytes are compared with
 
 
 def test_a_short_text_keeps_all_and_reads_as_without():
@@ -201,3 +203,17 @@ def test_snapkv_keeps_what_the_end_of_the_text_asks_for(demo_samples):
         [written] = write(session, stop - start)
         # The question looks at the first words, and they bring their neighbours along.
         assert written[:4] == sample.tokens[start : start + 4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["perplexity"], "no token is evicted, leave out --keep"),
+        (["compare"], "methods decide for themselves what is kept"),
+    ],
+)
+def test_commands_that_do_not_evict_say_so(words, reason, capsys):
+    with pytest.raises(SystemExit) as error:
+        evaluate.main([*words, "--model", "demo", "--keep", "0.5"])
+    assert error.value.code == 2
+    assert reason in capsys.readouterr().err

@@ -1,11 +1,10 @@
 """Texts of any lengths are read and continued by few programs; how much their caches round up."""
 
-import dataclasses
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from duo_jax.cache import with_lengths
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model.hf_config import parse_config
 from duo_jax.session import row_cache
@@ -38,7 +37,7 @@ def programs(monkeypatch):
         assert tokens.shape[1] <= slots
         seen["prefill"].add((tokens.shape, slots))
         seen["decode"].add((tokens.shape[0], slots))
-        cache = dataclasses.replace(cache, lengths=cache.lengths + num_tokens)
+        cache = with_lengths(cache, cache.lengths + num_tokens)
         return jnp.zeros((tokens.shape[0], CONFIG.vocab_size)), cache
 
     monkeypatch.setattr(row_cache, "_prefill", prefill)
