@@ -81,8 +81,8 @@ def filled_cache(
     leaves, treedef = jax.tree.flatten(empty.layers)
     for i, key in enumerate(jax.random.split(jax.random.key(0), len(leaves))):
         leaves[i] = _random_like(leaves[i], key)
-    filled = dataclasses.replace(empty, layers=jax.tree.unflatten(treedef, leaves))
-    return with_lengths(filled, jnp.array([context], jnp.int32))
+    layers, lengths = jax.tree.unflatten(treedef, leaves), jnp.array([context], jnp.int32)
+    return Cache(layers=layers, lengths=lengths, kept=jnp.copy(lengths))
 
 
 class Decoder:
