@@ -19,6 +19,7 @@ COMMANDS = {
     "passkeys": ("passkeys", "several passkeys in one text, as in identification"),
     "perplexity": ("perplexity", "how well long text is predicted, by position"),
     "lm-eval": ("harness", "tasks of lm-evaluation-harness: RULER, LongBench, MMLU, ..."),
+    "frontier": ("frontier", "head split, cache format and eviction together, by bytes"),
     "compare": ("compare", "DuoAttention beside other methods, at equal bytes of cache"),
 }
 _PROG = "python -m duo_jax.evaluate"

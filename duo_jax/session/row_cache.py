@@ -1,6 +1,5 @@
 """The cache of a session: it holds a prefix of every row, and reads what it lacks in chunks."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +22,8 @@ Rows = Sequence[Sequence[int]]
 # Widths of a chunk that is not full. Every width needs a program of its own, which takes seconds to
 # compile; padding costs a short text less than that, and a longer one is read in pieces.
 _WIDTHS = (64, 256, 1024)
+
+_BLOCK = 64  # slots
 
 _prefill = jax.jit(
     serve.prefill,
@@ -48,8 +49,6 @@ class RowCache:
         self.logits_at = [0] * batch_size
         self._runtime, self._batch_size = runtime, batch_size
         self._limits, self._timing = limits, timing
-        if runtime.keep < 1:  # a cache of a fixed size would not become smaller
-            self._limits = dataclasses.replace(limits, max_len=None)
 
     @property
     def held(self) -> list[int]:
@@ -148,7 +147,13 @@ class RowCache:
                 self.cache, self.slots = jax.block_until_ready(larger), slots
 
     def slots_for(self, size: int) -> int:
-        """Return how many slots full caches get for `size` tokens."""
+        """Return how many slots full caches get for `size` tokens.
+
+        Where tokens are evicted, `max_len` bounds the tokens of a row, and its caches take what
+        they need, in blocks: of a fixed size they would not become smaller.
+        """
+        if self._runtime.keep < 1 and self._limits.max_len is not None:
+            return whole_blocks(size)
         return self._limits.capacity(size)
 
     def _sizes(self, size: int) -> dict[str, Any]:
@@ -208,6 +213,11 @@ class RowCache:
             voters=voters,
         )
         return logits
+
+
+def whole_blocks(size: int) -> int:
+    """Return the slots of a cache that evicts and is given a fixed size, for `size` tokens."""
+    return -(-size // _BLOCK) * _BLOCK
 
 
 def chunk_width(unread: int, chunk: int, mode: str, *, more: bool) -> int:

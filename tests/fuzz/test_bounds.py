@@ -13,6 +13,8 @@ from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.evaluate.compare.command import CompareConfig
 from duo_jax.evaluate.compare.command import main as compare
+from duo_jax.evaluate.frontier.command import main as frontier
+from duo_jax.evaluate.frontier.settings import FrontierConfig
 from duo_jax.evaluate.needle.command import NeedleConfig
 from duo_jax.evaluate.needle.command import main as needle
 from duo_jax.evaluate.needle.documents import Haystack, NeedleTemplates
@@ -47,6 +49,7 @@ _BOUNDS = {
         "profile_samples": _MANY,
         "data.passkey_words": _MANY,
     },
+    FrontierConfig: {"samples": _MANY, "batch": _FEW, "data.passkey_words": _MANY},
     DemoConfig: {"test_samples": _MANY},
 }
 _CASES = [(kind, name, most) for kind, bounds in _BOUNDS.items() for name, most in bounds.items()]
@@ -55,6 +58,7 @@ _COMMANDS = {
     NeedleConfig: (needle, "evaluate.json", "needle"),
     PasskeysConfig: (passkeys, "evaluate.json", "passkeys"),
     CompareConfig: (compare, "evaluate.json", "compare"),
+    FrontierConfig: (frontier, "evaluate.json", "frontier"),
 }
 _TOO_MANY = {
     "texts": (NeedleConfig, {"samples": _MANY, "num_lengths": 11}, "at most 1,000 lengths"),

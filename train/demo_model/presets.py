@@ -59,4 +59,5 @@ EVALUATION = {
     },
     "passkeys": {"batch": 8, "min_length": 320, "data": _ANSWERS | _TEMPLATES},
     "compare": {"data": _ANSWERS | _TEMPLATES},
+    "frontier": {"data": _ANSWERS | _TEMPLATES},
 }

@@ -28,7 +28,6 @@ from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.attention_profile import attention_profile
 from duo_jax.heads.choose import NO_PATTERN
-from duo_jax.heads.pattern import Pattern, check_fits, load_pattern
 from duo_jax.reports import machine
 from duo_jax.schema.kinds import Count, Few, Many, Seed
 
@@ -128,7 +127,9 @@ def compare(flags: CompareConfig) -> None:
     """
     documents = load_documents(flags.text)
     split = flags.load()
-    pattern = _pattern(flags)
+    pattern = grid.pattern_of(flags)
+    if pattern is None:
+        raise InputError("there is nothing to compare without a pattern; choose one with --pattern")
     if flags.length > split.config.architecture.max_positions:
         raise InputError(
             f"length {flags.length:,} is beyond the model's range of "
@@ -225,17 +226,6 @@ def _result(
         },
         "rows": rows,
     }
-
-
-def _pattern(flags: CompareConfig) -> Pattern:
-    """Return the learned gates."""
-    if flags.pattern == NO_PATTERN:
-        raise InputError("there is nothing to compare without a pattern; choose one with --pattern")
-    folder = pretrained.resolve(flags.model)
-    pattern = load_pattern(flags.pattern or folder / "pattern")
-    architecture = pretrained.load_config(folder)
-    check_fits(pattern, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads)
-    return pattern
 
 
 def _profile(flags: CompareConfig, split: DuoModel, documents: Sequence[str]) -> list[list[float]]:

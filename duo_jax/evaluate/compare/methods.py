@@ -62,7 +62,7 @@ def predict_with_full_caches(
     """Return what full caches predict, batch by batch."""
     setting = _setting(subject, task, FULL, 1.0, seed=0)
     assert not isinstance(setting, str)
-    return [setting[0](texts, tails) for texts, tails, _ in _batches(task, batch)]
+    return [setting[0](texts, tails) for texts, tails, _ in batches(task, batch)]
 
 
 def measure(
@@ -97,7 +97,7 @@ def measure(
     answer, described = setting
     predicted, nll, kl = [], [], []
     cache_bytes, text_bytes = 0, []  # the second of methods that evict
-    for reference, (texts, tails, count) in zip(full, _batches(task, batch), strict=True):
+    for reference, (texts, tails, count) in zip(full, batches(task, batch), strict=True):
         found = reference if method == FULL else answer(texts, tails)
         scores = score(subject.runtime, found.forced, tails, reference=reference.forced)
         predicted.extend(scores.predicted[:count])
@@ -149,7 +149,7 @@ def _setting(
     if number is None:
         return f"streaming heads of {sum(sizes)} tokens take more"
     chosen = choose_retrieval_heads(heads_of[method], sparsity=1 - number / subject.gates.size)
-    split = _split(subject.runtime, chosen, sizes)
+    split = split_runtime(subject.runtime, chosen, sizes)
 
     def answer(texts: TokenRows, tails: TokenRows) -> eviction.Predicted:
         return served.predict(split, texts, tails, length=task.length, room=task.room)
@@ -205,7 +205,7 @@ def _evicting(
     return answer, described | {"tokens_per_head": slots // heads}
 
 
-def _split(
+def split_runtime(
     full: Runtime, heads: Bool[np.ndarray, "layers kv_heads"], sizes: tuple[int, int]
 ) -> Runtime:
     """Return the model with these retrieval heads; weights that keep their order are shared."""
@@ -245,7 +245,7 @@ def _most_retrieval_heads(subject: Subject, task: Task, budget: float) -> int | 
     return max(fitting, default=None)
 
 
-def _batches(task: Task, size: int) -> Iterator[tuple[list, list, int]]:
+def batches(task: Task, size: int) -> Iterator[tuple[list, list, int]]:
     """Yield texts and tails, the last batch filled up: one shape, one compilation."""
     for first in range(0, len(task.texts), size):
         texts, tails = task.texts[first : first + size], task.tails[first : first + size]

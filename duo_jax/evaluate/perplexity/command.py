@@ -9,8 +9,6 @@ from tqdm import tqdm
 
 from duo_jax import cli
 from duo_jax.api import DuoModel
-from duo_jax.checkpoints import pretrained
-from duo_jax.checkpoints.own_pattern import find_pattern
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.errors import InputError
 from duo_jax.evaluate.perplexity import reading, report
@@ -18,8 +16,6 @@ from duo_jax.evaluate.perplexity.settings import TASK, PerplexityConfig
 from duo_jax.evaluate.perplexity.texts import stretches
 from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.rows import Rows
-from duo_jax.heads.choose import NO_PATTERN
-from duo_jax.heads.pattern import load_pattern
 from duo_jax.reports import machine
 from duo_jax.schema.kinds import Count, Nats, Size
 
@@ -122,11 +118,8 @@ def _length(flags: PerplexityConfig, model: DuoModel) -> int:
 def _identity(flags: PerplexityConfig, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
     """Return all that rows depend on."""
     found = grid.identity(flags, model, documents)
-    gates = None
-    if flags.pattern != NO_PATTERN:
-        folder = pretrained.resolve(flags.model)
-        own = flags.pattern or find_pattern(folder, model.config.architecture)
-        gates = load_pattern(own).gates.tolist()
+    pattern = grid.pattern_of(flags)
+    gates = None if pattern is None else pattern.gates.tolist()
     return {k: v for k, v in found.items() if k not in _ROW_CHOICE} | {"gates": gates}
 
 

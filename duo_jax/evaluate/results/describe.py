@@ -45,7 +45,9 @@ def sparsity(model: DuoModel) -> float:
 def in_words(result: dict[str, Any]) -> str:
     """Return the settings of a result in one line, for titles and captions."""
     smaller = [
-        f"{result[name]} {words}" for name, words in _FORMATS.items() if result[name] != "model"
+        f"{result[name]} {words}"
+        for name, words in _FORMATS.items()
+        if result.get(name, "model") != "model"
     ]
     if "keep" in result:
         smaller.append(f"{result['keep']:.0%} of tokens kept by {result['keep_by']}")

@@ -17,12 +17,15 @@ import numpy as np
 from tqdm import tqdm
 
 from duo_jax.api import DuoModel
+from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.own_pattern import find_pattern
 from duo_jax.cli import presets
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.data.documents import split_held_out
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.choose import NO_PATTERN
+from duo_jax.heads.pattern import Pattern, check_fits, load_pattern
 from duo_jax.schema.kinds import Count, Few, Many, Seed
 
 PRESET_FILE = "evaluate.json"
@@ -212,6 +215,21 @@ def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> di
         "weights_digest": model.runtime.weights_digest,
         "text_digest": text_digest(documents),
     }
+
+
+def pattern_of(flags: ModelFlags) -> Pattern | None:
+    """Return the pattern by which the flags split a model; None: by none.
+
+    Raises:
+      InputError: the model has none, or it does not fit the model.
+    """
+    if flags.pattern == NO_PATTERN:
+        return None
+    folder = pretrained.resolve(flags.model)
+    architecture = pretrained.load_config(folder)
+    pattern = load_pattern(flags.pattern or find_pattern(folder, architecture))
+    check_fits(pattern, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads)
+    return pattern
 
 
 def text_digest(documents: Sequence[str]) -> str:

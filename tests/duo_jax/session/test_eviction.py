@@ -79,10 +79,10 @@ def test_bytes_are_freed():
     write(session)
     config = session.runtime.config
     sizes = {"batch_size": 1, "dtype": np.float32, "votes": True}
-    assert before == cache_bytes(config, max_len=2048, **sizes)
-    assert session.cache.nbytes == cache_bytes(config, max_len=1024, **sizes)
+    assert before == cache_bytes(config, max_len=1536, **sizes)
+    assert session.cache.nbytes == cache_bytes(config, max_len=768, **sizes)
     assert session.capacity >= len(session.tokens[0])
-    assert session.whole_slots == 2048  # what the bytes are compared with
+    assert session.whole_slots == 1536  # what the bytes are compared with
 
 
 def test_a_short_text_keeps_all_and_reads_as_without():
