@@ -4,11 +4,13 @@ import struct
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from duo_jax.checkpoints.gguf import read_header
 from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.checkpoints.weights import open_weights
+from duo_jax.session.tokenization import load_tokenization
 from tests import gguf_files, models
 from tests.fuzz.contract import REFUSED, attempt, fuzzed
 from tests.fuzz.hostile import damaged_bytes
@@ -101,3 +103,41 @@ def _check_metadata(ours: dict[str, Any], theirs: Any) -> None:
         else:
             expected = theirs.fields[name].contents()
             np.testing.assert_array_equal(np.asarray(value), np.asarray(expected))
+
+
+_KINDS = gguf_files.gguf.GGUFValueType
+_OTHER = {
+    "whole numbers": ([1, 2], _KINDS.ARRAY),
+    "numbers": ([1.5, 2.5], _KINDS.ARRAY),
+    "texts": (["a", "b"], _KINDS.ARRAY),
+    "a list of one": ([7], _KINDS.ARRAY),
+    "a text": ("x", _KINDS.STRING),
+    "NaN": (float("nan"), _KINDS.FLOAT32),
+    "beyond float32": (1e300, _KINDS.FLOAT64),
+    "true": (True, _KINDS.BOOL),
+    "the largest": (2**64 - 1, _KINDS.UINT64),
+}
+_OPTIONAL = ["split.count", "general.alignment", "llama.rope.scaling.factor"]
+_OPTIONAL += [f"tokenizer.ggml.{kind}_token_id" for kind in ("eot", "padding", "unknown")]
+
+
+@pytest.mark.parametrize("other", _OTHER)
+@pytest.mark.parametrize(
+    ("raw", "tokenizer"),
+    [(_LLAMA, gguf_files.byte_level("smollm")), (_SCALED, gguf_files.sentencepiece())],
+    ids=["byte-level", "sentencepiece"],
+)
+def test_no_entry_of_another_type_ends_in_another_error(raw, tokenizer, other, tmp_path):
+    file = tmp_path / "model.gguf"
+    gguf_files.write(file, raw, tokenizer=tokenizer)
+    load_tokenizer(file)  # imports take seconds
+    for name in [*read_header(file).metadata, *_OPTIONAL]:
+        file.unlink()  # a new file, as above
+
+        def change(writer, name=name):
+            writer.kv_data[0].pop(name, None)
+            writer.add_key_value(name, *_OTHER[other])
+
+        gguf_files.write(file, raw, tokenizer=tokenizer, change=change)
+        for read in (read_header, open_weights, load_tokenizer, load_tokenization):
+            attempt(lambda read=read: read(file))

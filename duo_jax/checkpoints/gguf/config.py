@@ -59,7 +59,7 @@ def hf_config(header: Header) -> dict[str, Any]:
       InputError: the architecture is not supported, or the file lacks one of its numbers.
     """
     metadata, tensors = header.metadata, header.tensors
-    kind = metadata.get("general.architecture")
+    kind = header.value("general.architecture")
     if kind not in ARCHITECTURES:
         raise header.refused(
             f"architecture {quoted(kind)} is not supported; supported: {', '.join(ARCHITECTURES)} "
@@ -73,7 +73,8 @@ def hf_config(header: Header) -> dict[str, Any]:
                 raise header.refused(f"{kind}.{name} differs from layer to layer")
             found = found[0].item()
         # 0.00001 is stored as the nearest float32, which is 9.99999974e-06.
-        return float(str(np.float32(found))) if isinstance(found, float) else found
+        with np.errstate(over="ignore"):  # beyond float32 it is infinite, which is refused
+            return float(str(np.float32(found))) if isinstance(found, float) else found
 
     sizes = {key: value(name) for key, name in _SIZES.items()}
     missing = [f"{kind}.{_SIZES[key]}" for key, size in sizes.items() if size is None]
@@ -115,7 +116,7 @@ def hf_config(header: Header) -> dict[str, Any]:
         if kind == "llama":
             raw |= {"model_type": "mistral", "architectures": [FAMILIES["mistral"]]}
     raw |= {
-        key: metadata[f"tokenizer.ggml.{name}"]
+        key: header.value(f"tokenizer.ggml.{name}")
         for key, name in _SPECIAL_TOKENS.items()
         if f"tokenizer.ggml.{name}" in metadata
     }

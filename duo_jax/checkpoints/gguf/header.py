@@ -51,6 +51,17 @@ class Header:
     metadata: dict[str, Any]
     tensors: dict[str, StoredTensor]
 
+    def value(self, name: str, default: Any = None) -> Any:
+        """Return an entry that is one value.
+
+        Raises:
+          InputError: it is a list.
+        """
+        found = self.metadata.get(name, default)
+        if isinstance(found, list | np.ndarray):
+            raise self.refused(f"{name} is a list of {len(found):,}; one value is needed")
+        return found
+
     def refused(self, reason: str) -> InputError:
         """Return the error that says why the file is not used."""
         return InputError(f"{shown(self.path)} cannot be used: {reason}")
@@ -145,21 +156,20 @@ class _Reader:
             if name in metadata:
                 raise self._damaged(f"{quoted(name)} is in its metadata twice")
             metadata[name] = self._value(name)
-        self._refuse_parts(metadata)
-        return Header(
-            path=self._path, metadata=metadata, tensors=self._tensors(metadata, num_tensors)
-        )
+        header = Header(path=self._path, metadata=metadata, tensors={})
+        self._refuse_parts(header)
+        return dataclasses.replace(header, tensors=self._tensors(header, num_tensors))
 
-    def _refuse_parts(self, metadata: dict[str, Any]) -> None:
-        count = metadata.get("split.count", 1)
+    def _refuse_parts(self, header: Header) -> None:
+        count = header.value("split.count", 1)
         if count not in (0, 1):
             raise self._damaged(
                 f"it is one of {quoted(count)} parts of a model; put them together with "
                 "llama-gguf-split --merge"
             )
 
-    def _tensors(self, metadata: dict[str, Any], count: int) -> dict[str, StoredTensor]:
-        alignment = metadata.get("general.alignment", 32)
+    def _tensors(self, header: Header, count: int) -> dict[str, StoredTensor]:
+        alignment = header.value("general.alignment", 32)
         allowed = isinstance(alignment, int) and 0 < alignment <= _MAX_ALIGNMENT
         if not allowed or alignment & (alignment - 1):
             raise self._damaged(f"its alignment {quoted(alignment)} is no power of two")

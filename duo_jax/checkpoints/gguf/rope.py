@@ -81,7 +81,8 @@ def _llama3(header: Header, theta: Any, head_dim: Any, value: Callable[..., Any]
     """Return the numbers of Llama 3's scaling that give the factors in the file."""
     tensor = header.tensors[FACTORS]
     fits = isinstance(head_dim, int) and tensor.shape == (head_dim // 2,)
-    if tensor.type.name != "F32" or not fits or not isinstance(theta, float) or theta <= 1:
+    possible = isinstance(theta, float) and 1 < theta < math.inf
+    if tensor.type.name != "F32" or not fits or not possible:
         raise header.refused(f"{FACTORS} is no list of a factor for each pair of channels")
     factors = np.array(np.memmap(header.path, "<f4", "r", tensor.start, tensor.shape), np.float64)
     if not (np.isfinite(factors).all() and (factors >= 1).all() and factors.max() < 1e6):

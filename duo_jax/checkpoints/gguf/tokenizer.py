@@ -109,8 +109,8 @@ class _Vocabulary:
         self.special = {name: self.tokens[i] for name, i in tokens.items() if i is not None}
 
     def entry(self, name: str) -> Any:
-        """Return an entry of the tokenizer; None where the file has none."""
-        return self.header.metadata.get(f"tokenizer.ggml.{name}")
+        """Return an entry of the tokenizer that is one value; None where the file has none."""
+        return self.header.value(f"tokenizer.ggml.{name}")
 
     def flag(self, name: str, default: bool) -> bool:
         """Return an entry that is true or false."""
@@ -188,7 +188,7 @@ class _Vocabulary:
             raise self.header.refused(f"it has {count:,} {what}, above {most:,}")
 
     def _list(self, name: str, kind: type) -> Any:
-        found = self.entry(name)
+        found = self.header.metadata.get(f"tokenizer.ggml.{name}")
         if found is not None and not isinstance(found, kind):
             raise self.header.refused(f"tokenizer.ggml.{name} is no list of what it should hold")
         return found
