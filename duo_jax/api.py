@@ -190,7 +190,8 @@ class DuoModel:
         Raises:
           InputError: there is no prompt, one is empty, or one is too long.
         """
-        if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        one = isinstance(prompts, str | bytes | Mapping) or getattr(prompts, "ndim", 1) == 0
+        if one or not isinstance(prompts, Iterable):
             raise InputError("prompts must be a list of texts, such as [text]")
         prompts = list(prompts)
         if not prompts:

@@ -4,13 +4,16 @@ jax writes and reads entries under a lock, so that processes may share the folde
 what was not used for longest. An entry is its program, then the time of its latest use in a second
 file; a process that is killed in between leaves an entry that jax would find damaged again and
 again, so entries that lack one of the two are removed first. Programs are packed with a checksum,
-which jax leaves out but checks where there is one: what is damaged is compiled again.
+which jax leaves out but checks where there is one: what is damaged is compiled again, and removed,
+as jax would leave it in the place of the new program for ever.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
 import warnings
+from typing import Any
 
 import jax
 import zstandard
@@ -32,6 +35,7 @@ _LEAST_SECONDS = 0.1
 _LOCK = ".lockfile"  # jax's own
 _WAIT = 10.0  # seconds for the lock, as jax waits
 _PROGRAM, _USED = "-cache", "-atime"  # the two files of an entry
+_jax_reads = compilation_cache.get_executable_and_time
 
 
 def folder() -> pathlib.Path | None:
@@ -65,6 +69,7 @@ def switch_on() -> None:
     # What jax cannot read or write in the middle of a run, it compiles.
     warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation")
     compilation_cache.compress_executable = _compress
+    compilation_cache.get_executable_and_time = _read
     jax.config.update("jax_compilation_cache_dir", str(place))
     jax.config.update("jax_compilation_cache_max_size", _MOST_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
@@ -73,6 +78,20 @@ def switch_on() -> None:
 def _compress(program: bytes) -> bytes:
     """Do what jax's function of this name does, with a checksum in the frame."""
     return zstandard.ZstdCompressor(write_checksum=True).compress(program)
+
+
+def _read(key: str, *args: Any, **options: Any) -> Any:
+    """Do what jax's get_executable_and_time does; an entry that is damaged is removed."""
+    try:
+        return _jax_reads(key, *args, **options)
+    except OSError:
+        raise
+    except Exception:  # of zstandard, or of jaxlib for a program of another kind
+        entry = pathlib.Path(jax.config.values["jax_compilation_cache_dir"]) / key
+        for file in (_PROGRAM, _USED):
+            with contextlib.suppress(OSError):
+                entry.with_name(entry.name + file).unlink()
+        raise
 
 
 def _tidy(place: pathlib.Path) -> bool:

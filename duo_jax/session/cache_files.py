@@ -13,6 +13,7 @@ Only filled slots are stored. Host memory peaks at one layer.
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -28,6 +29,7 @@ from duo_jax.errors import InputError, quoted
 from duo_jax.model.config import ModelConfig
 from duo_jax.schema import checksums
 from duo_jax.schema.check import convert
+from duo_jax.schema.json_reader import MAX_BYTES, parse_json
 from duo_jax.schema.kinds import Count, Size
 from duo_jax.session import stored_arrays
 from duo_jax.session.runtime import Runtime
@@ -35,6 +37,7 @@ from duo_jax.session.session import Session, Snapshot
 from duo_jax.session.stored_arrays import Expected, StoredArrays
 
 FORMAT, VERSION = "duo_jax cache", 3
+_MOST_KEPT = MAX_BYTES - (1 << 20)  # the rest of cache.json is for the other entries
 _MARKER, _TOKENS, _LOGITS = "cache.json", "tokens.safetensors", "logits.safetensors"
 
 
@@ -77,6 +80,7 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
     lengths = np.asarray(snapshot.cache.lengths)
     if not _fit(lengths.tolist(), snapshot.logits_at, snapshot.tokens):
         raise InputError("nothing has been read yet: there is no cache to save")
+    _check_kept(extra)
     marker = {
         "format": FORMAT,
         "version": VERSION,
@@ -101,6 +105,14 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
         tokens = {str(i): np.array(row, np.int32) for i, row in enumerate(snapshot.tokens)}
         found[_TOKENS] = stored_arrays.save(tokens, partial / _TOKENS)
         (partial / _MARKER).write_text(checksums.seal(marker) + "\n", encoding="utf-8")
+
+
+def _check_kept(extra: dict[str, Any]) -> None:
+    """Refuse what could not be read again, before anything is written."""
+    text = json.dumps({"extra": extra})
+    if len(text) > _MOST_KEPT:
+        raise InputError(f"the chat has {len(text):,} bytes as JSON; {_MOST_KEPT:,} can be saved")
+    parse_json(text, "the chat")
 
 
 def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:

@@ -161,7 +161,7 @@ class Conversation:
             raise InputError("this conversation is plain text; begin a chat with a new one")
         argument("role", role, str)
         if not isinstance(text, str) or not (text or role == "system"):
-            raise InputError(f"the message is {quoted(text) if text else 'empty'}")
+            raise InputError(f"the message is {'empty' if isinstance(text, str) else quoted(text)}")
         messages = [*self.messages, {"role": role, "content": text}]
         try:
             tokens = self._encode(messages, answer)

@@ -15,13 +15,14 @@ from duo_jax.data import tokenizer_calls
 from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import convert
-from duo_jax.schema.json_reader import read_json
+from duo_jax.schema.json_reader import MAX_BYTES, parse_json, read_json
 from duo_jax.schema.kinds import LARGEST_INT32, Size
 from duo_jax.session import chat_template
 
 Message = dict[str, str]  # {"role": "user", "content": "..."}
 _LONG_TEXT = 1 << 19  # characters; shorter ones are encoded before they are counted
 _NORMALISED = 4  # characters that a normaliser may make one of
+_LONGEST_VARIABLES = MAX_BYTES // 2  # characters, as ASCII; messages are kept beside them
 _OF_THE_CHAT = frozenset(["messages", "add_generation_prompt"])  # no variables for users to set
 
 
@@ -167,20 +168,27 @@ def check_variables(variables: Any) -> dict[str, Any]:
     """Return variables for a chat template, which are JSON; None: no variables.
 
     Raises:
-      InputError: they are none, or one has a name that the chat itself gives.
+      InputError: they are none, are more than a saved conversation could bring back, or one has a
+        name that the chat itself gives.
     """
     if variables is None:
         return {}
     try:
         if not isinstance(variables, Mapping):
             raise TypeError
-        copied = json.loads(json.dumps(dict(variables), allow_nan=False))
-        if copied != dict(variables):
-            raise TypeError
+        text = json.dumps(dict(variables), allow_nan=False)
+        same = json.loads(text) == dict(variables)
     except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
         raise InputError(
             f"chat_template_kwargs {quoted(variables)} is not a dict of texts to JSON values"
-        ) from None
+        )
+    if len(text) > _LONGEST_VARIABLES:
+        raise InputError(
+            f"chat_template_kwargs has {len(text):,} characters, above {_LONGEST_VARIABLES:,}"
+        )
+    [[copied]] = parse_json(f"[[{text}]]", "chat_template_kwargs")  # as deep as in a cache.json
     taken = _OF_THE_CHAT.intersection(copied)
     if taken:
         raise InputError(f"chat_template_kwargs cannot hold {', '.join(sorted(taken))}")

@@ -347,6 +347,7 @@ def test_progress_counts_the_tokens_of_the_prompt(model):
         (iter(()), {}, "there is no prompt"),
         (iter(["a", ""]), {}, "the prompt is empty"),
         (3, {}, "prompts must be a list of texts"),
+        (np.array("a"), {}, "prompts must be a list of texts"),
         (["a", 3], {}, "a text is needed, not 3"),
         (["a"], {"max_new_tokens": "3"}, "max_new_tokens '3' is not a whole number"),
         (["a"], {"stop": 3}, "stop 3 is not a list, each item a text"),

@@ -167,5 +167,6 @@ def test_a_program_of_which_a_bit_is_another_is_compiled_again(tmp_path):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    found, _, said = finish(start(DUO_JAX_COMPILE_CACHE=str(tmp_path)))
-    assert (found, said) == (0, "")
+    for expected in (0, 3):  # and is written again, where jax keeps what is there
+        found, _, said = finish(start(DUO_JAX_COMPILE_CACHE=str(tmp_path)))
+        assert (found, said) == (expected, "")

@@ -395,6 +395,20 @@ def test_folders_that_hold_no_cache(tmp_path):
             cache_files.load(Session(runtime()), folder)
 
 
+def test_what_could_not_be_read_again_is_not_saved(saved, tmp_path, monkeypatch):
+    session = Session(runtime())
+    cache_files.load(session, saved)
+    deep: dict = {}
+    for _ in range(65):
+        deep = {"x": deep}
+    with pytest.raises(InputError, match="the chat is nested more than 64 deep"):
+        cache_files.save(session, tmp_path / "new", extra=deep)
+    monkeypatch.setattr(cache_files, "_MOST_KEPT", 1_000)
+    with pytest.raises(InputError, match="the chat has 1,020 bytes as JSON; 1,000 can be saved"):
+        cache_files.save(session, tmp_path / "new", extra={"x": "x" * 1_000})
+    assert not list(tmp_path.iterdir())
+
+
 def test_places_that_cannot_be_saved_to(saved, tmp_path):
     session = Session(runtime())
     with pytest.raises(InputError, match="nothing has been read yet"):

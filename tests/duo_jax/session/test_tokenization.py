@@ -234,6 +234,18 @@ def test_what_is_no_variable_is_refused():
     for wrong in (3, "{}", {1: 2}, {"x": object()}, {"x": float("nan")}, {"x": (1,)}):
         with pytest.raises(InputError, match="is not a dict of texts to JSON values"):
             check_variables(wrong)
+    deep: list = []
+    for _ in range(62):
+        deep = [deep]
+    for lost, reason in (
+        ({"x": deep}, "nested more than 64 deep"),
+        ({"x": 10**100}, "a number of 101 digits"),
+        ({"x": [1] * 1_000_001}, "more than 1,000,000 values"),
+        ({"x": "x" * (8 << 20)}, "characters, above"),
+    ):  # a saved conversation could not bring it back
+        with pytest.raises(InputError, match=f"chat_template_kwargs .*{reason}"):
+            check_variables(lost)
+    check_variables({"x": deep[0], "y": 10**99})
     with pytest.raises(InputError, match="cannot hold add_generation_prompt, messages"):
         check_variables({"messages": [], "add_generation_prompt": True})
 
