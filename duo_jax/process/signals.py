@@ -1,4 +1,6 @@
-"""Ctrl-C (SIGINT) and SIGTERM: a command cleans up, says so in a line, and ends with 128 + signal.
+"""Ctrl-C (SIGINT), SIGTERM and SIGHUP: a command cleans up, says so, and ends with 128 + signal.
+
+SIGHUP comes when a terminal is closed, or a connection to another machine ends.
 
 A signal becomes a KeyboardInterrupt, as Ctrl-C always does. But Python may lose that: jax turns one
 that comes inside a callback into an error of its own, and Python drops one that comes while it
@@ -19,6 +21,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 _WORDS: dict[int, str] = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+if hasattr(signal, "SIGHUP"):  # not on Windows
+    _WORDS[signal.SIGHUP] = "terminal closed"
 _ONE = 0.5  # seconds within which several signals are one: timeout(1) sends each twice
 _AGAIN = 0.01  # seconds until a signal that Python dropped is sent again
 
@@ -44,7 +48,7 @@ def run(command: Callable[[], None]) -> None:
     Whatever exception the signal has become, and even if it was swallowed.
 
     Raises:
-      SystemExit: a signal came; 130 for Ctrl-C, 143 for SIGTERM.
+      SystemExit: a signal came; 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP.
     """
     before: dict[int, Any] = {}
     hook, silenced = sys.unraisablehook, logging.root.manager.disable

@@ -1,6 +1,7 @@
 """The seconds of a command's start, in which Python imports jax and little else."""
 
 import gc
+import os
 
 from duo_jax.process import signals
 
@@ -12,7 +13,21 @@ def begin() -> None:
     objects that Python looks them all through several times: a fifth of the whole start.
     """
     signals.end_at_once()
+    _open_streams()
     gc.disable()
+
+
+def _open_streams() -> None:
+    """Open those of the standard streams that are closed, as after `2>&-`, to nothing.
+
+    The next file that is opened, such as a saved cache, would have the number of the stream, and
+    what jaxlib logs to stderr would be written into it.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the least free number
 
 
 def end() -> None:

@@ -21,17 +21,18 @@ from duo_jax.process import signals
 from tests.processes import without_plugin_log
 
 ROOT = pathlib.Path(__file__).parents[3]
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAINS = ("duo_jax.generate", "duo_jax.plan", "duo_jax.evaluate", "convert")
 MAINS += ("train.identify", "train.demo_model")
 
 
 def ended(command: Callable[[], None]) -> int:
     """Return the exit code of a command, and check that nothing of it stays behind."""
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in _SIGNALS]
     hook = sys.unraisablehook
     with pytest.raises(SystemExit) as exit_:
         signals.run(command)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [signal.getsignal(number) for number in _SIGNALS] == handlers
     assert sys.unraisablehook is hook
     return exit_.value.code
 
@@ -42,7 +43,11 @@ def interrupt() -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "line"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "terminated"),
+        (signal.SIGHUP, 129, "terminal closed"),
+    ],
 )
 def test_a_signal_ends_a_command_in_one_line_after_its_cleanup(capsys, number, code, line):
     done = []
@@ -339,3 +344,13 @@ def test_a_command_asks_for_that_before_it_imports_anything(module):
     first = 'if __name__ == "__main__":'
     assert after_docstring.lstrip().startswith(first)
     assert "startup.begin()" in after_docstring.split("\n\n\n")[0]
+
+
+@pytest.mark.parametrize("closed", ["", "<&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_takes_the_place_of_a_closed_stream(closed, tmp_path):
+    """What jaxlib logs to stderr would be written into it."""
+    code = "from duo_jax.process import startup; startup.begin(); import os, sys; "
+    code += "file = open(sys.argv[1], 'w'); file.write(str(file.fileno())); os.write(2, b'a line')"
+    command = f'"{sys.executable}" -c "{code}" "{tmp_path}/file" {closed}'
+    subprocess.run(["bash", "-c", command], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
+    assert int((tmp_path / "file").read_text()) > 2
