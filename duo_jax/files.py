@@ -118,6 +118,19 @@ def present(path: str | pathlib.Path) -> bool:
     return mode != 0
 
 
+def check_folder(path: str | pathlib.Path) -> None:
+    """Refuse a folder for a library to read that holds something else than files and folders.
+
+    It would wait for a pipe without an end.
+
+    Raises:
+      InputError: there is a pipe or a device in it.
+    """
+    for place, _, names in os.walk(path):
+        for name in names:
+            present(pathlib.Path(place, name))
+
+
 def open_binary(path: str | pathlib.Path, *, pipes: bool = False) -> IO[bytes]:
     """Open a file to read; meant for a block of `reading`.
 
@@ -232,10 +245,12 @@ def check_file(path: str | pathlib.Path) -> None:
     """Refuse a name under which no file can be written, before hours are spent on its content.
 
     Raises:
-      InputError: it is a folder's name, or that of a file in a folder which does not exist.
+      InputError: it is the name of a folder, pipe or device, or of a file in a folder which does
+        not exist.
     """
-    if is_folder(path):  # "" is the current one
-        raise InputError(f"{shown(path)} cannot be written: it is a folder; name a file")
+    mode = _mode(path)  # "" is the current folder
+    if mode and not stat.S_ISREG(mode):  # a file would take the place of /dev/null, for everybody
+        raise InputError(f"{shown(path)} cannot be written: it is {_kind(mode)}; name a file")
     if not is_folder(absolute(path).parent):
         raise InputError(f"{shown(path)} cannot be written: its folder does not exist")
 

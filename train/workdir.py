@@ -58,6 +58,7 @@ class WorkDir:
         self._claim = workdir.claim(path, settings, operational=operational)
         self.path = path
         self.metrics_file = path / "metrics.jsonl"
+        files.check_folder(path / "checkpoints")
         with files.writing(path), quiet_orbax():  # it looks at what is there
             self._checkpoints = _open(orbax_path(path / "checkpoints"))
 

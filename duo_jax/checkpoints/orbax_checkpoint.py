@@ -30,7 +30,7 @@ from duo_jax.checkpoints import tensor_info, tensor_names
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.errors import InputError, quoted
-from duo_jax.files import absolute, exists
+from duo_jax.files import absolute, check_folder, exists
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
@@ -89,6 +89,7 @@ class CheckpointFiles:
         self._path = orbax_path(folder / PARAMS_FOLDER)
         self.format: StoredFormat
         self.format, self._digests = _read_marker(folder / MARKER_FILE)
+        check_folder(self._path)
         self._metadata = self._read_metadata()
         tensor_info.check(
             {"/".join(path): self._info(path) for path in self._metadata},

@@ -113,6 +113,7 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 def _copy(path: pathlib.Path, places: list[tuple[int, int]], aside: pathlib.Path) -> None:
     """Append parts of a file to another."""
+    files.check_file(aside)
     with files.writing(aside), path.open("rb") as source, aside.open("ab") as target:
         for start, end in places:
             source.seek(start)

@@ -1,5 +1,6 @@
 """Names in folders that are no files: a pipe is waited for without an end, a device has none."""
 
+import json
 import os
 import pathlib
 import shutil
@@ -7,7 +8,8 @@ import signal
 
 import pytest
 
-from duo_jax import generate
+from duo_jax import files, generate
+from duo_jax.checkpoints.orbax_checkpoint import marker_of
 from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.cli import workdir
@@ -20,6 +22,7 @@ from duo_jax.session.generation_config import suggested_sampling
 from tests.fuzz.contract import REFUSED, attempt
 from tests.fuzz.seeds import DEMO
 from train.identify.flags import default_config
+from train.workdir import WorkDir
 
 _READERS = {
     "config.json": read_config,
@@ -78,6 +81,36 @@ def test_what_is_no_file_is_refused_by_name(name, kind, tmp_path):
     with pytest.raises(InputError, match=f"{path.name} cannot be read: it is a"):
         _READERS[name](folder)
     assert attempt(lambda: _READERS[name](folder)) is REFUSED
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_replaced_either(kind, tmp_path):
+    path = tmp_path / "picture.png"
+    _KINDS[kind](path)
+    with pytest.raises(InputError, match=r"picture.png cannot be written: it is a .*; name a file"):
+        files.write_bytes(path, b"content")
+    rows = Rows(tmp_path / "rows", {})
+    rows.add("a", {})
+    (tmp_path / "rows" / "rows.jsonl").write_text("damaged")
+    del rows
+    _KINDS[kind](tmp_path / "rows" / "rows.damaged.jsonl")
+    with pytest.raises(InputError, match=r"rows.damaged.jsonl cannot be written: it is a"):
+        Rows(tmp_path / "rows", {})
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["_METADATA", "_CHECKPOINT_METADATA"])
+def test_what_is_no_file_is_refused_in_checkpoints(name, kind, tmp_path):
+    model, work = shutil.copytree(DEMO, tmp_path / "model"), tmp_path / "work"
+    (model / "model.safetensors").unlink()
+    (model / "duo_jax.json").write_text(json.dumps(marker_of("model")))
+    workdir.claim(work, {})
+    for folder in (model / "params", work / "checkpoints" / "1"):
+        folder.mkdir(parents=True)
+        _KINDS[kind](folder / name)
+    for read in (lambda: open_weights(model), lambda: WorkDir(work, {}, operational=())):
+        with pytest.raises(InputError, match=f"{name} cannot be read: it is a"):
+            read()
 
 
 def test_suggested_sampling_is_not_silently_ignored(tmp_path):
