@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from kernels import dense, packed
 from kernels.case import AttentionCase, to_numpy
@@ -28,6 +29,7 @@ class CachedCase(AttentionCase):
 
     slots: int
     bits: int | None = None  # of packed keys and values; None: they are not packed
+    page_size: int | None = None  # of a paged cache
 
     @property
     def kv_bytes(self) -> float:
@@ -41,8 +43,11 @@ class CachedCase(AttentionCase):
         return None if self.bits is None else LAYOUTS[self.bits][0]
 
     def cache(self, batch: int) -> tuple[Any, Any]:
-        """Return descriptions of keys and values."""
-        shape = (batch, self.kv_heads, self.slots, self.head_dim)
+        """Return descriptions of keys and values, or of pools with just as many pages."""
+        rows, slots = batch, self.slots
+        if self.page_size is not None:
+            rows, slots = batch * self.slots // self.page_size, self.page_size
+        shape = (rows, self.kv_heads, slots, self.head_dim)
         if self.bits is None:
             return self.array(*shape), self.array(*shape)
         return tuple(
@@ -50,9 +55,26 @@ class CachedCase(AttentionCase):
             for layout in LAYOUTS[self.bits]
         )
 
+    def table(self, batch: int) -> list[Int[np.ndarray, "batch most_pages"]]:
+        """Return the pages of a paged cache, if it is one: all of the pool's, in random order."""
+        if self.page_size is None:
+            return []
+        per_row = self.slots // self.page_size
+        order = np.random.default_rng(0).permutation(batch * per_row)
+        return [order.astype(np.int32).reshape(batch, per_row)]
+
+    def rows_of(
+        self, arguments: tuple[Any, ...]
+    ) -> tuple[Float[np.ndarray, "batch kv_heads slots head_dim"], ...]:
+        """Return keys and values with a row for every row, given numpy arguments, unpacked."""
+        _, k, v, _, *table = arguments
+        return (k, v) if not table else tuple(_together(x, table[0]) for x in (k, v))
+
     def with_stale(
         self, arguments: tuple[Any, ...], *, keys: float = dense.STALE, values: float = -dense.STALE
     ) -> tuple[Any, ...]:
+        if self.page_size is not None:
+            return arguments
         q, k, v, integers = arguments
         (part,) = self.parts(to_numpy(arguments))
         if self.bits is None:
@@ -63,6 +85,15 @@ class CachedCase(AttentionCase):
         """Return the tile sizes that packed keys can be read with, given the op's own choice."""
         # In 2 bits a tile has at most 32 tokens: the words of a block of 64 hold two each.
         return [x for x in tiles if self.bits is None or x.block_kv in (block_kv, 32)]
+
+
+def _together(
+    pool: Float[np.ndarray, "pages kv_heads page_size head_dim"],
+    table: Int[np.ndarray, "batch most_pages"],
+) -> Float[np.ndarray, "batch kv_heads slots head_dim"]:
+    """Return the rows of a paged cache with their slots in order."""
+    rows = np.swapaxes(pool[table], 1, 2)
+    return rows.reshape(*rows.shape[:2], -1, rows.shape[-1])
 
 
 def _with_stale_scales(x: Packed, seen: np.ndarray) -> Packed:

@@ -44,8 +44,8 @@ class Piece:
         """Return the piece's arguments, given those of the case."""
         if self.first is None:
             return whole
-        q, k, v, starts = whole
-        return q[:, self.first : self.end], k, v, starts + self.first
+        q, k, v, starts, *table = whole
+        return q[:, self.first : self.end], k, v, starts + self.first, *table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,12 @@ class Refusal:
     auto_may_use_xla: bool = True  # see kernels.dispatch
 
 
-def check_shapes(q: Array, k: Array | Packed, v: Array | Packed, *, kv_heads_axis: int) -> None:
+def check_shapes(
+    q: Array, k: Array | Packed, v: Array | Packed, *, kv_heads_axis: int, paged: bool = False
+) -> None:
     """Refuse keys and values that do not fit the queries.
+
+    Those of a paged cache have pages where others have rows.
 
     Raises:
       ValueError: sizes differ, an array is empty, KV heads do not divide the query heads, or a
@@ -30,7 +34,7 @@ def check_shapes(q: Array, k: Array | Packed, v: Array | Packed, *, kv_heads_axi
     for what, x in (("queries", q), ("keys", k), ("values", v)):
         if not isinstance(x, Packed) and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{what} are {x.dtype}, not floating-point numbers")
-    if k.shape != v.shape or (q.shape[0], q.shape[-1]) != (k.shape[0], k.shape[-1]):
+    if k.shape != v.shape or q.shape[-1] != k.shape[-1] or not (paged or q.shape[0] == k.shape[0]):
         raise ValueError(
             f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit: they share batch "
             f"and head_dim, keys and values everything"

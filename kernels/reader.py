@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import online_softmax, tile_io
-from kernels.tile_io import Scalar
+from kernels.tile_io import Ref, Scalar
 from kernels.tiles import AttentionTiles, DecodeTiles
 
 Mask = Callable[[Int[Array, " positions"]], Bool[Array, "#rows positions"]]
@@ -114,7 +114,7 @@ def operands(
 class UnpackedReader:
     """Keys and values that are not packed."""
 
-    refs: Sequence[jax.Ref]  # keys and values, [slots, head_dim] each
+    refs: Sequence[Ref]  # keys and values, [slots, head_dim] each
     _: dataclasses.KW_ONLY
     block_kv: int
     softmax_scale: float

@@ -4,7 +4,7 @@ Sizes are powers of two. Where head_dim is not (80, 96), tiles are wider than th
 columns beyond are masked: read as zeros, never written.
 """
 
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,26 @@ MIN_ROWS = 16  # of a matrix instruction
 
 Scalar = Int[Array, ""] | int
 Number = TypeVar("Number", int, Array)
+
+
+@runtime_checkable
+class Ref(Protocol):
+    """What tiles are read from: a ref of Pallas, or one page of a ref (kernels.pages)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As an array's."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """As an array's."""
+        ...
+
+    @property
+    def at(self) -> Any:
+        """As a ref's: what is indexed to name a part."""
+        ...
 
 
 def power_of_two(size: int) -> int:
@@ -39,7 +59,7 @@ def indices(size: int, first: Scalar = 0) -> Int[Array, " {size}"]:
 
 
 def load(
-    ref: jax.Ref,
+    ref: Ref,
     rows: Int[Array, " rows"],
     *,
     end: Scalar,
@@ -91,7 +111,7 @@ def store_vector(
 
 
 def _place(
-    ref: jax.Ref,
+    ref: Ref,
     rows: Int[Array, " rows"],
     end: Scalar,
     head: Scalar | None,

@@ -30,16 +30,22 @@ class DecodeCase(CachedCase):
     def shapes(self) -> tuple[Any, ...]:
         batch = len(self.lengths)
         q = self.array(batch, self.q_heads, self.head_dim)
-        return q, *self.cache(batch), per_row(batch)
+        table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.table(batch)]
+        return q, *self.cache(batch), per_row(batch), *table
 
     def integers(self) -> list[np.ndarray]:
-        return [np.array(self.lengths)]
+        return [np.array(self.lengths), *self.table(len(self.lengths))]
 
     def run(
         self, *arguments: Any, implementation: Implementation, tiles: DecodeTiles | None = None
     ) -> tuple[jax.Array, jax.Array]:
+        q, k, v, lengths, *pages = arguments
         return decode_attention(
-            *arguments,
+            q,
+            k,
+            v,
+            lengths,
+            pages=pages[0] if pages else None,
             softmax_scale=self.softmax_scale,
             implementation=implementation,
             tiles=tiles,
@@ -78,7 +84,7 @@ class DecodeCase(CachedCase):
         return self.cost_of(pairs=tokens, queries=len(self.lengths), keys=tokens)
 
     def parts(self, arguments: tuple[Any, ...]) -> list[dense.Part]:
-        _, k, v, lengths = arguments
+        lengths, (k, v) = arguments[3], self.rows_of(arguments)
         mask = np.arange(self.slots)[None, None] < lengths[:, None, None]
         return [dense.Part(keys=k, values=v, mask=mask)]
 
@@ -92,12 +98,23 @@ class DecodeCase(CachedCase):
     def equivalent(self, arguments: tuple[Any, ...]) -> Equivalent:
         if self.bits is not None:
             raise UnsuitableError("they do not read packed keys")
+        if self.page_size is not None:
+            raise UnsuitableError("their pages lie otherwise")
         if len(set(self.lengths)) > 1:
             raise UnsuitableError("rows have different lengths")
         q, k, v, _ = arguments
         k, v = (tokens_first(x[:, :, : self.lengths[0]]) for x in (k, v))
         return Equivalent(calls=[Call(q=q[:, None], k=k, v=v, causal=False)])
 
+
+_PAGED = DecodeCase(
+    lengths=(32_768,) * 16,
+    slots=32_768,
+    q_heads=16,
+    kv_heads=4,
+    page_size=64,
+    compile_only=True,
+)
 
 CASES: dict[str, DecodeCase] = {
     "one token": DecodeCase(lengths=(1,), slots=40, q_heads=4, kv_heads=2, head_dim=64),
@@ -129,6 +146,10 @@ CASES: dict[str, DecodeCase] = {
     "llama-2-7b, all heads at 134K": DecodeCase(
         lengths=(134_000,), slots=134_144, q_heads=32, kv_heads=32, compile_only=True
     ),
+    "llama-3-8b, 16 rows at 32K, pages of 64": _PAGED,
+    "head_dim 64, group of 3, pages of 256": dataclasses.replace(
+        _PAGED, lengths=(8_192, 100), slots=8_192, q_heads=9, kv_heads=3, head_dim=64, page_size=256
+    ),
 }
 
 PACKED: dict[str, DecodeCase] = per_format(
@@ -145,6 +166,7 @@ PACKED: dict[str, DecodeCase] = per_format(
         "llama-3-8b, 4 retrieval heads at 500K": DecodeCase(
             lengths=(500_000,), slots=500_032, q_heads=16, kv_heads=4, compile_only=True
         ),
+        "llama-3-8b, 16 rows at 32K, pages of 64": _PAGED,
     }
 ) | {
     "int4, llama-3-8b, 8 retrieval heads at 4M": DecodeCase(

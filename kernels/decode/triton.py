@@ -21,15 +21,16 @@ from jaxtyping import Array, Float, Int
 from kernels import compat, reader, tile_io
 from kernels.merge import merge_lse
 from kernels.packed import Packed
-from kernels.packed.reader import operands
+from kernels.pages import Pages, operands
 from kernels.tiles import DecodeTiles
 
 
 def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
-    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     lengths: Int[Array, " batch"],
+    pages: Pages | None,
     *,
     softmax_scale: float,
     tiles: DecodeTiles,
@@ -40,7 +41,7 @@ def decode_attention(
     num_kv_heads = k.shape[1]
     group = num_q_heads // num_kv_heads
     num_splits = tiles.num_splits
-    cache = operands(k, v, lambda s, k, b: (b, k), name="duo_decode")
+    cache = operands(k, v, pages, lambda s, k, b: (b, k), name="duo_decode")
     out, lse = compat.pallas_call(
         functools.partial(_kernel, read=cache.read_with(tiles, softmax_scale), tiles=tiles),
         name=cache.name,

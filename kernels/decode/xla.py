@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import online_softmax, packed
+from kernels import online_softmax
 from kernels.packed import Packed
+from kernels.pages import Pages, num_slots, read_block
 
 # Measured on two CPU cores with 2 to 32 KV heads of 128 and 16,384 float32 tokens: all slots at
 # once are read at 11 to 16 GB/s, by both cores; blocks of 256 to 4,096 tokens, each copied out of
@@ -15,19 +16,20 @@ _BLOCK_KV = 512
 
 def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
-    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     lengths: Int[Array, " batch"],
+    pages: Pages | None = None,
     *,
     softmax_scale: float,
 ) -> tuple[Float[Array, "batch q_heads head_dim"], Float[Array, "batch q_heads"]]:
     """See kernels.decode_attention.
 
-    A cache that is at least half full is read whole; an emptier or packed one in blocks, up to the
-    longest row.
+    A cache that is at least half full is read whole; an emptier, packed or paged one in blocks, up
+    to the longest row.
     """
     batch, num_q_heads, head_dim = q.shape
-    num_kv_heads, slots = k.shape[1], k.shape[2]
+    num_kv_heads, slots = k.shape[1], num_slots(k, pages)
     lengths = lengths.astype(int)  # as jnp.arange
     grouped = q.reshape(batch, num_kv_heads, num_q_heads // num_kv_heads, head_dim)
     longest = jnp.max(lengths)
@@ -43,12 +45,12 @@ def decode_attention(
         return add(online_softmax.start(grouped), k, v, 0, 0)
 
     def in_blocks():
-        block = min(_BLOCK_KV, slots)
+        block = min(_BLOCK_KV, slots) if pages is None else k.shape[2]
 
         def add_block(index, state):
             first = index * block
             at = jnp.minimum(first, slots - block)  # the last block may reach back
-            keys, values = (packed.read_slots(x, at, block, q.dtype) for x in (k, v))
+            keys, values = (read_block(x, pages, at, block, q.dtype) for x in (k, v))
             return add(state, keys, values, at, first)
 
         start = online_softmax.start(grouped)
@@ -56,7 +58,7 @@ def decode_attention(
 
     # Short rings take the branch too, although it saves them little: where XLA sees the product
     # next to the cache's update, it wants the cache in another layout, and copies it.
-    if isinstance(k, Packed):
+    if isinstance(k, Packed) or pages is not None:
         state = in_blocks()
     else:
         state = jax.lax.cond(2 * longest >= slots, whole, in_blocks)

@@ -30,15 +30,15 @@ from jaxtyping import Array, Float, Int
 from kernels import compat, online_softmax, reader, tile_io
 from kernels.packed.layout import BLOCK, Layout, Packed
 from kernels.reader import Mask, Operands
-from kernels.tile_io import Scalar
+from kernels.tile_io import Ref, Scalar
 
 
 class _Operand(NamedTuple):
     """The refs of packed keys or values of one head, in a kernel."""
 
-    words: jax.Ref  # [word_slots, words]
-    scales: jax.Ref  # [scale_slots, scales]
-    zeros: jax.Ref  # [scale_slots, scales]
+    words: Ref  # [word_slots, words]
+    scales: Ref  # [scale_slots, scales]
+    zeros: Ref  # [scale_slots, scales]
     layout: Layout
 
 
@@ -82,7 +82,7 @@ def operands(
 class PackedReader:
     """Packed keys and values; see kernels.reader.Reader."""
 
-    refs: Sequence[jax.Ref]  # words, scales and zeros of the keys, then of the values
+    refs: Sequence[Ref]  # words, scales and zeros of the keys, then of the values
     _: dataclasses.KW_ONLY
     layouts: tuple[Layout, Layout]
     block_kv: int

@@ -1,13 +1,16 @@
 """Causal attention of a chunk of new tokens over cached keys and values, their own included."""
 
+import dataclasses
 import functools
 
 from jaxtyping import Array, Float, Int
 
 from kernels import compat, limits
+from kernels import pages as paging
 from kernels.dispatch import Implementation, dispatch
 from kernels.no_gradient import refuse_gradient
 from kernels.packed import Packed, layout_of
+from kernels.pages import Pages
 from kernels.prefill import triton, xla
 from kernels.prefill.heuristic import choose_tiles
 from kernels.tiles import AttentionTiles
@@ -17,10 +20,11 @@ _NO_GRADIENT = "prefill_attention has no gradient; full_attention and streaming_
 
 def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
-    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     starts: Int[Array, " batch"],
     *,
+    pages: Pages | None = None,
     softmax_scale: float,
     implementation: Implementation = "auto",
     tiles: AttentionTiles | None = None,
@@ -37,6 +41,8 @@ def prefill_attention(
       v: cached values. Slots that no query sees have weight 0 and must hold finite numbers.
       starts: position of each row's first query; a query before position 0 sees nothing, and gets
         output 0 and lse -inf.
+      pages: of a paged cache (kernels.pages), whose keys and values are pools of pages. Default:
+        keys and values have a row for every row of queries.
       softmax_scale: factor on the scores.
       implementation: see kernels.dispatch.
       tiles: tile sizes of the kernel; the XLA version has its own. Default: chosen from the shapes
@@ -49,7 +55,9 @@ def prefill_attention(
       UnsupportedError: the named implementation cannot run this case; the message says why.
       ValueError: the arrays do not fit one another.
     """
-    limits.check_shapes(q, k, v, kv_heads_axis=1)
+    limits.check_shapes(q, k, v, kv_heads_axis=1, paged=pages is not None)
+    if pages is not None:
+        paging.check(k, pages, q.shape[0])
     limits.check_rows("starts", starts, q.shape[0])
 
     def run_triton(interpret: bool):
@@ -60,14 +68,16 @@ def prefill_attention(
             gpu=compat.tile_gpu(),
             layout=layout_of(k),
         )
+        if pages is not None:  # a tile lies in one page
+            chosen = dataclasses.replace(chosen, block_kv=min(chosen.block_kv, k.shape[2]))
         kernel = functools.partial(
             triton.prefill_attention, softmax_scale=softmax_scale, tiles=chosen, interpret=interpret
         )
-        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts)
+        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
 
     return dispatch(
         implementation,
-        xla=lambda: xla.prefill_attention(q, k, v, starts, softmax_scale=softmax_scale),
+        xla=lambda: xla.prefill_attention(q, k, v, starts, pages, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
     )

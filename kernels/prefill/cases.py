@@ -30,16 +30,22 @@ class PrefillCase(CachedCase):
     def shapes(self) -> tuple[Any, ...]:
         batch = len(self.starts)
         q = self.array(batch, self.length, self.q_heads, self.head_dim)
-        return q, *self.cache(batch), per_row(batch)
+        table = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in self.table(batch)]
+        return q, *self.cache(batch), per_row(batch), *table
 
     def integers(self) -> list[np.ndarray]:
-        return [np.array(self.starts)]
+        return [np.array(self.starts), *self.table(len(self.starts))]
 
     def run(
         self, *arguments: Any, implementation: Implementation, tiles: AttentionTiles | None = None
     ) -> tuple[jax.Array, jax.Array]:
+        q, k, v, starts, *pages = arguments
         return prefill_attention(
-            *arguments,
+            q,
+            k,
+            v,
+            starts,
+            pages=pages[0] if pages else None,
             softmax_scale=self.softmax_scale,
             implementation=implementation,
             tiles=tiles,
@@ -66,13 +72,15 @@ class PrefillCase(CachedCase):
         )
 
     def parts(self, arguments: tuple[Any, ...]) -> list[dense.Part]:
-        _, k, v, starts = arguments
+        starts, (k, v) = arguments[3], self.rows_of(arguments)
         mask = dense.causal_mask(starts, self.length, self.slots)
         return [dense.Part(keys=k, values=v, mask=mask)]
 
     def equivalent(self, arguments: tuple[Any, ...]) -> Equivalent:
         if self.bits is not None:
             raise UnsuitableError("they do not read packed keys")
+        if self.page_size is not None:
+            raise UnsuitableError("their pages lie otherwise")
         if len(self.starts) > 1:
             raise UnsuitableError("not a call of theirs")
         (start,) = list(self.starts)
@@ -105,6 +113,16 @@ class PrefillCase(CachedCase):
             for first in (0, middle, self.length - _PIECE)
         ]
 
+
+_PAGED = PrefillCase(
+    starts=(30_000,),
+    length=2_048,
+    slots=32_768,
+    q_heads=16,
+    kv_heads=4,
+    page_size=64,
+    compile_only=True,
+)
 
 CASES: dict[str, PrefillCase] = {
     "one token": PrefillCase(starts=(0,), length=1, slots=40, q_heads=4, kv_heads=2, head_dim=64),
@@ -144,6 +162,7 @@ CASES: dict[str, PrefillCase] = {
     "llama-2-7b, 8 retrieval heads, 10K at 90K": PrefillCase(
         starts=(90_000,), length=10_000, slots=100_000, q_heads=8, kv_heads=8, compile_only=True
     ),
+    "llama-3-8b, 2K at 30K, pages of 64": _PAGED,
 }
 
 PACKED: dict[str, PrefillCase] = per_format(
@@ -167,6 +186,7 @@ PACKED: dict[str, PrefillCase] = per_format(
             starts=(288_000,), length=32_000, slots=320_000, q_heads=16, kv_heads=4,
             compile_only=True,
         ),
+        "llama-3-8b, 2K at 30K, pages of 64": _PAGED,
     }
 )  # fmt: skip
 

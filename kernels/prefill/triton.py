@@ -21,15 +21,16 @@ from jaxtyping import Array, Float, Int
 
 from kernels import compat, masks, reader, tile_io
 from kernels.packed import Packed
-from kernels.packed.reader import operands
+from kernels.pages import Pages, operands
 from kernels.tiles import AttentionTiles
 
 
 def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
-    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     starts: Int[Array, " batch"],
+    pages: Pages | None,
     *,
     softmax_scale: float,
     tiles: AttentionTiles,
@@ -37,7 +38,7 @@ def prefill_attention(
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """See kernels.prefill_attention."""
     group = q.shape[2] // k.shape[1]
-    cache = operands(k, v, lambda i, n, b: (b, n // group), name="duo_prefill")
+    cache = operands(k, v, pages, lambda i, n, b: (b, n // group), name="duo_prefill")
     return attend(q, cache, starts, softmax_scale=softmax_scale, tiles=tiles, interpret=interpret)
 
 

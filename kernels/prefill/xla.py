@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import masks, online_softmax, packed
+from kernels import masks, online_softmax
 from kernels.packed import Packed
+from kernels.pages import Pages, num_slots, read_block
 
 _BLOCK_KV = 512
 # The most bytes that the scores of one block of queries and one block of keys take, over all rows
@@ -17,18 +18,19 @@ _SCORE_BYTES = 2**24
 
 def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "batch kv_heads slots head_dim"] | Packed,
-    v: Float[Array, "batch kv_heads slots head_dim"] | Packed,
+    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     starts: Int[Array, " batch"],
+    pages: Pages | None = None,
     *,
     softmax_scale: float,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """See kernels.prefill_attention."""
     batch, length, num_q_heads, head_dim = q.shape
-    num_kv_heads, slots = k.shape[1], k.shape[2]
+    num_kv_heads, slots = k.shape[1], num_slots(k, pages)
     group = num_q_heads // num_kv_heads
     starts = starts.astype(int)  # as jnp.arange
-    block_kv = min(_BLOCK_KV, slots)
+    block_kv = min(_BLOCK_KV, slots) if pages is None else k.shape[2]
     block_q = _SCORE_BYTES // (4 * batch * num_q_heads * block_kv)
     block_q = min(length, max(16, 1 << (max(block_q, 1).bit_length() - 1)))
     num_q_blocks = math.ceil(length / block_q)
@@ -52,8 +54,8 @@ def prefill_attention(
             return online_softmax.add_block(
                 state,
                 q,
-                packed.read_slots(k, at, block_kv, q.dtype),
-                packed.read_slots(v, at, block_kv, q.dtype),
+                read_block(k, pages, at, block_kv, q.dtype),
+                read_block(v, pages, at, block_kv, q.dtype),
                 jnp.repeat(mask, group, axis=1)[:, None],
                 softmax_scale=softmax_scale,
             )
