@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 from kernels.packed import BLOCK, Packed, read_slots, unpack
 from kernels.packed import reader as packed_reader
 from kernels.reader import Mask, Operands, Reader
-from kernels.tile_io import Scalar
+from kernels.tile_io import Page, Scalar
 
 Pages = Int[Array, "batch most_pages"]
 
@@ -91,10 +91,13 @@ def operands(
 
     def reader(refs: Sequence[jax.Ref], *, block_kv: int, softmax_scale: float) -> Reader:
         def of_page(page: Scalar) -> Reader:
-            inside = [_Page(ref, page) for ref in refs[1:]]
+            inside = [Page(ref, page) for ref in refs[1:]]
             return pool.reader(inside, block_kv=block_kv, softmax_scale=softmax_scale)
 
-        return PagedReader(table=refs[0], of_page=of_page, block_kv=block_kv)
+        masks = of_page(0).masks_every_tile
+        return PagedReader(
+            table=refs[0], of_page=of_page, block_kv=block_kv, masks_every_tile=masks
+        )
 
     return Operands(
         arrays=(pages.astype(jnp.int32), *pool.arrays),
@@ -111,11 +114,7 @@ class PagedReader:
     table: jax.Ref  # [most_pages]
     of_page: Callable[[Scalar], Reader]
     block_kv: int
-
-    @property
-    def masks_every_tile(self) -> bool:
-        """As the format's reader."""
-        return self.of_page(0).masks_every_tile
+    masks_every_tile: bool
 
     @property
     def page_size(self) -> int:
@@ -154,21 +153,3 @@ class PagedReader:
         end: Scalar,
     ) -> None:
         self.of_page(0).store(state, out_ref, lse_ref, rows, end=end)
-
-
-class _Page:
-    """A page of a ref [pages, ...], as if it were a ref [...].
-
-    Pallas' Triton lowering takes one index per access, so the page's number joins each of them.
-    """
-
-    def __init__(self, ref: Any, page: Scalar) -> None:
-        self._ref, self._page = ref, page
-        self.shape, self.dtype = ref.shape[1:], ref.dtype
-
-    @property
-    def at(self) -> "_Page":
-        return self
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._ref.at[(self._page, *index)]

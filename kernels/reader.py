@@ -8,7 +8,7 @@ a block does to its queries' running softmax depends on the format; that is a Re
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,10 @@ Mask = Callable[[Int[Array, " positions"]], Bool[Array, "#rows positions"]]
 class Reader(Protocol):
     """The keys and values of one head, inside a kernel."""
 
-    # Whether tiles that all queries see are masked too, instead of walked by a loop of their own.
-    masks_every_tile: ClassVar[bool]
+    @property
+    def masks_every_tile(self) -> bool:
+        """Whether tiles that all queries see are masked too, not walked by a loop of their own."""
+        ...
 
     @property
     def slots(self) -> int:
@@ -118,7 +120,7 @@ class UnpackedReader:
     _: dataclasses.KW_ONLY
     block_kv: int
     softmax_scale: float
-    masks_every_tile: ClassVar[bool] = False
+    masks_every_tile: bool = False
 
     @property
     def slots(self) -> int:

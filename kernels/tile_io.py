@@ -4,7 +4,7 @@ Sizes are powers of two. Where head_dim is not (80, 96), tiles are wider than th
 columns beyond are masked: read as zeros, never written.
 """
 
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,24 +18,26 @@ Scalar = Int[Array, ""] | int
 Number = TypeVar("Number", int, Array)
 
 
-@runtime_checkable
-class Ref(Protocol):
-    """What tiles are read from: a ref of Pallas, or one page of a ref (kernels.pages)."""
+class Page:
+    """A page of a ref [pages, ...], as if it were a ref [...]; see kernels.pages.
+
+    Pallas' Triton lowering takes one index per access, so the page's number joins each of them.
+    """
+
+    def __init__(self, ref: jax.Ref, page: Scalar) -> None:
+        self._ref, self._page = ref, page
+        self.shape, self.dtype = ref.shape[1:], ref.dtype
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """As an array's."""
-        ...
+    def at(self) -> "Page":
+        """What is indexed to name a part."""
+        return self
 
-    @property
-    def dtype(self) -> Any:
-        """As an array's."""
-        ...
+    def __getitem__(self, index: Any) -> Any:
+        return self._ref.at[(self._page, *index)]
 
-    @property
-    def at(self) -> Any:
-        """As a ref's: what is indexed to name a part."""
-        ...
+
+Ref = jax.Ref | Page  # what tiles are read from
 
 
 def power_of_two(size: int) -> int:

@@ -19,7 +19,7 @@ weighs less when codes lie around 0.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ class PackedReader:
     block_kv: int
     softmax_scale: float
     # A mask costs little compared with unpacking, and a second loop would double the code.
-    masks_every_tile: ClassVar[bool] = True
+    masks_every_tile: bool = True
 
     @property
     def slots(self) -> int:

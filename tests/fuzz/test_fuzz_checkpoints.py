@@ -11,6 +11,7 @@ import shutil
 import tempfile
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from convert.__main__ import main as convert
@@ -21,6 +22,11 @@ from tests import models
 from tests.fuzz.contract import REFUSED, attempt, fuzzed
 from tests.fuzz.hostile import damaged_bytes, json_files, sealed
 from tests.training_state import State, state, workdir
+
+# On a busy machine an answer of tensorstore comes after orbax has closed its event loop.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Exception ignored in. None:pytest.PytestUnraisableExceptionWarning"
+)
 
 _MARKERS = [marker_of(stored) for stored in ("model", "int8", "int4")]
 _DIGESTS = {"norm/scale": "0" * 32, "embed_tokens/embedding": "1" * 32}
