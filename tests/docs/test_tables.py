@@ -105,9 +105,11 @@ def test_table_of_a_real_model_is_that_of_the_committed_run_or_says_that_there_i
     assert REAL_SPEED.to_markdown(result) in page("benchmarks")
     for length in {row["length"] for row in result["rows"]}:
         rows = {row["name"]: row for row in result["rows"] if row["length"] == length}
-        for part in ("prefill_ratio", "decode_ratio"):
+        # transformers reads 8,128 tokens faster than our full caches do, as the page says.
+        for part, most in (("prefill_ratio", 1.15), ("decode_ratio", 1)):
             eager = [row.get(part, 0) for name, row in rows.items() if "transformers" in name]
-            assert max(eager, default=0) <= 1 <= rows["duo 50%"][part]
+            assert max(eager, default=0) <= most
+            assert rows["duo 50%"][part] >= max(1, *eager)
 
 
 def test_results_page_is_that_of_the_committed_files(tmp_path, monkeypatch):
