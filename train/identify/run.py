@@ -25,7 +25,7 @@ from train.workdir import WorkDir
 
 _MESSAGE = "Here is a text."  # anything that a chat template writes as it is
 
-_UNTRAINED = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
+_UNTRAINED = ("profile", "reconstruct")  # methods that score heads, one sample a step
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
@@ -93,7 +93,8 @@ def identify(flags: IdentifyConfig) -> None:
             )
             if words := report.warning(itself, dataclasses.asdict(flags.data)):
                 print(f"warning: {words}", file=sys.stderr)
-        find = _UNTRAINED.get(flags.method, training.train)
+        scores = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
+        find = scores.get(flags.method, training.train)
         gates, step_seconds = find(flags, architecture, params, sampler, workdir)
         metrics = workdir.metrics()
     pattern = _pattern(flags, gates)

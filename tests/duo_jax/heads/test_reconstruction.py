@@ -1,5 +1,6 @@
 """The reconstruction score: against numpy by hand, and what does not change it."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from duo_jax.heads.reconstruction import Instruction, head_scores, key_scores
+from duo_jax.heads.reconstruction import Instruction, _chunk_size, head_scores, key_scores
 from duo_jax.heads.split import split_params
 from duo_jax.model import llama
 from tests import models
@@ -64,7 +65,7 @@ def by_hand(row: int, *, chunk: int, sink_size: int = 0, recent_size: int = 0) -
 
 @pytest.mark.parametrize(
     "options",
-    [{"chunk": 40}, {"chunk": 16}, {"chunk": 40, "sink_size": 3, "recent_size": 20}],
+    [{"chunk": 40}, {"chunk": 16, "sink_size": 3, "recent_size": 20}],
     ids=str,
 )
 def test_score_is_the_largest_attention_that_the_repetition_pays(options):
@@ -89,11 +90,10 @@ def test_serving_form_has_the_same_scores():
 
 
 def test_chunks_are_shorter_where_the_range_ends():
-    """The tiny model reads 128 tokens: behind 40 and an instruction of 11, whole blocks of 64."""
-    np.testing.assert_array_equal(scores(), scores(chunk=40))
-    config, params = model()
-    tokens = np.pad(texts(), ((0, 0), (0, 60)))  # of 100 tokens none are left; 64 at least
-    found = key_scores(config, params, tokens, LENGTHS, instruction=INSTRUCTION)
-    assert found.shape[-1] == 100
-    np.testing.assert_allclose(found[..., :40], scores(chunk=40), rtol=1e-4, atol=1e-7)
-    assert not found[..., 40:].any()
+    """The tiny model reads 128 tokens; an instruction takes up to 11, chunks are in steps of 64."""
+    config, _ = model()
+    assert _chunk_size(config, 40, INSTRUCTION) == 40
+    assert _chunk_size(config, 100, INSTRUCTION) == 64  # beyond the range, as nothing is left
+    longer = dataclasses.replace(config, max_positions=10_000)
+    assert _chunk_size(longer, 9_850, INSTRUCTION) == 128
+    assert _chunk_size(longer, 5_000, INSTRUCTION) == 2_048
