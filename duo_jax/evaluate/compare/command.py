@@ -19,6 +19,7 @@ from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkey_templates import PasskeyTemplates
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
+from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError
 from duo_jax.evaluate.compare import methods, report
 from duo_jax.evaluate.compare.methods import FULL, Method, Subject
@@ -28,6 +29,7 @@ from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.attention_profile import attention_profile
 from duo_jax.heads.choose import NO_PATTERN
+from duo_jax.heads.reconstruction import Instruction
 from duo_jax.reports import machine
 from duo_jax.schema.kinds import Count, Few, Many, Seed
 
@@ -35,8 +37,8 @@ TASK = "compare"
 _DESCRIPTION = """\
 Compare retrieval at equal bytes of cache: DuoAttention with learned gates, with heads chosen by
 attention profile and with random heads, StreamingLLM, and the token-eviction methods H2O, TOVA,
-SnapKV, FastGen and HeadKV. Every method gets the largest setting whose live buffers, with room for
-all questions and answers, stay within the budget.
+SnapKV, FastGen, HeadKV and KVzip. Every method gets the largest setting whose live buffers, with
+room for all questions and answers, stay within the budget.
 
 Without flags this measures the demo model that ships with duo_jax, in minutes. Defaults shown are
 those of the model named by --model: its own preset (evaluate.json) where it has one.
@@ -161,6 +163,7 @@ def compare(flags: CompareConfig) -> None:
         recent=split.config.recent_size,
         special=tuple(split.tokenizer.all_special_ids),
         punctuation=methods.punctuation_tokens(split.tokenizer),
+        instruction=Instruction.of(PieceEncoder(split.tokenizer).encode),
     )
     cells = _cells(flags)
     batch = min(flags.batch, flags.samples)

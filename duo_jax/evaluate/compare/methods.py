@@ -20,6 +20,7 @@ from duo_jax.evaluate.compare import served
 from duo_jax.evaluate.compare.tasks import Task
 from duo_jax.evaluate.results.forced import score
 from duo_jax.heads.pattern import choose_retrieval_heads
+from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import duo_config, reorder_layer
 from duo_jax.session.runtime import Runtime
 
@@ -34,6 +35,7 @@ Method = Literal[
     "SnapKV",
     "FastGen",
     "HeadKV",
+    "KVzip",
 ]
 FULL: Method = "full"
 SINKS = 4  # of StreamingLLM (2309.17453, section 3.2)
@@ -54,6 +56,7 @@ class Subject:
     recent: int
     special: tuple[int, ...]
     punctuation: tuple[int, ...]
+    instruction: Instruction  # to repeat a text
 
 
 def predict_with_full_caches(
@@ -173,6 +176,7 @@ _POLICIES: dict[str, Callable[[Subject], eviction.Policy]] = {
     "HeadKV": lambda subject: eviction.HeadKV(
         importance=tuple(map(tuple, subject.profile.tolist()))
     ),
+    "KVzip": lambda subject: eviction.KVzip(instruction=subject.instruction),
 }
 
 
@@ -200,7 +204,12 @@ def _evicting(
             room=task.room,
         )
 
-    hidden = ("importance", "special", "punctuation")  # long, and known from the model
+    hidden = (
+        "importance",
+        "special",
+        "punctuation",
+        "instruction",
+    )  # long, and known from the model
     described = {k: v for k, v in dataclasses.asdict(policy).items() if k not in hidden}
     return answer, described | {"tokens_per_head": slots // heads}
 

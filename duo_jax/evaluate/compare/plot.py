@@ -20,6 +20,7 @@ _STYLES = {
     "SnapKV": {"color": "#009E73", "marker": ">", "linestyle": "--"},
     "FastGen": {"color": "#8B5A2B", "marker": "P", "linestyle": "--"},
     "HeadKV": {"color": "#7A4FBF", "marker": "X", "linestyle": "--"},
+    "KVzip": {"color": "#56B4E9", "marker": "d", "linestyle": "--"},
 }
 _NAMES = {
     "duo": "DuoAttention (learned gates)",
