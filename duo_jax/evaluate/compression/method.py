@@ -38,13 +38,18 @@ class Compressed:
     """A batch of texts in a method's form."""
 
     counted: Mapping[str, Float[Array, "batch ..."]]  # keys and values on the device
-    beside: PyTree  # places and orders, as those of evicting methods not counted; what the host has
+    beside: PyTree  # places and orders, which are not counted, as those of evicting methods
+    on_host: Mapping[str, Float[Array, "batch ..."]] = dataclasses.field(default_factory=dict)
     starts: Int[Array, " batch"]  # tokens of the texts
     lengths: Int[Array, " batch"]  # tokens so far
 
     def live_bytes(self) -> int:
         """Return the bytes that keys and values take on the device."""
         return sum(x.on_device_size_in_bytes() for x in self.counted.values())
+
+    def host_bytes(self) -> int:
+        """Return the bytes that the method keeps in the memory of the host."""
+        return sum(x.on_device_size_in_bytes() for x in self.on_host.values())
 
 
 class New(NamedTuple):
@@ -109,6 +114,13 @@ def attention(
     weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1)
     values = jnp.concatenate([part.values for part in parts], axis=2)
     return jnp.einsum("bkgs,bksh->bkgh", weights.astype(values.dtype), values)
+
+
+def first(
+    count: Int[Array, "batch layers kv_heads"], slots: int
+) -> Bool[Array, "batch layers kv_heads slots"]:
+    """Return which slots hold something, where the first ones do."""
+    return jnp.arange(slots)[None, None, None] < count[..., None]
 
 
 def written(cache: Compressed) -> Int[Array, " batch"]:

@@ -53,12 +53,12 @@ def predict(
     first = np.asarray(prompt.logits)
     cache = method.compress(runtime.config.architecture, prompt, room=room)
     del prompt
-    cache_bytes = cache.live_bytes() // len(texts)
+    cache_bytes, host_bytes = (n // len(texts) for n in (cache.live_bytes(), cache.host_bytes()))
     # The last token of a tail is predicted, not given.
     active = jnp.arange(room)[None, :] < counts[:, None] - 1
     rest = _decode(runtime.config, runtime.params, method, cache, given, active)
     forced = Forced(first=first, rest=np.asarray(rest)[:, :-1])
-    return Predicted(forced=forced, cache_bytes=cache_bytes)
+    return Predicted(forced=forced, cache_bytes=cache_bytes, host_bytes=host_bytes)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "method"))

@@ -29,6 +29,7 @@ class Predicted:
     cache_bytes: int  # of one row's live buffers
     # Bytes of the tokens of the text that are kept, mean over rows; for caches that evict.
     text_bytes: float | None = None
+    host_bytes: int = 0  # of one row, in the memory of the host
 
 
 def predict(
