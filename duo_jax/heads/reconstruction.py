@@ -182,7 +182,8 @@ def _read_layer(
         return out, (jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
 
     module = llama.DecoderLayer(architecture, attend=attend)
-    x, (keys, values) = module.apply({"params": layer}, x, cos_sin, None)  # pyright: ignore
+    out: Any = module.apply({"params": layer}, x, cos_sin, None)
+    x, (keys, values) = out
     return x, keys, values
 
 
@@ -229,7 +230,8 @@ def _repeat_layer(
         )
 
     module = llama.DecoderLayer(architecture, attend=attend)
-    return module.apply({"params": layer}, x, cos_sin, None)  # pyright: ignore
+    out: Any = module.apply({"params": layer}, x, cos_sin, None)
+    return out
 
 
 def largest_attention(
@@ -268,7 +270,7 @@ def largest_attention(
 
     def near(length: Int[Array, ""], block: Int[Array, " block"]) -> Bool[Array, "block chunk"]:
         sizes = {"sink_size": sink_size, "recent_size": recent_size}
-        return masks.streaming(length + block, place, **sizes)
+        return jnp.asarray(masks.streaming(length + block, place, **sizes))
 
     def one_block(
         largest: Float[Array, "batch kv_heads chunk"], block: Int[Array, " block"]

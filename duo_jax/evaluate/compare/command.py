@@ -181,7 +181,7 @@ def compare(flags: CompareConfig) -> None:
         recent=split.config.recent_size,
         special=tuple(split.tokenizer.all_special_ids),
         punctuation=methods.punctuation_tokens(split.tokenizer),
-        clustering_losses=np.array(rows[_CHAI_ROW]["scores"]) if _CHAI_ROW in rows else None,
+        clustering_losses=np.array(rows[_CHAI_ROW]["scores"] if _CHAI_ROW in rows else [[]]),
         instruction=Instruction.of(PieceEncoder(split.tokenizer).encode),
     )
     cells = _cells(flags)

@@ -62,7 +62,7 @@ class Subject:
     special: tuple[int, ...]
     punctuation: tuple[int, ...]
     instruction: Instruction  # to repeat a text
-    clustering_losses: Float[np.ndarray, "layers kv_heads"] | None = None  # calibration, for CHAI
+    clustering_losses: Float[np.ndarray, "_ _"]  # of layers with 1, 2, ... clusters; for CHAI only
 
 
 def predict_with_full_caches(
@@ -238,8 +238,10 @@ def _compressing(
 ) -> tuple[Answer, Row] | str:
     """Return what `_setting` returns, for a method that keeps a text in another form."""
     sizes = {"length": task.length, "room": task.room}
+    layers, kv_heads = subject.gates.shape
     head_dim = subject.runtime.config.architecture.head_dim
-    setting = _COMPRESSIONS[method](subject, Shape(*subject.gates.shape, head_dim, **sizes), budget)
+    shape = Shape(layers=layers, kv_heads=kv_heads, head_dim=head_dim, **sizes)
+    setting = _COMPRESSIONS[method](subject, shape, budget)
     if isinstance(setting, str):
         return setting
     answer = functools.partial(compression.predict, subject.runtime, setting, **sizes)
