@@ -1,7 +1,7 @@
 """The reconstruction score of KVzip: what a model looks at while it repeats a text.
 
 Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv
-2505.23416, sections 3.3 and 3.4; public code https://github.com/snu-mllab/KVzip. After a text comes
+2505.23416, sections 3.2 and 3.4; public code https://github.com/snu-mllab/KVzip. After a text comes
 an instruction to repeat it, and then the text once more (teacher forcing). With a[i, t, j] the
 attention of query head i from token t of this second reading to token j of the first:
 

@@ -1,7 +1,7 @@
 """KVzip: what the model looks at while it repeats the text.
 
 Kim et al., "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv
-2505.23416, sections 3.3 and 3.4; public code https://github.com/snu-mllab/KVzip. After the prompt
+2505.23416, sections 3.2 and 3.4; public code https://github.com/snu-mllab/KVzip. After the prompt
 is read, the model repeats it (duo_jax.heads.reconstruction); each key's score is the largest
 attention that it is paid. The highest scores of all layers and heads stay (the public code's level
 "pair"), so that heads keep different numbers of tokens. This happens once; decoding appends.
