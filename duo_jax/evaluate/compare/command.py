@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from duo_jax import cli
 from duo_jax.api import DuoModel
-from duo_jax.checkpoints import pretrained
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.data.documents import load_documents
 from duo_jax.data.passkey_templates import PasskeyTemplates
