@@ -23,6 +23,7 @@ GQA: as in the public code, a head's group chooses by its highest attention to a
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -159,7 +160,7 @@ def _low_rank_keys(
     return rope.rotate(flat, cos, sin).reshape(keys.shape)
 
 
-@jax.jit(static_argnames=("shadow", "architecture", "room"))
+@functools.partial(jax.jit, static_argnames=("shadow", "architecture", "room"))
 def _compress(
     shadow: ShadowKV, architecture: ModelConfig, prompt: Prompt, *, room: int
 ) -> Compressed:

@@ -14,6 +14,7 @@ GQA: the public code repeats keys for every query head; here Q holds the queries
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -102,7 +103,7 @@ class ThinK:
         return method.attention(parts, head_dim=new.q.shape[-1]), cache
 
 
-@jax.jit(static_argnames=("think", "room"))
+@functools.partial(jax.jit, static_argnames=("think", "room"))
 def _compress(think: ThinK, prompt: Prompt, *, room: int) -> Compressed:
     shape = prompt.received.shape
     votes = window_votes(prompt, window=think.window, kernel=think.kernel)
