@@ -93,15 +93,7 @@ def test_shadowkv_of_full_rank_that_fetches_everything_is_full_attention(stacked
     assert_same(tokens, expected(model, rows))
     assert found.cache_bytes == bytes_of(method.numbers(SHAPE))
     assert found.host_bytes == bytes_of(LENGTH * 8)  # the values
-    streams = found.forced.rest
-    low = compression.predict(
-        runtime,
-        ShadowKV(rank=1, outliers=1, fetched=4, local=1),
-        *rows,
-        length=LENGTH,
-        room=ROOM,
-    )
-    assert np.abs(low.forced.rest[0, :8] - streams[0, :8]).max() > 1e-2
+    assert method.whole(LENGTH) == 23  # of 37: the others come from the low rank and the host
 
 
 def test_shadowkv_fetches_the_chunks_whose_landmarks_the_group_looks_at_most():
