@@ -34,6 +34,29 @@ def test_demo_table_is_that_of_the_committed_run():
     assert "\n".join(table) in page("identify")
 
 
+def test_reconstruction_on_a_real_model_is_that_of_the_committed_reports():
+    shown = {
+        ("reconstruct", "reconstructing"): "reconstruct, 4 texts",
+        ("identify", "learned"): "budget, 100 steps (the pattern that ships)",
+        ("identify", "random"): "random, mean of 5",
+    }
+    for (folder, heads), label in shown.items():
+        results = json.loads((RESULTS / "smollm2" / folder / "report.json").read_text())
+        assert results["samples"] == {
+            "count": 8,
+            "passkeys": 32,
+            "length": 1280,
+            "haystack": "held-out text",
+        }
+        rows = [r for r in results["retrieval"] if r["heads"] == heads and r["sparsity"] > 0.25]
+        assert len(rows) == 2
+        for row in rows:
+            exact = f"{row['accuracy']:.1%} ± {200 * row['accuracy_error']:.1f}"
+            nll, kl = (f"{row[n]:.3f} ± {2 * row[n + '_error']:.3f}" for n in ("nll", "kl"))
+            line = f"| {label} | {row['sparsity']:.0%} | {exact} | {nll} | {kl} |"
+            assert line in page("identify")
+
+
 def test_demo_run_meets_its_bars():
     results = json.loads((ROOT / "docs/demo/report.json").read_text())
     rows = {(r["heads"], r["sparsity"]): r for r in results["retrieval"]}
