@@ -57,6 +57,14 @@ def test_reconstruction_on_a_real_model_is_that_of_the_committed_reports():
             assert line in page("identify")
 
 
+def test_reconstruction_on_the_demo_model_is_that_of_the_committed_report():
+    results = json.loads((RESULTS / "reconstruct_demo/report.json").read_text())
+    rows = {r["sparsity"]: r for r in results["retrieval"] if r["heads"] == "reconstructing"}
+    assert rows[0.25]["accuracy"] == 1
+    exact = f"{rows[0.5]['accuracy']:.1%} ± {200 * rows[0.5]['accuracy_error']:.1f}"
+    assert f"with 50% exact retrieval is {exact}," in page("identify")
+
+
 def test_demo_run_meets_its_bars():
     results = json.loads((ROOT / "docs/demo/report.json").read_text())
     rows = {(r["heads"], r["sparsity"]): r for r in results["retrieval"]}
