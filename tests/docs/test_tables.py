@@ -14,6 +14,8 @@ from benchmarks.real import page as real_page
 from benchmarks.real_model import RealModelFlags
 from benchmarks.serving import report as serving_report
 from duo_jax.cache import KVFormat
+from duo_jax.evaluate.compare import report as compare_report
+from duo_jax.evaluate.compare.points import points
 from duo_jax.heads.pattern import load_pattern
 from train.identify import report
 
@@ -167,6 +169,16 @@ def test_comparison_meets_its_bars():
         assert duo >= full - 0.02
         for method in ("all-streaming", "random heads"):
             assert np.mean(rows[task, method, 0.5]["exact"]) < duo - 0.3
+
+
+def test_newer_methods_are_those_of_the_committed_comparison():
+    result = json.loads((RESULTS / "compare_more.json").read_text())
+    for method in ("KVzip", "ShadowKV", "ThinK", "CHAI"):
+        cells = []
+        for task in ("needle", "passkeys"):
+            found = {(p.method, p.budget): p for p in points(result, task)}
+            cells += [compare_report._cell(found[method, b], "exact") for b in (0.25, 0.5, 0.75)]
+        assert f"| {' | '.join((method, *cells))} |" in page("evaluate")
 
 
 def test_four_bit_caches_and_eight_bit_weights_lose_one_point_at_most():
