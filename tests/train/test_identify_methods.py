@@ -113,6 +113,8 @@ def test_flags_reach_the_profile(tiny_model, tmp_path, monkeypatch):
         ("profile", ("--reg-weight", "0.1")),
         ("profile", ("--target-sparsity", "0.5")),
         ("profile", ("--mixing", "self")),
+        ("reconstruct", ("--num-steps", "7")),
+        ("reconstruct", ("--chats",)),
         ("optimise", ("--profile-samples", "5")),
         ("budget", ("--profile-samples", "5")),
         ("budget", ("--reg-weight", "0.1")),

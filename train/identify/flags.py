@@ -28,7 +28,7 @@ from train.distillation import Mixing
 
 PRESET_FILE = "identify.json"
 
-Method = Literal["optimise", "budget", "profile", "lm"]
+Method = Literal["optimise", "budget", "profile", "reconstruct", "lm"]
 
 _PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
 _BUDGETS = {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75}
@@ -47,6 +47,7 @@ _UNREAD: dict[Method, tuple[str, ...]] = {
     "budget": ("profile_samples", "reg_weight"),
     "lm": ("profile_samples",),
     "profile": _OPTIMISATION,
+    "reconstruct": (*_OPTIMISATION, "chats"),
 }
 
 
@@ -70,9 +71,12 @@ class IdentifyConfig:
     budget: learn gates whose mean is --target-sparsity's at every step, on how far the answers are
     from those of full attention. On SmolLM2 better heads from no more steps.
     profile: sum each head's attention far back while the model answers passkeys; no training.
+    reconstruct: the largest attention that each head pays while the model repeats plain text
+    (KVzip); no training.
     lm: learn gates on the next-token loss of the text, without passkeys; an ablation."""
     profile_samples: Many = 16
-    """Samples to profile, for --method profile, which refuses the flags of optimisation."""
+    """Samples to profile, or texts to reconstruct, for --method profile and reconstruct, which
+    refuse the flags of optimisation."""
 
     num_steps: Count | None = None
     """Optimisation steps, one sample each. Default: 2,000; of --method budget, 100."""

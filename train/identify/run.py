@@ -18,12 +18,14 @@ from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.session.tokenization import load_tokenization
-from train.identify import plots, profile, report, training
+from train.identify import plots, profile, reconstruct, report, training
 from train.identify.flags import IdentifyConfig, default_config
 from train.retrieval_test import RetrievalTest
 from train.workdir import WorkDir
 
 _MESSAGE = "Here is a text."  # anything that a chat template writes as it is
+
+_UNTRAINED = ("profile", "reconstruct")  # methods that score heads, one sample a step
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
@@ -91,14 +93,15 @@ def identify(flags: IdentifyConfig) -> None:
             )
             if words := report.warning(itself, dataclasses.asdict(flags.data)):
                 print(f"warning: {words}", file=sys.stderr)
-        find = profile.profile if flags.method == "profile" else training.train
+        scores = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
+        find = scores.get(flags.method, training.train)
         gates, step_seconds = find(flags, architecture, params, sampler, workdir)
         metrics = workdir.metrics()
     pattern = _pattern(flags, gates)
     save_pattern(pattern, workdir.path / "pattern")
     title = pathlib.PurePath(flags.model).name  # not where the file lies
     pictures = {"title": title}
-    if flags.method == "profile":
+    if flags.method in _UNTRAINED:
         pictures["value"] = "attention far back (1: retrieval head)"
     else:
         plots.save_history(metrics, workdir.path / "history.png", title=title)
@@ -114,7 +117,7 @@ def identify(flags: IdentifyConfig) -> None:
         random_seeds=flags.eval_random_seeds,
     )
     results["seconds"] = {
-        "per_sample" if flags.method == "profile" else "per_training_step": step_seconds,
+        "per_sample" if flags.method in _UNTRAINED else "per_training_step": step_seconds,
         "whole_command": round(time.monotonic() - started, 1),
     }
     if results["retrieval"]:
@@ -156,7 +159,7 @@ def _pattern(flags: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"])
         extra={
             "model_name": flags.model,
             "method": flags.method,
-            **(samples if flags.method == "profile" else training),
+            **(samples if flags.method in _UNTRAINED else training),
             "context_length_min": flags.data.min_length,
             "context_length_max": flags.data.max_length,
             "num_passkeys": flags.data.num_passkeys,

@@ -14,29 +14,29 @@ from tqdm import tqdm
 
 from duo_jax import cli
 from duo_jax.api import DuoModel
-from duo_jax.checkpoints import pretrained
 from duo_jax.cli.model_flags import ModelFlags
-from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.documents import load_documents
 from duo_jax.data.passkey_templates import PasskeyTemplates
-from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
+from duo_jax.data.text_pieces import PieceEncoder
 from duo_jax.errors import InputError
-from duo_jax.evaluate.compare import methods, report
+from duo_jax.evaluate.compare import calibration, methods, report
 from duo_jax.evaluate.compare.methods import FULL, Method, Subject
 from duo_jax.evaluate.compare.points import StoredRow
 from duo_jax.evaluate.compare.tasks import Task, TaskName, make_task
 from duo_jax.evaluate.results import describe, grid
 from duo_jax.evaluate.results.rows import Rows
-from duo_jax.heads.attention_profile import attention_profile
 from duo_jax.heads.choose import NO_PATTERN
+from duo_jax.heads.reconstruction import Instruction
 from duo_jax.reports import machine
 from duo_jax.schema.kinds import Count, Few, Many, Seed
 
 TASK = "compare"
 _DESCRIPTION = """\
 Compare retrieval at equal bytes of cache: DuoAttention with learned gates, with heads chosen by
-attention profile and with random heads, StreamingLLM, and the token-eviction methods H2O, TOVA,
-SnapKV, FastGen and HeadKV. Every method gets the largest setting whose live buffers, with room for
-all questions and answers, stay within the budget.
+attention profile and with random heads, StreamingLLM, the token-eviction methods H2O, TOVA, SnapKV,
+FastGen, HeadKV and KVzip, and ThinK, ShadowKV and CHAI, which make keys smaller. Every method gets
+the largest setting whose live buffers, with room for all questions and answers, stay within the
+budget.
 
 Without flags this measures the demo model that ships with duo_jax, in minutes. Defaults shown are
 those of the model named by --model: its own preset (evaluate.json) where it has one.
@@ -46,6 +46,8 @@ _ROW_CHOICE = ("workdir", "budgets", "tasks", "methods", "random_seeds")
 _LISTS = ("--budgets", "--tasks", "--methods")
 _RANDOM: Method = "random heads"
 _PROFILE_ROW = "attention profile"
+_CHAI: Method = "CHAI"
+_CHAI_ROW = "CHAI's losses"
 
 
 Budget = Annotated[float, Meta(gt=0.0, le=1.0)]
@@ -75,7 +77,8 @@ class CompareConfig(ModelFlags):
     random_seeds: Few = 3
     """Random choices of heads for the method "random heads"."""
     profile_samples: Many = 16
-    """Training texts for the attention profile, which also gives HeadKV the importance of heads."""
+    """Training texts for the attention profile, which also gives HeadKV the importance of heads,
+    and for the losses by which CHAI shares out its clusters."""
     seed: Seed = 0
     """Random seed of texts, passkeys and random heads; two runs with one seed agree exactly."""
     workdir: str | None = None
@@ -151,8 +154,24 @@ def compare(flags: CompareConfig) -> None:
     identity = grid.identity(flags, full, documents)
     identity = {k: v for k, v in identity.items() if k not in _ROW_CHOICE}
     rows = Rows(flags.folder(), identity | {"gates": pattern.gates.tolist()}, kind=StoredRow)
+    sampler = functools.partial(
+        calibration.training_sampler,
+        *(flags.data, split, documents),
+        length=flags.length,
+        seed=flags.seed,
+    )
+    samples = {"samples": flags.profile_samples}
     if _PROFILE_ROW not in rows:
-        rows.add(_PROFILE_ROW, {"scores": _profile(flags, split, documents)})
+        found = calibration.profile(
+            *(flags.model, split, sampler()),
+            **samples,
+            length=flags.length,
+            implementation=flags.implementation,
+        )
+        rows.add(_PROFILE_ROW, {"scores": found.tolist()})
+    if _CHAI in flags.methods and _CHAI_ROW not in rows:
+        found = calibration.clustering_losses(full.runtime, sampler(), **samples)
+        rows.add(_CHAI_ROW, {"scores": found.tolist()})
     subject = Subject(
         runtime=full.runtime,
         gates=pattern.clipped(),
@@ -161,6 +180,8 @@ def compare(flags: CompareConfig) -> None:
         recent=split.config.recent_size,
         special=tuple(split.tokenizer.all_special_ids),
         punctuation=methods.punctuation_tokens(split.tokenizer),
+        clustering_losses=np.array(rows[_CHAI_ROW]["scores"] if _CHAI_ROW in rows else [[]]),
+        instruction=Instruction.of(PieceEncoder(split.tokenizer).encode),
     )
     cells = _cells(flags)
     batch = min(flags.batch, flags.samples)
@@ -226,22 +247,6 @@ def _result(
         },
         "rows": rows,
     }
-
-
-def _profile(flags: CompareConfig, split: DuoModel, documents: Sequence[str]) -> list[list[float]]:
-    """Return the attention profile, on training text."""
-    data = PasskeyConfig(**dataclasses.asdict(flags.data), min_length=1, max_length=flags.length)
-    sampler = PasskeySampler(data, split.tokenizer, split_held_out(documents)[0], seed=flags.seed)
-    params = pretrained.load_params(pretrained.resolve(flags.model), dtype=split.runtime.dtype)
-    scores = attention_profile(
-        split.config.architecture,
-        params,
-        [sampler.sample(i, length=flags.length) for i in range(flags.profile_samples)],
-        sink_size=split.config.sink_size,
-        recent_size=split.config.recent_size,
-        implementation=flags.implementation,
-    )
-    return scores.tolist()
 
 
 def _spaced(args: Sequence[str]) -> list[str]:

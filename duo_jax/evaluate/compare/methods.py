@@ -6,6 +6,7 @@ whole budget every method is the full cache.
 """
 
 import dataclasses
+import functools
 import string
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -15,11 +16,13 @@ from jaxtyping import Bool, Float, Int
 
 from duo_jax.cache import cache_bytes
 from duo_jax.data import tokenizer_calls
-from duo_jax.evaluate import eviction
+from duo_jax.evaluate import compression, eviction
 from duo_jax.evaluate.compare import served
 from duo_jax.evaluate.compare.tasks import Task
+from duo_jax.evaluate.compression import Shape
 from duo_jax.evaluate.results.forced import score
 from duo_jax.heads.pattern import choose_retrieval_heads
+from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import duo_config, reorder_layer
 from duo_jax.session.runtime import Runtime
 
@@ -34,6 +37,10 @@ Method = Literal[
     "SnapKV",
     "FastGen",
     "HeadKV",
+    "KVzip",
+    "ThinK",
+    "ShadowKV",
+    "CHAI",
 ]
 FULL: Method = "full"
 SINKS = 4  # of StreamingLLM (2309.17453, section 3.2)
@@ -54,6 +61,8 @@ class Subject:
     recent: int
     special: tuple[int, ...]
     punctuation: tuple[int, ...]
+    instruction: Instruction  # to repeat a text
+    clustering_losses: Float[np.ndarray, "_ _"]  # of layers with 1, 2, ... clusters; for CHAI only
 
 
 def predict_with_full_caches(
@@ -96,7 +105,7 @@ def measure(
         return {"reason": setting, "full_bytes": full_bytes}
     answer, described = setting
     predicted, nll, kl = [], [], []
-    cache_bytes, text_bytes = 0, []  # the second of methods that evict
+    cache_bytes, text_bytes, host_bytes = 0, [], 0  # the second of methods that evict
     for reference, (texts, tails, count) in zip(full, batches(task, batch), strict=True):
         found = reference if method == FULL else answer(texts, tails)
         scores = score(subject.runtime, found.forced, tails, reference=reference.forced)
@@ -104,6 +113,7 @@ def measure(
         nll.extend(scores.nll[:count])
         kl.extend([] if method == FULL or scores.kl is None else scores.kl[:count])
         cache_bytes = max(cache_bytes, found.cache_bytes)
+        host_bytes = max(host_bytes, found.host_bytes)
         if found.text_bytes is not None:
             text_bytes.append(found.text_bytes)
     right = task.score(predicted)
@@ -116,7 +126,7 @@ def measure(
         "text_bytes": float(np.mean(text_bytes)) if text_bytes else None,
         "full_bytes": full_bytes,
         "setting": described,
-    }
+    } | ({"host_bytes": host_bytes} if host_bytes else {})
 
 
 def punctuation_tokens(tokenizer: Any) -> tuple[int, ...]:
@@ -131,6 +141,8 @@ def _setting(
     """Return how to answer, and the setting in words; or why nothing fits."""
     if method in _POLICIES:
         return _evicting(subject, task, method, budget)
+    if method in _COMPRESSIONS:
+        return _compressing(subject, task, method, budget)
     heads_of = {
         FULL: np.ones(subject.gates.shape),
         "duo": subject.gates,
@@ -173,6 +185,7 @@ _POLICIES: dict[str, Callable[[Subject], eviction.Policy]] = {
     "HeadKV": lambda subject: eviction.HeadKV(
         importance=tuple(map(tuple, subject.profile.tolist()))
     ),
+    "KVzip": lambda subject: eviction.KVzip(instruction=subject.instruction),
 }
 
 
@@ -200,9 +213,39 @@ def _evicting(
             room=task.room,
         )
 
-    hidden = ("importance", "special", "punctuation")  # long, and known from the model
+    hidden = (
+        "importance",
+        "special",
+        "punctuation",
+        "instruction",
+    )  # long, and known from the model
     described = {k: v for k, v in dataclasses.asdict(policy).items() if k not in hidden}
     return answer, described | {"tokens_per_head": slots // heads}
+
+
+# The methods that keep a text in another form: their largest setting within a budget.
+_COMPRESSIONS: dict[str, Callable[[Subject, Shape, float], compression.Compression | str]] = {
+    "ThinK": lambda _, shape, budget: compression.ThinK.fitting(shape, budget),
+    "ShadowKV": lambda _, shape, budget: compression.ShadowKV.fitting(shape, budget),
+    "CHAI": lambda subject, shape, budget: compression.CHAI.fitting(
+        shape, budget, subject.clustering_losses
+    ),
+}
+
+
+def _compressing(
+    subject: Subject, task: Task, method: Method, budget: float
+) -> tuple[Answer, Row] | str:
+    """Return what `_setting` returns, for a method that keeps a text in another form."""
+    sizes = {"length": task.length, "room": task.room}
+    layers, kv_heads = subject.gates.shape
+    head_dim = subject.runtime.config.architecture.head_dim
+    shape = Shape(layers=layers, kv_heads=kv_heads, head_dim=head_dim, **sizes)
+    setting = _COMPRESSIONS[method](subject, shape, budget)
+    if isinstance(setting, str):
+        return setting
+    answer = functools.partial(compression.predict, subject.runtime, setting, **sizes)
+    return answer, dataclasses.asdict(setting)
 
 
 def split_runtime(

@@ -9,7 +9,8 @@ from duo_jax.evaluate.compare.points import Point, measured, points
 from duo_jax.evaluate.results import describe
 from duo_jax.reports import figures
 
-# Solid lines: split heads. Dashed: evicted tokens. The palette is colour-blind safe.
+# Solid lines: split heads. Dashed: evicted tokens. Dotted: smaller keys. Colours for the
+# colour-blind too.
 _STYLES = {
     "duo": {"color": "#0072B2", "marker": "o", "linewidth": 4, "zorder": 1.9},
     "profile heads": {"color": "#F0A000", "marker": "s"},
@@ -20,6 +21,10 @@ _STYLES = {
     "SnapKV": {"color": "#009E73", "marker": ">", "linestyle": "--"},
     "FastGen": {"color": "#8B5A2B", "marker": "P", "linestyle": "--"},
     "HeadKV": {"color": "#7A4FBF", "marker": "X", "linestyle": "--"},
+    "KVzip": {"color": "#56B4E9", "marker": "d", "linestyle": "--"},
+    "ThinK": {"color": "#B8860B", "marker": "p", "linestyle": ":"},
+    "ShadowKV": {"color": "#444477", "marker": "h", "linestyle": ":"},
+    "CHAI": {"color": "#A0522D", "marker": "8", "linestyle": ":"},
 }
 _NAMES = {
     "duo": "DuoAttention (learned gates)",

@@ -27,6 +27,7 @@ class StoredRow(TypedDict, total=False):
     cache_bytes: int
     text_bytes: float | None
     full_bytes: int
+    host_bytes: int  # of methods that keep something in the memory of the host
     setting: dict[str, Any]
 
 

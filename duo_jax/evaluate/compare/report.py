@@ -44,6 +44,8 @@ def to_markdown(result: dict[str, Any]) -> str:
         for score in filter(functools.partial(measured, result), _SCORES):
             found = points(result, task, score)
             parts.append(_table(found, score))
+            if score == "exact" and (lines := _on_host(result, task)):
+                parts.append("\n".join(lines))
             if score != "tokens" and (lines := _compared(found, score)):
                 parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -60,6 +62,19 @@ def _table(found: Sequence[Point], score: str) -> str:
             for method in methods
         ],
     )
+
+
+def _on_host(result: dict[str, Any], task: str) -> list[str]:
+    """Return lines about methods that keep something in the memory of the host."""
+    shares: dict[str, float] = {}
+    for row in result["rows"]:
+        if row["task"] == task and row.get("host_bytes"):
+            share = row["host_bytes"] / row["full_bytes"]
+            shares[row["method"]] = max(share, shares.get(row["method"], 0.0))
+    return [
+        f"- {method}: bytes on the device; the host holds {share:.1%} of full caches' bytes beside."
+        for method, share in shares.items()
+    ]
 
 
 def _cell(point: Point | None, score: str) -> str:

@@ -12,6 +12,7 @@ as KV bytes.
 """
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -69,6 +70,7 @@ class Prompt:
     tokens: Int[Array, "batch length"]
     lengths: Int[Array, " batch"]  # beyond them is padding
     logits: Float[Array, "batch vocab"]  # after each row's last token
+    noted: Any = None  # what a method notes of each layer, [batch, layers, ...]
 
     @property
     def exists(self) -> Bool[Array, "batch 1 1 length"]:

@@ -1,6 +1,7 @@
 """Decode from a pool: attend to what each head holds and the new token; then the policy evicts."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,29 +36,67 @@ def decode(
       tokens: one per row.
       active: rows that take part; the others keep what they have, and their streams mean nothing.
     """
+
+    def attend(
+        index: int,
+        q: Float[Array, "batch q_heads head_dim"],
+        k: Float[Array, "batch kv_heads head_dim"],
+        v: Float[Array, "batch kv_heads head_dim"],
+        pool: Pool,
+    ) -> tuple[Float[Array, "batch 1 q_heads head_dim"], Pool]:
+        layer_state = jax.tree.map(lambda leaf: leaf[:, index], state)
+        return _attend(policy, pool, layer_state, index, tokens, active, q, k, v)
+
+    x, pool = through_layers(config, params, attend, pool, pool.lengths, tokens, active)
+    pool = dataclasses.replace(pool, lengths=pool.lengths + active.astype(jnp.int32))
+    return x, pool
+
+
+def through_layers(
+    config: DuoConfig,
+    params: Params,
+    attend: Callable[..., tuple[Float[Array, "batch 1 q_heads head_dim"], Any]],
+    cache: Any,
+    lengths: Int[Array, " batch"],
+    tokens: Int[Array, " batch"],
+    active: Bool[Array, " batch"],
+) -> tuple[Float[Array, "batch embed"], Any]:
+    """Run a token of every row through all layers, whatever the cache.
+
+    Args:
+      config: the model.
+      params: its parameters, in serving form.
+      attend: attends from a token to a layer's cache, and changes it; takes the layer's number,
+        query, key and value [batch, heads, head_dim], and the cache.
+      cache: of all layers.
+      lengths: tokens of each row so far.
+      tokens: one per row.
+      active: rows to which their token is appended.
+
+    Returns:
+      The residual stream, and the cache.
+    """
     cos_sin = rope.rotation(
         config.architecture,
-        pool.lengths[:, None],
-        total_length=pool.lengths + active.astype(jnp.int32),
+        lengths[:, None],
+        total_length=lengths + active.astype(jnp.int32),
     )
     x = params["embed_tokens"]["embedding"][tokens[:, None]]
     for index, layer_params in enumerate(params["layers"]):
-        layer_state = jax.tree.map(lambda leaf, i=index: leaf[:, i], state)
 
-        def attend(
+        def attend_layer(
             q: Float[Array, "batch 1 q_heads head_dim"],
             k: Float[Array, "batch 1 kv_heads head_dim"],
             v: Float[Array, "batch 1 kv_heads head_dim"],
-            layer_input: tuple[Pool, Any, int],
-        ) -> tuple[Float[Array, "batch 1 q_heads head_dim"], Pool]:
-            pool, state, index = layer_input
-            return _attend(policy, pool, state, index, tokens, active, q[:, 0], k[:, 0], v[:, 0])
+            layer_input: tuple[Any, int],
+        ) -> tuple[Float[Array, "batch 1 q_heads head_dim"], Any]:
+            cache, index = layer_input
+            return attend(index, q[:, 0], k[:, 0], v[:, 0], cache)
 
-        layer = llama.DecoderLayer(config.architecture, attend=attend)
-        out: Any = layer.apply({"params": layer_params}, x, cos_sin, (pool, layer_state, index))
-        x, pool = out
-    pool = dataclasses.replace(pool, lengths=pool.lengths + active.astype(jnp.int32))
-    return x[:, 0], pool
+        layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
+        out: Any = layer.apply({"params": layer_params}, x, cos_sin, (cache, index))
+        x, cache = out
+    return x[:, 0], cache
 
 
 def _attend(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.evaluate.eviction.cache import Held, Prompt
+from duo_jax.session.runtime import Runtime
 
 
 class Budget(NamedTuple):
@@ -56,6 +57,17 @@ class Policy(Protocol):
 
     def keep(self, step: Step, state: Any) -> Bool[Array, "batch kv_heads held"]:
         """Choose what stays after a step, of the slots that hold a token."""
+        ...
+
+
+@runtime_checkable
+class Rereads(Protocol):
+    """A policy that has the model read the prompt once more, to score its keys."""
+
+    def reread(
+        self, runtime: Runtime, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"]
+    ) -> Float[Array, "batch layers kv_heads length"]:
+        """Return what takes the place of Prompt.received."""
         ...
 
 

@@ -6,6 +6,7 @@ attention matrix.
 """
 
 import functools
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,21 @@ from kernels.precision import accumulator
 _BLOCK = 64  # queries whose scores exist at a time
 
 
-@functools.partial(jax.jit, static_argnames=("config", "window", "implementation"))
+@runtime_checkable
+class Noting(Protocol):
+    """A method that needs more of a layer than keys, values and attention; hashable."""
+
+    def note(
+        self,
+        q: Float[Array, "batch length q_heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        lengths: Int[Array, " batch"],
+    ) -> Float[Array, "batch ..."]:
+        """Return what is kept of a layer, see Prompt.noted."""
+        ...
+
+
+@functools.partial(jax.jit, static_argnames=("config", "window", "noting", "implementation"))
 def read(
     config: DuoConfig,
     params: Params,
@@ -30,6 +45,7 @@ def read(
     lengths: Int[Array, " batch"],
     *,
     window: int | None,
+    noting: Noting | None = None,
     implementation: Implementation = "auto",
 ) -> Prompt:
     """Read a batch of prompts.
@@ -40,6 +56,7 @@ def read(
       tokens: the prompts; row b counts up to lengths[b], the rest is padding.
       lengths: tokens per row, at least 1.
       window: how many of each row's last queries count in `Prompt.received`; None: all.
+      noting: a method that notes something of every layer.
       implementation: attention implementation, see kernels.dispatch.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
@@ -51,24 +68,27 @@ def read(
         k: Float[Array, "batch length kv_heads head_dim"],
         v: Float[Array, "batch length kv_heads head_dim"],
         layer_input: None,
-    ) -> tuple[Float[Array, "batch length q_heads head_dim"], tuple[Array, Array, Array]]:
+    ) -> tuple[Float[Array, "batch length q_heads head_dim"], tuple[tuple[Array, ...], Any]]:
         del layer_input
         scale = q.shape[-1] ** -0.5
         out = full_attention(q, k, v, softmax_scale=scale, implementation=implementation)
         keys, values = (jnp.swapaxes(part, 1, 2) for part in (k, v))
-        return out, (keys, values, received(q, k, lengths, window=window))
+        noted = None if noting is None else noting.note(q, k, lengths)
+        return out, ((keys, values, received(q, k, lengths, window=window)), noted)
 
-    read_layers = []
+    read_layers, notes = [], []
     for layer_params in params["layers"]:
         layer = llama.DecoderLayer(config.architecture, attend=attend)
-        x, noted = layer.apply({"params": layer_params}, x, cos_sin, None)
-        read_layers.append(noted)
+        x, (of_layer, note) = layer.apply({"params": layer_params}, x, cos_sin, None)
+        read_layers.append(of_layer)
+        notes.append(note)
     keys, values, sums = (jnp.stack(part, axis=1) for part in zip(*read_layers, strict=True))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)
     return Prompt(
         keys=keys,
         values=values,
         received=sums,
+        noted=None if noting is None else jnp.stack(notes, axis=1),
         tokens=tokens,
         lengths=lengths,
         logits=serve.logits(config, params, last)[:, 0],

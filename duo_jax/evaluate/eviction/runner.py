@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.evaluate.eviction.cache import Pool, Prompt, compress
 from duo_jax.evaluate.eviction.decode import decode
-from duo_jax.evaluate.eviction.policy import Budget, Policy
+from duo_jax.evaluate.eviction.policy import Budget, Policy, Rereads
 from duo_jax.evaluate.eviction.prompt import read
 from duo_jax.evaluate.results.forced import Forced, pad
 from duo_jax.heads.split import DuoConfig
@@ -29,6 +29,7 @@ class Predicted:
     cache_bytes: int  # of one row's live buffers
     # Bytes of the tokens of the text that are kept, mean over rows; for caches that evict.
     text_bytes: float | None = None
+    host_bytes: int = 0  # of one row, in the memory of the host
 
 
 def predict(
@@ -62,6 +63,9 @@ def predict(
         window=policy.window,
         implementation=runtime.implementation,
     )
+    if isinstance(policy, Rereads):
+        scores = policy.reread(runtime, padded, lengths)
+        prompt = dataclasses.replace(prompt, received=scores)
     first = np.asarray(prompt.logits)
     # The last token of a tail is predicted, not given.
     pool, state = _evict(policy, prompt, budget=Budget(slots=slots, room=room))

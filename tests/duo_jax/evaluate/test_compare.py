@@ -53,7 +53,8 @@ def finished(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Task, "score", score)
         result = run(model, workdir, "--budgets", "0.6,1.0", "--tasks", "passkeys")
-    for row, rows in zip(result["rows"], predicted, strict=True):
+    measured = [row for row in result["rows"] if "reason" not in row]
+    for row, rows in zip(measured, predicted, strict=True):
         row["predicted"] = np.concatenate(rows)
     return workdir, result
 
@@ -62,16 +63,25 @@ def rows_of(result, **wanted):
     return [row for row in result["rows"] if all(row[k] == v for k, v in wanted.items())]
 
 
+def compressed(result):
+    return [row for row in rows_of(result, budget=0.6) if "reason" not in row]
+
+
 def test_all_methods_stay_within_the_budget_and_use_it(finished):
     _, result = finished
     methods = {row["method"] for row in result["rows"]}
-    assert len(methods) == 10
+    assert len(methods) == 14
     (full,) = rows_of(result, method="full")
     assert full["cache_bytes"] == full["full_bytes"]
     for row in rows_of(result, budget=0.6):
+        if row["method"] == "CHAI":  # one head's keys and the values are 75% here
+            assert "take more" in row["reason"]
+            continue
         share = row["cache_bytes"] / row["full_bytes"]
-        # A retrieval head is half of the bytes here; a token of every head is under 1%.
-        least = 0.5 if "heads" in row["method"] or row["method"] == "duo" else 0.59
+        # A retrieval head is half of the bytes here, a chunk of ShadowKV under 3%; a token of every
+        # head is under 1%.
+        coarse = {"duo": 0.5, "profile heads": 0.5, "random heads": 0.5, "ShadowKV": 0.57}
+        least = coarse.get(row["method"], 0.59)
         assert least < share <= 0.6, row["method"]
         assert row["full_bytes"] == full["full_bytes"]
 
@@ -82,7 +92,7 @@ def test_with_the_whole_budget_every_method_is_the_full_cache(finished):
     for row in rows_of(result, budget=1.0):
         assert row["cache_bytes"] == full["cache_bytes"], row["method"]
         np.testing.assert_array_equal(row["predicted"], full["predicted"], row["method"])
-    for row in rows_of(result, budget=0.6):
+    for row in compressed(result):
         assert (row["predicted"] != full["predicted"]).any(), row["method"]
 
 
@@ -95,7 +105,7 @@ def test_likelihood_and_divergence_are_measured_for_every_method(finished):
         np.testing.assert_allclose(row["nll"], full["nll"], rtol=1e-4, err_msg=row["method"])
         if row["method"] != "full":
             np.testing.assert_allclose(row["kl"], 0, atol=1e-5, err_msg=row["method"])
-    for row in rows_of(result, budget=0.6):
+    for row in compressed(result):
         assert min(row["kl"]) > 1e-4, row["method"]
         assert row["nll"] != full["nll"], row["method"]
     table = (workdir / "compare.md").read_text()
@@ -127,8 +137,11 @@ def test_the_result_says_what_was_measured_and_with_what(finished):
     (h2o,) = rows_of(result, method="H2O", budget=0.6)
     assert h2o["setting"]["recent_share"] == 0.5
     assert len(rows_of(result, method="random heads", budget=0.6)) == 2
+    (shadow,) = rows_of(result, method="ShadowKV", budget=0.6)
+    on_host = shadow["host_bytes"] / shadow["full_bytes"]
     table = (workdir / "compare.md").read_text()
     assert "| duo |" in table
+    assert f"- ShadowKV: bytes on the device; the host holds {on_host:.1%} of" in table
     assert "duo minus profile heads" in table
     assert (workdir / "compare.png").read_bytes().startswith(b"\x89PNG")
 

@@ -18,12 +18,14 @@ from duo_jax.evaluate.eviction.fastgen import FREQUENT, FULL, LOCAL, PUNCTUATION
 from duo_jax.evaluate.eviction.policy import Budget, Selection, Step, highest
 from duo_jax.evaluate.eviction.prompt import read, received
 from duo_jax.evaluate.results.forced import pad, score
+from duo_jax.heads.reconstruction import Instruction, key_scores
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model import llama
 from duo_jax.model.hf_config import parse_config
 from duo_jax.session.runtime import Runtime
 from tests import models
 
+INSTRUCTION = Instruction(whole=(5, 6, 7), part=(8, 9), begin=(10,))
 TEXTS, TAILS = (37, 23, 30), (9, 12, 4)
 LENGTH, ROOM = max(TEXTS), max(TAILS)
 
@@ -60,6 +62,7 @@ def policies():
         eviction.SnapKV(window=4),
         eviction.HeadKV(window=4, importance=((0.9, 0.1), (0.0, 0.4))),
         eviction.FastGen(special=(0,), punctuation=(3, 4)),
+        eviction.KVzip(instruction=INSTRUCTION),
     ]
 
 
@@ -395,6 +398,34 @@ def test_headkv_selects_in_a_head_as_snapkv():
             Budget(slots=int(size), room=0),
         )
         np.testing.assert_array_equal(chosen.kept[0, 0, head], alone.kept[0, 0, 0])
+
+
+def test_kvzip_keeps_the_highest_scores_of_all_heads_and_exactly_the_budget():
+    scores = np.random.default_rng(0).random((2, 2, 12))
+    scores[1] *= 0.1  # a layer that hardly looks back
+    policy = eviction.KVzip(instruction=INSTRUCTION)
+    chosen = select(policy, prompt_of(scores, length=10), Budget(slots=15 + 4 * 3, room=3))
+    kept = np.asarray(chosen.kept[0])
+    assert kept.sum() == 15
+    assert not kept[..., 10:].any()
+    assert scores[kept].min() > scores[..., :10][~kept[..., :10]].max()
+    assert chosen.sizes.sum() == 15 + 4 * 3
+    assert kept[0].sum() == 15  # heads differ; the second layer keeps nothing
+
+
+def test_kvzip_keeps_what_the_repetition_looks_at(stacked, runtime, rows):
+    tokens, lengths = pad(rows[0], LENGTH)
+    policy = eviction.KVzip(instruction=INSTRUCTION)
+    found = policy.reread(runtime, tokens, lengths)
+    known = key_scores(*stacked, np.asarray(tokens), np.array(TEXTS), instruction=INSTRUCTION)
+    np.testing.assert_allclose(found, known.swapaxes(0, 1), rtol=1e-5)
+    slots = 4 * (ROOM + 11)
+    highest_of_all = [sorted(row.ravel())[-44:] for row in np.asarray(found)]
+    kept = np.stack(
+        [row >= best[0] for row, best in zip(np.asarray(found), highest_of_all, strict=True)]
+    )
+    assert kept.sum() == 3 * 44
+    assert_same(predict(runtime, policy, rows, slots).tokens, expected(stacked, rows, kept))
 
 
 # A text of 20 tokens: special at 0, punctuation at 5 and 10. Attention of five heads, each of which
