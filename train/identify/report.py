@@ -19,6 +19,7 @@ from duo_jax.reports.statistics import standard_error
 from train.retrieval_test import RetrievalScores, RetrievalTest
 
 _FEW = 0.1  # of the passkeys: what the model itself finds less of tells nothing about its heads
+_NAMES = {"profile": "profiled", "attribute": "attributed"}  # of heads that were not learned
 _MEASURES = {"tokens": "tokens right", "nll": "answer NLL", "kl": "KL from full"}
 _EXPLAINED = (
     "Tokens right: fraction of the passkeys' tokens that are the most likely one after the true "
@@ -81,7 +82,7 @@ def make(
             "length": test.length,
             "haystack": test.haystack,
         }
-        name = "profiled" if config["method"] == "profile" else "learned"
+        name = _NAMES.get(config["method"], "learned")
         report["retrieval"] = _retrieval(
             name, architecture, params, pattern, test, itself, sparsities, random_seeds
         )
@@ -117,7 +118,7 @@ def save(report: dict[str, Any], folder: pathlib.Path) -> None:
 def to_markdown(report: dict[str, Any]) -> str:
     """Write the report as Markdown that also reads well in a terminal."""
     model, gates, config = report["model"], report["gates"], report["config"]
-    what = "Scores" if config["method"] == "profile" else "Gates"
+    what = {"profile": "Scores", "attribute": "Places by credit"}.get(config["method"], "Gates")
     lines = [
         f"# Retrieval heads of {model['name']}",
         "",
@@ -195,8 +196,14 @@ def _how(config: dict[str, Any]) -> str:
     if config["method"] == "profile":
         return f"attention profile of {config['profile_samples']} samples"
     steps = f"{config['num_steps']} steps, mixing {config['mixing']}"
+    if config["method"] == "attribute":
+        lowest = 1 - (1.0 if config["target_sparsity"] is None else config["target_sparsity"])
+        return f"credits of the answers along gates from 1 to {lowest:g}, {steps}"
     if config["method"] == "budget":
         return f"gates under a budget for {config['target_sparsity']:.1%} streaming, {steps}"
+    if config["method"] == "masks":
+        read = {"both": "text and passkeys"}.get(config["learn_from"], config["learn_from"])
+        return f"masks for {config['target_sparsity']:.1%} streaming on {read}, {steps}"
     return f"language-modelling loss, {steps}" if config["method"] == "lm" else steps
 
 
