@@ -34,7 +34,7 @@ LearnFrom = Literal["text", "passkeys", "both"]
 _PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "budget": {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75},
-    "masks": {"num_steps": 1000, "learning_rate": 1.0, "mixing": "self", "target_sparsity": 0.75},
+    "masks": {"num_steps": 1000, "mixing": "self", "target_sparsity": 0.75},
     "attribute": {"num_steps": 40, "mixing": "self"},
 }
 
@@ -95,7 +95,7 @@ class IdentifyConfig:
     learning_rate: Positive | None = None
     """Peak learning rate; rises over the first fifth of the steps, falls over the last. Default:
     0.02. Of --method budget: constant, in logits of a gate per gradient of mean size; 0.7. Of
-    --method masks: rises over a tenth, falls along a cosine; 1."""
+    --method masks: rises over a tenth, falls along a cosine; 0.1, or 40 / steps if that is more."""
     reg_weight: NotNegative = 0.05
     """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
     target_sparsity: Fraction | None = None
@@ -175,6 +175,9 @@ class IdentifyConfig:
     def resolved(self) -> "IdentifyConfig":
         """Return the flags with the method's defaults for those that were not given."""
         values = _DEFAULTS.get(self.method, _PAPERS)
+        if self.method == "masks":  # in fewer steps they have as far to go
+            rate = max(0.1, 40 / (self.num_steps or values["num_steps"]))
+            values = values | {"learning_rate": rate}
         unset = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
 

@@ -130,7 +130,7 @@ def _gates(state: State, step: StepConfig) -> Float[np.ndarray, "layers kv_heads
         case budget.BudgetState():
             return budget.pattern_gates(state.scores, step)
         case masks.MaskState():
-            return masks.pattern_gates(state.log_alpha)
+            return masks.pattern_gates(state.log_alpha, step)
     return np.asarray(state.gates)
 
 
