@@ -179,7 +179,7 @@ def _optimiser(step: StepConfig) -> optax.GradientTransformation:
 
 
 def _ascent(step: StepConfig) -> optax.GradientTransformation:
-    """Return the optimiser of the multipliers, which minimises: it is given minus their gradient."""
+    """Return the optimiser of the multipliers: it descends, on minus their gradient."""
     return optax.adam(_rate(step, _MULTIPLIER_RATE), b1=0.9, b2=0.95)
 
 
