@@ -104,7 +104,7 @@ class IdentifyConfig:
     0.75. Of --method attribute: where the path ends; default, at gates of 0."""
     target_sparsities: tuple[Fraction, ...] = ()
     """Several targets: one run for each, as if it were alone, in target-0.5 and so on of the work
-    folder. Each pattern is the best for its own sparsity; they are not nested."""
+    folder. They are not nested: a pattern is made for the sparsity that it is served at."""
     mixing: Mixing | None = None
     """Source of the gated full-attention term.
     teacher: the teacher's output, as in the reference code; cheapest. The default.
