@@ -54,7 +54,6 @@ def language_modelling_loss(
     if batch.answers is not None:
         predicted &= batch.answers[:, 1:]
 
-    @jax.checkpoint
     def block_loss(
         x: Float[Array, "batch block embed"],
         targets: Int[Array, "batch block"],
@@ -67,6 +66,7 @@ def language_modelling_loss(
 
     blocks = (_blocks(a) for a in (x[:, :-1], batch.tokens[:, 1:], predicted))
 
+    @jax.checkpoint  # around the condition, which would keep the output projection for each block
     def loss_if_any(block: tuple[Array, Array, Array]) -> Float[Array, ""]:
         """Leave out the logits of a block where nothing is predicted: with answers, of most."""
         nothing = jnp.zeros((), accumulator(x.dtype))

@@ -38,6 +38,7 @@ _DEFAULTS: dict[Method, dict[str, Any]] = {
     "attribute": {"num_steps": 40, "mixing": "self"},
 }
 
+_MOST_TARGETS = 100
 _MOST_CHOICES = 10_000  # of heads; all are listed before they are tested
 _STEPWISE: tuple[Method, ...] = ("optimise", "budget", "masks", "attribute", "lm")
 _READ_BY: dict[str, tuple[Method, ...]] = {
@@ -157,6 +158,8 @@ class IdentifyConfig:
             raise InputError("--target-sparsity is one target, --target-sparsities several")
         if len(set(self.target_sparsities)) < len(self.target_sparsities):
             raise InputError("--target-sparsities must be different")
+        if len(self.target_sparsities) > _MOST_TARGETS:
+            raise InputError(f"--target-sparsities are more than {_MOST_TARGETS}")
         if "{name}" not in self.data.question:
             raise InputError("the question must hold {name}, or nothing can be looked up")
 
@@ -188,7 +191,7 @@ class IdentifyConfig:
                 self,
                 target_sparsity=target,
                 target_sparsities=(),
-                workdir=str(self.folder() / f"target-{target:g}"),
+                workdir=str(self.folder() / f"target-{target}"),
             )
             for target in self.target_sparsities
         ]
