@@ -141,7 +141,7 @@ def loss(
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     gates = hard_concrete.sample(key, log_alpha)
     first = objective(gates, params, batch, architecture=architecture, step=step)
-    goal = target(step, state.step)
+    goal = target(step, state.step).astype(log_alpha.dtype)
     excess = jnp.mean(hard_concrete.probability_of_zero(log_alpha)) - goal
     penalty = l1 * excess + l2 * jnp.square(excess)
     return first + penalty, {step.objective: first, "target": goal}
