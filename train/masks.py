@@ -7,13 +7,14 @@ the model is trained as it is served, where a head streams or does not. s is the
 of masks that are 0, t its target, which rises from 0 to `step.target_sparsity` over the first 80%
 of the steps. l1 and l2 ascend: whatever the cross entropy's scale is, they grow until s follows t.
 
-log_alpha starts at N(4.5, 0.01): all heads are kept. It and the multipliers have an Adam (0.9,
-0.95) each, with rates that rise over the first tenth of the steps and fall along a cosine to 1% of
-their peaks; gradients of log_alpha are clipped to a norm of 1.
+log_alpha starts at N(4.5, 0.01): all heads are kept. Its Adam (0.9, 0.95) has gradients clipped to
+a norm of 1, and a rate that rises over the first tenth of the steps and falls along a cosine.
 
-PruLong moves all by 1.0 a step, with many texts in each. With one text a step the heads then follow
-its noise, and s swings faster than the multipliers can. So log_alpha's rate is a tenth of that, the
-multipliers' three times. There is no weight decay: it would pull what is undecided to log_alpha 0.
+PruLong moves all by 1.0 a step, with many texts in each, and ends at 1% of that. With one text a
+step the heads then follow its noise, and s swings faster than the multipliers can follow. So
+log_alpha's rate is a tenth of that and ends at 10%, while it can still obey; the multipliers' stays
+1.0, without momentum, which would carry them on when s is where it should be. There is no weight
+decay: it would pull what is undecided to log_alpha 0.
 """
 
 import dataclasses
@@ -38,9 +39,9 @@ _START, _START_SPREAD = 4.5, 0.01
 _HEAD_START = 1.5  # standard deviation of log_alpha at a warm start; P(mask = 0) stays below 4%
 _RAMP = 0.8  # of the steps, in which the target rises
 _WARM_UP = 0.1
-_LAST_RATE = 0.01  # of the peak
+_LAST_RATE = 0.1  # of the peak
 _LARGEST_NORM = 1.0
-_MULTIPLIER_RATE = 3.0
+_MULTIPLIER_RATE = 1.0
 
 
 @pytree.register
@@ -73,7 +74,7 @@ def init_state(
         key=jax.random.key_data(jax.random.key(seed)),
         log_alpha=log_alpha,
         multipliers=multipliers,
-        optimisers=(_optimiser(step).init(log_alpha), _ascent(step).init(multipliers)),
+        optimisers=(_optimiser(step).init(log_alpha), _ascent().init(multipliers)),
     )
 
 
@@ -101,7 +102,7 @@ def train_step(
     # optax mixes its integer step count with floats; our own code promotes nothing silently.
     with jax.numpy_dtype_promotion("standard"):
         descent, descent_state = _optimiser(step).update(downhill, state.optimisers[0])
-        ascent, ascent_state = _ascent(step).update(-uphill, state.optimisers[1])
+        ascent, ascent_state = _ascent().update(-uphill, state.optimisers[1])
     log_alpha = state.log_alpha + jnp.asarray(descent)
     multipliers = state.multipliers + jnp.asarray(ascent)
     kept = 1 - hard_concrete.probability_of_zero(log_alpha)
@@ -174,21 +175,18 @@ def pattern_gates(
 
 
 def _optimiser(step: StepConfig) -> optax.GradientTransformation:
-    adam = optax.adam(_rate(step, step.learning_rate), b1=0.9, b2=0.95)
-    return optax.chain(optax.clip_by_global_norm(_LARGEST_NORM), adam)
-
-
-def _ascent(step: StepConfig) -> optax.GradientTransformation:
-    """Return the optimiser of the multipliers: it descends, on minus their gradient."""
-    return optax.adam(_rate(step, _MULTIPLIER_RATE), b1=0.9, b2=0.95)
-
-
-def _rate(step: StepConfig, peak: float) -> optax.Schedule:
-    warm_up = max(round(_WARM_UP * step.num_steps), 1)
-    return optax.warmup_cosine_decay_schedule(
+    peak, warm_up = step.learning_rate, max(round(_WARM_UP * step.num_steps), 1)
+    rate = optax.warmup_cosine_decay_schedule(
         init_value=peak / warm_up,
         peak_value=peak,
         warmup_steps=warm_up,
         decay_steps=max(step.num_steps, warm_up + 1),
         end_value=_LAST_RATE * peak,
     )
+    adam = optax.adam(rate, b1=0.9, b2=0.95)
+    return optax.chain(optax.clip_by_global_norm(_LARGEST_NORM), adam)
+
+
+def _ascent() -> optax.GradientTransformation:
+    """Return the optimiser of the multipliers: it descends, on minus their gradient."""
+    return optax.adam(_MULTIPLIER_RATE, b1=0.0, b2=0.95)

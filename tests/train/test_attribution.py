@@ -86,15 +86,15 @@ def test_the_demo_models_retrieval_heads_have_the_most_credit():
     params = pretrained.load_params(folder, dtype=np.float32)
     flags = default_config("demo", folder)
     short = dataclasses.replace(flags.data, max_length=320)
-    flags = dataclasses.replace(flags, method="attribute", num_steps=6, data=short)
+    flags = dataclasses.replace(flags, method="attribute", num_steps=5, data=short)
     text, _ = split_held_out(load_documents(()))
-    sampler = PasskeySampler(short, pretrained.load_tokenizer(folder), text, seed=0)
+    sampler = PasskeySampler(short, pretrained.load_tokenizer(folder), text[:4], seed=0)
     step = training.step_config(flags, tail_size=200)
     update = jax.jit(
         functools.partial(attribution.train_step, architecture=architecture, step=step)
     )
     state = attribution.init_state(architecture)
-    for index in range(6):
+    for index in range(5):
         sample = training.sample_of_step(flags, sampler, index)
         state, _ = update(state, params, batch_of_one(sample, 320))
     gates = load_pattern(ROOT / "docs/demo/pattern").gates

@@ -14,8 +14,9 @@ from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern
 from train import masks, optimisation
-from train.identify import training
+from train.identify import report, training
 from train.identify.__main__ import main
+from train.identify.batches import batch_of_one
 from train.identify.flags import IdentifyConfig
 from train.workdir import WorkDir
 
@@ -72,23 +73,6 @@ def test_a_killed_search_resumes_to_the_same_bits(whole, given, tmp_path, monkey
     assert (gates > 0.5).sum() == 2
 
 
-def test_the_seed_and_the_data_decide(given, tmp_path):
-    """Of masks; the random numbers of each are others, or the tokens that are predicted are."""
-    losses = {}
-    for name, changes in {
-        "as it is": {},
-        "another seed": {"seed": 1},
-        "text": {"learn_from": "text"},
-        "passkeys": {"learn_from": "passkeys"},
-    }.items():
-        flags = dataclasses.replace(METHODS["masks"], num_steps=2, **changes)
-        _, metrics = search(flags, given, tmp_path / name)
-        losses[name] = [m["cross_entropy"] for m in metrics]
-    assert losses["as it is"][0] == losses["text"][0]  # it begins with text
-    assert len({values[1] for values in losses.values()}) == 4
-    assert losses["passkeys"][0] != losses["text"][0]
-
-
 def test_samples_of_masks_take_turns(given):
     _, _, sampler = given
 
@@ -105,15 +89,6 @@ def test_samples_of_masks_take_turns(given):
     samples = kinds("both")[1]
     np.testing.assert_array_equal(samples[3].tokens, sampler.sample(1).tokens)
     np.testing.assert_array_equal(samples[2].tokens, sampler.plain_text(1).tokens)
-
-
-def test_an_unfinished_mask_says_so(given, tmp_path, capsys):
-    """In two steps no head's mask can become 0, though the pattern keeps the target's number."""
-    gates, _ = search(dataclasses.replace(METHODS["masks"], num_steps=2), given, tmp_path / "run")
-    assert "the masks ended with 0.0 streaming heads, where the target is 2.0" in (
-        capsys.readouterr().err
-    )
-    assert (gates > 0.5).sum() == 2
 
 
 @pytest.mark.parametrize("method", ["budget", "masks"])
@@ -140,10 +115,11 @@ def test_another_models_pattern_is_no_warm_start(given, tmp_path):
         training.warm_start(flags, architecture)
 
 
+@pytest.mark.parametrize("whole", ["attribute"], indirect=True)
 def test_several_targets_are_runs_of_their_own(tiny_model, tmp_path, whole):
     """Each is that of the target alone, to the same bits; and all files are there."""
-    flags, expected, _ = whole
-    words = f"--method {flags.method} --num-steps 6 --length-buckets 1 --sink 4 --recent 12"
+    _, expected, _ = whole
+    words = "--method attribute --num-steps 6 --length-buckets 1 --sink 4 --recent 12"
     words += " --min-length 40 --max-length 256 --num-passkeys 3 --passkey-words 4 --dtype float32"
     words += " --eval-samples 1 --eval-sparsities 0.25 --eval-random-seeds 0"
     words += " --target-sparsities 0.5 0.75"
@@ -154,19 +130,14 @@ def test_several_targets_are_runs_of_their_own(tiny_model, tmp_path, whole):
         pattern = load_pattern(folder / "pattern")
         assert (pattern.gates > 0.5).sum() == kept
         assert pattern.extra["target_sparsity"] == target
-        report = json.loads((folder / "report.json").read_text())
-        assert [row["sparsity"] for row in report["retrieval"]] == [0, 0.25, target, 1]
+        written = json.loads((folder / "report.json").read_text())
+        assert [row["sparsity"] for row in written["retrieval"]] == [0, 0.25, target, 1]
         for file in ("gates.png", "history.png", "retrieval.png", "metrics.jsonl"):
             assert (folder / file).stat().st_size > 500
     np.testing.assert_array_equal(load_pattern(tmp_path / "target-0.5" / "pattern").gates, expected)
     text = (tmp_path / "target-0.75" / "report.md").read_text()
-    how = {
-        "masks": "masks for 75.0% streaming on text and passkeys, 6 steps, mixing self",
-        "attribute": "credits of the answers along gates from 1 to 0.25, 6 steps, mixing self",
-    }
-    assert how[flags.method] in text
-    heads = "attributed" if flags.method == "attribute" else "learned"
-    assert f"| {heads} " in text
+    assert "credits of the answers along gates from 1 to 0.25, 6 steps, mixing self" in text
+    assert "| attributed " in text
     model = duo_jax.load(
         str(tiny_model), pattern=str(tmp_path / "target-0.75" / "pattern"), sparsity=0.75
     )
@@ -184,6 +155,35 @@ def test_several_targets_are_runs_of_their_own(tiny_model, tmp_path, whole):
 def test_targets_that_contradict_each_other_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         IdentifyConfig(**({"target_sparsities": (0.5,)} | changes))
+
+
+def test_the_report_says_what_masks_learned_from():
+    flags = METHODS["masks"].resolved()
+    assert report._how(dataclasses.asdict(flags)) == (
+        "masks for 50.0% streaming on text and passkeys, 6 steps, mixing self"
+    )
+
+
+def test_the_seed_decides_the_masks(given):
+    architecture, _, _ = given
+    step = training.step_config(METHODS["masks"], tail_size=100)
+    first, other = (
+        training._method(dataclasses.replace(METHODS["masks"], seed=seed), architecture, step)[0]
+        for seed in (0, 1)
+    )
+    assert (first.key != other.key).any()
+
+
+@pytest.mark.parametrize("learn_from", ["text", "passkeys"])
+def test_what_is_predicted_is_all_of_a_text_or_the_answers(given, learn_from):
+    flags = dataclasses.replace(METHODS["masks"], learn_from=learn_from)
+    sample = training.sample_of_step(flags, given[2], 0)
+    answers = np.asarray(batch_of_one(sample, 300).answers[0])
+    expected = np.zeros(300, bool)
+    for start, stop in sample.answers or [(1, sample.tokens.size)]:
+        expected[start:stop] = True
+    np.testing.assert_array_equal(answers, expected)
+    assert 0 < answers.sum() < sample.tokens.size
 
 
 def test_masks_of_few_steps_have_larger_ones():

@@ -120,6 +120,19 @@ def test_the_random_numbers_are_those_of_seed_and_step():
     assert len(set(shown)) == 3
 
 
+def test_masks_that_are_still_moving_say_so(capsys):
+    """The pattern keeps the target's number in any case, and the order of log_alpha."""
+    log_alpha = jnp.array([[9.0, -2.0], [3.0, -9.0]])
+    gates = masks.pattern_gates(log_alpha, CONFIG)
+    assert capsys.readouterr().err == ""
+    np.testing.assert_array_equal(gates > 0.5, [[True, False], [True, False]])
+    gates = masks.pattern_gates(jnp.array([[9.0, 4.0], [7.0, 8.0]]), CONFIG)
+    assert "the masks ended with 0.0 streaming heads, where the target is 2.0" in (
+        capsys.readouterr().err
+    )
+    np.testing.assert_array_equal(gates > 0.5, [[True, False], [False, True]])
+
+
 @functools.partial(jax.jit, static_argnames="config")
 def _whole_run(state, worth, config):
     zero = jnp.zeros(1, jnp.int32)
