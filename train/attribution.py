@@ -59,14 +59,20 @@ def train_step(
       The new state, and metrics: the objective by its name and as loss, and mean_gate: the place on
       the path.
     """
-    length = _sparsity(step) / step.num_steps  # of the path's part
-    at = 1.0 - length * (state.step.astype(jnp.float32) + 0.5)
+    at, length = part_of_path(step, state.step)
     gates = jnp.full(state.credit.shape, at)
     value, gradient = jax.value_and_grad(objective)(
         gates, params, batch, architecture=architecture, step=step
     )
     new = AttributionState(step=state.step + 1, credit=state.credit - length * gradient)
     return new, {"loss": value, step.objective: value, "mean_gate": at}
+
+
+def part_of_path(step: StepConfig, number: Int[Array, ""]) -> tuple[Float[Array, ""], float]:
+    """Return the middle of a step's part of the path, after `number` others, and its length."""
+    sparsity = 1.0 if step.target_sparsity is None else step.target_sparsity
+    length = sparsity / step.num_steps
+    return 1.0 - length * (number.astype(jnp.float32) + 0.5), length
 
 
 def pattern_gates(
@@ -79,7 +85,3 @@ def pattern_gates(
     sparsity = 0.5 if step.target_sparsity is None else step.target_sparsity
     kept = round(credit.size * (1 - sparsity))
     return gates_of_ranking(np.asarray(credit), kept=kept)
-
-
-def _sparsity(step: StepConfig) -> float:
-    return 1.0 if step.target_sparsity is None else step.target_sparsity

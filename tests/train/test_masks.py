@@ -77,17 +77,18 @@ def test_gradient_equals_central_differences_in_float64():
         multipliers = jnp.array([-0.3, 0.7], jnp.float64)
 
         @jax.jit
-        def value(log_alpha, multipliers):
+        @jax.value_and_grad
+        def lagrangian(variables):
             options = {"architecture": model()[0], "step": CONFIG}
-            return masks.loss((log_alpha, multipliers), start, params, batch(), **options)[0]
+            return masks.loss(variables, start, params, batch(), **options)[0]
 
-        gradient, ascent = jax.jit(jax.grad(value, argnums=(0, 1)))(log_alpha, multipliers)
+        gradient, ascent = lagrangian((log_alpha, multipliers))[1]
         key = jax.random.fold_in(jax.random.wrap_key_data(start.key), 5)
         drawn = np.asarray(hard_concrete.sample(key, log_alpha))
         assert ((drawn > 0.01) & (drawn < 0.99)).any()
         for index in np.ndindex(2, 2):
             nudge = jnp.zeros((2, 2), jnp.float64).at[index].set(1e-5)
-            above, below = (value(log_alpha + sign * nudge, multipliers) for sign in (1, -1))
+            above, below = (lagrangian((log_alpha + n, multipliers))[0] for n in (nudge, -nudge))
             np.testing.assert_allclose(gradient[index], (above - below) / 2e-5, rtol=1e-5)
         excess = float(hard_concrete.probability_of_zero(log_alpha).mean()) - 0.5 * 5 / 16
         np.testing.assert_allclose(ascent, [excess, excess**2], rtol=1e-6)
