@@ -9,7 +9,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,34 +26,50 @@ from duo_jax.reports import machine, markdown
 from duo_jax.serve import ahead_of_time as compiled
 from kernels import aot
 from kernels.aot_process import Compiler
+from train import attribution, masks, optimisation
 from train.distillation import Batch, Mixing
-from train.optimisation import StepConfig, init_state, train_step
+from train.loss import StepConfig
 
 BUDGET = 83e9  # of the 85.1e9 bytes of an A100-80G
 
 
-def identification(length: int, mixing: Mixing = "teacher") -> jax.stages.Compiled:
-    """Compile one step of gate training on Llama-3-8B."""
+def identification(
+    length: int,
+    mixing: Mixing = "teacher",
+    method: Literal["optimise", "masks", "attribute"] = "optimise",
+) -> jax.stages.Compiled:
+    """Compile one step of a method on Llama-3-8B."""
     step = StepConfig(
         num_steps=2000,
         learning_rate=0.02,
         reg_weight=0.05,
-        target_sparsity=None,
+        target_sparsity=0.75 if method == "masks" else None,
         sink_size=128,
         recent_size=256,
         mixing=mixing,
         tail_size=1024,
+        objective="distillation" if method == "optimise" else "cross_entropy",
         implementation="triton",
     )
-    state = jax.eval_shape(lambda: init_state(LLAMA_3_8B.architecture, step))
-    params = jax.eval_shape(
-        lambda: llama.init_params(LLAMA_3_8B.architecture, jax.random.key(0), dtype=jnp.bfloat16)
-    )
+    model = LLAMA_3_8B.architecture
+    starts = {
+        "optimise": lambda: optimisation.init_state(model, step),
+        "masks": lambda: masks.init_state(model, step, seed=0),
+        "attribute": lambda: attribution.init_state(model),
+    }
+    modules = {"optimise": optimisation, "masks": masks, "attribute": attribution}
+    state = jax.eval_shape(starts[method])
+    params = jax.eval_shape(lambda: llama.init_params(model, jax.random.key(0), dtype=jnp.bfloat16))
     row = jnp.zeros(1, jnp.int32)
     batch = jax.eval_shape(
-        lambda: Batch(tokens=jnp.zeros((1, length), jnp.int32), tail_start=row, total_length=row)
+        lambda: Batch(
+            tokens=jnp.zeros((1, length), jnp.int32),
+            tail_start=row,
+            total_length=row,
+            answers=None if method == "optimise" else jnp.zeros((1, length), bool),
+        )
     )
-    function = functools.partial(train_step, architecture=LLAMA_3_8B.architecture, step=step)
+    function = functools.partial(modules[method].train_step, architecture=model, step=step)
     return aot.compile_for("a100", function, state, params, batch)
 
 
@@ -143,6 +159,8 @@ PROGRAMS: dict[str, Callable[[], jax.stages.Compiled]] = {
     "Llama-3-8B: identification step, self mixing, at 96,000": lambda: identification(
         96_000, "self"
     ),
+    "Llama-3-8B: masks step at 32,000": lambda: identification(32_000, "self", "masks"),
+    "Llama-3-8B: attribution step at 32,000": lambda: identification(32_000, "self", "attribute"),
 }
 
 

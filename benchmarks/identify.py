@@ -127,6 +127,17 @@ def flops(model: ModelConfig, length: int, *, sink: int, recent: int) -> dict[st
     }
 
 
+def self_mixing_flops(model: ModelConfig, length: int, *, sink: int, recent: int) -> float:
+    """Count the least operations of a gradient with mixing "self", remat and all tokens' logits.
+
+    Two forwards of linear maps and both attentions, and a backward pass without weight gradients.
+    """
+    count = flops(model, length, sink=sink, recent=recent)
+    logits = 2.0 * length * model.embed_size * model.vocab_size
+    attention = count["full_attention"] + count["streaming_attention"]
+    return 3 * (count["linear"] + logits) + 4 * attention
+
+
 def _measure(flags: IdentifyFlags, params: dict[str, Any], length: int) -> dict[str, float]:
     architecture = flags.architecture
     step = StepConfig(

@@ -31,9 +31,11 @@ from duo_jax.model.config import ModelConfig
 from kernels import pytree
 from train.distillation import Batch
 from train.loss import StepConfig, objective
+from train.ranking import standardised
 
 _FALL = 0.6  # of the steps, in which the budget falls
 _MEMORY = 0.8  # of the scale
+_HEAD_START = 10  # steps that a warm start is worth
 _WIDEST = 20.0  # shift beyond the scores: no gate is further from 0 or 1 than float32 can tell
 _ROUNDING = 1e-6  # nats per gate; smaller gradients may be rounding errors, and are not scaled up
 _HALVINGS = 40  # of the interval in which the shift lies
@@ -49,12 +51,18 @@ class BudgetState:
     scale: Float[Array, ""]  # the running mean, before its correction for a start at 0
 
 
-def init_state(architecture: ModelConfig) -> BudgetState:
-    """Return the start: every head worth the same."""
+def init_state(
+    architecture: ModelConfig,
+    step: StepConfig,
+    *,
+    gates: Float[np.ndarray, "layers kv_heads"] | None = None,
+) -> BudgetState:
+    """Return the start: every head worth the same, or as if steps had agreed on a warm start."""
     shape = (architecture.num_layers, architecture.num_kv_heads)
+    scores = np.zeros(shape) if gates is None else standardised(gates)
     return BudgetState(
         step=jnp.zeros((), jnp.int32),
-        scores=jnp.zeros(shape, jnp.float32),
+        scores=jnp.asarray(_HEAD_START * step.learning_rate * scores, jnp.float32),
         scale=jnp.zeros((), jnp.float32),
     )
 

@@ -37,7 +37,7 @@ class Batch:
     tokens: Int[Array, "batch length"]
     tail_start: Int[Array, " batch"]  # first supervised position
     total_length: Int[Array, " batch"]  # real tokens; the tail ends here
-    answers: Bool[Array, "batch length"] | None = None  # tokens of answers (`train.answers`)
+    answers: Bool[Array, "batch length"] | None = None  # tokens whose prediction counts
 
 
 def distillation_loss(

@@ -1,12 +1,13 @@
-"""The language-modelling loss of the gates: what DuoAttention's distillation is compared with.
+"""The next-token loss of the gates, of whole texts or of answers in them.
 
-The student, with gate-mixed attention, predicts the next token of ordinary text:
+The student, with gate-mixed attention, predicts the next token:
 
-    cross_entropy = mean over tokens 1, 2, ... of -log p_student(token | tokens before it)
+    cross_entropy = mean over tokens of -log p_student(token | tokens before it)
 
-The text has no passkeys, and few of its tokens depend on something far back, so this loss says
-little about which heads can retrieve (DuoAttention, section 3.5). Mixing and penalty are those of
-distillation (`train.distillation`, `train.loss`).
+Over all tokens of ordinary text but the first it is the loss that DuoAttention's distillation is
+compared with: few of them depend on something far back, so it says little about which heads can
+retrieve (section 3.5). Over the tokens of answers it is their NLL. Mixing is that of distillation
+(`train.distillation`).
 """
 
 import jax
@@ -34,10 +35,10 @@ def language_modelling_loss(
     mixing: Mixing,
     implementation: Implementation = "auto",
 ) -> Float[Array, ""]:
-    """Return the student's mean cross entropy over the real tokens, in nats.
+    """Return the student's mean cross entropy over the tokens of `batch.answers`, in nats.
 
-    Differentiable in `gates`; arguments as in train.distillation.distillation_loss. All tokens but
-    the first are predicted: `batch.tail_start` is not read.
+    Differentiable in `gates`; arguments as in train.distillation.distillation_loss. Without answers
+    all real tokens but the first are predicted: `batch.tail_start` is not read.
     """
     _, x = teacher_and_student(
         gates,
@@ -50,8 +51,9 @@ def language_modelling_loss(
         implementation=implementation,
     )
     predicted = jnp.arange(1, batch.tokens.shape[1])[None] < batch.total_length[:, None]
+    if batch.answers is not None:
+        predicted &= batch.answers[:, 1:]
 
-    @jax.checkpoint
     def block_loss(
         x: Float[Array, "batch block embed"],
         targets: Int[Array, "batch block"],
@@ -63,7 +65,14 @@ def language_modelling_loss(
         return -jnp.sum(log_p * weights.astype(log_p.dtype))
 
     blocks = (_blocks(a) for a in (x[:, :-1], batch.tokens[:, 1:], predicted))
-    sums = jax.lax.map(lambda block: block_loss(*block), tuple(blocks))
+
+    @jax.checkpoint  # around the condition, which would keep the output projection for each block
+    def loss_if_any(block: tuple[Array, Array, Array]) -> Float[Array, ""]:
+        """Leave out the logits of a block where nothing is predicted: with answers, of most."""
+        nothing = jnp.zeros((), accumulator(x.dtype))
+        return jax.lax.cond(jnp.any(block[2]), block_loss, lambda *_: nothing, *block)
+
+    sums = jax.lax.map(loss_if_any, tuple(blocks))
     total = jnp.sum(sums)
     return total / jnp.sum(predicted).astype(total.dtype)
 

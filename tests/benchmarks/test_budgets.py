@@ -12,8 +12,11 @@ import pytest
 
 from benchmarks import budgets
 from benchmarks.budgets import BUDGET
+from benchmarks.gpu.models import LLAMA_3_8B
+from benchmarks.identify import self_mixing_flops
 from duo_jax.cache import cache_bytes
 from kernels.aot_process import Compiler
+from kernels.gpu import GPUS
 
 # The last layers but one keep 5 and 8 retrieval heads of 8 (Llama 3), the last ones 12 and 16 of 32
 # (Llama 2): no layer needs more workspace.
@@ -75,6 +78,19 @@ def test_a_gradient_through_full_attention_needs_no_scores(compiler):
     peak = compiled(compiler, "Llama-3-8B: identification step, self mixing, at 96,000")["peak"]
     assert peak <= 56e9
     assert peak < compiled(compiler, "Llama-3-8B: identification step at 96,000")["peak"]
+
+
+@pytest.mark.parametrize("step", ["masks", "attribution"])
+def test_a_gradient_of_the_next_token_loss_fits_with_much_room(compiler, step):
+    """The output projection is kept once. A copy for each block of logits made it 93 GB."""
+    assert compiled(compiler, f"Llama-3-8B: {step} step at 32,000")["peak"] <= 32e9
+
+
+def test_steps_that_differentiate_full_attention_take_seconds_on_one_gpu():
+    """Counted, at the data sheet's rate, which no program reaches: three quarters of it at most."""
+    model = LLAMA_3_8B.architecture
+    operations = self_mixing_flops(model, 32_000, sink=128, recent=256)
+    assert 5 < operations / GPUS["a100-80g"].flops < 10
 
 
 @pytest.mark.parametrize("kv", ["int4", pytest.param("int2", marks=pytest.mark.slow)])

@@ -30,7 +30,7 @@ def trained(config: StepConfig = CONFIG):
     """Return the states and metrics after each step."""
     architecture, params = model()
     step = jax.jit(functools.partial(budget.train_step, architecture=architecture, step=config))
-    state, states, metrics = budget.init_state(architecture), [], []
+    state, states, metrics = budget.init_state(architecture, config), [], []
     for _ in range(config.num_steps):
         state, values = step(state, params, batch())
         states.append(state)

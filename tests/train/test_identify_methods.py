@@ -119,6 +119,10 @@ def test_flags_reach_the_profile(tiny_model, tmp_path, monkeypatch):
         ("budget", ("--profile-samples", "5")),
         ("budget", ("--reg-weight", "0.1")),
         ("lm", ("--profile-samples", "5")),
+        ("masks", ("--reg-weight", "0.1")),
+        ("attribute", ("--learning-rate", "0.1")),
+        ("attribute", ("--init", "pattern")),
+        ("optimise", ("--data", "text")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -1,5 +1,6 @@
 """The language-modelling loss: the plain model's where all gates are 1, and its gradient."""
 
+import dataclasses
 import functools
 
 import jax
@@ -56,6 +57,7 @@ def by_hand(data: Batch) -> float:
         -log_p[row, position - 1, data.tokens[row, position]]
         for row, total in enumerate(data.total_length)
         for position in range(1, int(total))
+        if data.answers is None or data.answers[row, position]
     ]
     return float(np.mean(losses))
 
@@ -66,6 +68,14 @@ def by_hand(data: Batch) -> float:
 )
 def test_all_gates_one_is_the_cross_entropy_of_the_model(mixing, data):
     np.testing.assert_allclose(loss(jnp.ones((2, 2)), data, mixing=mixing), by_hand(data), 1e-5)
+
+
+def test_of_answers_only_their_tokens_count():
+    """In the second of two blocks, so that the first has nothing to predict."""
+    answers = np.zeros((1, 640), bool)
+    answers[0, [530, 531, 590, 639]] = True  # the last one is beyond the text
+    data = dataclasses.replace(batch(600, length=640), answers=jnp.asarray(answers))
+    np.testing.assert_allclose(loss(jnp.ones((2, 2)), data, mixing="self"), by_hand(data), 1e-5)
 
 
 def test_padding_and_the_start_of_the_tail_do_not_count():

@@ -15,10 +15,10 @@ def padded_length(sample: Sample, flags: IdentifyConfig) -> int:
 
 
 def batch_of_one(sample: Sample, length: int) -> Batch:
-    """Return a sample, padded to `length`."""
+    """Return a sample, padded to `length`; of a text without answers every prediction counts."""
     tokens = np.pad(sample.tokens, (0, length - sample.tokens.size))
     answers = np.zeros(length, bool)
-    for start, stop in sample.answers:
+    for start, stop in sample.answers or ((1, sample.tokens.size),):
         answers[start:stop] = True
     return Batch(
         tokens=jnp.asarray(tokens[None]),

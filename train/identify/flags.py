@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -28,27 +28,33 @@ from train.distillation import Mixing
 
 PRESET_FILE = "identify.json"
 
-Method = Literal["optimise", "budget", "profile", "reconstruct", "lm"]
+Method = Literal["optimise", "budget", "masks", "attribute", "profile", "reconstruct", "lm"]
+LearnFrom = Literal["text", "passkeys", "both"]
 
 _PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
-_BUDGETS = {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75}
-
-_MOST_CHOICES = 10_000  # of heads; all are listed before they are tested
-_OPTIMISATION = (
-    "num_steps",
-    "learning_rate",
-    "reg_weight",
-    "target_sparsity",
-    "mixing",
-    "tensorboard",
-)
-_UNREAD: dict[Method, tuple[str, ...]] = {
-    "optimise": ("profile_samples",),
-    "budget": ("profile_samples", "reg_weight"),
-    "lm": ("profile_samples",),
-    "profile": _OPTIMISATION,
-    "reconstruct": (*_OPTIMISATION, "chats"),
+_DEFAULTS: dict[Method, dict[str, Any]] = {
+    "budget": {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75},
+    "masks": {"num_steps": 1000, "mixing": "self", "target_sparsity": 0.75},
+    "attribute": {"num_steps": 40, "mixing": "self"},
 }
+
+_MOST_TARGETS = 100
+_MOST_CHOICES = 10_000  # of heads; all are listed before they are tested
+_STEPWISE: tuple[Method, ...] = ("optimise", "budget", "masks", "attribute", "lm")
+_READ_BY: dict[str, tuple[Method, ...]] = {
+    "num_steps": _STEPWISE,
+    "learning_rate": ("optimise", "budget", "masks", "lm"),
+    "reg_weight": ("optimise", "lm"),
+    "target_sparsity": _STEPWISE,
+    "target_sparsities": _STEPWISE,
+    "mixing": _STEPWISE,
+    "tensorboard": _STEPWISE,
+    "learn_from": ("masks",),
+    "init": ("budget", "masks"),
+    "profile_samples": ("profile", "reconstruct"),
+    "chats": (*_STEPWISE, "profile"),
+}
+_FLAGS = {"learn_from": "data"}  # whose names are not those of their fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +76,9 @@ class IdentifyConfig:
     optimise: learn gates by distillation on passkeys, the paper's method.
     budget: learn gates whose mean is --target-sparsity's at every step, on how far the answers are
     from those of full attention. On SmolLM2 better heads from no more steps.
+    masks: learn masks that are 0 or 1 at --target-sparsity on next-token loss (PruLong).
+    attribute: integrate the gradient of the answers' likelihood along the gates, from all 1 to
+    their mean at --target-sparsity; no training.
     profile: sum each head's attention far back while the model answers passkeys; no training.
     reconstruct: the largest attention that each head pays while the model repeats plain text
     (KVzip); no training.
@@ -78,21 +87,34 @@ class IdentifyConfig:
     """Samples to profile, or texts to reconstruct, for --method profile and reconstruct, which
     refuse the flags of optimisation."""
 
+    learn_from: Annotated[LearnFrom, tyro.conf.arg(name="data")] = "both"
+    """What --method masks predicts. text: every token of plain text. passkeys: the answers. both:
+    by turns."""
+    init: str | None = None
+    """A pattern folder to start from, for --method budget and masks: its order of heads is worth
+    ten steps, or a small lead."""
+
     num_steps: Count | None = None
-    """Optimisation steps, one sample each. Default: 2,000; of --method budget, 100."""
+    """Optimisation steps, one sample each. Default: 2,000; of --method budget, 100; of --method
+    masks, 1,000. Of --method attribute: points of the path; 40."""
     learning_rate: Positive | None = None
     """Peak learning rate; rises over the first fifth of the steps, falls over the last. Default:
-    0.02. Of --method budget: constant, in logits of a gate per gradient of mean size; 0.7."""
+    0.02. Of --method budget: constant, in logits of a gate per gradient of mean size; 0.7. Of
+    --method masks: rises over a tenth, falls along a cosine; 0.1, or 40 / steps if that is more."""
     reg_weight: NotNegative = 0.05
     """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
     target_sparsity: Fraction | None = None
     """Steer the mean gate to 1 minus this, in place of the fixed weight. For models whose gates
-    nearly all stay at 1, as they do with grouped queries. Default of --method budget: 0.75."""
+    nearly all stay at 1, as they do with grouped queries. Default of --method budget and masks:
+    0.75. Of --method attribute: where the path ends; default, at gates of 0."""
+    target_sparsities: tuple[Fraction, ...] = ()
+    """Several targets: one run for each, as if it were alone, in target-0.5 and so on of the work
+    folder. They are not nested: a pattern is made for the sparsity that it is served at."""
     mixing: Mixing | None = None
     """Source of the gated full-attention term.
     teacher: the teacher's output, as in the reference code; cheapest. The default.
     self: the student's own queries, keys and values, as in the paper's formula. The default of
-    --method budget."""
+    --method budget, masks and attribute."""
     sink: Size = 128
     """Number of first tokens (attention sinks) that a streaming head keeps."""
     recent: Count = 256
@@ -136,6 +158,12 @@ class IdentifyConfig:
                 f"{len(self.eval_sparsities):,} sparsities with {self.eval_random_seeds:,} random "
                 f"choices of heads are more than {_MOST_CHOICES:,} rows of a report"
             )
+        if self.target_sparsities and self.target_sparsity is not None:
+            raise InputError("--target-sparsity is one target, --target-sparsities several")
+        if len(set(self.target_sparsities)) < len(self.target_sparsities):
+            raise InputError("--target-sparsities must be different")
+        if len(self.target_sparsities) > _MOST_TARGETS:
+            raise InputError(f"--target-sparsities are more than {_MOST_TARGETS}")
         if "{name}" not in self.data.question:
             raise InputError("the question must hold {name}, or nothing can be looked up")
 
@@ -145,16 +173,32 @@ class IdentifyConfig:
         Raises:
           InputError: names one of them.
         """
-        for name in _UNREAD[self.method]:
-            if getattr(self, name) not in (getattr(defaults, name), getattr(IdentifyConfig, name)):
-                flag = "--" + name.replace("_", "-")
+        for name, methods in _READ_BY.items():
+            usual = (getattr(defaults, name), getattr(IdentifyConfig, name))
+            if self.method not in methods and getattr(self, name) not in usual:
+                flag = "--" + _FLAGS.get(name, name).replace("_", "-")
                 raise InputError(f"--method {self.method} does not read {flag}; leave it out")
 
     def resolved(self) -> "IdentifyConfig":
         """Return the flags with the method's defaults for those that were not given."""
-        values = _BUDGETS if self.method == "budget" else _PAPERS
+        values = _DEFAULTS.get(self.method, _PAPERS)
+        if self.method == "masks":  # in fewer steps they have as far to go
+            rate = max(0.1, 40 / (self.num_steps or values["num_steps"]))
+            values = values | {"learning_rate": rate}
         unset = {name: value for name, value in values.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **unset)
+
+    def runs(self) -> "list[IdentifyConfig]":
+        """Return the flags of each target's own run, in a folder within this one's."""
+        return [
+            dataclasses.replace(
+                self,
+                target_sparsity=target,
+                target_sparsities=(),
+                workdir=str(self.folder() / f"target-{target}"),
+            )
+            for target in self.target_sparsities
+        ]
 
     def folder(self) -> pathlib.Path:
         """Return the work folder."""

@@ -22,7 +22,7 @@ _ENDS = (0.0, 1.0)  # fractions of streaming heads that all choices share
 _OBJECTIVES = {
     "distillation": "distillation loss\n(mean squared error)",
     "divergence": "KL of the answers\n(nats per token)",
-    "cross_entropy": "language-modelling loss\n(nats per token)",
+    "cross_entropy": "cross entropy\n(nats per token)",
 }
 
 

@@ -19,7 +19,11 @@ from duo_jax.reports.statistics import standard_error
 from train.retrieval_test import RetrievalScores, RetrievalTest
 
 _FEW = 0.1  # of the passkeys: what the model itself finds less of tells nothing about its heads
-_NAMES = {"profile": "profiled", "reconstruct": "reconstructing"}  # of heads not learned
+_NAMES = {  # of heads that were not learned
+    "profile": "profiled",
+    "reconstruct": "reconstructing",
+    "attribute": "attributed",
+}
 _MEASURES = {"tokens": "tokens right", "nll": "answer NLL", "kl": "KL from full"}
 _EXPLAINED = (
     "Tokens right: fraction of the passkeys' tokens that are the most likely one after the true "
@@ -119,6 +123,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     """Write the report as Markdown that also reads well in a terminal."""
     model, gates, config = report["model"], report["gates"], report["config"]
     what = "Scores" if config["method"] in _NAMES else "Gates"
+    if config["method"] == "attribute":
+        what = "Places by credit"
     lines = [
         f"# Retrieval heads of {model['name']}",
         "",
@@ -198,8 +204,14 @@ def _how(config: dict[str, Any]) -> str:
     if config["method"] == "reconstruct":
         return f"reconstruction of {config['profile_samples']} texts"
     steps = f"{config['num_steps']} steps, mixing {config['mixing']}"
+    if config["method"] == "attribute":
+        lowest = 1 - (1.0 if config["target_sparsity"] is None else config["target_sparsity"])
+        return f"credits of the answers along gates from 1 to {lowest:g}, {steps}"
     if config["method"] == "budget":
         return f"gates under a budget for {config['target_sparsity']:.1%} streaming, {steps}"
+    if config["method"] == "masks":
+        read = {"both": "text and passkeys"}.get(config["learn_from"], config["learn_from"])
+        return f"masks for {config['target_sparsity']:.1%} streaming on {read}, {steps}"
     return f"language-modelling loss, {steps}" if config["method"] == "lm" else steps
 
 

@@ -38,11 +38,16 @@ def identify(flags: IdentifyConfig) -> None:
     published file format), gates.png, history.png (of training),
     retrieval.png (of the tests), report.json and report.md; prints
     the report.
-    A second call resumes, or repeats the printed report if all is done.
+    A second call resumes, or repeats the printed report if all is done. Several targets have a work
+    folder each, within the command's own.
 
     Raises:
       InputError: anything in the configuration cannot be used.
     """
+    if flags.target_sparsities:
+        for run in flags.runs():
+            identify(run)
+        return
     started = time.monotonic()
     if flags.tensorboard:
         training.summary_writer()
@@ -55,6 +60,7 @@ def identify(flags: IdentifyConfig) -> None:
             f"max_length {flags.data.max_length:,} is beyond the model's range of "
             f"{architecture.max_positions:,} tokens; lower --max-length"
         )
+    training.warm_start(flags, architecture)
     tokenizer = pretrained.load_tokenizer(folder)
     training_text, held_out_text = split_held_out(load_documents(flags.text))
     chat = _chat_form(folder) if flags.chats else None
@@ -103,9 +109,12 @@ def identify(flags: IdentifyConfig) -> None:
     pictures = {"title": title}
     if flags.method in _UNTRAINED:
         pictures["value"] = "attention far back (1: retrieval head)"
-    else:
+    elif flags.method == "attribute":
+        pictures["value"] = "order by credit (1: retrieval head)"
+    if flags.method != "profile":
         plots.save_history(metrics, workdir.path / "history.png", title=title)
     plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
+    targets = () if flags.target_sparsity is None else (flags.target_sparsity,)
     results = report.make(
         config=dataclasses.asdict(flags),
         architecture=architecture,
@@ -113,7 +122,7 @@ def identify(flags: IdentifyConfig) -> None:
         pattern=pattern,
         test=test,
         itself=itself,
-        sparsities=flags.eval_sparsities,
+        sparsities=sorted({*flags.eval_sparsities, *targets}),
         random_seeds=flags.eval_random_seeds,
     )
     results["seconds"] = {

@@ -1,6 +1,7 @@
 """Gates by training: one sample a step."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,11 +9,12 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from duo_jax.data.passkeys import PasskeySampler
+from duo_jax.data.passkeys import PasskeySampler, Sample
 from duo_jax.errors import InputError
+from duo_jax.heads.pattern import check_fits, load_pattern
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.llama import Params
-from train import budget, optimisation
+from train import attribution, budget, masks, optimisation
 from train.identify.batches import batch_of_one, padded_length
 from train.identify.flags import IdentifyConfig, Method
 from train.loop import run_steps
@@ -22,10 +24,12 @@ from train.workdir import WorkDir
 _OBJECTIVES: dict[Method, Objective] = {
     "optimise": "distillation",
     "budget": "divergence",
+    "masks": "cross_entropy",
+    "attribute": "cross_entropy",
     "lm": "cross_entropy",
 }
 
-State = budget.BudgetState | optimisation.GateState
+State = attribution.AttributionState | budget.BudgetState | masks.MaskState | optimisation.GateState
 
 
 def train(
@@ -41,17 +45,13 @@ def train(
       InputError: the loss is not finite.
     """
     step = step_config(flags, tail_size=min(sampler.longest_tail(), flags.data.max_length))
-    if flags.method == "budget":
-        start, one_update = budget.init_state(architecture), budget.train_step
-    else:
-        start, one_update = optimisation.init_state(architecture, step), optimisation.train_step
+    start, one_update = _method(flags, architecture, step)
     update = jax.jit(functools.partial(one_update, architecture=architecture, step=step))
-    make_sample = sampler.plain_text if flags.method == "lm" else sampler.sample
     board = summary_writer()(str(workdir.path / "tensorboard")) if flags.tensorboard else None
 
     def one_step(state: State) -> tuple[State, dict[str, Any]]:
         index = int(state.step)
-        sample = make_sample(index)
+        sample = sample_of_step(flags, sampler, index)
         length = max(padded_length(sample, flags), step.tail_size)
         state, metrics = update(state, params, batch_of_one(sample, length))
         values = {name: float(value) for name, value in metrics.items()}
@@ -78,9 +78,60 @@ def train(
         checkpoint_every=flags.checkpoint_every,
         shown=("loss", "mean_gate"),
     )
-    if isinstance(state, budget.BudgetState):
-        return budget.pattern_gates(state.scores, step), seconds
-    return np.asarray(state.gates), seconds
+    return _gates(state, step), seconds
+
+
+def sample_of_step(flags: IdentifyConfig, sampler: PasskeySampler, index: int) -> Sample:
+    """Return the sample of step `index`."""
+    if flags.method == "masks" and flags.learn_from == "both":
+        # By turns. Of passkeys, too, every second sample may be a chat.
+        return (sampler.sample if index % 2 else sampler.plain_text)(index // 2)
+    plain = flags.method == "lm" or (flags.method == "masks" and flags.learn_from == "text")
+    return (sampler.plain_text if plain else sampler.sample)(index)
+
+
+def warm_start(
+    flags: IdentifyConfig, architecture: ModelConfig
+) -> Float[np.ndarray, "layers kv_heads"] | None:
+    """Return the gates of --init.
+
+    Raises:
+      InputError: they cannot be read, or are another model's.
+    """
+    if flags.init is None:
+        return None
+    pattern = load_pattern(flags.init)
+    layers, kv_heads = architecture.num_layers, architecture.num_kv_heads
+    check_fits(pattern, num_layers=layers, num_kv_heads=kv_heads)
+    return pattern.gates
+
+
+def _method(
+    flags: IdentifyConfig, architecture: ModelConfig, step: StepConfig
+) -> tuple[State, Callable[..., Any]]:
+    """Return the state that the method begins with, and its step."""
+    gates = warm_start(flags, architecture)
+    match flags.method:
+        case "attribute":
+            return attribution.init_state(architecture), attribution.train_step
+        case "budget":
+            return budget.init_state(architecture, step, gates=gates), budget.train_step
+        case "masks":
+            start = masks.init_state(architecture, step, seed=flags.seed, gates=gates)
+            return start, masks.train_step
+    return optimisation.init_state(architecture, step), optimisation.train_step
+
+
+def _gates(state: State, step: StepConfig) -> Float[np.ndarray, "layers kv_heads"]:
+    """Return the gates that the last state says."""
+    match state:
+        case attribution.AttributionState():
+            return attribution.pattern_gates(state.credit, step)
+        case budget.BudgetState():
+            return budget.pattern_gates(state.scores, step)
+        case masks.MaskState():
+            return masks.pattern_gates(state.log_alpha, step)
+    return np.asarray(state.gates)
 
 
 def step_config(flags: IdentifyConfig, *, tail_size: int) -> StepConfig:
@@ -92,11 +143,10 @@ def step_config(flags: IdentifyConfig, *, tail_size: int) -> StepConfig:
     """
     flags = flags.resolved()
     assert flags.num_steps
-    assert flags.learning_rate
     assert flags.mixing
     return StepConfig(
         num_steps=flags.num_steps,
-        learning_rate=flags.learning_rate,
+        learning_rate=flags.learning_rate or 0.0,  # attribution has none
         reg_weight=flags.reg_weight,
         target_sparsity=flags.target_sparsity,
         sink_size=flags.sink,
