@@ -11,6 +11,7 @@ book.generate("Who did it?")  # reads only the question
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError, quoted
 from duo_jax.heads.choose import split_heads
 from duo_jax.heads.pattern import Pattern
+from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import check_weight_format
 from duo_jax.schema.check import argument
@@ -38,9 +40,6 @@ from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
 from duo_jax.session.text import write_text
 from duo_jax.session.tokenization import Tokenization, load_tokenization
-
-# KVzip (arXiv 2505.23416), section 3.3.
-_REPEAT = "\n\nRepeat the previous context exactly:\n\n"
 
 
 def load(
@@ -111,8 +110,9 @@ def load(
     check_kv_format(config, kv)
     keep = argument("keep", keep, Share)
     params = pretrained.load_split_params(weight_files, heads, dtype=dtype, weights=weight_format)
-    repeated = keep < 1 and keep_by == "kvzip"
-    repeat = tuple(tokenization.encode(_REPEAT, continues=True)) if repeated else ()
+    instruction = None
+    if keep < 1 and keep_by == "kvzip":
+        instruction = Instruction.of(functools.partial(tokenization.encode, continues=True))
     runtime = Runtime(
         config=config,
         params=params,
@@ -122,7 +122,7 @@ def load(
         kv_format=kv,
         keep=keep,
         keep_by=keep_by,
-        repeat_tokens=repeat,
+        instruction=instruction,
     )
     return DuoModel(runtime=runtime, tokenization=tokenization)
 

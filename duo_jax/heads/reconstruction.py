@@ -63,6 +63,11 @@ class Instruction:
         """
         return cls(whole=tuple(encode(_WHOLE)), part=tuple(encode(_PART)), begin=(*encode("\n"),))
 
+    def before(self, text: Sequence[int], start: int) -> list[int]:
+        """Return the instruction to repeat a text from its token `start` on."""
+        told = [*self.part, *text[max(0, start - _NAMED) : start]] if start else self.whole
+        return [*told, *self.begin]
+
     @property
     def longest(self) -> int:
         """Tokens of the longest instruction."""
@@ -147,10 +152,10 @@ def _repetition(
 ) -> tuple[Int[np.ndarray, "batch width"], Int[np.ndarray, " batch"]]:
     """Return instruction and chunk of every row, and how many tokens of it count."""
     rows = []
-    for row, length in zip(padded, lengths.tolist(), strict=True):
-        told = [*instruction.part, *row[start - _NAMED : start]] if start else instruction.whole
+    for row, length in zip(padded.tolist(), lengths.tolist(), strict=True):
         repeated = row[start : max(start, min(start + chunk, length))]
-        rows.append(np.array([*told, *instruction.begin, *repeated]) if repeated.size else [])
+        told = instruction.before(row, start)
+        rows.append([*told, *repeated] if repeated else [])
     counts = np.array([len(row) for row in rows], np.int32)
     width = -(-(instruction.longest + chunk) // _BLOCK) * _BLOCK
     filled = [np.pad(np.asarray(row, np.int32), (0, width - len(row))) for row in rows]

@@ -22,7 +22,6 @@ from duo_jax.session.runtime import Runtime
 
 _PIECE = 1024  # tokens that the model repeats at a time, the request to do so included
 _LEAST = 64  # fewer are not worth a program
-_LEAD = 8  # tokens before a piece, which say where it begins (KVzip, section 3.3)
 
 
 def evict(held: RowCache, runtime: Runtime, rows: Rows, *, room: int) -> None:
@@ -55,7 +54,9 @@ def _repeat(held: RowCache, runtime: Runtime, rows: Rows) -> None:
     longest = max(map(len, rows))
     rest = runtime.config.architecture.max_positions - longest
     width = min(_PIECE, runtime.prefill_chunk, rest)
-    piece = width - len(runtime.repeat_tokens) - _LEAD
+    instruction = runtime.instruction
+    assert instruction is not None
+    piece = width - instruction.longest
     if piece < _LEAST:
         raise InputError(
             f'"kvzip" repeats the text in pieces, for which {longest:,} tokens leave too little of '
@@ -64,9 +65,10 @@ def _repeat(held: RowCache, runtime: Runtime, rows: Rows) -> None:
     held.reserve(longest + width)
     held.cache = caches.without_votes(held.take())
     for first in range(0, longest, piece):
-        lead = max(0, first - _LEAD)
         parts = [
-            [*runtime.repeat_tokens, *row[lead : first + piece]] if first < len(row) else []
+            [*instruction.before(row, first), *row[first : first + piece]]
+            if first < len(row)
+            else []
             for row in rows
         ]
         assert held.cache is not None

@@ -10,6 +10,7 @@ import numpy as np
 
 from duo_jax.cache import check_kv_format
 from duo_jax.errors import InputError
+from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import DuoConfig
 from duo_jax.model.quantised_weights import WeightFormat, format_of
 from duo_jax.schema.check import argument
@@ -34,7 +35,7 @@ class Runtime:
     kv_format: str = "model"  # a KVFormat
     keep: float = 1.0  # fraction of tokens that retrieval heads keep (duo_jax.session.eviction)
     keep_by: str = "snapkv"  # a KeepBy
-    repeat_tokens: tuple[int, ...] = ()  # ask the model to repeat the text; for "kvzip"
+    instruction: Instruction | None = None  # to repeat the text; "kvzip" needs it
 
     def __post_init__(self) -> None:
         chunk = argument("prefill_chunk", self.prefill_chunk, Count)
@@ -46,6 +47,8 @@ class Runtime:
         argument("keep_by", self.keep_by, KeepBy)
         if self.keep < 1 and kv_format == "int2":
             raise InputError('"int2" packs 64 tokens together: none of them can be evicted')
+        if self.keep < 1 and self.keep_by == "kvzip" and self.instruction is None:
+            raise InputError('"kvzip" needs an instruction to repeat the text')
 
     @property
     def dtype(self) -> np.dtype:

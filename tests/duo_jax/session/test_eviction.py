@@ -15,6 +15,7 @@ from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.evaluate import __main__ as evaluate
 from duo_jax.evaluate.passkeys import retrieval
+from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import duo_config, split_params
 from duo_jax.model.hf_config import parse_config
 from duo_jax.session import cache_files
@@ -28,6 +29,7 @@ RAW = models.llama(
 )
 CONFIG = parse_config(RAW)
 HEADS = np.array([[0, 1, 0, 1], [0, 0, 1, 0]], bool)
+INSTRUCTION = Instruction(whole=(1, 2), part=(3,), begin=(4,))
 
 
 @functools.cache
@@ -61,7 +63,7 @@ def kept(session):
 
 @pytest.mark.parametrize("keep_by", ["snapkv", "kvzip"])
 def test_each_turn_keeps_a_part_of_what_was_read(keep_by):
-    session = Session(runtime(keep_by=keep_by, repeat_tokens=(1, 2)))
+    session = Session(runtime(keep_by=keep_by, instruction=INSTRUCTION))
     session.append([prompt(300)])
     assert kept(session) == [300]  # the question may still come
     write(session)  # the last token that is written is not in the cache yet
@@ -157,11 +159,13 @@ def test_what_cannot_be_is_refused():
         runtime(kv_format="int2")
     with pytest.raises(InputError, match="keep_by"):
         runtime(keep_by="h2o")
+    with pytest.raises(InputError, match="needs an instruction"):
+        runtime(keep_by="kvzip")
 
 
 def test_a_text_that_fills_the_range_cannot_be_repeated():
     short = dataclasses.replace(CONFIG, max_positions=320)
-    whole = runtime(keep_by="kvzip")
+    whole = runtime(keep_by="kvzip", instruction=INSTRUCTION)
     config = dataclasses.replace(whole.config, architecture=short)
     session = Session(dataclasses.replace(whole, config=config))
     session.append([prompt(300)])
