@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from duo_jax.data import documents
 from tests import models
 from train.identify.__main__ import main
 
@@ -14,10 +15,21 @@ TINY_FLAGS = (
 ).split()
 
 
+@pytest.fixture(scope="module")
+def little_text():
+    """Spare commands the tokenizing of all built-in text, which takes most of their time."""
+    text = documents.load_documents([])[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_built_in", lambda: text)
+        yield
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Return a Hugging Face folder of a tiny random Llama with a tokenizer."""
-    raw = models.llama(vocab_size=600, max_position_embeddings=512)
+    """Return a Hugging Face folder of a tiny random Llama of one layer, with a tokenizer."""
+    raw = models.llama(
+        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
+    )
     folder = models.write_hf(tmp_path_factory.mktemp("models") / "tiny-llama", raw)
     return models.write_tokenizer(folder)
 
