@@ -3,7 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from duo_jax.data import documents
 from tests import models
 from train.identify.__main__ import main
 
@@ -13,15 +12,6 @@ TINY_FLAGS = (
     "--min-length 40 --max-length 256 --num-passkeys 3 --passkey-words 4 --length-buckets 2 "
     "--eval-samples 2 --eval-sparsities 0.5 --eval-random-seeds 2"
 ).split()
-
-
-@pytest.fixture(scope="module")
-def little_text():
-    """Spare commands the tokenizing of all built-in text, which takes most of their time."""
-    text = documents.load_documents([])[:20]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "_built_in", lambda: text)
-        yield
 
 
 @pytest.fixture(scope="session")
