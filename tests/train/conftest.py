@@ -16,10 +16,8 @@ TINY_FLAGS = (
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
-    """Return a Hugging Face folder of a tiny random Llama of one layer, with a tokenizer."""
-    raw = models.llama(
-        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
-    )
+    """Return a Hugging Face folder of a tiny random Llama with a tokenizer."""
+    raw = models.llama(vocab_size=600, max_position_embeddings=512)
     folder = models.write_hf(tmp_path_factory.mktemp("models") / "tiny-llama", raw)
     return models.write_tokenizer(folder)
 

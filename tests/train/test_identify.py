@@ -50,7 +50,7 @@ def finished(tiny_model, tmp_path_factory):
 
 def test_writes_pattern_pictures_metrics_and_report(finished):
     pattern = load_pattern(finished / "pattern")
-    assert pattern.gates.shape == (1, 4)
+    assert pattern.gates.shape == (2, 2)
     assert (pattern.sink_size, pattern.recent_size) == (4, 12)
     assert pattern.gates.min() < 1.0
     for picture in ("gates.png", "history.png", "retrieval.png"):
