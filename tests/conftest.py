@@ -100,6 +100,17 @@ def _resident_bytes() -> float:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture(scope="module")
+def little_text() -> Iterator[None]:
+    """Spare commands the tokenizing of all built-in text, which takes most of their time."""
+    from duo_jax.data import documents  # after the type checker is in place
+
+    text = documents.load_documents([])[:20]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_built_in", lambda: text)
+        yield
+
+
 @pytest.fixture(scope="session")
 def gpu_compiler() -> None:
     """Skip where nothing can be compiled for a GPU, saying what is missing."""

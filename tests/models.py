@@ -10,6 +10,7 @@ import zlib
 
 import ml_dtypes
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 
 _BASE = {
@@ -94,6 +95,11 @@ CASES = {
     ),
     "qwen3, norms on q and k": qwen3(rope={"rope_theta": 1000000.0}),
 }
+# These differ from others in how rope turns alone.
+ROPE_ONLY = ["llama-3, grouped queries", "llama-3.1, scaled rope", "llama, linear rope"]
+ROPE_ONLY += ["mistral, no window"]
+# For tests of what does not ask how it turns: by default without them.
+BY_ROPE = [pytest.param(x, marks=[pytest.mark.slow] * (x in ROPE_ONLY)) for x in CASES]
 LENGTH = 45  # beyond the original range of the scaled cases
 
 

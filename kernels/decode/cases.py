@@ -177,7 +177,6 @@ PACKED: dict[str, DecodeCase] = per_format(
 _TINY: dict[str, Any] = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
 AWKWARD: dict[str, DecodeCase] = {
     "one token in one slot": DecodeCase(lengths=(1,), slots=1, **_TINY),
-    "three tokens": DecodeCase(lengths=(3,), slots=40, **_TINY),
     "around a ring's size": DecodeCase(lengths=(3, 4, 27, 28, 29), slots=40, **_TINY),
     "a ring, not yet and just filled": DecodeCase(lengths=(27, 28), slots=28, **_TINY),
     "only empty rows": DecodeCase(lengths=(0, 0), slots=9, **_TINY),

@@ -119,7 +119,6 @@ _TINY: dict[str, Any] = {
 AWKWARD: dict[str, FullCase] = {
     "one token": FullCase(length=1, **_TINY),
     "three tokens": FullCase(length=3, **_TINY),
-    "28 tokens": FullCase(length=28, **_TINY),
     "odd length, group of 7": FullCase(length=97, **dict(_TINY, q_heads=7, kv_heads=1)),
     "several blocks, group of 1": FullCase(length=300, **dict(_TINY, q_heads=3, kv_heads=3)),
     "head_dim 80": FullCase(length=65, **dict(_TINY, head_dim=80)),

@@ -196,7 +196,6 @@ AWKWARD: dict[str, PrefillCase] = {
     "one token": PrefillCase(length=1, slots=40, starts=(0, 39, 11), **_TINY),
     "three tokens": PrefillCase(length=3, slots=40, starts=(0, 37), **_TINY),
     "three tokens in four slots": PrefillCase(length=3, slots=4, starts=(0, 1), **_TINY),
-    "28 tokens": PrefillCase(length=28, slots=60, starts=(0, 28, 32), **_TINY),
     "29 tokens": PrefillCase(length=29, slots=60, starts=(0, 28, 31), **_TINY),
     "odd length, group of 7": PrefillCase(
         length=97, slots=200, starts=(3, 0), **dict(_TINY, q_heads=14)

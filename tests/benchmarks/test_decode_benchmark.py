@@ -184,13 +184,13 @@ def test_smallest_decode_run(tmp_path, capsys):
 
 def test_smallest_run_of_cache_formats(tmp_path, capsys):
     config = decode.DecodeFlags(
-        kv_contexts=(600,), kv=("bf16", "int4", "int2"), layers=1, embed=64, q_heads=8, sink=16,
+        kv_contexts=(600,), kv=("bf16", "int4"), layers=1, embed=64, q_heads=8, sink=16,
         recent=32, steps=2, models=tmp_path / "models", out=tmp_path / "decode", tables=("kv",),
     )  # fmt: skip
     decode.main(config)
     result = json.loads((tmp_path / "decode_kv.json").read_text())
     rows = {(row["name"], row["kv"]): row for row in result["rows"]}
-    duo = [("duo 50%", kv) for kv in ("model", "bf16", "int4", "int2")]
+    duo = [("duo 50%", kv) for kv in ("model", "bf16", "int4")]
     assert list(rows) == [("full", "model"), *duo]
     own = rows["duo 50%", "model"]
     assert own["cache_bytes"] == (606 + 48) * 2 * 128 * 4

@@ -17,6 +17,7 @@ from duo_jax.evaluate import __main__ as evaluate
 from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
+pytestmark = pytest.mark.usefixtures("little_text")
 SIZES = Sizes(
     lengths=(400,),
     samples=(2,),

@@ -19,11 +19,15 @@ from duo_jax.cli import model_flags
 from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.session import row_cache
 from tests import models
-from tests.duo_jax.test_api import GATES, PATTERN, TEMPLATE, TEXT, VOCAB
+from tests.duo_jax.test_api import GATES, TEMPLATE, TEXT, VOCAB
 from tests.processes import without_plugin_log
 
-# A range so long that a decode can be interrupted in the middle.
-RAW = models.llama(vocab_size=VOCAB, num_key_value_heads=4, max_position_embeddings=30_000)
+# A range so long that a decode can be interrupted in the middle; one layer, which compiles faster.
+RAW = models.llama(
+    vocab_size=VOCAB, num_attention_heads=8, num_key_value_heads=8, head_dim=8,
+    num_hidden_layers=1, max_position_embeddings=30_000,
+)  # fmt: skip
+PATTERN = Pattern(gates=GATES.reshape(1, 8), sink_size=4, recent_size=8)
 QUESTION = " What is it?"
 SUMMARY = re.compile(
     r"\[([\d,]+) tokens read in [\d.]+ s, ([\d,]+) written at [\d.]+ tokens/s, [\d.]+ s compiling; "
@@ -287,7 +291,7 @@ def test_errors_are_one_line(error, folder, tmp_path):
         assert message in error(*words)
     save_pattern(Pattern(gates=GATES[:1], sink_size=4, recent_size=8), tmp_path / "pattern")
     line = error("--prompt", "a", "--pattern", tmp_path / "pattern")
-    assert "pattern has 1 layers x 4 KV heads, the model has 2 x 4" in line
+    assert "pattern has 1 layers x 4 KV heads, the model has 1 x 8" in line
     other = shutil.copytree(folder, tmp_path / "other")
     (other / "chat_template.jinja").unlink()
     assert "no chat template" in error("--model", other, "--chat", "--prompt", "a")

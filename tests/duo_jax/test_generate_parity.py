@@ -59,7 +59,7 @@ def test_no_choice_hangs_on_rounding(name):
     assert golden()[f"{name}/lead"] > ROUNDING
 
 
-@every_case
+@pytest.mark.parametrize("name", models.BY_ROPE)  # test_parity.py compares the logits of all
 def test_all_retrieval_equals_transformers(tmp_path, name):
     raw = models.CASES[name]
     plain = runtime(models.write_hf(tmp_path, raw), all_heads(raw))

@@ -22,6 +22,7 @@ from train.identify.flags import default_config
 
 pytestmark = [pytest.mark.real, pytest.mark.usefixtures("unhooked")]
 README = pathlib.Path(__file__).parents[2] / "README.md"
+PAGE = README.parent / "examples/pass_key.txt"
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 
 
@@ -68,9 +69,24 @@ def test_weights_are_those_that_transformers_reads(file):
     assert found == expected
 
 
+def test_it_finds_a_pass_key_beyond_the_window_of_streaming_heads(file):
+    """In the 400 tokens of a shorter page than README's, with the pattern that ships."""
+    model = duo_jax.load(file, prefill_chunk=256)
+    page = PAGE.read_text(encoding="utf-8")
+    place, question = page.index("The pass key is 51934"), page.rindex("What is the pass key")
+    between = page[place : place + 1600]
+    window = model.config.sink_size + model.config.recent_size
+    assert len(model.tokenizer(between)["input_ids"]) > window
+    conversation = model.conversation()
+    answer = conversation.generate(page[:300] + between + page[question:], max_new_tokens=6)
+    assert answer == " 51934"
+    used, full = conversation.cache_bytes()
+    assert used / full == pytest.approx((1024 + window) / 2 / 1024)  # half of the heads stream
+
+
 @pytest.mark.slow
-def test_it_finds_a_pass_key(file):
-    """In about 500 tokens, through full caches; README's example does through split ones."""
+def test_it_finds_a_pass_key_through_full_caches(file):
+    """In about 500 tokens."""
     model = duo_jax.load(file, pattern="none")
     [answer] = model.generate([smollm2.prompt("51934")], max_new_tokens=6)
     assert "51934" in answer
@@ -85,6 +101,7 @@ def test_its_pattern_and_presets_ship(file):
     assert (pattern.sink_size, pattern.recent_size) == (preset.sink, preset.recent)
 
 
+@pytest.mark.slow
 def test_it_prints_what_readme_says(file, capsys, monkeypatch):
     """A pass key 700 tokens back, through caches of which half are of streaming heads."""
     monkeypatch.chdir(README.parent)

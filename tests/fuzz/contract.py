@@ -49,7 +49,7 @@ def attempt(read: Callable[[], Any], *, size: int = 0) -> Any:
 def fuzzed(
     cases: st.SearchStrategy[Any] | Callable[[], st.SearchStrategy[Any]],
     *,
-    quick: int = 60,
+    quick: int = 30,
     thorough: int = 10_000,
 ) -> Callable[[Callable], Callable]:
     """Make a test of a function that takes a case and a folder, from many cases.

@@ -3,13 +3,14 @@
 In every slot that no query sees, there are stale numbers. Compiling for GPUs (test_compiled.py) and
 running on one (test_gpu.py) are the next rungs.
 
-By default, of the cases that differ only in lengths the largest runs, since those of AWKWARD show
-every length in float32; and of the packed cases one half for decoding, the other for prefill, which
-read packed tiles with the same code. The slow tests run all.
+By default the largest case runs of every 16-bit dtype, width of a tile, and whether some columns of
+the tile are masked: kernels and the choice of tiles tell nothing else apart but lengths and groups,
+and those of AWKWARD show all of these in float32. Of every packed shape one format runs, another
+one for decoding than for prefill, which read packed tiles with the same code. The slow tests run
+all.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 
 from kernels.all_cases import AWKWARD, CASES, named
+from kernels.tile_io import width
 
 SMALL = {name: case for name, case in named().items() if not case.compile_only}
 LENGTHS = named(AWKWARD)
@@ -24,23 +26,19 @@ LENGTHS = named(AWKWARD)
 
 def representatives() -> set[str]:
     """Return the names of the cases that run by default."""
-    largest = {}
-    for name, case in sorted(SMALL.items(), key=lambda item: item[1].cost().flops):
-        kind = (case.dtype, case.head_dim, case.q_heads // case.kv_heads, case.gradient)
-        largest[name.partition(":")[0], kind] = name
     packed = {name: case for name, case in SMALL.items() if case.bits is not None}
     shapes = sorted({(case.dtype, case.head_dim) for case in packed.values()})
-    alternate = {
-        name
-        for name, case in packed.items()
-        if (
-            shapes.index((case.dtype, case.head_dim))
-            + int(math.log2(case.bits))
-            + ("decode" in name)
-        )
-        % 2
-    }
-    return alternate | {name for name in largest.values() if name not in packed}
+    chosen = {name for name in SMALL if name.startswith("merge")}
+    for name, case in packed.items():
+        index = shapes.index((case.dtype, case.head_dim)) + ("decode" in name)
+        chosen |= {name} if case.bits == (2, 4, 8)[index % 3] else set()
+    largest = {}
+    for name, case in sorted(SMALL.items(), key=lambda item: item[1].cost().flops):
+        if name not in packed and case.dtype != "float32":
+            columns = width(case.head_dim)
+            kind = (case.dtype, columns, columns == case.head_dim, case.gradient)
+            largest[name.partition(":")[0], kind] = name
+    return chosen | set(largest.values())
 
 
 DEFAULT = representatives()

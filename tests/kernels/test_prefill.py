@@ -21,10 +21,7 @@ def run(case, *arguments):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Cut queries into the smallest blocks, so that there are many of them."""
-    jax.clear_caches()
-    monkeypatch.setattr(xla, "_SCORE_BYTES", 1)
-    yield
-    jax.clear_caches()
+    monkeypatch.setattr(xla, "_SCORE_BYTES", 1)  # seen by every call: `run` traces anew
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -33,6 +33,7 @@ def test_impossible_sizes_are_refused(sizes):
         streaming_attention(*streaming.AWKWARD["three tokens"].draw(), softmax_scale=1.0, **sizes)
 
 
+@pytest.mark.slow  # test_cases.py compares the gradients of both with float64
 @pytest.mark.parametrize("op", ["full", "streaming"])
 def test_gradients_through_the_kernel_are_those_of_xla(op):
     """By a loss that is no linear function of the output."""

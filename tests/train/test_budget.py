@@ -26,12 +26,12 @@ CONFIG = StepConfig(
 
 
 @functools.cache
-def trained(config: StepConfig = CONFIG):
+def trained(config: StepConfig = CONFIG, steps: int = CONFIG.num_steps):
     """Return the states and metrics after each step."""
     architecture, params = model()
     step = jax.jit(functools.partial(budget.train_step, architecture=architecture, step=config))
     state, states, metrics = budget.init_state(architecture, config), [], []
-    for _ in range(config.num_steps):
+    for _ in range(steps):
         state, values = step(state, params, batch())
         states.append(state)
         metrics.append({name: float(value) for name, value in values.items()})
@@ -90,12 +90,11 @@ def test_a_pattern_keeps_the_choice_and_the_whole_ranking():
 
 def test_rate_and_target_decide():
     for change in ({"learning_rate": 0.1}, {"target_sparsity": 0.25}):
-        other = dataclasses.replace(CONFIG, num_steps=3, **change)
-        before = trained(dataclasses.replace(CONFIG, num_steps=3))[0][-1].scores
-        assert np.abs(trained(other)[0][-1].scores - before).max() > 1e-3
+        (*_, after), _ = trained(dataclasses.replace(CONFIG, **change), steps=3)
+        assert np.abs(after.scores - trained()[0][2].scores).max() > 1e-3
 
 
 def test_a_text_in_which_nothing_is_far_teaches_nothing():
-    short = dataclasses.replace(CONFIG, num_steps=2, recent_size=100)
-    (_, state), _ = trained(short)
+    short = dataclasses.replace(CONFIG, recent_size=100)
+    (_, state), _ = trained(short, steps=2)
     np.testing.assert_allclose(state.scores, 0, atol=0.1)

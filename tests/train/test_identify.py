@@ -27,6 +27,8 @@ from train.identify.training import step_config
 from train.loss import StepConfig
 from train.retrieval_test import RetrievalScores
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
 ROOT = pathlib.Path(__file__).parents[2]
 MEASURES = ("tokens", "nll", "kl")
 
@@ -166,9 +168,14 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path)
     """SIGKILL between checkpoints; test_loop.py has a kill at every step, the first ones too."""
     workdir = tmp_path / "killed"
     metrics = workdir / "metrics.jsonl"
-    command = [sys.executable, "-m", "train.identify", "--model", str(tiny_model)]
+    code = (
+        "import sys; from duo_jax.data import documents; text = documents.load_documents([])[:20]\n"
+        "documents._built_in = lambda: text\n"  # as little_text does here
+        "from train.identify.__main__ import main; main(sys.argv[1:])"
+    )
+    flags = ["--model", str(tiny_model), "--workdir", str(workdir), *TINY_FLAGS]
     process = subprocess.Popen(
-        [*command, "--workdir", str(workdir), *TINY_FLAGS],
+        [sys.executable, "-c", code, *flags],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -17,6 +17,8 @@ from train.identify import profile as profile_module
 from train.identify.__main__ import main
 from train.identify.batches import batch_of_one
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
 PROFILE_FLAGS = (
     "--method profile --profile-samples 5 --checkpoint-every 2 --dtype float32 --sink 4 "
     "--recent 12 --min-length 40 --max-length 256 --num-passkeys 3 --passkey-words 4 "

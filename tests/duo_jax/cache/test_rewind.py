@@ -23,7 +23,12 @@ CONFIG = duo_config(ARCHITECTURE, HEADS, sink_size=2, recent_size=3)
 
 # 2 bits: the tokens that are appended complete a block of 64, and so does the text before them.
 @pytest.mark.parametrize(
-    ("kv", "lengths"), [("model", (9, 4)), ("int4", (9, 4)), ("int2", (90, 61))]
+    ("kv", "lengths"),
+    [
+        ("model", (9, 4)),
+        pytest.param("int4", (9, 4), marks=pytest.mark.slow),  # goes back in test_session.py
+        ("int2", (90, 61)),
+    ],
 )
 def test_rewound_caches_go_on_as_if_nothing_had_been_appended(kv, lengths):
     params = split_params(ARCHITECTURE, random_params(ARCHITECTURE), HEADS)

@@ -129,6 +129,7 @@ def test_passkeys_of_digits(folder, tmp_path):
     assert "pass key is{passkey}. Remember it." in config["data"]["needle"]
 
 
+@pytest.mark.slow  # test_demo_model.py finds them behind masks, README's examples served
 def test_the_demo_finds_its_passkeys_and_not_while_streaming(tmp_path):
     flags = ["--lengths", "512", "--samples", "4", "--batch", "4", "--no-full"]
 

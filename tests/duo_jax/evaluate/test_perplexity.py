@@ -46,8 +46,10 @@ def decoded(model, tokens) -> np.ndarray:
     return np.array(found)
 
 
-@pytest.mark.parametrize("chunk", [64, 128, 8192])
-@pytest.mark.parametrize(("kv", "sparsity"), [("model", 0.5), ("int4", 0.0), ("int2", 0.5)])
+@pytest.mark.parametrize(
+    ("kv", "sparsity", "chunk"),
+    [("model", 0.5, 64), ("int4", 0.0, 8192), ("int2", 0.5, 64), ("int2", 0.5, 128)],
+)
 def test_chunks_are_read_as_the_caches_would_serve_each_token(folder, chunk, kv, sparsity):
     model = duo_jax.load(folder, sparsity=sparsity, kv=kv, prefill_chunk=chunk)
     tokens = np.random.default_rng(0).integers(600, size=150).astype(np.int32)
@@ -142,12 +144,12 @@ def test_texts_are_of_one_document_where_it_is_long_enough(folder):
 
 def test_the_demo_is_read_worse_by_streaming_heads_only(tmp_path):
     """Its pattern's retrieval heads are for passkeys; plain text needs few of them."""
-    flags = ["--length", "512", "--samples", "4", "--sparsities", "0.5", "1"]
+    flags = ["--length", "512", "--samples", "4", "--sparsities", "0.5"]
     command.main(["perplexity", "--workdir", str(tmp_path / "a"), *flags])
     rows = json.loads((tmp_path / "a" / "perplexity.json").read_text())["rows"]
     means = {
         setting: np.mean([row["nll"] for row in rows if row["setting"] == setting])
-        for setting in ("full caches", "50% streaming", "100% streaming")
+        for setting in ("full caches", "50% streaming")
     }
     assert means["full caches"] < 8
     assert abs(means["50% streaming"] - means["full caches"]) < 0.2

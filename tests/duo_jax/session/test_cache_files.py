@@ -85,16 +85,14 @@ def copy(saved, tmp_path) -> pathlib.Path:
     return tmp_path / "copy"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("written", [0, 10], ids=["read", "read and written"])
-def test_a_loaded_cache_goes_on_bit_for_bit(tmp_path, dtype, written):
-    model = runtime(dtype=dtype)
-    session = Session(model, batch_size=2)
+def test_a_loaded_cache_goes_on_bit_for_bit(tmp_path, written):
+    session = Session(runtime(), batch_size=2)
     session.append(PROMPTS)
     if written:  # the last token of each row is not in the cache then
         write(session, written)
     cache_files.save(session, tmp_path / "saved", extra={"a": [1]})
-    loaded = Session(runtime(dtype=dtype), batch_size=2)
+    loaded = Session(runtime(), batch_size=2)
     assert cache_files.load(loaded, tmp_path / "saved") == {"a": [1]}
     read = loaded.timing.prefill_tokens
     assert_equal(loaded, session)
@@ -326,7 +324,9 @@ def test_no_number_that_is_not_finite_is_loaded_or_saved(tmp_path, kv, value):
     folder = tmp_path / "saved"
     cache_files.save(session, folder, extra={})
     numbers = 0
-    for file in sorted([*folder.glob("layer-*"), folder / "logits.safetensors"]):
+    # The third layer has the arrays of both others.
+    for name in ("layer-00000", "layer-00001", "logits"):
+        file = folder / f"{name}.safetensors"
         arrays, content = load_file(file), file.read_bytes()
         for name, array in arrays.items():
             if array.dtype == np.uint32:
@@ -339,9 +339,11 @@ def test_no_number_that_is_not_finite_is_loaded_or_saved(tmp_path, kv, value):
             with pytest.raises(InputError, match=f"{file.name} .*: {name} holds NaN or infinity"):
                 cache_files.load(Session(model), folder)
         file.write_bytes(content)
-    assert numbers >= 9
+    assert numbers >= 5
     edit(folder)
-    cache_files.load(session, folder)
+    loaded = Session(model)
+    cache_files.load(loaded, folder)
+    assert_equal(loaded, session)  # bfloat16, too, to the bit
     [first, *others] = session.cache.layers
     broken = jax.tree.map(
         lambda leaf: leaf if leaf.dtype == np.uint32 else leaf.at[0, 0, 1, 0].set(value), first

@@ -146,8 +146,10 @@ def test_threads_take_turns(renderer):
 
 
 @only_linux
-@pytest.mark.parametrize("template", ["idle", FOREVER, FOREVER_IN_C])
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("template", "how"),
+    [("idle", signal.SIGKILL), (FOREVER, signal.SIGTERM), (FOREVER_IN_C, signal.SIGKILL)],
+)
 def test_it_ends_with_its_parent(template, how):
     code = (
         "import sys; from duo_jax.session.chat_template import Bounds, Renderer\n"

@@ -101,7 +101,7 @@ def one_by_one(tokenizer, text: str, **options) -> Detokenizer:
 @every_tokenizer
 def test_streamed_unicode_is_the_decoded_whole(name):
     tokenizer, rng = tokenizer_named(name), np.random.default_rng(0)
-    for _ in range(150):
+    for _ in range(60):
         text = random_text(rng)
         ids = encode(tokenizer, text)
         detokenizer = Detokenizer(tokenizer)
@@ -120,7 +120,7 @@ def test_streamed_garbage_is_the_decoded_whole(name, skip):
     tokenizer, rng = tokenizer_named(name), np.random.default_rng(1)
     single = [i for t, i in tokenizer.get_vocab().items() if len(t) == 1 or t.startswith("<0x")]
     bad = 0
-    for _ in range(200):
+    for _ in range(80):
         ids = encode(tokenizer, random_text(rng))[: rng.integers(1, 40)]
         number = rng.integers(0, 8)
         everything = rng.integers(0, len(tokenizer), number).tolist()
@@ -136,7 +136,7 @@ def test_streamed_garbage_is_the_decoded_whole(name, skip):
             )
         assert result == whole
         bad += BAD in result
-    assert bad > 25
+    assert bad > 10
 
 
 @pytest.mark.parametrize("name", BYTE_LEVEL)
