@@ -14,7 +14,8 @@ from duo_jax.model import llama
 from tests import models
 from tests.duo_jax.heads.test_attention_profile import model
 
-INSTRUCTION = Instruction(whole=(5, 6, 7), part=(8, 9), begin=(10,))
+WHOLE = 10 * (5, 6, 7)  # so long that the repetition takes two blocks of queries
+INSTRUCTION = Instruction(whole=WHOLE, part=(8, 9), begin=(10,))
 LENGTHS = np.array([40, 27], np.int32)
 
 
@@ -47,9 +48,9 @@ def by_hand(row: int, *, chunk: int, sink_size: int = 0, recent_size: int = 0) -
     text = texts()[row, :length]
     found = np.zeros((config.num_layers, config.num_kv_heads, 40))
     for start in range(0, length, chunk):
-        told = [8, 9, *text[start - 8 : start]] if start else [5, 6, 7]
+        told = [8, 9, *text[start - 8 : start]] if start else WHOLE
         tokens = np.array([*text, *told, 10, *text[start : start + chunk]], np.int32)
-        q, k = queries_and_keys(np.pad(tokens, (0, 96 - tokens.size)))
+        q, k = queries_and_keys(np.pad(tokens, (0, 128 - tokens.size)))
         stop = min(start + chunk, length)
         for layer, head, t in np.ndindex(config.num_layers, config.num_q_heads, tokens.size):
             if t < length:
@@ -90,10 +91,10 @@ def test_serving_form_has_the_same_scores():
 
 
 def test_chunks_are_shorter_where_the_range_ends():
-    """The tiny model reads 128 tokens; an instruction takes up to 11, chunks are in steps of 64."""
+    """The tiny model reads 128 tokens; an instruction takes up to 31, chunks are in steps of 64."""
     config, _ = model()
     assert _chunk_size(config, 40, INSTRUCTION) == 40
     assert _chunk_size(config, 100, INSTRUCTION) == 64  # beyond the range, as nothing is left
     longer = dataclasses.replace(config, max_positions=10_000)
-    assert _chunk_size(longer, 9_850, INSTRUCTION) == 128
+    assert _chunk_size(longer, 9_800, INSTRUCTION) == 128
     assert _chunk_size(longer, 5_000, INSTRUCTION) == 2_048
