@@ -73,6 +73,9 @@ def _repeat(held: RowCache, runtime: Runtime, rows: Rows) -> None:
         ]
         assert held.cache is not None
         end = caches.mark(held.cache)
-        lengths = list(map(len, rows))
-        held.prefill(parts, width=width, total_lengths=lengths, voters="all")
-        held.cache = caches.rewind(held.take(), end)
+        try:
+            held.prefill(parts, width=width, total_lengths=list(map(len, rows)), voters="all")
+            held.cache = caches.rewind(held.take(), end)
+        except BaseException:  # Ctrl-C too: a cache with a part of the repetition is of no use
+            held.cache = None
+            raise

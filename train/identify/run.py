@@ -26,6 +26,11 @@ from train.workdir import WorkDir
 _MESSAGE = "Here is a text."  # anything that a chat template writes as it is
 
 _UNTRAINED = ("profile", "reconstruct")  # methods that score heads, one sample a step
+_VALUES = {  # of heads that were not learned, in pictures
+    "profile": "attention far back",
+    "reconstruct": "attention while the text is repeated",
+    "attribute": "order by credit",
+}
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
@@ -107,11 +112,9 @@ def identify(flags: IdentifyConfig) -> None:
     save_pattern(pattern, workdir.path / "pattern")
     title = pathlib.PurePath(flags.model).name  # not where the file lies
     pictures = {"title": title}
-    if flags.method in _UNTRAINED:
-        pictures["value"] = "attention far back (1: retrieval head)"
-    elif flags.method == "attribute":
-        pictures["value"] = "order by credit (1: retrieval head)"
-    if flags.method != "profile":
+    if flags.method in _VALUES:
+        pictures["value"] = f"{_VALUES[flags.method]} (1: retrieval head)"
+    if flags.method not in _UNTRAINED:
         plots.save_history(metrics, workdir.path / "history.png", title=title)
     plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
     targets = () if flags.target_sparsity is None else (flags.target_sparsity,)

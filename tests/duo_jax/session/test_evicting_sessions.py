@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import duo_jax
+from duo_jax import cache as caches
 from duo_jax.cache import LATEST, cache_bytes
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
@@ -114,6 +115,23 @@ def test_an_unfinished_end_does_not_change_what_is_kept_much():
     session.append([prompt(1, seed=3)])
     write(session)
     assert kept(session) == [65 + 3]
+
+
+def test_an_interrupt_while_the_text_is_repeated_costs_the_cache_only(monkeypatch):
+    session = Session(runtime(keep_by="kvzip", instruction=INSTRUCTION))
+    session.append([prompt(300)])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(caches, "rewind", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(session)
+    monkeypatch.undo()
+    assert session.cache is None
+    fresh = Session(runtime(keep_by="kvzip", instruction=INSTRUCTION))
+    fresh.append([prompt(300)])
+    assert write(session) == write(fresh)
 
 
 @pytest.mark.parametrize("kv", ["model", "int4"])
