@@ -80,7 +80,8 @@ def evaluate(flags: FrontierConfig) -> None:
     identity = grid.identity(flags, full, documents)
     identity = {k: v for k, v in identity.items() if k not in _ROW_CHOICE}
     gates = None if pattern is None else pattern.gates.tolist()
-    rows = Rows(flags.folder(), identity | {"gates": gates}, kind=StoredRow)
+    identity |= {"gates": gates, "keep_by": flags.keep_by}
+    rows = Rows(flags.folder(), identity, kind=StoredRow)
 
     as_served = functools.partial(_served, full.runtime, pattern, flags)
     batch = min(flags.batch, flags.samples)

@@ -211,7 +211,10 @@ def fill(
 
 def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> dict[str, Any]:
     """Return all that rows depend on: the flags, what files hold, and which text is held out."""
-    return dataclasses.asdict(flags) | {
+    found = dataclasses.asdict(flags)
+    if flags.keep == 1:  # runs of versions without eviction go on
+        del found["keep"], found["keep_by"]
+    return found | {
         "weights_digest": model.runtime.weights_digest,
         "text_digest": text_digest(documents),
     }

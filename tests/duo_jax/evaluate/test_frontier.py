@@ -76,6 +76,13 @@ def test_a_killed_run_goes_on_with_what_it_has(finished, folder, tmp_path, monke
     assert len(calls) == 2  # the row that was lost, and full caches, which it is compared with
 
 
+def test_rows_belong_to_the_way_of_eviction(finished, folder, capsys):
+    workdir, _ = finished
+    with pytest.raises(SystemExit):
+        run(folder, workdir, "--keep-by", "snapkv")
+    assert "keep_by was 'kvzip', is 'snapkv'" in capsys.readouterr().err
+
+
 def test_the_line_to_paste_loads_the_setting(finished):
     workdir, result = finished
     text = (workdir / "frontier.md").read_text()
