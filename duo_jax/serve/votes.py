@@ -94,7 +94,7 @@ def _votes(
         scores = jnp.einsum("btkgh,bksh->btkgs", q, keys, preferred_element_type=jnp.float32)
         slot = first + jnp.arange(block, dtype=ends.dtype)
         visible = counts[..., None] & (slot[None, None, :] < ends[..., None])
-        exponent = scores.astype(jnp.float32) * head_dim**-0.5 - lse[..., None]
+        exponent = scores * head_dim**-0.5 - lse[..., None]
         weights = jnp.exp(jnp.where(visible[:, :, None, None, :], exponent, -jnp.inf))
         new = weights.max(axis=(1, 3)) if highest else weights.mean(axis=3).sum(axis=1)
         return jax.lax.dynamic_update_slice_in_dim(votes, new, first, axis=2)
