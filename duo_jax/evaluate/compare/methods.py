@@ -8,7 +8,7 @@ whole budget every method is the full cache.
 import dataclasses
 import functools
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -104,29 +104,64 @@ def measure(
     if isinstance(setting, str):
         return {"reason": setting, "full_bytes": full_bytes}
     answer, described = setting
-    predicted, nll, kl = [], [], []
     cache_bytes, text_bytes, host_bytes = 0, [], 0  # the second of methods that evict
-    for reference, (texts, tails, count) in zip(full, batches(task, batch), strict=True):
-        found = reference if method == FULL else answer(texts, tails)
-        scores = score(subject.runtime, found.forced, tails, reference=reference.forced)
+
+    def answers() -> Iterator[eviction.Predicted]:
+        nonlocal cache_bytes, host_bytes
+        for reference, (texts, tails, _) in zip(full, batches(task, batch), strict=True):
+            found = reference if method == FULL else answer(texts, tails)
+            cache_bytes = max(cache_bytes, found.cache_bytes)
+            host_bytes = max(host_bytes, found.host_bytes)
+            if found.text_bytes is not None:
+                text_bytes.append(found.text_bytes)
+            yield found
+
+    row = score_answers(subject.runtime, task, answers(), full=full, batch=batch)
+    if method == FULL:
+        row["kl"] = None
+    row |= {
+        "cache_bytes": cache_bytes,
+        "text_bytes": float(np.mean(text_bytes)) if text_bytes else None,
+        "full_bytes": full_bytes,
+        "setting": described,
+    }
+    return row | ({"host_bytes": host_bytes} if host_bytes else {})
+
+
+def score_answers(
+    runtime: Runtime,
+    task: Task,
+    answers: Iterable[eviction.Predicted],
+    *,
+    full: Sequence[eviction.Predicted],
+    batch: int,
+) -> Row:
+    """Score the answers to a task's questions, and compare them with those of full caches.
+
+    Args:
+      runtime: the model.
+      task: texts and questions.
+      answers: of each batch; one batch at a time is looked at.
+      full: `predict_with_full_caches`, for the same batches.
+      batch: texts that are read at a time.
+
+    Returns:
+      exact, tokens, nll and kl, with a number for each text.
+    """
+    predicted, nll, kl = [], [], []
+    both = zip(answers, full, batches(task, batch), strict=True)
+    for found, reference, (_, tails, count) in both:
+        scores = score(runtime, found.forced, tails, reference=reference.forced)
         predicted.extend(scores.predicted[:count])
         nll.extend(scores.nll[:count])
-        kl.extend([] if method == FULL or scores.kl is None else scores.kl[:count])
-        cache_bytes = max(cache_bytes, found.cache_bytes)
-        host_bytes = max(host_bytes, found.host_bytes)
-        if found.text_bytes is not None:
-            text_bytes.append(found.text_bytes)
+        kl.extend([] if scores.kl is None else scores.kl[:count])
     right = task.score(predicted)
     return {
         "exact": right.exact.tolist(),
         "tokens": right.tokens.tolist(),
         "nll": task.mean(nll).tolist(),
         "kl": task.mean(kl).tolist() if kl else None,
-        "cache_bytes": cache_bytes,
-        "text_bytes": float(np.mean(text_bytes)) if text_bytes else None,
-        "full_bytes": full_bytes,
-        "setting": described,
-    } | ({"host_bytes": host_bytes} if host_bytes else {})
+    }
 
 
 def punctuation_tokens(tokenizer: Any) -> tuple[int, ...]:

@@ -14,12 +14,11 @@ from duo_jax.data.documents import load_documents
 from duo_jax.errors import InputError
 from duo_jax.evaluate import eviction
 from duo_jax.evaluate.compare import served
-from duo_jax.evaluate.compare.methods import batches, split_runtime
+from duo_jax.evaluate.compare.methods import batches, score_answers, split_runtime
 from duo_jax.evaluate.compare.tasks import Task, TaskName, make_task
 from duo_jax.evaluate.frontier import report, search
 from duo_jax.evaluate.frontier.settings import TASK, FrontierConfig, Setting
 from duo_jax.evaluate.results import describe, grid
-from duo_jax.evaluate.results.forced import score
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.heads.pattern import Pattern, choose_retrieval_heads
@@ -174,21 +173,10 @@ def _measure(
     """Answer the questions of a task in a setting."""
     task, reference = tasks[name], full_caches(name)
     found = reference if setting == search.FULL else _predict(runtime, task, batch)
-    predicted, nll, kl = [], [], []
-    both = zip(found, reference, batches(task, batch), strict=True)
-    for answers, full, (_, tails, count) in both:
-        scores = score(runtime, answers.forced, tails, reference=full.forced)
-        predicted.extend(scores.predicted[:count])
-        nll.extend(scores.nll[:count])
-        kl.extend([] if scores.kl is None else scores.kl[:count])
-    right = task.score(predicted)
-    row: dict[str, Any] = {
-        "exact": right.exact.tolist(),
-        "tokens": right.tokens.tolist(),
-        "nll": task.mean(nll).tolist(),
-        "cache_bytes": max(answers.cache_bytes for answers in found),
-    }
-    return row if setting == search.FULL else row | {"kl": task.mean(kl).tolist()}
+    row = score_answers(runtime, task, found, full=reference, batch=batch)
+    if setting == search.FULL:
+        del row["kl"]
+    return row | {"cache_bytes": max(answers.cache_bytes for answers in found)}
 
 
 def _point(setting: Setting, rows: Rows, tasks: Sequence[TaskName]) -> search.Point:
