@@ -17,9 +17,10 @@ cache checkpoints
 serve
 session
 api
+engine
 duo_jax
 cli
-generate plan evaluate train convert __main__
+generate plan evaluate train convert server __main__
 benchmarks
 """
 LEVEL = {room: level for level, row in enumerate(ROWS.split("\n")) for room in row.split()}

@@ -11,6 +11,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Collection
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -84,15 +85,17 @@ def describe(kind: Any) -> str:
     return " or ".join(map(_describe_one, members))
 
 
-def check_fields(instance: Any) -> None:
+def check_fields(instance: Any, *, but: Collection[str] = ()) -> None:
     """Check every field of a dataclass against its annotation; meant for __post_init__.
 
-    Fields that hold numpy's scalars get Python's in their place.
+    Fields that hold numpy's scalars get Python's in their place. Those named in `but` are left out.
 
     Raises:
       InputError: names the field, its value and what is accepted.
     """
     for name, kind in field_kinds(type(instance)).items():
+        if name in but:
+            continue
         value = getattr(instance, name)
         found = argument(name, value, kind)
         if isinstance(value, np.generic):

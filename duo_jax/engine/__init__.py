@@ -1,0 +1,1 @@
+"""Many requests through one split model, at the same time."""
