@@ -47,6 +47,13 @@ def check(k: Array | Packed, pages: Pages, batch: int) -> None:
         raise ValueError(f"a page has {size} slots, not a power of two of {BLOCK} or more")
 
 
+def block_slots(k: Array | Packed, pages: Pages | None, most: int) -> int:
+    """Return how many slots, at most `most`, `read_block` reads at a time: whole pages, if any."""
+    if pages is None:
+        return min(most, k.shape[2])
+    return k.shape[2] * min(max(most // k.shape[2], 1), pages.shape[1])
+
+
 def read_block(
     x: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     pages: Pages | None,
@@ -54,12 +61,18 @@ def read_block(
     size: int,
     dtype: DTypeLike,
 ) -> Float[Array, "batch kv_heads size head_dim"]:
-    """Return consecutive slots of every row, unpacked; of a paged cache, a page for each."""
+    """Return consecutive slots of every row, unpacked; of a paged cache, whole pages."""
     if pages is None:
         return read_slots(x, first, size, dtype)
-    page = jnp.take(pages, first // size, axis=1)
-    some = jax.tree.map(lambda leaf: leaf[page], x)
-    return unpack(some, dtype) if isinstance(some, Packed) else some
+    page_size = x.shape[2]
+    some = jax.lax.dynamic_slice_in_dim(pages, first // page_size, size // page_size, axis=1)
+
+    def joined(leaf: Array) -> Array:
+        found = jnp.swapaxes(leaf[some], 1, 2)  # [batch, kv_heads, pages, a page's slots, _]
+        return found.reshape(*found.shape[:2], -1, found.shape[-1])
+
+    found = jax.tree.map(joined, x)
+    return unpack(found, dtype) if isinstance(found, Packed) else found
 
 
 def operands(

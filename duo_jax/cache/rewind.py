@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from duo_jax.cache.state import Cache, KVCache
+from duo_jax.cache.pages import Rings, rings_of, with_rings
+from duo_jax.cache.state import Cache
 from kernels import pytree
-
-_Rings = tuple[tuple[KVCache | None, ...], ...]
 
 
 @pytree.register
@@ -21,7 +20,7 @@ _Rings = tuple[tuple[KVCache | None, ...], ...]
 class Mark:
     """Where to go back to."""
 
-    rings: _Rings  # of each layer: the streaming one, and the latest tokens of full caches
+    rings: Rings  # of each layer: the streaming one, and the latest tokens of full caches
     lengths: Int[Array, " batch"]
     kept: Int[Array, " batch"]
 
@@ -29,9 +28,7 @@ class Mark:
 def mark(cache: Cache) -> Mark:
     """Return where the cache is now; what it refers to is copied, the cache may be donated."""
     here = Mark(
-        rings=tuple(
-            (layer.streaming, *(part.latest for part in layer.full)) for layer in cache.layers
-        ),
+        rings=rings_of(cache.layers),
         lengths=cache.lengths,
         kept=cache.kept,
     )
@@ -40,15 +37,5 @@ def mark(cache: Cache) -> Mark:
 
 def rewind(cache: Cache, to: Mark) -> Cache:
     """Return the cache as it was at the mark, but for slots that are free."""
-    layers = (
-        dataclasses.replace(
-            layer,
-            streaming=streaming,
-            full=tuple(
-                dataclasses.replace(part, latest=ring)
-                for part, ring in zip(layer.full, latest, strict=True)
-            ),
-        )
-        for layer, (streaming, *latest) in zip(cache.layers, to.rings, strict=True)
-    )
-    return Cache(layers=tuple(layers), lengths=to.lengths, kept=to.kept)
+    layers = with_rings(cache.layers, to.rings)
+    return Cache(layers=layers, lengths=to.lengths, kept=to.kept)

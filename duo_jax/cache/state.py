@@ -8,6 +8,10 @@ min(length, slots); their order does not matter to attention, since keys carry t
 Each row of a batch has its own length. Slots beyond it hold anything finite, such as zeros or
 older tokens: attention gives them weight 0, but 0 * nan is nan.
 
+A cache of many requests is paged: its full caches are pools of pages that all rows share, and a
+table says which pages a row's slots lie in (kernels.pages). The rings of streaming heads are small,
+and every row has its own (duo_jax.cache.pages).
+
 Where tokens are evicted from retrieval heads (duo_jax.cache.evict), a full cache holds fewer tokens
 than were read: the first `kept` slots, in order of position, another choice in every head.
 
@@ -38,6 +42,7 @@ from duo_jax.heads.split import DuoConfig
 from duo_jax.schema.check import argument
 from kernels import address_limit, packed, pytree
 from kernels.packed import Layout, Packed
+from kernels.pages import Pages
 
 KVFormat = Literal["model", "bf16", "int8", "int4", "int2"]
 Shape = tuple[int, int, int, int]  # [batch, kv_heads, slots, head_dim]
@@ -90,6 +95,7 @@ class Cache:
     layers: tuple[LayerCache, ...]
     lengths: Int[Array, " batch"]  # tokens read so far, per row
     kept: Int[Array, " batch"]  # how many of them full caches hold
+    pages: Pages | None = None  # of paged full caches
 
     @property
     def nbytes(self) -> int:
@@ -122,6 +128,8 @@ def init_cache(
     dtype: DTypeLike = jnp.float32,
     kv: str = "model",
     votes: bool = False,
+    num_pages: int | None = None,
+    page_size: int = 64,
 ) -> Cache:
     """Return an empty cache.
 
@@ -132,6 +140,9 @@ def init_cache(
       dtype: data type of the parameters.
       kv: storage format, a KVFormat.
       votes: whether full caches count how much their tokens are looked at; not with "int2".
+      num_pages: makes full caches pools of so many pages. Default: no pages; every row has
+        `max_len` slots of its own.
+      page_size: slots of a page.
 
     Raises:
       InputError: as `check_kv_format`.
@@ -139,7 +150,11 @@ def init_cache(
     kv_format = check_kv_format(config, kv)
     assert not (votes and kv_format == "int2")
     architecture, slots = config.architecture, _whole_blocks(max_len, kv_format)
-    shape = (batch_size, 1, slots, architecture.head_dim)
+    rows, pages = batch_size, None
+    if num_pages is not None:
+        rows, slots = num_pages, page_size
+        pages = jnp.zeros((batch_size, -(-max_len // page_size)), jnp.int32)
+    shape = (rows, 1, slots, architecture.head_dim)
     ring_shape = (config.ring_slots, architecture.head_dim)
     most = _heads_per_buffer(jax.eval_shape(lambda: _full_cache(shape, dtype, kv_format)))
 
@@ -150,7 +165,11 @@ def init_cache(
         return LayerCache(
             full=tuple(
                 _full_cache(
-                    (batch_size, min(most, retrieval - first), *shape[2:]), dtype, kv_format, votes
+                    (rows, min(most, retrieval - first), *shape[2:]),
+                    dtype,
+                    kv_format,
+                    votes,
+                    batch_size,
                 )
                 for first in range(0, retrieval, most)
             ),
@@ -158,7 +177,8 @@ def init_cache(
         )
 
     none = jnp.zeros(batch_size, jnp.int32)
-    cache = Cache(layers=tuple(map(layer, config.retrieval_counts)), lengths=none, kept=none)
+    layers = tuple(map(layer, config.retrieval_counts))
+    cache = Cache(layers=layers, lengths=none, kept=none, pages=pages)
     return with_lengths(cache, none)
 
 
@@ -221,15 +241,20 @@ def _kv_cache(shape: Shape, dtype: DTypeLike, kv_format: KVFormat) -> KVCache:
 
 
 def _full_cache(
-    shape: Shape, dtype: DTypeLike, kv_format: KVFormat, votes: bool = False
+    shape: Shape,
+    dtype: DTypeLike,
+    kv_format: KVFormat,
+    votes: bool = False,
+    batch_size: int = 1,
 ) -> KVCache:
+    """Return a full cache; `batch_size`: rows of its ring, where the cache itself has pages."""
     cache = _kv_cache(shape, dtype, kv_format)
     if votes:
         cache = dataclasses.replace(cache, votes=jnp.zeros((*shape[:3], 1), jnp.float32))
     if kv_format != "int2":
         return cache
-    batch, heads, _, head_dim = shape
-    latest = _kv_cache((batch, heads, packed.BLOCK, head_dim), dtype, "model")
+    _, heads, _, head_dim = shape
+    latest = _kv_cache((batch_size, heads, packed.BLOCK, head_dim), dtype, "model")
     return dataclasses.replace(cache, latest=latest)
 
 

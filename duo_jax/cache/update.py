@@ -12,10 +12,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
+from duo_jax.cache.pages import write_to_pages
 from duo_jax.cache.ring import ring_position, ring_slot
 from duo_jax.cache.state import KVCache
 from kernels import Past, packed
 from kernels.packed import BLOCK, Packed
+from kernels.pages import Pages
 
 NewKV = Float[Array, "batch length kv_heads head_dim"]
 OneKV = Float[Array, "batch 1 kv_heads head_dim"]
@@ -24,14 +26,20 @@ PerRow = Int[Array, " batch"]
 
 
 def append(
-    cache: KVCache, keys: NewKV, values: NewKV, *, starts: PerRow, num_tokens: PerRow
+    cache: KVCache,
+    keys: NewKV,
+    values: NewKV,
+    *,
+    starts: PerRow,
+    num_tokens: PerRow,
+    pages: Pages | None = None,
 ) -> KVCache:
     """Write row b's first `num_tokens[b]` keys and values into slots starts[b], starts[b] + 1, ...
 
-    Slots past the end are dropped.
+    Slots past the end are dropped. `pages` is the table of a paged cache.
     """
     new = _like(cache, keys, values)
-    return jax.tree.map(lambda old, new: _write(old, new, starts, num_tokens), cache, new)
+    return jax.tree.map(lambda old, new: _write(old, new, starts, num_tokens, pages), cache, new)
 
 
 def append_token_to_ring(
@@ -95,7 +103,13 @@ def append_to_ring(
 
 
 def append_blocks(
-    cache: KVCache, keys: NewKV, values: NewKV, *, lengths: PerRow, num_tokens: PerRow
+    cache: KVCache,
+    keys: NewKV,
+    values: NewKV,
+    *,
+    lengths: PerRow,
+    num_tokens: PerRow,
+    pages: Pages | None = None,
 ) -> KVCache:
     """Pack the blocks of 64 tokens that a chunk completes; the ring `latest` stays as it was.
 
@@ -105,6 +119,7 @@ def append_blocks(
       values: values of the chunk.
       lengths: tokens before the chunk.
       num_tokens: tokens of the chunk that count, per row.
+      pages: the table of a paged cache.
     """
     assert cache.latest is not None
     begun = lengths % BLOCK  # tokens of an unfinished block; they are the ring's first ones
@@ -121,7 +136,7 @@ def append_blocks(
 
         def write(old: Array, new: Array) -> Array:
             tokens = cached.shape[2] // old.shape[2]
-            return _write(old, new, (lengths - begun) // tokens, complete // tokens)
+            return _write(old, new, (lengths - begun) // tokens, complete // tokens, pages)
 
         return jax.tree.map(write, cached, packed.pack(joined, cached.layout))
 
@@ -204,12 +219,15 @@ def _like(cache: KVCache, keys: NewKV, values: NewKV) -> KVCache:
 
 
 def _write(
-    buffer: Shaped[Array, "batch kv_heads slots _"],
+    buffer: Shaped[Array, "rows kv_heads slots _"],
     new: Shaped[Array, "batch kv_heads length _"],
     starts: PerRow,
     num_tokens: PerRow,
-) -> Shaped[Array, "batch kv_heads slots _"]:
+    pages: Pages | None = None,
+) -> Shaped[Array, "rows kv_heads slots _"]:
     """Write each row's first tokens from its start on, reading and writing only that window."""
+    if pages is not None:
+        return write_to_pages(buffer, new, starts, num_tokens, pages)
     slots, length = buffer.shape[2], new.shape[2]
     window = min(length, slots)
 

@@ -37,6 +37,7 @@ from kernels import (
     streaming_attention,
 )
 from kernels.packed import BLOCK
+from kernels.pages import Pages
 
 PrefillMode = Literal["exact", "chunk"]
 
@@ -55,6 +56,7 @@ class LayerInput:
     lengths: Int[Array, " batch"]  # tokens before these
     kept: Int[Array, " batch"]  # how many of those full caches hold
     num_tokens: Int[Array, " batch"]  # of these, how many count
+    pages: Pages | None = None  # of paged full caches
 
 
 def attend(
@@ -110,18 +112,20 @@ def attend_token(
     options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
     lengths, num_tokens, kept = layer_input.lengths, layer_input.num_tokens, layer_input.kept
     filled, place = lengths + num_tokens, {"lengths": lengths, "num_tokens": num_tokens}
+    paged = {"pages": layer_input.pages}
 
     def full(q, k, v, cache):
-        cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens)
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, kept + num_tokens, **options)
+        cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens, **paged)
+        held = kept + num_tokens
+        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, held, **paged, **options)
         return out[:, None], cache
 
     def blocks(q, k, v, cache):
         ring = update.append_token_to_ring(cache.latest, k, v, sink_size=0, **place)
-        cache, q = update.append_blocks(cache, k, v, **place), q[:, 0]
+        cache, q = update.append_blocks(cache, k, v, **place, **paged), q[:, 0]
         latest = decode_attention(q, ring.keys, ring.values, jnp.minimum(filled, BLOCK), **options)
         older = jnp.maximum(filled - BLOCK, 0)
-        before = decode_attention(q, cache.keys, cache.values, older, **options)
+        before = decode_attention(q, cache.keys, cache.values, older, **paged, **options)
         return _merged(latest, before)[:, None], dataclasses.replace(cache, latest=ring)
 
     def ring(q, k, v, cache):
@@ -149,10 +153,11 @@ def attend_chunk(
     lengths, num_tokens, kept = layer_input.lengths, layer_input.num_tokens, layer_input.kept
     sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
     place = {"lengths": lengths, "num_tokens": num_tokens}
+    paged = {"pages": layer_input.pages}
 
     def full(q, k, v, cache):
-        cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens)
-        out, lse = prefill_attention(q, cache.keys, cache.values, kept, **options)
+        cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens, **paged)
+        out, lse = prefill_attention(q, cache.keys, cache.values, kept, **paged, **options)
         if cache.votes is not None:
             cache = count_votes(cache, q, lse, kept=kept, num_tokens=num_tokens, voters=voters)
         return out, cache
@@ -161,8 +166,10 @@ def attend_chunk(
         past = update.past(cache.latest, k, v, sink_size=0, **place)
         latest = streaming_attention(q, k, v, sink_size=0, recent_size=BLOCK, past=past, **options)
         ring = update.append_to_ring(cache.latest, k, v, sink_size=0, **place)
-        cache = dataclasses.replace(update.append_blocks(cache, k, v, **place), latest=ring)
-        before = prefill_attention(q, cache.keys, cache.values, lengths - BLOCK, **options)
+        cache = update.append_blocks(cache, k, v, **place, **paged)
+        cache = dataclasses.replace(cache, latest=ring)
+        older = lengths - BLOCK
+        before = prefill_attention(q, cache.keys, cache.values, older, **paged, **options)
         return _merged(latest, before), cache
 
     def ring_exact(q, k, v, cache):

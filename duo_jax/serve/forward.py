@@ -133,7 +133,11 @@ def hidden_states(
     layers = []
     for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
         layer_input = LayerInput(
-            cache=layer_cache, lengths=lengths, kept=cache.kept, num_tokens=num_tokens
+            cache=layer_cache,
+            lengths=lengths,
+            kept=cache.kept,
+            num_tokens=num_tokens,
+            pages=cache.pages,
         )
         x, layer_cache = _layer(
             config,
@@ -147,7 +151,7 @@ def hidden_states(
         )
         layers.append(layer_cache)
     after = {"lengths": lengths + num_tokens, "kept": cache.kept + num_tokens}
-    return x, Cache(layers=tuple(layers), **after)
+    return x, Cache(layers=tuple(layers), pages=cache.pages, **after)
 
 
 # A program of its own, so that layers whose heads are split alike are traced once.

@@ -16,7 +16,7 @@ def for_cache(size: int) -> Iterator[None]:
     Raises:
       InputError: the device has less memory, or less is free.
     """
-    memory = _device_memory()
+    memory = device_memory()
     if memory is not None and size > memory:  # Linux promises more than there is, and kills later
         raise InputError(
             f"the cache would take {size / 1e9:,.1f} GB, and there are {memory / 1e9:,.1f} GB of "
@@ -32,7 +32,7 @@ def for_cache(size: int) -> Iterator[None]:
         ) from None
 
 
-def _device_memory() -> int | None:
+def device_memory() -> int | None:
     """Return the bytes of memory of the device on which caches lie; None where it does not say."""
     device = jax.devices()[0]
     if device.platform != "cpu":

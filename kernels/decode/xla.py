@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import online_softmax
 from kernels.packed import Packed
-from kernels.pages import Pages, num_slots, read_block
+from kernels.pages import Pages, block_slots, num_slots, read_block
 
 # Measured on two CPU cores with 2 to 32 KV heads of 128 and 16,384 float32 tokens: all slots at
 # once are read at 11 to 16 GB/s, by both cores; blocks of 256 to 4,096 tokens, each copied out of
@@ -45,7 +45,7 @@ def decode_attention(
         return add(online_softmax.start(grouped), k, v, 0, 0)
 
     def in_blocks():
-        block = min(_BLOCK_KV, slots) if pages is None else k.shape[2]
+        block = block_slots(k, pages, _BLOCK_KV)
 
         def add_block(index, state):
             first = index * block

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels import masks, online_softmax
 from kernels.packed import Packed
-from kernels.pages import Pages, num_slots, read_block
+from kernels.pages import Pages, block_slots, num_slots, read_block
 
 _BLOCK_KV = 512
 # The most bytes that the scores of one block of queries and one block of keys take, over all rows
@@ -30,7 +30,7 @@ def prefill_attention(
     num_kv_heads, slots = k.shape[1], num_slots(k, pages)
     group = num_q_heads // num_kv_heads
     starts = starts.astype(int)  # as jnp.arange
-    block_kv = min(_BLOCK_KV, slots) if pages is None else k.shape[2]
+    block_kv = block_slots(k, pages, _BLOCK_KV)
     block_q = _SCORE_BYTES // (4 * batch * num_q_heads * block_kv)
     block_q = min(length, max(16, 1 << (max(block_q, 1).bit_length() - 1)))
     num_q_blocks = math.ceil(length / block_q)

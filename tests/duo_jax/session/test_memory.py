@@ -40,7 +40,7 @@ def test_a_cache_that_cannot_grow_stays_as_it_is(monkeypatch):
     held = RowCache(make_session().runtime, 1, Limits(architecture=CONFIG, max_len=None), Timing())
     held.reserve(10)
     cache, slots = held.cache, held.slots
-    monkeypatch.setattr(memory, "_device_memory", lambda: 2 * cache.nbytes)
+    monkeypatch.setattr(memory, "device_memory", lambda: 2 * cache.nbytes)
     with pytest.raises(InputError, match="GB of memory"):
         held.reserve(20_000)
     assert (held.cache, held.slots) == (cache, slots)

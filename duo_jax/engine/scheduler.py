@@ -1,0 +1,354 @@
+"""Which request is read or written next, in which row, and where its pages come from.
+
+A step reads a chunk of one prompt, then writes a token of every running text. Prompts are read in
+the order in which they came; one is begun when a row and pages for all of it are there. Where pages
+run out, kept prefixes are forgotten first; then the text that was begun last gives up its pages,
+and is read again, with what it has written, when there is room. So the oldest text always goes on.
+"""
+
+import bisect
+import collections
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from duo_jax.engine.device import Device, PromptScores
+from duo_jax.engine.page_pool import PagePool
+from duo_jax.engine.prefixes import Prefix, Prefixes, digests_of
+from duo_jax.engine.request import FinishReason, TokenLogprob
+from duo_jax.engine.sizes import Sizes
+from duo_jax.engine.text import Text
+from duo_jax.serve.row_sampling import RowSettings, Sampled, no_settings
+from duo_jax.session.runtime import Runtime
+
+_WIDTHS = (64, 256)  # of a chunk that is short; every width is a program
+
+
+class Scheduler:
+    """All requests of an engine; used by one thread.
+
+    Args:
+      runtime: the model.
+      sizes: of its caches.
+      reuse: whether prefixes are kept.
+    """
+
+    def __init__(self, runtime: Runtime, sizes: Sizes, *, reuse: bool) -> None:
+        self.waiting: collections.deque[Text] = collections.deque()
+        self.reading: Text | None = None
+        self.running: dict[int, Text] = {}  # by row, in the order in which they were begun
+        self.counts: collections.Counter[str] = collections.Counter()
+        self._sizes, self._reuse = sizes, reuse
+        self._device = Device(
+            runtime,
+            rows=sizes.max_requests,
+            snapshots=sizes.snapshots,
+            num_pages=sizes.num_pages,
+            page_size=sizes.page_size,
+            max_len=sizes.max_len,
+        )
+        self._begin()
+
+    def _begin(self) -> None:
+        sizes = self._sizes
+        snapshots = range(sizes.max_requests, sizes.max_requests + sizes.snapshots)
+        self.pool = PagePool(sizes.num_pages)
+        self.prefixes = Prefixes(self.pool, snapshots, sizes.page_size)
+        most_pages = -(-sizes.max_len // sizes.page_size)
+        self._table = np.zeros((sizes.max_requests, most_pages), np.int32)
+        self._settings = no_settings(sizes.max_requests)
+        everything = self._device.everything_allowed
+        self._allowed = np.tile(everything, (sizes.max_requests, 1))
+
+    @property
+    def texts(self) -> list[Text]:
+        """All texts that have not ended."""
+        reading = [] if self.reading is None else [self.reading]
+        return [*self.running.values(), *reading, *self.waiting]
+
+    def step(self) -> bool:
+        """Read a chunk, write a token of every running text; return whether there was any."""
+        read = self._read()
+        return self._write() or read
+
+    def end(self, text: Text, reason: FinishReason, error: str | None = None) -> None:
+        """End a text before its time."""
+        if text in self.waiting:
+            self.waiting.remove(text)
+        text.end(reason, error)
+        self._finish(text)
+
+    def fail(self, error: str) -> None:
+        """End all texts with an error, and begin anew with empty caches."""
+        for text in self.texts:
+            text.end("error", error)
+        self.waiting.clear()
+        self.reading, self.running = None, {}
+        self._begin()
+        self._device.clear()
+
+    def check(self) -> None:
+        """Assert that no page is lost or held twice by mistake."""
+        holders = np.zeros(self._sizes.num_pages, np.int64)
+        owners = [text.pages for text in self.texts] + [p.pages for p in self.prefixes]
+        for pages in owners:
+            assert len(set(pages)) == len(pages)
+            holders[list(pages)] += 1
+        np.testing.assert_array_equal(holders, self.pool.holders)
+        assert self.pool.num_free == int(np.sum(holders == 0))
+        kept = sum(1 for _ in self.prefixes)
+        assert kept + self.prefixes.num_free_rows == self._sizes.snapshots
+        for row, text in self.running.items():
+            assert text.row == row
+            assert text.held == len(text.tokens) - 1
+            assert self._page_count(text.held) <= len(text.pages)
+
+    # Reading
+
+    def _read(self) -> bool:
+        """Read the next chunk of a prompt, if there is one that can be read."""
+        if self.reading is None and not (self.waiting and self._admit(self.waiting[0])):
+            return False
+        text = self.reading
+        assert text is not None
+        assert text.row is not None
+        start, total = text.held, len(text.tokens)
+        border = bisect.bisect_right(text.borders, start)
+        border = text.borders[border] if border < len(text.borders) else total
+        end = min(start + self._sizes.prefill_chunk, border, total)
+        scored = text.request.prompt_logprobs is not None and not text.begun
+        logits, scores = self._device.prefill(
+            text.row,
+            text.tokens[start:end],
+            width=self._width(end - start),
+            start=start,
+            total=total,
+            table=self._table[text.row],
+            targets=text.tokens[start + 1 : end + 1] if scored else None,
+        )
+        self.counts["prompt_tokens"] += end - start
+        text.held = end
+        if scores is not None:
+            _add_prompt_scores(text, start, scores)
+        if end < total:
+            if end % self._sizes.page_size == 0:
+                self._keep(text)
+            return True
+        self.reading = None
+        if text.request.max_tokens == 0:
+            text.end("length")
+            self._finish(text)
+            return True
+        self.running[text.row] = text
+        one = slice(text.row, text.row + 1)
+        sampled = self._sample(logits, one, np.ones(1, bool))
+        self._wrote(text, sampled, 0)
+        return True
+
+    def _admit(self, text: Text) -> bool:
+        """Give the first text that waits a row and its pages, if they are there."""
+        row = next((r for r in range(self._sizes.max_requests) if r not in self.running), None)
+        if row is None:
+            return False
+        size = self._sizes.page_size
+        if not text.digests:
+            text.digests = digests_of(text.tokens, size)
+        scored = text.request.prompt_logprobs is not None and not text.begun
+        reuse = self._reuse and not scored
+        prefix = self.prefixes.find(text.tokens, text.digests) if reuse else None
+        shared = prefix.pages[: prefix.num_tokens // size] if prefix else ()
+        needed = self._page_count(len(text.tokens) + 1) - len(shared)
+        held = prefix.pages if prefix else ()
+        self.pool.hold(held)
+        if not self.prefixes.make_room(needed + len(self.running)):
+            self.pool.release(held)
+            return False
+        text.pages = [*shared, *self.pool.take(needed)]
+        text.row, text.held = row, 0
+        if prefix is not None:
+            self._restore(text, prefix)
+        self.waiting.popleft()
+        self.reading = text
+        if not text.begun:
+            text.cached_tokens = text.held
+        self.counts["cached_tokens"] += text.held
+        last = (len(text.tokens) - 1) // size * size
+        parting = min(self.prefixes.parting(text.digests), last) if reuse else 0
+        text.borders = sorted({parting, last} if self._reuse else ())
+        self._table[row, : len(text.pages)] = text.pages
+        self._set(text)
+        return True
+
+    def _restore(self, text: Text, prefix: Prefix) -> None:
+        """Begin a text with a prefix, whose pages are held for it."""
+        assert text.row is not None
+        self._device.copy_row(prefix.row, text.row)
+        if prefix.tail:  # its page goes on otherwise
+            self._device.copy_page(prefix.pages[-1], text.pages[len(prefix.pages) - 1])
+            self.pool.release(prefix.pages[-1:])
+        text.held = prefix.num_tokens
+
+    def _keep(self, text: Text) -> None:
+        """Keep a text up to what is held, as a prefix."""
+        tokens, size = text.tokens[: text.held], self._sizes.page_size
+        if not self._reuse or text.row is None or not tokens:
+            return
+        if len(text.digests) < len(tokens) // size:
+            text.digests = digests_of(tokens, size)
+        if self.prefixes.has(tokens, text.digests):
+            return
+        row = self.prefixes.add(tokens, text.digests, text.pages)
+        if row is not None:
+            self._device.copy_row(text.row, row)
+
+    # Writing
+
+    def _write(self) -> bool:
+        """Write a token of every running text."""
+        for text in list(self.running.values()):
+            if text.row is not None:  # not preempted by an older one
+                self._make_room(text)
+        if not self.running:
+            return False
+        self._close_gaps()
+        rows = next(b for b in self._sizes.buckets if b > max(self.running))
+        tokens, lengths = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        active = np.zeros(rows, bool)
+        for row, text in self.running.items():
+            tokens[row], lengths[row], active[row] = text.tokens[-1], text.held, True
+        logits = self._device.decode(tokens, lengths, active, self._table[:rows])
+        for text in self.running.values():
+            text.held += 1
+        sampled = self._sample(logits, slice(0, rows), active)
+        for row, text in list(self.running.items()):
+            self._wrote(text, sampled, row)
+        return True
+
+    def _make_room(self, text: Text) -> None:
+        """Give a running text the page that its next token needs, if need be one of another's."""
+        while self._page_count(text.held + 1) > len(text.pages):
+            if not self.prefixes.make_room(1):
+                youngest = self.reading or next(reversed(self.running.values()))
+                self._preempt(youngest)
+                if youngest is text:
+                    return
+                continue
+            [page] = self.pool.take(1)
+            self._table[text.row, len(text.pages)] = page
+            text.pages.append(page)
+
+    def _preempt(self, text: Text) -> None:
+        """Let a text wait again; what it has written will be read like its prompt."""
+        self._leave(text)
+        text.digests, text.held = [], 0
+        self.waiting.appendleft(text)
+        self.counts["preempted"] += 1
+
+    def _wrote(self, text: Text, sampled: Sampled, at: int) -> None:
+        """Append the token drawn at a place to a text; it leaves if it ends with it."""
+        token, logprob = int(sampled.tokens[at]), None
+        if text.request.logprobs is not None:
+            ranked = zip(sampled.top_tokens[at].tolist(), sampled.top[at].tolist(), strict=True)
+            logprob = TokenLogprob(
+                token=token,
+                logprob=float(sampled.logprobs[at]),
+                top=tuple(ranked)[: text.request.logprobs],
+            )
+        self.counts["new_tokens"] += 1
+        try:
+            text.write(token, logprob)
+        except Exception as error:  # of its grammar; no other request is to suffer from it
+            text.end("error", _one_line(error))
+        if text.finish_reason is not None:
+            self._finish(text)
+
+    def _sample(
+        self, logits: Float[Array, "batch vocab"], rows: slice, active: Bool[np.ndarray, " batch"]
+    ) -> Sampled:
+        """Draw a token for the texts of some rows."""
+        for row in range(rows.start, rows.stop):
+            text = self.running.get(row)
+            if text is not None:
+                self._settings.position[row] = text.held
+                if text.request.token_filter is not None:
+                    self._allowed[row] = text.request.token_filter.allowed()
+        settings = RowSettings(**{k: v[rows] for k, v in vars(self._settings).items()})
+        return self._device.sample(logits, rows.start, settings, active, self._allowed[rows])
+
+    # Rows
+
+    def _set(self, text: Text) -> None:
+        """Write a text's settings and history into its row."""
+        request, s, row = text.request, self._settings, text.row
+        assert row is not None
+        sampling = request.sampling
+        s.temperature[row] = sampling.temperature
+        s.top_k[row] = min(sampling.top_k or 0, self._device.vocab_size)
+        s.top_p[row] = 1.0 if sampling.top_p is None else sampling.top_p
+        s.min_p[row] = sampling.min_p or 0.0
+        s.repetition_penalty[row] = sampling.repetition_penalty or 1.0
+        s.presence_penalty[row] = request.presence_penalty
+        s.frequency_penalty[row] = request.frequency_penalty
+        s.biased[row] = bool(request.logit_bias)
+        s.filtered[row] = request.token_filter is not None
+        s.logprobs[row] = request.logprobs is not None
+        s.rng_key[row] = text.rng_key
+        if text.has_history:
+            written = text.tokens[len(request.prompt) :]
+            self._device.begin_history(row, text.tokens, written, dict(request.logit_bias))
+
+    def _close_gaps(self) -> None:
+        """Move the last running text to a free row before it, where fewer rows then do."""
+        buckets, last = self._sizes.buckets, max(self.running)
+        taken = set(self.running) | ({self.reading.row} if self.reading else set())
+        free = next((row for row in range(last) if row not in taken), None)
+        needed = next(b for b in buckets if b >= len(self.running))
+        if free is None or next(b for b in buckets if b > last) == needed:
+            return
+        text = self.running[last]
+        self._device.copy_row(last, free, history=True)
+        self._table[free] = self._table[last]
+        for array in vars(self._settings).values():
+            array[free] = array[last]
+        self._allowed[free] = self._allowed[last]
+        text.row = free
+        self.running = {t.row: t for t in self.running.values() if t.row is not None}
+
+    def _finish(self, text: Text) -> None:
+        """Let a text go that has ended; what it read and wrote is kept as a prefix."""
+        self.counts["finished"] += 1
+        if text.row is not None:
+            self._keep(text)
+            self._leave(text)
+
+    def _leave(self, text: Text) -> None:
+        """Free what a text holds."""
+        assert text.row is not None
+        self.pool.release(text.pages)
+        if self.reading is text:
+            self.reading = None
+        self.running.pop(text.row, None)
+        text.pages, text.row = [], None
+
+    def _page_count(self, tokens: int) -> int:
+        return -(-tokens // self._sizes.page_size)
+
+    def _width(self, length: int) -> int:
+        widths: Iterator[int] = (w for w in _WIDTHS if w >= length)
+        return min(next(widths, self._sizes.prefill_chunk), self._sizes.prefill_chunk)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _add_prompt_scores(text: Text, start: int, scores: PromptScores) -> None:
+    """Add the scores of the tokens after `start` to a text."""
+    if not start:
+        text.prompt_logprobs = [None]
+    count = text.request.prompt_logprobs
+    followers = text.tokens[start + 1 :]
+    for token, logprob, top, which in zip(followers, *scores, strict=False):
+        ranked = tuple(zip(which.tolist(), top.tolist(), strict=True))[:count]
+        text.prompt_logprobs.append(TokenLogprob(token=token, logprob=float(logprob), top=ranked))
