@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -19,6 +19,7 @@ Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 
+@runtime_checkable
 class TokenFilter(Protocol):
     """Which tokens a grammar allows next; used by one request alone."""
 
