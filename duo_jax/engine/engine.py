@@ -138,10 +138,15 @@ class Engine:
         self._check(request)
         ticket = next(self._tickets)
 
+        listening = True
+
         def send(update: Update) -> None:
+            nonlocal listening
             try:
-                on_update(update)
+                if listening:
+                    on_update(update)
             except Exception:
+                listening = False
                 traceback.print_exc()
                 self.cancel(ticket)
 

@@ -28,7 +28,7 @@ class TokenFilter(Protocol):
         ...
 
     def accept(self, token: int) -> None:
-        """Go on by a token, which was allowed."""
+        """Go on by a token, which was allowed and does not end the text."""
         ...
 
 

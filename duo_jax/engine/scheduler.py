@@ -271,8 +271,8 @@ class Scheduler:
             text = self.running.get(row)
             if text is not None:
                 self._settings.position[row] = text.held
-                if text.request.token_filter is not None:
-                    self._allowed[row] = text.request.token_filter.allowed()
+                if text.allowed is not None:
+                    self._allowed[row] = text.allowed
         settings = RowSettings(**{k: v[rows] for k, v in vars(self._settings).items()})
         return self._device.sample(logits, rows.start, settings, active, self._allowed[rows])
 

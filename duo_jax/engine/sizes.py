@@ -67,9 +67,7 @@ def choose_sizes(
     page_size = argument("page_size", page_size, Count)
     if page_size < BLOCK or page_size & (page_size - 1):
         raise InputError(f"page_size {page_size} is not a power of two from {BLOCK}")
-    if prefill_chunk is None:
-        prefill_chunk = min(runtime.prefill_chunk, 1024)
-    prefill_chunk = argument("prefill_chunk", prefill_chunk, Count)
+    chunk = min(runtime.prefill_chunk, 1024) if prefill_chunk is None else prefill_chunk
     in_range = runtime.config.architecture.max_positions
     if max_len is not None:
         max_len = min(argument("max_len", max_len, Count), in_range)
@@ -93,7 +91,7 @@ def choose_sizes(
         num_pages=num_pages,
         page_size=page_size,
         snapshots=snapshots,
-        prefill_chunk=prefill_chunk,
+        prefill_chunk=argument("prefill_chunk", chunk, Count),
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import UInt32
+from jaxtyping import Int32, UInt32
 
 from duo_jax.engine.prefixes import Digests
 from duo_jax.engine.request import FinishReason, OnUpdate, Request, TokenLogprob, Update
@@ -32,6 +32,7 @@ class Text:
     cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprob | None] = dataclasses.field(default_factory=list)
     begun: bool = False  # an update was sent
+    allowed: Int32[np.ndarray, " words"] | None = None  # by a grammar, next
     finish_reason: FinishReason | None = None
 
     @property
@@ -50,8 +51,6 @@ class Text:
         """Append a token to the answer, and tell what that adds."""
         self.tokens.append(token)
         request = self.request
-        if request.token_filter is not None:
-            request.token_filter.accept(token)
         ends = token in self.end_tokens
         text = self.detokenizer.push([] if ends else [token])
         if ends or self.detokenizer.stopped:
@@ -60,6 +59,9 @@ class Text:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self.detokenizer.finish()
+        elif request.token_filter is not None:
+            request.token_filter.accept(token)
+            self.allowed = request.token_filter.allowed()
         self._send(text, (token,), () if logprob is None else (logprob,))
 
     def end(self, reason: FinishReason, error: str | None = None) -> None:
@@ -116,4 +118,5 @@ def new_text(
         end_tokens=frozenset([*own, *request.stop_tokens]),
         rng_key=np.asarray(jax.random.key_data(key)),
         tokens=list(request.prompt),
+        allowed=None if request.token_filter is None else request.token_filter.allowed(),
     )

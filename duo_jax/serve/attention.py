@@ -19,7 +19,7 @@ hold them, so that nothing depends on how a text is cut into chunks.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +112,7 @@ def attend_token(
     options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
     lengths, num_tokens, kept = layer_input.lengths, layer_input.num_tokens, layer_input.kept
     filled, place = lengths + num_tokens, {"lengths": lengths, "num_tokens": num_tokens}
-    paged = {"pages": layer_input.pages}
+    paged: dict[str, Any] = {"pages": layer_input.pages}
 
     def full(q, k, v, cache):
         cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens, **paged)
@@ -153,7 +153,7 @@ def attend_chunk(
     lengths, num_tokens, kept = layer_input.lengths, layer_input.num_tokens, layer_input.kept
     sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
     place = {"lengths": lengths, "num_tokens": num_tokens}
-    paged = {"pages": layer_input.pages}
+    paged: dict[str, Any] = {"pages": layer_input.pages}
 
     def full(q, k, v, cache):
         cache = update.append(cache, k, v, starts=kept, num_tokens=num_tokens, **paged)

@@ -17,6 +17,7 @@ from duo_jax.serve import sampling
 from duo_jax.serve.rows import token_logprobs
 from kernels import pytree
 
+Some = Array | np.ndarray  # numpy on the host, where rows come and go
 Logits = Float[Array, "batch vocab"]
 
 
@@ -25,18 +26,18 @@ Logits = Float[Array, "batch vocab"]
 class RowSettings:
     """How every row draws; a field has the value in brackets where a row does not use it."""
 
-    temperature: Float[Array, " batch"]  # (0)
-    top_k: Int[Array, " batch"]  # (0)
-    top_p: Float[Array, " batch"]  # (1)
-    min_p: Float[Array, " batch"]  # (0)
-    repetition_penalty: Float[Array, " batch"]  # (1)
-    presence_penalty: Float[Array, " batch"]  # (0)
-    frequency_penalty: Float[Array, " batch"]  # (0)
-    biased: Bool[Array, " batch"]  # logits have a bias (False)
-    filtered: Bool[Array, " batch"]  # a grammar allows some tokens only (False)
-    logprobs: Bool[Array, " batch"]  # log-probabilities are wanted (False)
-    rng_key: UInt32[Array, "batch 2"]  # data of a key
-    position: Int[Array, " batch"]  # tokens before the one that is drawn
+    temperature: Float[Some, " batch"]  # (0)
+    top_k: Int[Some, " batch"]  # (0)
+    top_p: Float[Some, " batch"]  # (1)
+    min_p: Float[Some, " batch"]  # (0)
+    repetition_penalty: Float[Some, " batch"]  # (1)
+    presence_penalty: Float[Some, " batch"]  # (0)
+    frequency_penalty: Float[Some, " batch"]  # (0)
+    biased: Bool[Some, " batch"]  # logits have a bias (False)
+    filtered: Bool[Some, " batch"]  # a grammar allows some tokens only (False)
+    logprobs: Bool[Some, " batch"]  # log-probabilities are wanted (False)
+    rng_key: UInt32[Some, "batch 2"]  # data of a key
+    position: Int[Some, " batch"]  # tokens before the one that is drawn
 
 
 @pytree.register
@@ -182,7 +183,7 @@ def _changed(
 
 def _drawn(x: Logits, *, s: RowSettings, active: Bool[Array, " batch"]) -> Int[Array, " batch"]:
     """Draw from the distributions that are left."""
-    keys = jax.random.wrap_key_data(s.rng_key)
+    keys = jax.random.wrap_key_data(jnp.asarray(s.rng_key))
     keys = jax.vmap(jax.random.fold_in)(keys, s.position)
     cut = active & (s.temperature > 0) & ((s.top_k > 0) | (s.top_p < 1))
     top_k = jnp.where(s.top_k > 0, s.top_k, x.shape[1])

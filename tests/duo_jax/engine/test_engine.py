@@ -200,16 +200,16 @@ def test_prefixes_are_forgotten_where_pages_or_snapshots_run_out(model):
 @pytest.mark.parametrize("kv", ["int4", "int2"])
 def test_packed_caches_are_shared_and_preempted_too(kv):
     model = duo_jax.load("demo", sink_size=4, recent_size=12, kv=kv)
-    served = make(model, cache_tokens=384)
+    narrow, wide = make(model, cache_tokens=320), make(model)
     texts = [LONG, LONG + " And", "Once upon a time"]
     asked = [request(model, prompt, max_tokens=60, logprobs=0) for prompt in texts]
-    first, second = run(served, *asked), run(served, *asked)
-    assert second[0].cached > 0
-    for answer, again, prompt in zip(first, second, texts, strict=True):
-        assert answer.reason == "length"
-        # A code may flip where a sum is rounded otherwise; texts of this model rarely do.
-        start = [np.mean([x.logprob for x in one.logprobs[:10]]) for one in (answer, again)]
-        assert start[0] == pytest.approx(start[1], abs=0.1), prompt
+    cold, warm, preempted = run(wide, *asked), run(wide, *asked), run(narrow, *asked)
+    assert warm[0].cached > 0
+    assert narrow.stats().preempted > 0
+    for answers in zip(cold, warm, preempted, strict=True):
+        # A code may flip where a sum is rounded otherwise.
+        starts = [np.mean([x.logprob for x in one.logprobs[:10]]) for one in answers]
+        np.testing.assert_allclose(starts, starts[0], atol=0.1)
 
 
 def test_log_probabilities_are_the_models_own(model):
@@ -346,10 +346,10 @@ def test_one_that_fails_disturbs_no_other(model, expected, capsys):
         request(model, "A", token_filter=Only([3], vocab_size)),  # has no second token
         request(model, PROMPTS[0]),
     )
-    assert (broken.reason, broken.tokens) == ("error", [3])
+    assert (broken.reason, len(broken.updates)) == ("error", 1)
     assert "IndexError" in broken.updates[-1].error
     assert fine.text == expected[False][0]
-    assert "nobody listens" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("OSError: nobody listens") == 1
 
     decode = served._scheduler._device.decode
     served._scheduler._device.decode = None
