@@ -10,6 +10,7 @@ Or one thread is in `run`, and others submit and cancel. Updates arrive in the t
 
 import dataclasses
 import itertools
+import pathlib
 import sys
 import threading
 import time
@@ -167,6 +168,33 @@ class Engine:
         with self._changed:
             self._cancelled.add(ticket)
             self._changed.notify_all()
+
+    def pin(self, folder: str | pathlib.Path) -> int:
+        """Keep a saved text (`Conversation.save`, `generate --save-cache`) as long as the engine.
+
+        Requests that begin with it need not read it. Not while another thread steps.
+
+        Args:
+          folder: where it was saved, with the same model, heads and KV format.
+
+        Returns:
+          Its tokens.
+
+        Raises:
+          InputError: the folder cannot be used, or there is too little room beside a request of
+            `max_len` tokens.
+        """
+        session = self.model.load_conversation(folder).session
+        assert session.cache is not None
+        [length] = session.cache.lengths.tolist()
+        if not self._scheduler.pin(session.tokens[0][:length], session.cache):
+            sizes = self.sizes
+            raise InputError(
+                f"{folder}: its {length:,} tokens do not fit beside a request of {self.max_len:,}: "
+                f"the cache has room for {sizes.num_pages * sizes.page_size:,} tokens and "
+                f"{sizes.snapshots:,} snapshots"
+            )
+        return length
 
     def step(self) -> bool:
         """Do a little for all requests; return whether any is left.

@@ -88,12 +88,12 @@ class Prefixes:
         known = (full for full in range(len(digests), 0, -1) if digests[full - 1] in self._known)
         return next(known, 0) * self._page_size
 
-    def has(self, tokens: Sequence[int], digests: Digests) -> bool:
-        """Whether a text is a prefix already."""
+    def has(self, tokens: Sequence[int], digests: Digests, *, pinned: bool = False) -> bool:
+        """Whether a text is a prefix already, of those that are pinned if so wished."""
         full = len(tokens) // self._page_size
         tail = tuple(tokens[full * self._page_size :])
         same = self._by_digest.get(digests[full - 1] if full else b"", [])
-        return any(prefix.tail == tail for prefix in same)
+        return any(prefix.tail == tail and (prefix.pinned or not pinned) for prefix in same)
 
     def add(
         self,
@@ -137,6 +137,11 @@ class Prefixes:
         while self._pool.num_free < pages:
             self._forget_one()
         return True
+
+    @property
+    def num_pinned_pages(self) -> int:
+        """Pages of prefixes that are never forgotten, counted for each of them."""
+        return sum(len(prefix.pages) for prefix in self._used if prefix.pinned)
 
     @property
     def num_pages(self) -> int:

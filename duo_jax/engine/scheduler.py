@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from duo_jax.cache import Cache
 from duo_jax.engine.device import Device, PromptScores
 from duo_jax.engine.page_pool import PagePool
 from duo_jax.engine.prefixes import Prefix, Prefixes, digests_of
@@ -87,6 +88,23 @@ class Scheduler:
         self.reading, self.running = None, {}
         self._begin()
         self._device.clear()
+
+    def pin(self, tokens: list[int], cache: Cache) -> bool:
+        """Keep a text for good, whose own cache is given; return whether there is room for it."""
+        digests = digests_of(tokens, self._sizes.page_size)
+        if self.prefixes.has(tokens, digests, pinned=True):
+            return True
+        needed, pinned = self._page_count(len(tokens)), self.prefixes.num_pinned_pages
+        request = self._page_count(self._sizes.max_len)
+        if needed + pinned + request > self._sizes.num_pages or not self.prefixes.make_room(needed):
+            return False
+        pages = self.pool.take(needed)
+        row = self.prefixes.add(tokens, digests, pages, pinned=True)
+        self.pool.release(pages)  # the prefix holds them
+        if row is None:
+            return False
+        self._device.adopt(cache, pages, row)
+        return True
 
     def check(self) -> None:
         """Assert that no page is lost or held twice by mistake."""

@@ -440,3 +440,28 @@ def test_stats_count_the_bytes_in_use(model):
     assert 0 < seen[0].cache_bytes < seen[0].full_cache_bytes
     assert served.stats().finished == 1
     assert isinstance(served.stats(), engine.Stats)
+
+
+@pytest.mark.parametrize("kv", ["model", "int2"])
+def test_a_saved_text_can_be_pinned(kv, tmp_path):
+    """It stays while others come and go, and gives what reading it gives."""
+    model = duo_jax.load("demo", sink_size=4, recent_size=12, kv=kv)
+    book = model.conversation()
+    book.append(LONG)
+    book.save(tmp_path / "book")
+    served = make(model, max_len=320, cache_tokens=768)
+    length = served.pin(tmp_path / "book")
+    asked = Request(prompt=(*book.session.tokens[0], 5, 6, 7), max_tokens=10, logprobs=0)
+    [answer] = run(served, asked)
+    [cold] = run(make(model), asked)
+    assert (answer.cached, cold.cached) == (length, 0)
+    np.testing.assert_allclose(
+        [x.logprob for x in answer.logprobs][:1], [x.logprob for x in cold.logprobs][:1], atol=1e-3
+    )
+    for start in range(2, 8):
+        run(served, Request(prompt=tuple(range(start, start + 200)), max_tokens=2))
+    assert run(served, asked)[0].cached >= length
+    assert served.pin(tmp_path / "book") == length  # it is there already
+    narrow = make(model, max_len=320, cache_tokens=320 + 64)
+    with pytest.raises(InputError, match="tokens do not fit beside a request of 320"):
+        narrow.pin(tmp_path / "book")
