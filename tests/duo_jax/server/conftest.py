@@ -7,12 +7,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
+import openai
 import pytest
 
-pytest.importorskip("fastapi", reason="the extra server is not installed")
-openai = pytest.importorskip("openai", reason="OpenAI's client is not installed")
-
-import httpx2
 
 import duo_jax
 from duo_jax.api import DuoModel
