@@ -10,7 +10,7 @@ from msgspec import Meta
 from duo_jax import files
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
-from duo_jax.schema.kinds import Count, Few, NotNegative
+from duo_jax.schema.kinds import Count, Few, NotNegative, Size
 from duo_jax.serve.sampling import SamplingConfig
 
 _MOST_KEYS = 10_000
@@ -33,17 +33,23 @@ class ServerFlags(ModelFlags):
     max_requests: Few = 16
     """Requests that are answered at the same time."""
     max_len: Count | None = None
-    """Tokens of a request, prompt and answer. Default: the model's range."""
+    """Tokens of a request, prompt and answer. Default: the model's range, or what fits."""
     cache_tokens: Count | None = None
-    """Tokens that the caches hold, of all requests together. Default: as many as all requests at
-    once may need."""
+    """Tokens that the caches hold, of all requests and kept prompts together. Default: as many as
+    all requests at once may need, or as fit into a share of the free memory (85% of a GPU's, 25% of
+    a computer's)."""
     page_size: Count = 64
     """Tokens of a page of the cache, a power of two from 64 on."""
     queue: Count = 256
     """Requests that may wait; those that come then are refused (429)."""
     prefix_reuse: bool = True
     """Keep the caches of prompts, for later ones that begin alike."""
-    prefill_chunk: Count = 512
+    snapshots: Size = 32
+    """How many beginnings of prompts are kept at most."""
+    pin: tuple[pathlib.Path, ...] = ()
+    """Folders that `python -m duo_jax.generate --save-cache` wrote: their texts are never read
+    again, whatever comes."""
+    prefill_chunk: Count = 1024
     """Number of prompt tokens read at a time; meanwhile, streams of other requests stand still."""
 
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(

@@ -13,7 +13,7 @@ from duo_jax.server.replies import Replies
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 # Of the engine's own numbers: those that only grow, and those that are now.
 _COUNTERS = {
-    "prompt_tokens": "Tokens of prompts.",
+    "prompt_tokens": "Tokens of prompts that were read.",
     "cached_tokens": "Tokens of prompts that were not read, as they were held already.",
     "new_tokens": "Tokens written.",
     "finished": "Requests that ended.",
@@ -25,7 +25,7 @@ _GAUGES = {
     "pages": "Pages of the caches of retrieval heads.",
     "pages_used": "Pages that requests hold.",
     "pages_reusable": "Pages of texts that ended, kept for others that begin alike.",
-    "cache_bytes": "Bytes of the caches of all running requests.",
+    "cache_bytes": "Bytes of the pages and rings that requests hold.",
     "full_cache_bytes": "Bytes that the same tokens would take with full caches on every head.",
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import uvicorn
 
+from duo_jax.engine.engine import Engine
 from duo_jax.errors import InputError
 from duo_jax.server.app import make_app
 from duo_jax.server.flags import ServerFlags
@@ -127,10 +128,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen at {host}, port {port}: {reason}") from None
 
 
-def _make_engine(flags: ServerFlags) -> Any:
-    from duo_jax.engine.engine import Engine
-
-    return Engine(
+def _make_engine(flags: ServerFlags) -> Engine:
+    engine = Engine(
         flags.load(),
         max_requests=flags.max_requests,
         max_len=flags.max_len,
@@ -138,4 +137,9 @@ def _make_engine(flags: ServerFlags) -> Any:
         page_size=flags.page_size,
         queue=flags.queue,
         prefix_reuse=flags.prefix_reuse,
+        snapshots=flags.snapshots,
+        prefill_chunk=flags.prefill_chunk,
     )
+    for folder in flags.pin:
+        print(f"pinned {engine.pin(folder):,} tokens of {folder}", flush=True)
+    return engine

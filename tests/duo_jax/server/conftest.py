@@ -11,13 +11,12 @@ import httpx2
 import openai
 import pytest
 
-
 import duo_jax
 from duo_jax.api import DuoModel
+from duo_jax.engine.engine import Engine
 from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.server import serving
 from duo_jax.server.service import Service, Settings
-from tests.duo_jax.server.dense_engine import DenseEngine
 from tests.duo_jax.server.template import TEMPLATE
 
 
@@ -45,7 +44,7 @@ class Served:
 def serving_of(make_engine: Any, **settings: Any) -> Iterator[Served]:
     """Run a server in a thread, at a free port."""
     settings = {"name": "demo", "root": "demo", "sampling": SamplingConfig()} | settings
-    service = Service(Settings(**settings), make_engine)
+    service = Service(Settings(most_texts=64, **settings), make_engine)
     server = serving.make_server(service, drain_seconds=5.0)
     with serving.listen("127.0.0.1", 0) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -70,6 +69,7 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
 
 @pytest.fixture(scope="session")
 def model() -> DuoModel:
+    """Return the demo model, with a chat template."""
     loaded = duo_jax.load("demo")
     loaded.tokenizer.chat_template = TEMPLATE
     return loaded
@@ -77,14 +77,10 @@ def model() -> DuoModel:
 
 @pytest.fixture(scope="session")
 def served(model: DuoModel) -> Iterator[Served]:
-    with serving_of(lambda: make_engine(model)) as running:
+    """Yield a server that all tests of this process share."""
+    with serving_of(lambda: Engine(model, max_requests=4, queue=64)) as running:
         wait_for(lambda: running.service.status != "loading")
         yield running
-
-
-def make_engine(model: DuoModel) -> Any:
-    """Return the engine that the tests' server has."""
-    return DenseEngine(model)
 
 
 @pytest.fixture(scope="session")
