@@ -10,8 +10,10 @@ from msgspec import Meta
 from duo_jax import files
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
-from duo_jax.schema.kinds import Count, Few, NotNegative, Size
+from duo_jax.schema.kinds import Count, Few, NotNegative, Share, Size
+from duo_jax.serve import PrefillMode
 from duo_jax.serve.sampling import SamplingConfig
+from duo_jax.session.runtime import KeepBy
 
 _MOST_KEYS = 10_000
 
@@ -19,6 +21,11 @@ _MOST_KEYS = 10_000
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerFlags(ModelFlags):
     """Flags of the command."""
+
+    # Fixed: an engine decides itself how prompts are cut, and shares what was read.
+    prefill_mode: Annotated[PrefillMode, tyro.conf.Suppress] = "exact"
+    keep: Annotated[Share, tyro.conf.Suppress] = 1.0
+    keep_by: Annotated[KeepBy, tyro.conf.Suppress] = "snapkv"
 
     host: str = "127.0.0.1"
     """Address to listen at: by default only for programs on this machine. 0.0.0.0: for everybody
@@ -60,7 +67,7 @@ class ServerFlags(ModelFlags):
 
     drain_seconds: NotNegative = 30.0
     """Seconds that running requests have to end after SIGTERM or Ctrl-C."""
-    max_body_bytes: Count = 64 * 2**20
+    max_body_bytes: Count = 16 * 2**20
     """Largest body of a request (413)."""
     access_log: bool = False
     """Print a line for every request."""

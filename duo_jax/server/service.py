@@ -37,7 +37,7 @@ class Settings:
     )
     """Where a request does not say how tokens are drawn."""
     keys: frozenset[str] = frozenset()
-    most_bytes: int = 64 * 2**20
+    most_bytes: int = 16 * 2**20
     """Of a body."""
     most_texts: int = 256
     """That one body may ask for: prompts times n."""

@@ -68,7 +68,7 @@ def test_a_chat_is_answered(page, client):
     assert second == answer.choices[0].message.content.lstrip()
 
 
-def test_the_page_says_how_fast_and_how_large(page, served):
+def test_the_page_says_how_fast_and_how_large(page):
     settings(page, most=120, temperature=0, long="Passkey third interpreter. " * 12)
     send(page, "Which is the third?")
     wait_for_answer(page)
