@@ -8,6 +8,7 @@ from duo_jax.process import startup
 # Modules are imported when they are asked for, so that the list appears at once.
 COMMANDS = {
     "generate": ("duo_jax.generate", "continue a text, answer a question, chat"),
+    "serve": ("duo_jax.server.__main__", "answer many clients over HTTP, as OpenAI does"),
     "identify": ("train.identify.__main__", "find the retrieval heads of a model"),
     "evaluate": ("duo_jax.evaluate.__main__", "measure what a pattern costs a model"),
     "plan": ("duo_jax.plan.__main__", "tell what fits on a GPU"),

@@ -21,7 +21,11 @@ OURS = {*PACKAGES, "benchmarks", "tests", "docs"}
 # Imported in environments of their own (benchmarks/serving/rivals.py, benchmarks/real_speed.py).
 ELSEWHERE = {"kvpress", "llama_cpp"}
 # Where an extra may be imported at the top of a file: nobody imports these without it.
-NEED_AN_EXTRA = ("duo_jax/evaluate/harness", "duo_jax/evaluate/lm_eval_model.py")
+NEED_AN_EXTRA = (
+    "duo_jax/evaluate/harness",
+    "duo_jax/evaluate/lm_eval_model.py",
+    "duo_jax/server",
+)
 
 
 def canonical(name: str) -> str:

@@ -167,7 +167,7 @@ atexit.register(_RENDERER.close)
 
 
 def render(
-    template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
     """Return a chat as a model's template writes it.
 
@@ -185,7 +185,7 @@ def render(
 
 
 def render_open(
-    template: str, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]
+    template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
 ) -> str:
     """Return a chat that ends within its last message, for the model to continue it.
 

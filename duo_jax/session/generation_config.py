@@ -14,20 +14,25 @@ class _Drawing(msgspec.Struct):
     do_sample: bool | None = None
 
 
-def suggested_sampling(folder: pathlib.Path) -> SamplingConfig:
+def suggested_sampling(folder: pathlib.Path, *, temperature: float = 0.0) -> SamplingConfig:
     """Return the sampling that the model in `folder` suggests; greedy where it suggests none.
 
     What the file leaves out, or says with null, stays off; only the temperature is 1 where
     do_sample is true without one. Without do_sample, only repetition_penalty counts.
+
+    Args:
+      folder: the model's folder.
+      temperature: where the file does not say whether to draw.
 
     Raises:
       InputError: the file is broken, or a value is out of range.
     """
     file = folder / "generation_config.json"
     if not files.present(file):
-        return SamplingConfig()
+        return SamplingConfig(temperature=temperature)
     found, where = read_json(file), files.shown(file)
     drawing = convert(found, _Drawing, where).do_sample
     names = field_kinds(SamplingConfig) if drawing else ["repetition_penalty"]
     values = {name: found[name] for name in names if found.get(name) is not None}
-    return replace(SamplingConfig(temperature=1.0 if drawing else 0.0), values, where)
+    unsaid = {None: temperature, True: 1.0, False: 0.0}[drawing]
+    return replace(SamplingConfig(temperature=unsaid), values, where)

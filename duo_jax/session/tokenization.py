@@ -19,7 +19,7 @@ from duo_jax.schema.json_reader import MAX_BYTES, parse_json, read_json
 from duo_jax.schema.kinds import LARGEST_INT32, Size
 from duo_jax.session import chat_template
 
-Message = dict[str, str]  # {"role": "user", "content": "..."}
+Message = dict[str, Any]  # {"role": "user", "content": "..."}, and what a template knows more
 _LONG_TEXT = 1 << 19  # characters; shorter ones are encoded before they are counted
 _NORMALISED = 4  # characters that a normaliser may make one of
 _LONGEST_VARIABLES = MAX_BYTES // 2  # characters, as ASCII; messages are kept beside them
@@ -117,15 +117,19 @@ class Tokenization:
           InputError: the model has no chat template, or it cannot render these messages.
         """
         text = self.render_chat(messages, answer=answer, variables=variables)
-        self._check(text, "the chat")
-        whole = self._encode(text, special=False)  # the template writes the special tokens itself
+        whole = self.encode_markup(text)  # the template writes the special tokens itself
         kept, place = self._shared(text, before)
         if whole[: len(kept)] == kept:
             return whole
         return kept + self._pieces.encode(text[place:], before=kept)
 
     def encode_markup(self, text: str) -> list[int]:
-        """Tokenise the beginning of a rendered chat, which holds its own special tokens."""
+        """Tokenise the beginning of a rendered chat, which holds its own special tokens.
+
+        Raises:
+          InputError: it is no text, or too long for the model whatever its tokens are.
+        """
+        self._check(text, "the chat")
         return self._encode(text, special=False)
 
     def _check(self, text: str, name: str) -> None:
