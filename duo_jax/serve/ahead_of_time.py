@@ -19,6 +19,7 @@ from duo_jax.heads.split import DuoConfig
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import WeightFormat, quantised_shapes
+from duo_jax.serve import rows
 from kernels import aot
 
 
@@ -93,3 +94,74 @@ def prefill_chunk(
     cache = cache_shapes(config, **sizes)
     params = param_shapes(config.architecture, dtype, weights=weights)
     return aot.compile_for(target, read, params, cache, tokens, num_tokens, donate_argnums=(1,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedSizes:
+    """Caches of an engine (duo_jax.engine.sizes)."""
+
+    rows: int  # of the rings: requests and snapshots
+    num_pages: int
+    page_size: int
+    max_len: int
+
+
+def engine_decode(
+    config: DuoConfig,
+    sizes: PagedSizes,
+    *,
+    target: aot.Target,
+    batch_size: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    kv: KVFormat = "model",
+) -> jax.stages.Compiled:
+    """Compile an engine's decode step for some rows of a paged cache, which is updated in place."""
+
+    def step(params, layers, tokens, lengths, active, table):
+        return rows.decode_rows.__wrapped__(
+            config, params, layers, tokens, lengths, active, table, implementation="triton"
+        )
+
+    cache, params = _paged(config, sizes, dtype, kv)
+    one = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    active = jax.ShapeDtypeStruct((batch_size,), bool)
+    table = jax.ShapeDtypeStruct((batch_size, sizes.max_len // sizes.page_size), jnp.int32)
+    arguments = (params, cache.layers, one, one, active, table)
+    return aot.compile_for(target, step, *arguments, donate_argnums=(1,))
+
+
+def engine_prefill(
+    config: DuoConfig,
+    sizes: PagedSizes,
+    *,
+    target: aot.Target,
+    chunk: int,
+    dtype: DTypeLike = jnp.bfloat16,
+    kv: KVFormat = "model",
+) -> jax.stages.Compiled:
+    """Compile the reading of a chunk into one row of a paged cache."""
+
+    def read(params, layers, row, tokens, *place):
+        return rows.prefill_row.__wrapped__(
+            config, params, layers, row, tokens, *place, implementation="triton"
+        )
+
+    cache, params = _paged(config, sizes, dtype, kv)
+    row, one = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1,)))
+    tokens = jax.ShapeDtypeStruct((1, chunk), jnp.int32)
+    table = jax.ShapeDtypeStruct((1, sizes.max_len // sizes.page_size), jnp.int32)
+    arguments = (params, cache.layers, row, tokens, one, one, one, table)
+    return aot.compile_for(target, read, *arguments, donate_argnums=(1,))
+
+
+def _paged(config: DuoConfig, sizes: PagedSizes, dtype: DTypeLike, kv: KVFormat) -> tuple[Any, Any]:
+    cache = cache_shapes(
+        config,
+        batch_size=sizes.rows,
+        max_len=sizes.max_len,
+        dtype=dtype,
+        kv=kv,
+        num_pages=sizes.num_pages,
+        page_size=sizes.page_size,
+    )
+    return cache, param_shapes(config.architecture, dtype)
