@@ -18,7 +18,7 @@ from duo_jax.server.answers import (
     Delta,
     TopLogprob,
 )
-from duo_jax.server.errors import RESPONSES, ApiError
+from duo_jax.server.errors import RESPONSES, STREAMED, ApiError
 from duo_jax.server.replies import Replies
 from duo_jax.server.schema import ChatBody
 from duo_jax.server.service import Service
@@ -28,7 +28,7 @@ from duo_jax.server.vocabulary import Vocabulary
 router = APIRouter(responses=RESPONSES)
 
 
-@router.post("/v1/chat/completions", response_model=ChatCompletion)
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
 async def answer_chat(body: ChatBody, request: Request) -> Response:
     """Answer a chat."""
     service: Service = request.app.state.service

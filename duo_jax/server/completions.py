@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from duo_jax.data import tokenizer_calls
 from duo_jax.server import drawing, written
 from duo_jax.server.answers import Completion, TextChoice, TextLogprobs
-from duo_jax.server.errors import RESPONSES, ApiError
+from duo_jax.server.errors import RESPONSES, STREAMED, ApiError
 from duo_jax.server.replies import Replies
 from duo_jax.server.schema import CompletionBody
 from duo_jax.server.service import Service
@@ -19,7 +19,7 @@ router = APIRouter(responses=RESPONSES)
 _MAX_TOKENS = 16  # where a body says nothing, as OpenAI's
 
 
-@router.post("/v1/completions", response_model=Completion)
+@router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def complete(body: CompletionBody, request: Request) -> Response:
     """Continue texts."""
     service: Service = request.app.state.service

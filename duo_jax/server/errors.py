@@ -33,6 +33,11 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer} for status in (400, 401, 404, 413, 422, 429, 500, 503)
 }
 
+# What answers 200 may be, too.
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+}
+
 
 class ApiError(Exception):
     """An answer that is an error."""

@@ -149,7 +149,9 @@ class Service:
 
     def drain(self, timeout_s: float) -> None:
         """Take no more requests, and wait for those that run; then end the engine."""
-        self.status = "draining" if self.status != "failed" else "failed"
+        if self.status == "failed":
+            return
+        self.status = "draining"
         if self._engine is not None:
             self._engine.drain(timeout_s)
             self._engine.close()

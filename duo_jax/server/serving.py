@@ -85,12 +85,12 @@ def serve(flags: ServerFlags) -> None:
         service = Service(
             settings,
             functools.partial(_make_engine, flags),
-            on_ready=lambda: print(f"serving {flags.name} at {url}", flush=True),
+            on_ready=functools.partial(_say, f"serving {flags.name} at {url}"),
             on_failure=lambda: setattr(server, "should_exit", True),
         )
         server = make_server(service, flags.drain_seconds, access_log=flags.access_log)
         service.start()
-        print(f"loading {flags.model}; {url}/health tells when it is ready", flush=True)
+        _say(f"loading {flags.model}; {url}/health tells when it is ready")
         server.run(sockets=[listening])
     if service.error is not None:
         raise service.error
@@ -123,7 +123,7 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, TypeError) as error:  # Python names bad hosts in these ways
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot listen at {host}, port {port}: {reason}") from None
 
@@ -141,5 +141,10 @@ def _make_engine(flags: ServerFlags) -> Engine:
         prefill_chunk=flags.prefill_chunk,
     )
     for folder in flags.pin:
-        print(f"pinned {engine.pin(folder):,} tokens of {folder}", flush=True)
+        _say(f"pinned {engine.pin(folder):,} tokens of {folder}")
     return engine
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads: no reason to stop serving
+        print(text, flush=True)

@@ -78,7 +78,7 @@ def model() -> DuoModel:
 @pytest.fixture(scope="session")
 def served(model: DuoModel) -> Iterator[Served]:
     """Yield a server that all tests of this process share."""
-    with serving_of(lambda: Engine(model, max_requests=4, queue=64)) as running:
+    with serving_of(lambda: Engine(model, max_requests=4)) as running:
         wait_for(lambda: running.service.status != "loading")
         yield running
 

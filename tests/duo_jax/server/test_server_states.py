@@ -52,13 +52,15 @@ def test_a_server_that_loads_says_so(model):
         assert http.post("/v1/completions", json=asked()).status_code == 200
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server():
+def test_a_model_that_cannot_be_loaded_is_not_waited_for():
     def load():
         raise InputError("no such model")
 
-    with serving_of(load) as failing:
-        wait_for(lambda: failing.server.should_exit)
+    with serving_of(load) as failing, failing.http() as http:
+        wait_for(lambda: failing.service.status == "failed")
         assert str(failing.service.error) == "no such model"
+        assert http.get("/health").status_code == 503
+        assert http.get("/v1/models").json()["error"]["code"] == "failed"
 
 
 def test_requests_beyond_the_queue_are_refused_and_the_others_answered(slow):
@@ -166,8 +168,8 @@ def test_a_defect_is_answered_without_its_details(model, monkeypatch):
 def test_only_those_with_a_key_are_answered(model):
     with serving_of(lambda: DenseEngine(model), keys=frozenset(["one", "zwei-é"])) as keyed:
         wait_for(lambda: keyed.service.status == "ready")
-        for key in ("", "two", "on", "onee"):
-            with keyed.http(headers={"authorization": f"Bearer {key}"}) as http:
+        for given in ("Bearer two", "Bearer on", "Bearer onee", "Basic one", "one", "Bearer"):
+            with keyed.http(headers={"authorization": given}) as http:
                 answer = http.post("/v1/completions", json=asked())
                 assert answer.status_code == 401
                 assert answer.json()["error"]["code"] == "invalid_api_key"
