@@ -8,7 +8,10 @@ import pytest
 import duo_jax
 
 ROOT = pathlib.Path(__file__).parents[2]
+# Of a client: tests/duo_jax/server/test_server_docs.py has a server for it.
+WITH_SERVER = ROOT / "docs/server.md"
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+PAGES.remove(WITH_SERVER)
 
 
 def blocks(page: pathlib.Path) -> list[str]:
@@ -35,4 +38,4 @@ def test_examples_run(page, demo, monkeypatch, tmp_path):
 
 def test_readme_and_the_page_on_serving_have_examples():
     assert len(blocks(ROOT / "README.md")) == 1
-    assert len(blocks(ROOT / "docs/serving.md")) == 2
+    assert len(blocks(ROOT / "docs/serving.md")) == 3
