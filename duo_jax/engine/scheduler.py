@@ -311,7 +311,7 @@ class Scheduler:
         s.biased[row] = bool(request.logit_bias)
         s.filtered[row] = request.token_filter is not None
         s.logprobs[row] = request.logprobs is not None
-        s.rng_key[row] = text.rng_key
+        s.seed[row], s.choice[row] = request.seed, request.choice
         if text.has_history:
             written = text.tokens[len(request.prompt) :]
             self._device.begin_history(row, text.tokens, written, dict(request.logit_bias))

@@ -4,9 +4,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Int32, UInt32
+from jaxtyping import Int32
 
 from duo_jax.engine.prefixes import Digests
 from duo_jax.engine.request import FinishReason, OnUpdate, Request, TokenLogprob, Update
@@ -22,7 +21,6 @@ class Text:
     on_update: OnUpdate
     detokenizer: Detokenizer
     end_tokens: Collection[int]  # that end it, and have no text
-    rng_key: UInt32[np.ndarray, "2"]
     tokens: list[int]  # prompt and answer
     digests: Digests = dataclasses.field(default_factory=list)  # of the prompt's pages
     borders: list[int] = dataclasses.field(default_factory=list)  # of chunks
@@ -103,7 +101,6 @@ def new_text(
       tokenizer: the model's, of transformers.
       stop_tokens: the model's tokens that end a text.
     """
-    key = jax.random.fold_in(jax.random.key(request.seed), request.choice)
     own = () if request.ignore_eos else stop_tokens
     return Text(
         ticket=ticket,
@@ -116,7 +113,6 @@ def new_text(
             skip_special_tokens=request.skip_special_tokens,
         ),
         end_tokens=frozenset([*own, *request.stop_tokens]),
-        rng_key=np.asarray(jax.random.key_data(key)),
         tokens=list(request.prompt),
         allowed=None if request.token_filter is None else request.token_filter.allowed(),
     )

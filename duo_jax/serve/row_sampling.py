@@ -7,11 +7,12 @@ that duo_jax.serve.sampling draws.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int32, Key, UInt32
 
 from duo_jax.serve import sampling
 from duo_jax.serve.rows import token_logprobs
@@ -36,7 +37,8 @@ class RowSettings:
     biased: Bool[Some, " batch"]  # logits have a bias (False)
     filtered: Bool[Some, " batch"]  # a grammar allows some tokens only (False)
     logprobs: Bool[Some, " batch"]  # log-probabilities are wanted (False)
-    rng_key: UInt32[Some, "batch 2"]  # data of a key
+    seed: UInt32[Some, " batch"]
+    choice: Int[Some, " batch"]  # which of several texts with one seed
     position: Int[Some, " batch"]  # tokens before the one that is drawn
 
 
@@ -85,7 +87,8 @@ def no_settings(rows: int) -> RowSettings:
         biased=np.zeros(rows, bool),
         filtered=np.zeros(rows, bool),
         logprobs=np.zeros(rows, bool),
-        rng_key=np.zeros((rows, 2), np.uint32),
+        seed=np.zeros(rows, np.uint32),
+        choice=np.zeros(rows, np.int32),
         position=np.zeros(rows, np.int32),
     )
 
@@ -183,8 +186,7 @@ def _changed(
 
 def _drawn(x: Logits, *, s: RowSettings, active: Bool[Array, " batch"]) -> Int[Array, " batch"]:
     """Draw from the distributions that are left."""
-    keys = jax.random.wrap_key_data(jnp.asarray(s.rng_key))
-    keys = jax.vmap(jax.random.fold_in)(keys, s.position)
+    keys = jax.vmap(_key)(s.seed, s.choice, s.position)
     cut = active & (s.temperature > 0) & ((s.top_k > 0) | (s.top_p < 1))
     top_k = jnp.where(s.top_k > 0, s.top_k, x.shape[1])
     options = {
@@ -199,6 +201,12 @@ def _drawn(x: Logits, *, s: RowSettings, active: Bool[Array, " batch"]) -> Int[A
         x,
     )
     return jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+
+
+def _key(seed: Any, choice: Any, position: Any) -> Key[Array, ""]:
+    """Return the key of a place of a text, as duo_jax.serve.decoding does for rows of a batch."""
+    row = jax.random.fold_in(jax.random.key(seed), choice)
+    return jax.random.fold_in(row, position)
 
 
 def _processed(x: Float[Array, " vocab"], options: dict[str, Array]) -> Float[Array, " vocab"]:

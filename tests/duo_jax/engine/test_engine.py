@@ -300,8 +300,9 @@ def test_texts_end_with_stop_strings_and_tokens(model):
 
 def test_choices_of_a_seed_differ_as_rows_of_a_batch_do(model):
     served = make(model)
-    texts = model.generate(["A", "A"], max_new_tokens=20, seed=4, temperature=1.0)
-    settings = {"sampling": SamplingConfig(temperature=1.0), "seed": 4}
+    seed = 2**32 - 1
+    texts = model.generate(["A", "A"], max_new_tokens=20, seed=seed, temperature=1.0)
+    settings = {"sampling": SamplingConfig(temperature=1.0), "seed": seed}
     answers = run(served, *(request(model, "A", choice=n, **settings) for n in range(2)))
     assert [answer.text for answer in answers] == texts
 
