@@ -11,7 +11,11 @@ class EngineKind(Protocol):
     """Answers requests in a thread of its own."""
 
     model: DuoModel
-    max_len: int
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of a request, prompt and answer."""
+        ...
 
     def submit(self, request: Request, on_update: OnUpdate) -> int:
         """Take a request, from any thread; return its ticket."""
@@ -25,7 +29,7 @@ class EngineKind(Protocol):
         """Answer requests until the engine is closed."""
         ...
 
-    def drain(self, timeout_s: float) -> Any:
+    def drain(self, timeout: float | None = None) -> Any:
         """Take no more requests, and wait for those that run."""
         ...
 

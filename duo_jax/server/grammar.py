@@ -12,7 +12,7 @@ from duo_jax.server.schema import ResponseFormat
 from duo_jax.server.vocabulary import Vocabulary
 
 # One space and no line ends: small models would write nothing else without end.
-_SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class JsonFilter:

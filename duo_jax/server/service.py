@@ -147,13 +147,13 @@ class Service:
         call = functools.partial(function, *args, **named)
         return await asyncio.get_running_loop().run_in_executor(self._tokenizing, call)
 
-    def drain(self, timeout_s: float) -> None:
+    def drain(self, seconds: float) -> None:
         """Take no more requests, and wait for those that run; then end the engine."""
         if self.status == "failed":
             return
         self.status = "draining"
         if self._engine is not None:
-            self._engine.drain(timeout_s)
+            self._engine.drain(seconds)
             self._engine.close()
 
     def _ended(self, replies: Replies) -> None:

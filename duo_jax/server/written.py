@@ -75,7 +75,7 @@ class Counts:
         self._asked = options is not None and options.include_usage
         self._replies, self._n = replies, body.n or 1
 
-    def now(self) -> dict[str, Usage | None]:
+    def now(self) -> dict[str, Any]:
         """Return the field of a chunk; null where only the last chunk counts."""
         if self._always:
             return {"usage": usage(self._replies, self._n)}

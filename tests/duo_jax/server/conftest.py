@@ -78,7 +78,8 @@ def model() -> DuoModel:
 @pytest.fixture(scope="session")
 def served(model: DuoModel) -> Iterator[Served]:
     """Yield a server that all tests of this process share."""
-    with serving_of(lambda: Engine(model, max_requests=4)) as running:
+    small = {"max_requests": 4, "max_len": 512, "prefill_chunk": 256}
+    with serving_of(lambda: Engine(model, **small)) as running:
         wait_for(lambda: running.service.status != "loading")
         yield running
 

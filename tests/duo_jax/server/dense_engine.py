@@ -87,10 +87,10 @@ class DenseEngine:
                 self._numbers.finished += 1
                 self._idle.notify_all()
 
-    def drain(self, timeout_s: float) -> None:
+    def drain(self, timeout: float | None = None) -> None:
         self._draining = True
         with self._idle:
-            self._idle.wait_for(lambda: self._unfinished == 0, timeout_s)
+            self._idle.wait_for(lambda: self._unfinished == 0, timeout)
 
     def close(self) -> None:
         self._draining = self._closed = True

@@ -4,7 +4,8 @@ TEMPLATE = (
     "{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
     "{% for m in messages %}"
     "{% if m.role == 'nobody' %}{{ raise_exception('nobody cannot speak') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )

@@ -242,7 +242,7 @@ def test_a_prompt_that_was_read_is_not_read_again(ask, model):
 
 def test_what_leaves_no_room_is_refused(ask):
     with pytest.raises(openai.BadRequestError) as error:
-        ask(max_tokens=1020)
+        ask(max_tokens=510)
     assert error.value.code == "context_length_exceeded"
 
 

@@ -31,7 +31,7 @@ def requests(kind, arguments):
 def inside(model):
     from duo_jax.evaluate.harness.model import DuoLM
 
-    return DuoLM(model, LmEvalFlags())
+    return DuoLM(model, LmEvalFlags(max_length=512))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def over_http(served):
         return LocalCompletionsAPI(
             model="demo",
             base_url=f"{served.url}/v1/completions",
-            max_length=1024,
+            max_length=512,
             max_retries=1,
             **settings,
         )

@@ -86,11 +86,11 @@ def test_the_page_says_how_fast_and_how_large(page):
 
 
 def test_an_answer_can_be_stopped(page, served):
-    settings(page, most=800, temperature=0)
+    settings(page, most=400, temperature=0)
     before = served.engine.stats().finished
-    send(page, "us us us")
+    send(page, "Passkey first")
     written = page.locator(".assistant .said")
-    sync_api.expect(written).to_have_text(re.compile("us.*us", re.DOTALL))
+    sync_api.expect(written).to_have_text(re.compile("Passkey.*Passkey", re.DOTALL))
     page.click("#stop")
     wait_for_answer(page)
     assert "stopped" in page.locator(".assistant .soft").text_content()
@@ -103,7 +103,7 @@ def test_what_is_wrong_is_shown_and_text_is_no_html(page):
     settings(page, most=5000)
     send(page, "<img src=x onerror=alert(1)>")
     page.wait_for_selector(".error")
-    assert "1,024 tokens" in page.locator(".error").text_content()
+    assert "512 tokens" in page.locator(".error").text_content()
     assert page.locator(".user .said").text_content() == "<img src=x onerror=alert(1)>"
     assert page.locator("img").count() == 0
     page.click("#clear")
