@@ -15,7 +15,7 @@ TEXT = "Passkey third interpreter and the rest. "
 GREEDY = [
     {"prompt": TEXT * 12, "max_tokens": 10},
     {"prompt": TEXT * 12 + "Passkey", "max_tokens": 10},
-    {"prompt": TEXT * 30, "max_tokens": 4},
+    {"prompt": TEXT * 18, "max_tokens": 4},
     {"prompt": "us us us", "max_tokens": 24, "frequency_penalty": 1.5},
     {"prompt": "us us us", "max_tokens": 24, "presence_penalty": 1.0, "logit_bias": {"300": 3}},
     {"prompt": ["é 你好", "Return the value"], "max_tokens": 12, "n": 2},
