@@ -44,7 +44,7 @@ async def answer_chat(body: ChatBody, request: Request) -> Response:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         continues=bool(body.continue_final_message),
     )
-    replies = service.submit(asked)
+    replies = await service.submit(asked)
     answer = _Answer(body, service, replies)
     if body.stream:
         return EventStream(answer.chunks(), replies.close)

@@ -36,7 +36,7 @@ async def complete(body: CompletionBody, request: Request) -> Response:
         logprobs=logprobs,
         prompt_logprobs=logprobs if body.echo else None,
     )
-    replies = service.submit(asked)
+    replies = await service.submit(asked)
     texts = [text for text, _ in prompts for _ in range(body.n or 1)]
     answer = _Answer(body, service, replies, texts)
     if body.stream:
@@ -57,23 +57,18 @@ class _Answer:
         self, body: CompletionBody, service: Service, replies: Replies, prompts: list[str]
     ) -> None:
         self._body, self._replies, self._prompts = body, replies, prompts
+        self._service = service
         self._head = written.head("text_completion", "cmpl", service)
         echo = bool(body.echo)
         self._spellers = [Speller(service, one, echo=echo) for one in replies.requests]
 
     async def whole(self) -> Completion:
         """Return the whole answer."""
-        choices = []
-        for index, one in enumerate(await written.collect(self._replies)):
-            speller, prompt, logprobs = self._spellers[index], "", None
-            parts = []
-            if self._body.echo:
-                prompt = self._prompts[index]
-                parts += self._prompt_logprobs(index, one.prompt_logprobs)
-            if self._body.logprobs is not None:
-                parts.append(speller.written(one.tokens, one.logprobs, last=True))
-                logprobs = joined(parts)
-            choices.append(_choice(index, prompt + one.text, logprobs, one.finish_reason))
+        found = await written.collect(self._replies)
+        # Long prompts take a while to be spelled.
+        choices = await self._service.tokenizing(
+            lambda: [self._choice(index, one) for index, one in enumerate(found)]
+        )
         usage = written.usage(self._replies, self._body.n or 1)
         return Completion(**self._head, choices=choices, usage=usage)
 
@@ -85,7 +80,9 @@ class _Answer:
             parts, text, reason = [], update.text, update.finish_reason
             if self._body.echo and index not in begun:
                 text = self._prompts[index] + text
-                parts += self._prompt_logprobs(index, update.prompt_logprobs or ())
+                parts += await self._service.tokenizing(
+                    self._prompt_logprobs, index, update.prompt_logprobs or ()
+                )
             begun.add(index)
             if self._body.logprobs is not None and (update.logprobs or parts):
                 last = reason is not None
@@ -97,6 +94,17 @@ class _Answer:
                 yield Completion(**self._head, choices=[choice], **counts.now())
         if (usage := counts.last()) is not None:
             yield Completion(**self._head, choices=[], usage=usage)
+
+    def _choice(self, index: int, one: written.Written) -> TextChoice:
+        prompt, parts = "", []
+        if self._body.echo:
+            prompt = self._prompts[index]
+            parts += self._prompt_logprobs(index, one.prompt_logprobs)
+        if self._body.logprobs is not None:
+            speller = self._spellers[index]
+            parts.append(speller.written(one.tokens, one.logprobs, last=True))
+        logprobs = joined(parts) if parts else None
+        return _choice(index, prompt + one.text, logprobs, one.finish_reason)
 
     def _prompt_logprobs(self, index: int, logprobs: Any) -> list[TextLogprobs]:
         if self._body.logprobs is None:

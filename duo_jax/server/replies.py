@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from duo_jax.engine.request import Request, Update
 from duo_jax.server.engine_kind import EngineKind
@@ -37,17 +37,21 @@ class Replies:
         self._tickets: list[int] = []
         self._queue: asyncio.Queue[tuple[int, Update]] = asyncio.Queue()
 
-    def submit(self, request: Request) -> None:
-        """Ask one more request.
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Ask all requests, before the first update is read; in any thread.
 
         Raises:
           InputError, QueueFullError, DrainingError: as `Engine.submit`.
         """
-        on_update = functools.partial(self._put, len(self.requests))
-        self._tickets.append(self._engine.submit(request, on_update))
-        self.requests.append(request)
-        self.new_tokens.append(0)
-        self.cached_tokens.append(0)
+        for index, request in enumerate(requests):
+            ticket = self._engine.submit(request, functools.partial(self._put, index))
+            self._tickets.append(ticket)
+            self.requests.append(request)
+            self.new_tokens.append(0)
+            self.cached_tokens.append(0)
+            if self.ended is not None:  # closed meanwhile
+                self._engine.cancel(ticket)
+                return
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """Yield the number of a request and an update, until every request has ended."""

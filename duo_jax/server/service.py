@@ -122,8 +122,8 @@ class Service:
                 code="model_not_found",
             )
 
-    def submit(self, requests: Sequence[Request]) -> Replies:
-        """Hand requests to the engine, all or none; call it in the event loop.
+    async def submit(self, requests: Sequence[Request]) -> Replies:
+        """Hand requests to the engine, all or none.
 
         Raises:
           ApiError: there is no engine, or the server ends.
@@ -135,8 +135,7 @@ class Service:
         replies = Replies(engine, asyncio.get_running_loop(), on_end=self._ended)
         self._open.add(replies)
         try:
-            for request in requests:
-                replies.submit(request)
+            await self.tokenizing(replies.submit, requests)
         except BaseException:
             replies.close()
             raise
