@@ -56,6 +56,8 @@ class ServerFlags(ModelFlags):
     pin: tuple[pathlib.Path, ...] = ()
     """Folders that `python -m duo_jax.generate --save-cache` wrote: their texts are never read
     again, whatever comes."""
+    warm_up: bool = True
+    """Compile programs for requests of all sizes before the server is ready."""
     prefill_chunk: Count = 1024
     """Number of prompt tokens read at a time; meanwhile, streams of other requests stand still."""
 

@@ -40,6 +40,7 @@ class Metrics:
 
     def __init__(self, engine: Callable[[], EngineKind | None], ready: Callable[[], bool]) -> None:
         self._engine, self._ready, self._registry = engine, ready, CollectorRegistry()
+        self._before: dict[str, int] = {}
         self._registry.register(self)
         self._requests = Counter(
             "duo_jax_requests",
@@ -50,6 +51,11 @@ class Metrics:
         self._first = self._seconds("time_to_first_token", "Until a body's first token.")
         self._each = self._seconds("time_per_token", "Between the tokens of a text, on average.")
         self._whole = self._seconds("request", "Until a body was answered.")
+
+    def begin(self) -> None:
+        """Count what the engine does from now on."""
+        self._before = {}
+        self._before = {name: self.stats().get(name, 0) for name in _COUNTERS}
 
     def observe(self, replies: Replies) -> None:
         """Count what has ended."""
@@ -70,7 +76,10 @@ class Metrics:
     def stats(self) -> dict[str, Any]:
         """Return the engine's numbers; none while there is no engine."""
         engine = self._engine()
-        return {} if engine is None else dataclasses.asdict(engine.stats())
+        if engine is None:
+            return {}
+        found = dataclasses.asdict(engine.stats())
+        return {name: value - self._before.get(name, 0) for name, value in found.items()}
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
         """Yield the engine's numbers; the registry asks for them."""

@@ -74,7 +74,7 @@ class Generation(Body):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=1000)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     """Token numbers, as texts, and what is added to their logits."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None

@@ -164,6 +164,7 @@ class Service:
             engine = self._make_engine()
             self._vocabulary = Vocabulary(engine.model)
             self._engine = engine
+            self.metrics.begin()
             if self.status == "loading":
                 self.status = "ready"
                 self._on_ready()

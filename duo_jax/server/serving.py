@@ -17,6 +17,7 @@ from duo_jax.errors import InputError
 from duo_jax.server.app import make_app
 from duo_jax.server.flags import ServerFlags
 from duo_jax.server.service import Service, Settings
+from duo_jax.server.warm_up import warm_up
 
 _KEEP_ALIVE = 65  # seconds: longer than the minute after which proxies give up connections
 _LAST_SECONDS = 5  # for answers on their way, once the engine has ended
@@ -142,6 +143,8 @@ def _make_engine(flags: ServerFlags) -> Engine:
     )
     for folder in flags.pin:
         _say(f"pinned {engine.pin(folder):,} tokens of {folder}")
+    if flags.warm_up:
+        warm_up(engine)
     return engine
 
 

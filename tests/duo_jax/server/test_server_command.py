@@ -20,6 +20,7 @@ from duo_jax.server import serving
 from duo_jax.server.flags import ServerFlags
 
 ROOT = pathlib.Path(__file__).parents[3]
+FEW = ["--max-requests", "2", "--no-warm-up"]  # programs
 LONG = {"prompt": "us us us", "max_tokens": 300, "temperature": 0, "stream": True}
 
 
@@ -27,7 +28,7 @@ LONG = {"prompt": "us us us", "max_tokens": 300, "temperature": 0, "stream": Tru
 def running(port=0):
     """Run the command; yield its process and its address, once the model is there."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "duo_jax.server", "--port", str(port), "--max-requests", "2"],
+        [sys.executable, "-m", "duo_jax.server", "--port", str(port), *FEW],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,

@@ -83,6 +83,7 @@ def _assert_close(found, expected):
 @pytest.mark.slow
 def test_two_hundred_that_went_away_are_forgotten(served, client):
     body = {"prompt": TEXT * 20, "max_tokens": 300, "stream": True}
+    client.completions.create(model="demo", prompt=TEXT * 20, max_tokens=2)  # compiled
     before = served.engine.stats()
 
     async def read(http):

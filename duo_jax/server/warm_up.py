@@ -1,0 +1,39 @@
+"""Programs are compiled before the first request comes, which would wait for them.
+
+And so would the streams of all others: a program for more rows is compiled when they are there.
+"""
+
+from duo_jax.engine.engine import Engine
+from duo_jax.engine.request import Request, Update
+
+
+def warm_up(engine: Engine) -> None:
+    """Answer requests of every size, alone and together; before any other thread steps.
+
+    Raises:
+      RuntimeError: the engine failed at one.
+    """
+    sizes, updates = engine.sizes, list[Update]()
+    if sizes.max_len < 2:
+        return
+
+    # As long as a chunk of a prompt can be, for each of the programs that read some.
+    lengths = {min(length, sizes.max_len - 1) for length in (64, 256, sizes.prefill_chunk)}
+    for length in sorted(lengths):
+        engine.submit(_request(length, 1), updates.append)
+        while engine.step():
+            pass
+    # One after the other joins, until every row is taken.
+    for _ in range(sizes.max_requests):
+        request = _request(1, min(sizes.max_requests + 2, sizes.max_len - 1))
+        engine.submit(request, updates.append)
+        engine.step()
+    while engine.step():
+        pass
+    for update in updates:
+        if update.error is not None:
+            raise RuntimeError(f"the engine fails: {update.error}")
+
+
+def _request(length: int, max_tokens: int) -> Request:
+    return Request(prompt=(0,) * length, max_tokens=max_tokens, ignore_eos=True)
