@@ -4,8 +4,7 @@ TEMPLATE = (
     "{{ bos_token }}{% if tools %}Tools: {{ tools | tojson }}{{ '\n' }}{% endif %}"
     "{% for m in messages %}"
     "{% if m.role == 'nobody' %}{{ raise_exception('nobody cannot speak') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}"
-    "{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}{{ '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )

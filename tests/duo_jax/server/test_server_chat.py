@@ -47,7 +47,7 @@ def test_an_answer_is_that_of_the_rendered_chat(ask, client, model):
 
 def test_a_chat_is_written_out_by_the_template(rendered):
     assert rendered() == RENDERED
-    assert rendered(add_generation_prompt=False) == RENDERED.removesuffix("\nassistant:")
+    assert rendered(add_generation_prompt=False) == RENDERED.removesuffix("assistant:")
 
 
 def test_developers_speak_as_the_system(rendered):
