@@ -58,6 +58,9 @@ def test_a_server_that_is_terminated_lets_a_stream_end_and_ends_with_0():
         stream = chunks(url)
         next(stream)
         process.send_signal(signal.SIGTERM)
+        while (health := httpx2.get(f"{url}/health")).status_code == 200:
+            pass
+        assert health.json() == {"status": "draining"}  # it can be asked while it ends
         *_, last = stream
         assert last["choices"][0]["finish_reason"] == "length"
         assert process.wait(20) == 0

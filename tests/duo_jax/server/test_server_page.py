@@ -1,5 +1,6 @@
 """The page, in a real browser: Chromium, where it is installed."""
 
+import json
 import pathlib
 import re
 import shutil
@@ -108,6 +109,19 @@ def test_what_is_wrong_is_shown_and_text_is_no_html(page):
     assert page.locator("img").count() == 0
     page.click("#clear")
     assert page.locator(".turn").count() == 0
+
+
+def test_an_answer_is_no_html_either(page):
+    event = json.dumps({"choices": [{"index": 0, "delta": {"content": "<b>bold</b>"}}]})
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(
+            body=f"data: {event}\n\ndata: [DONE]\n\n", content_type="text/event-stream"
+        ),
+    )
+    send(page, "?")
+    assert wait_for_answer(page) == "<b>bold</b>"
+    assert page.locator("b", has_text="bold").count() == 0
 
 
 def test_a_model_without_chat_template_continues_a_text(page, model, monkeypatch):

@@ -1,10 +1,12 @@
 """A server that loads, is full, loses its clients, fails, or ends; and who may ask it what."""
 
 import threading
+import time
 
 import openai
 import pytest
 
+from duo_jax.engine.request import Update
 from duo_jax.errors import InputError
 from tests.duo_jax.server.conftest import serving_of, wait_for
 from tests.duo_jax.server.dense_engine import DenseEngine
@@ -137,7 +139,10 @@ def test_a_server_that_ends_lets_requests_end_and_takes_no_more(slow):
 def test_an_engine_that_fails_answers_what_waits_for_it(model, stream, monkeypatch):
     engine = DenseEngine(model)
 
-    def fail(*_):
+    def fail(ticket, request, on_update):
+        del ticket, request
+        on_update(Update(text="a", tokens=(5,)))
+        time.sleep(0.3)  # so that the answer is waited for
         raise RuntimeError("the device is gone")
 
     monkeypatch.setattr(engine, "_answer", fail)
