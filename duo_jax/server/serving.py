@@ -63,9 +63,9 @@ class Server(uvicorn.Server):
     def _on_signal(self, number: int, frame: Any) -> None:
         del frame
         if self._draining:
-            os.write(2, b"ended at once\n")
+            _tell(b"ended at once\n")
             os._exit(128 + number)
-        os.write(2, b"ending: running requests may end; a second signal ends at once\n")
+        _tell(b"ending: running requests may end; a second signal ends at once\n")
         self.drain()
 
 
@@ -149,6 +149,11 @@ def _make_engine(flags: ServerFlags) -> Engine:
     if flags.warm_up:
         warm_up(engine)
     return engine
+
+
+def _tell(line: bytes) -> None:
+    with contextlib.suppress(OSError):  # stderr is closed; and a handler of signals cannot print
+        os.write(2, line)
 
 
 def _say(text: str) -> None:
