@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Bool
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_wei
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
+from duo_jax.mesh import weights as mesh_weights
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
@@ -147,10 +149,12 @@ def load_split_params(
     *,
     dtype: DTypeLike | None = None,
     weights: WeightFormat = "model",
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Load all parameters in serving form: one dict per layer, retrieval heads first.
 
     Loads tensor by tensor, so host memory peaks at about one tensor beyond what the device holds.
+    Each of several devices gets its part of the tensor from the host, and nothing else.
 
     Args:
       model: a Hugging Face folder, a converted checkpoint or a GGUF file; or one that is open.
@@ -158,6 +162,7 @@ def load_split_params(
       dtype: type to cast to; None keeps the stored type, or takes float32 if there are several.
         Weights are quantised from the stored values, not from values of this type.
       weights: format of the layers' projections, see duo_jax.model.quantised_weights.
+      mesh: the devices that share the parameters (duo_jax.mesh.weights); default: the first one.
 
     Raises:
       InputError: as `load_params`; or the model holds weights in another quantised format.
@@ -194,7 +199,7 @@ def load_split_params(
             )
         if quantised(tensor):
             leaf = _quantised(tensor, leaf, weights)
-        leaf = jax.block_until_ready(jax.device_put(leaf))
+        leaf = mesh_weights.put(mesh, tensor.path, leaf)
         if tensor.layer is None:
             ends[tensor.path] = leaf
         else:

@@ -1,0 +1,97 @@
+"""Which devices run a model: how many, which numbers are possible, and what all of them hold."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from duo_jax.errors import InputError
+from duo_jax.model.config import ModelConfig
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Count
+
+DATA, MODEL = "data", "model"  # axes of a mesh: of a batch's rows; of weights and positions
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(devices: Sequence[Any], *, data: int = 1) -> Mesh:
+    """Return a mesh of these devices; `data` groups of them have rows of their own."""
+    shape = (data, len(devices) // data)
+    return jax.make_mesh(
+        shape, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2, devices=tuple(devices)
+    )
+
+
+def num_parts(mesh: Mesh | None) -> int:
+    """Return how many devices share weights and positions."""
+    return 1 if mesh is None else mesh.shape[MODEL]
+
+
+def possible(architecture: ModelConfig, most: int) -> list[int]:
+    """Return the numbers of devices, up to `most`, that can share a model's matrices.
+
+    The largest ones, of the MLP and of the embedding, must be divisible. Heads need not be: the
+    projections of those that cannot be shared are on every device.
+    """
+    sizes = (architecture.mlp_size, architecture.embed_size)
+    return [n for n in range(1, most + 1) if not any(size % n for size in sizes)]
+
+
+def mesh_of(architecture: ModelConfig, number: int) -> Mesh | None:
+    """Return a mesh of so many devices; None of one, which needs none.
+
+    Raises:
+      InputError: there are fewer, or they cannot share the model; the message says which can.
+    """
+    number = argument("devices", number, Count)
+    present = jax.devices()
+    fitting = possible(architecture, len(present))
+    if number not in fitting:
+        there = f"of {present[0].device_kind} there are {len(present)}"
+        why = there if number > len(present) else "they cannot share its matrices evenly"
+        works = ", ".join(map(str, fitting))
+        raise InputError(f"{number} devices cannot run this model: {why}; possible: {works}")
+    if jax.process_count() > 1 and number != len(present):
+        raise InputError(
+            f"{jax.process_count()} processes use all of their {len(present)} devices, not {number}"
+        )
+    return None if number == 1 else make_mesh(present[:number])
+
+
+def automatic(architecture: ModelConfig, needed: Callable[[], int]) -> Mesh | None:
+    """Return the devices for a model that needs some bytes in all: one, if that has them.
+
+    Else all that can share it. The processors of a machine share its memory, and count as one; the
+    processes of a cluster were started to be used.
+
+    Args:
+      architecture: the model.
+      needed: counts the bytes of weights and caches.
+    """
+    present = jax.devices()
+    if jax.process_count() == 1:
+        memory = (present[0].memory_stats() or {}).get("bytes_limit")
+        if present[0].platform == "cpu" or memory is None or needed() <= memory:
+            return None
+    return mesh_of(architecture, possible(architecture, len(present))[-1])
+
+
+def place(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """Return where an array lies whose axes are cut along these axes of the mesh."""
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def replicated(x: Tree, mesh: Mesh | None) -> Tree:
+    """Tell the compiler that every device of the "model" axis holds all of these arrays' rows."""
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, place(mesh, DATA))
+
+
+def described(mesh: Mesh | None) -> str:
+    """Return what runs the model, in words."""
+    first = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    number = 1 if mesh is None else mesh.size
+    return f"{number} x {first.device_kind}"

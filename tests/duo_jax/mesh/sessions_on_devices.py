@@ -1,0 +1,82 @@
+"""Sessions, texts and saved caches on a mesh; test_on_devices runs this on eight devices."""
+
+import functools
+
+import numpy as np
+import pytest
+
+import duo_jax
+from duo_jax import generate
+from duo_jax.errors import InputError
+from duo_jax.evaluate.perplexity.reading import read
+
+PROMPTS = ["Once upon a time", "In the beginning there was a word, and"]
+SEEDED = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 5}
+
+
+@functools.cache
+def model(number: int, **options) -> duo_jax.DuoModel:
+    return duo_jax.load("demo", devices=number, **options)
+
+
+@pytest.mark.parametrize("settings", [{}, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("number", [2, 8])
+def test_texts_are_those_of_one_device(number, settings):
+    options = {"max_new_tokens": 24, **settings}
+    assert model(number).generate(PROMPTS, **options) == model(1).generate(PROMPTS, **options)
+
+
+def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path):
+    text = "The third passkey to the vault is charlie lima. " * 9
+    texts = {}
+    for number in (1, 2, 8):
+        conversation = model(number).conversation()
+        conversation.append(text)
+        conversation.save(tmp_path / str(number))
+        texts[number] = conversation.generate(" What is it?", max_new_tokens=12)
+    files = {
+        number: {
+            path.name: path.read_bytes()
+            for path in (tmp_path / str(number)).iterdir()
+            if path.name.startswith("layer")
+        }
+        for number in texts
+    }
+    assert {name: len(data) for name, data in files[8].items()} == {
+        name: len(data) for name, data in files[1].items()
+    }
+    assert len(set(texts.values())) == 1
+    for saved, loaded in [(8, 1), (8, 2), (1, 8)]:
+        conversation = model(loaded).load_conversation(tmp_path / str(saved))
+        conversation.save(tmp_path / f"{saved}-{loaded}")
+        for name, data in files[saved].items():
+            assert (tmp_path / f"{saved}-{loaded}" / name).read_bytes() == data
+        assert conversation.generate(" What is it?", max_new_tokens=12) == texts[1]
+        assert conversation.session.timing.prefill_tokens < 20  # the text itself was not read again
+
+
+def test_perplexity_is_that_of_one_device():
+    tokens = np.arange(2, 200) % 50 + 2
+    nll, _ = read(model(1).runtime, tokens)
+    np.testing.assert_allclose(read(model(8).runtime, tokens)[0], nll, atol=1e-4)
+
+
+def test_generate_says_which_devices_it_uses(capsys):
+    generate.main(["--devices", "8", "--max-new-tokens", "8"])
+    printed = capsys.readouterr()
+    assert "twelf implement keyword parameter comparison" in printed.out
+    assert "[on 8 x cpu]" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": 3}, "possible: 1, 2, 4, 8"),
+        ({"devices": 8, "kv": "int2"}, "int2"),
+        ({"devices": 8, "keep": 0.5}, "keep"),
+        ({"devices": 0}, "devices 0 is not"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        duo_jax.load("demo", **options)
