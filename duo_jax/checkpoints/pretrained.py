@@ -111,15 +111,18 @@ def load_config(folder: pathlib.Path) -> ModelConfig:
     return load_architecture(folder)
 
 
-def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
+def load_params(
+    folder: pathlib.Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Load all parameters as the nested dict that duo_jax.model.llama describes.
 
     Layers are stacked one leaf at a time, so host memory peaks at about one stacked leaf beyond
-    what the device holds.
+    what the device holds. Several devices get their parts tensor by tensor.
 
     Args:
       folder: a Hugging Face folder, a converted checkpoint or a GGUF file.
       dtype: type to cast to; None keeps each tensor's own.
+      mesh: the devices that share the parameters (duo_jax.mesh.weights); default: the first one.
 
     Raises:
       InputError: files are missing or damaged, or tensors do not fit config.json; all of them are
@@ -135,12 +138,7 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
     for tensor in weight_files.tensors:
         parts.setdefault(tensor.path, []).append(tensor)
     # The array is handed over, so that a leaf is on the device before the next one is read.
-    return nested(
-        {
-            path: jax.device_put(_read_leaf(weight_files, tensors, dtype)).block_until_ready()
-            for path, tensors in parts.items()
-        }
-    )
+    return nested({p: _placed_leaf(weight_files, ts, dtype, mesh) for p, ts in parts.items()})
 
 
 def load_split_params(
@@ -230,6 +228,17 @@ def _quantised(tensor: Tensor, leaf: split.Leaf, weight_format: WeightFormat) ->
     return quantise(
         np.asarray(leaf), module=tensor.path[-2], weight_format=weight_format, name=tensor.name
     )
+
+
+def _placed_leaf(
+    weight_files: WeightFiles, parts: list[Tensor], dtype: DTypeLike | None, mesh: Mesh | None
+) -> jax.Array:
+    """Read one leaf of the tree, its layers stacked, and move it to where it belongs."""
+    path = parts[0].path
+    if mesh is None or parts[0].layer is None:
+        return mesh_weights.put(mesh, path, _read_leaf(weight_files, parts, dtype))
+    leaves = (_read_leaf(weight_files, [part], dtype)[0] for part in parts)
+    return mesh_weights.stacked(mesh, path, leaves, number=len(parts))
 
 
 def _read_leaf(

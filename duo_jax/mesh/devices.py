@@ -1,5 +1,6 @@
 """Which devices run a model: how many, which numbers are possible, and what all of them hold."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -10,8 +11,9 @@ from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count
+from kernels import by_heads
 
-DATA, MODEL = "data", "model"  # axes of a mesh: of a batch's rows; of weights and positions
+DATA, MODEL = "data", by_heads.AXIS  # axes of a mesh: of a batch's rows; of weights and positions
 
 Tree = TypeVar("Tree")
 
@@ -29,25 +31,36 @@ def num_parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape[MODEL]
 
 
-def possible(architecture: ModelConfig, most: int) -> list[int]:
+def possible(architecture: ModelConfig, most: int, *, by_heads: bool = False) -> list[int]:
     """Return the numbers of devices, up to `most`, that can share a model's matrices.
 
     The largest ones, of the MLP and of the embedding, must be divisible. Heads need not be: the
     projections of those that cannot be shared are on every device.
+
+    Args:
+      architecture: the model.
+      most: number of devices that there are.
+      by_heads: whether KV heads are shared as well, as identification does.
     """
     sizes = (architecture.mlp_size, architecture.embed_size)
+    sizes += (architecture.num_kv_heads,) if by_heads else ()
     return [n for n in range(1, most + 1) if not any(size % n for size in sizes)]
 
 
-def mesh_of(architecture: ModelConfig, number: int) -> Mesh | None:
+def mesh_of(architecture: ModelConfig, number: int, *, by_heads: bool = False) -> Mesh | None:
     """Return a mesh of so many devices; None of one, which needs none.
+
+    Args:
+      architecture: the model.
+      number: how many.
+      by_heads: as in `possible`.
 
     Raises:
       InputError: there are fewer, or they cannot share the model; the message says which can.
     """
     number = argument("devices", number, Count)
     present = jax.devices()
-    fitting = possible(architecture, len(present))
+    fitting = possible(architecture, len(present), by_heads=by_heads)
     if number not in fitting:
         there = f"of {present[0].device_kind} there are {len(present)}"
         why = there if number > len(present) else "they cannot share its matrices evenly"
@@ -60,7 +73,9 @@ def mesh_of(architecture: ModelConfig, number: int) -> Mesh | None:
     return None if number == 1 else make_mesh(present[:number])
 
 
-def automatic(architecture: ModelConfig, needed: Callable[[], int]) -> Mesh | None:
+def automatic(
+    architecture: ModelConfig, needed: Callable[[], int], *, by_heads: bool = False
+) -> Mesh | None:
     """Return the devices for a model that needs some bytes in all: one, if that has them.
 
     Else all that can share it. The processors of a machine share its memory, and count as one; the
@@ -69,18 +84,44 @@ def automatic(architecture: ModelConfig, needed: Callable[[], int]) -> Mesh | No
     Args:
       architecture: the model.
       needed: counts the bytes of weights and caches.
+      by_heads: as in `possible`.
     """
     present = jax.devices()
     if jax.process_count() == 1:
         memory = (present[0].memory_stats() or {}).get("bytes_limit")
         if present[0].platform == "cpu" or memory is None or needed() <= memory:
             return None
-    return mesh_of(architecture, possible(architecture, len(present))[-1])
+    most = possible(architecture, len(present), by_heads=by_heads)[-1]
+    return mesh_of(architecture, most, by_heads=by_heads)
 
 
 def place(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """Return where an array lies whose axes are cut along these axes of the mesh."""
     return NamedSharding(mesh, PartitionSpec(*axes))
+
+
+def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which attention is computed by heads on these devices.
+
+    For whole sequences (kernels.by_heads); caches know their devices themselves.
+    """
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def mesh_under(params: Any) -> Mesh | None:
+    """Return the mesh on which parameters lie; None: one device."""
+    where = jax.tree.leaves(params)[0].sharding
+    return where.mesh if isinstance(where, NamedSharding) else None
+
+
+def on_all(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Copy arrays to all devices of a mesh."""
+    return tree if mesh is None else jax.device_put(tree, place(mesh))
+
+
+def on_one(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Gather arrays of a mesh on the default device."""
+    return tree if mesh is None else jax.device_put(tree, jax.devices()[0])
 
 
 def replicated(x: Tree, mesh: Mesh | None) -> Tree:

@@ -10,9 +10,12 @@ divided by the number of devices, such as the projections of 28 heads on 8.
 The embedding is cut along its channels, not its tokens: else XLA gathers all of it for every token.
 """
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
@@ -92,6 +95,34 @@ def put(mesh: Mesh | None, path: tuple[str, ...], leaf: Any, *, stacked: bool = 
         return jax.block_until_ready(jax.device_put(leaf))
     where = shardings(mesh, leaf, within=path, stacked=stacked)
     return jax.block_until_ready(jax.tree.map(from_host, leaf, where))
+
+
+def stacked(
+    mesh: Mesh, path: tuple[str, ...], leaves: Iterable[Shaped[np.ndarray, "..."]], *, number: int
+) -> Shaped[Array, "..."]:
+    """Stack a parameter of all layers, layer by layer: no device has more than one of them twice.
+
+    Args:
+      mesh: the devices.
+      path: of the parameter.
+      leaves: of every layer, on the host, of one shape and type.
+      number: of layers.
+    """
+    whole = None
+    for layer, leaf in enumerate(leaves):
+        if whole is None:
+            shape = (number, *leaf.shape)
+            where = NamedSharding(mesh, spec(mesh, path, shape, stacked=True))
+            zeros = functools.partial(jnp.zeros, shape, leaf.dtype)
+            whole = jax.jit(zeros, out_shardings=where)()
+        whole = _with_layer(whole, put(mesh, path, leaf), layer)
+    assert whole is not None
+    return jax.block_until_ready(whole)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_layer(whole: Array, leaf: Array, layer: int) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(whole, leaf, layer, 0)
 
 
 def from_host(x: Shaped[np.ndarray, "..."], where: NamedSharding) -> Shaped[Array, "..."]:

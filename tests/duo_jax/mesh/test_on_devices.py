@@ -7,13 +7,16 @@ import sys
 
 import pytest
 
-FILES = ["serving_on_devices.py", "sessions_on_devices.py"]
+FILES = [f"{name}_on_devices.py" for name in ("serving", "sessions", "identification")]
+
+
+OPTIONS = ["-o", "addopts=--strict-markers"]  # types are checked by the tests on one device
 
 
 def run(*words: str) -> None:
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
     files = [str(pathlib.Path(__file__).with_name(name)) for name in FILES]
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "--no-header", *files, *words]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *OPTIONS, *files, *words]
     done = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
     )
@@ -22,7 +25,7 @@ def run(*words: str) -> None:
 
 @pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices")
 def test_on_eight_devices():
-    run()
+    run("-m", "not slow")
 
 
 @pytest.mark.slow
