@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from duo_jax.mesh import weights
-from duo_jax.mesh.devices import DATA, MODEL, num_parts
+from duo_jax.mesh.devices import DATA, MODEL, fetched, num_parts
 
 FULL, RING = PartitionSpec(DATA, None, MODEL), PartitionSpec(DATA)
 
@@ -90,12 +90,3 @@ def from_host(
     ordered[:, :, : stored.shape[2]] = stored
     striped = np.swapaxes(ordered.reshape(batch, heads, slots // num, num, channels), 2, 3)
     return weights.from_host(striped.reshape(empty.shape), NamedSharding(mesh, FULL))
-
-
-def fetched(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
-    """Return an array on the host, also where other processes hold parts of it."""
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return np.asarray(x)
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

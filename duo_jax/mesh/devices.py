@@ -5,7 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Shaped
 
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
@@ -122,6 +125,13 @@ def on_all(tree: Tree, mesh: Mesh | None) -> Tree:
 def on_one(tree: Tree, mesh: Mesh | None) -> Tree:
     """Gather arrays of a mesh on the default device."""
     return tree if mesh is None else jax.device_put(tree, jax.devices()[0])
+
+
+def fetched(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Return an array on the host, also where other processes hold parts of it: all must call."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def replicated(x: Tree, mesh: Mesh | None) -> Tree:

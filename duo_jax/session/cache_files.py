@@ -96,6 +96,10 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
     else:
         marker["kept"] = kept.tolist()
     filled = {"full": int(kept.max()), "streaming": int(lengths.max())}
+    if jax.process_index() > 0:  # the first process writes what all of them gather
+        for layer in snapshot.cache.layers:
+            _to_arrays(layer, filled, snapshot.cache.mesh)
+        return
     with files.new_folder(folder) as partial:
         found = marker["files"] = {}
         for number, layer in enumerate(snapshot.cache.layers):

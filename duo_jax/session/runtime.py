@@ -13,6 +13,7 @@ from duo_jax.cache import check_kv_format
 from duo_jax.errors import InputError
 from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import fetched
 from duo_jax.model.quantised_weights import WeightFormat, format_of
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Share
@@ -81,7 +82,7 @@ def digest_of(params: Any, prefix: str = "") -> str:
         at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
         values = leaf[np.unravel_index(at, leaf.shape)]
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(values).astype(np.float32).tobytes())
+        digest.update(fetched(values).astype(np.float32).tobytes())
     return digest.hexdigest()
 
 
