@@ -34,14 +34,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from duo_jax.cache import stripes
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
-from duo_jax.mesh.devices import num_parts
+from duo_jax.mesh.devices import AnyMesh, num_parts
 from duo_jax.schema.check import argument
 from kernels import address_limit, packed, pytree
 from kernels.packed import Layout, Packed
@@ -100,7 +99,7 @@ class Cache:
     kept: Int[Array, " batch"]  # how many of them full caches hold
     pages: Pages | None = None  # of paged full caches
     # The devices that full caches are cut over (duo_jax.cache.stripes).
-    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+    mesh: AnyMesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +134,7 @@ def init_cache(
     votes: bool = False,
     num_pages: int | None = None,
     page_size: int = 64,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> Cache:
     """Return an empty cache.
 
@@ -154,7 +153,6 @@ def init_cache(
     Raises:
       InputError: as `check_kv_format`.
     """
-    kv_format = check_kv_format(config, kv)
     sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype}
     sizes |= {"num_pages": num_pages, "page_size": page_size}
     empty = functools.partial(_empty, config, **sizes, kv=kv, votes=votes, mesh=mesh)
@@ -173,7 +171,7 @@ def _empty(
     votes: bool = False,
     num_pages: int | None = None,
     page_size: int = 64,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> Cache:
     kv_format = check_kv_format(config, kv)
     assert not ((votes or mesh) and kv_format == "int2")
@@ -216,7 +214,7 @@ def _empty(
 
 def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
     """Return the shapes of `init_cache(config, **sizes)`; nothing is allocated."""
-    return jax.eval_shape(functools.partial(init_cache, config, **sizes))
+    return jax.eval_shape(functools.partial(_empty, config, **sizes))
 
 
 def cache_bytes(config: DuoConfig, **sizes: Any) -> int:

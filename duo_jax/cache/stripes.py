@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from duo_jax.mesh import weights
-from duo_jax.mesh.devices import DATA, MODEL, fetched, num_parts
+from duo_jax.mesh.devices import DATA, MODEL, AnyMesh, fetched, num_parts
 
 FULL, RING = PartitionSpec(DATA, None, MODEL), PartitionSpec(DATA)
 
@@ -42,13 +42,13 @@ def specs(cache: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, cache)
 
 
-def shardings(mesh: Mesh, cache: Any) -> Any:
+def shardings(mesh: AnyMesh, cache: Any) -> Any:
     """Return where the arrays of a Cache lie: a tree of shardings like it."""
     return jax.tree.map(functools.partial(NamedSharding, mesh), specs(cache))
 
 
 def pad(
-    leaf: Shaped[Array, "batch kv_heads slots _"], more: int, mesh: Mesh | None
+    leaf: Shaped[Array, "batch kv_heads slots _"], more: int, mesh: AnyMesh | None
 ) -> Shaped[Array, "batch kv_heads _ _"]:
     """Return a full cache's buffer with more slots, those of every device at its own end."""
     if mesh is None:
@@ -57,7 +57,7 @@ def pad(
 
 
 @functools.partial(jax.jit, static_argnames=("more", "mesh"))
-def _pad_on(leaf: Array, *, more: int, mesh: Mesh) -> Array:
+def _pad_on(leaf: Array, *, more: int, mesh: AnyMesh) -> Array:
     padded = functools.partial(_padded, more=more)
     return jax.shard_map(padded, mesh=mesh, in_specs=FULL, out_specs=FULL)(leaf)
 
@@ -67,7 +67,7 @@ def _padded(leaf: Array, more: int) -> Array:
 
 
 def to_host(
-    leaf: Shaped[Array, "batch kv_heads slots _"], filled: int, mesh: Mesh | None
+    leaf: Shaped[Array, "batch kv_heads slots _"], filled: int, mesh: AnyMesh | None
 ) -> Shaped[np.ndarray, "batch kv_heads filled _"]:
     """Return the first slots of a full cache's buffer in order of position."""
     if mesh is None:
@@ -81,7 +81,7 @@ def to_host(
 def from_host(
     empty: Shaped[Array, "batch kv_heads slots _"],
     stored: Shaped[np.ndarray, "batch kv_heads filled _"],
-    mesh: Mesh,
+    mesh: AnyMesh,
 ) -> Shaped[Array, "batch kv_heads slots _"]:
     """Return a full cache's buffer like an empty one, with tokens in order of position."""
     num = num_parts(mesh)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
 from duo_jax.errors import InputError
@@ -17,6 +17,8 @@ from duo_jax.schema.kinds import Count
 from kernels import by_heads
 
 DATA, MODEL = "data", by_heads.AXIS  # axes of a mesh: of a batch's rows; of weights and positions
+
+AnyMesh = Mesh | AbstractMesh  # an abstract one for shapes alone
 
 Tree = TypeVar("Tree")
 
@@ -29,7 +31,12 @@ def make_mesh(devices: Sequence[Any], *, data: int = 1) -> Mesh:
     )
 
 
-def num_parts(mesh: Mesh | None) -> int:
+def abstract_mesh(number: int) -> AbstractMesh:
+    """Return a mesh of devices that need not exist, to ask where shapes would lie."""
+    return AbstractMesh((1, number), (DATA, MODEL))
+
+
+def num_parts(mesh: AnyMesh | None) -> int:
     """Return how many devices share weights and positions."""
     return 1 if mesh is None else mesh.shape[MODEL]
 
@@ -98,7 +105,7 @@ def automatic(
     return mesh_of(architecture, most, by_heads=by_heads)
 
 
-def place(mesh: Mesh, *axes: str | None) -> NamedSharding:
+def place(mesh: AnyMesh, *axes: str | None) -> NamedSharding:
     """Return where an array lies whose axes are cut along these axes of the mesh."""
     return NamedSharding(mesh, PartitionSpec(*axes))
 
@@ -134,7 +141,7 @@ def fetched(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def replicated(x: Tree, mesh: Mesh | None) -> Tree:
+def replicated(x: Tree, mesh: AnyMesh | None) -> Tree:
     """Tell the compiler that every device of the "model" axis holds all of these arrays' rows."""
     if mesh is None:
         return x

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 
-from duo_jax.mesh.devices import MODEL, num_parts
+from duo_jax.mesh.devices import MODEL, AnyMesh, num_parts
 
 # The axes that may be cut, in order of preference, by (module, leaf), without the axis of layers.
 _AXES: dict[tuple[str, str], tuple[int, ...]] = {
@@ -42,7 +42,7 @@ _AXES: dict[tuple[str, str], tuple[int, ...]] = {
 
 
 def spec(
-    mesh: Mesh, path: tuple[str, ...], shape: tuple[int, ...], *, stacked: bool = False
+    mesh: AnyMesh, path: tuple[str, ...], shape: tuple[int, ...], *, stacked: bool = False
 ) -> PartitionSpec:
     """Return how an array of the parameters is cut.
 
@@ -63,7 +63,7 @@ def spec(
 
 
 def shardings(
-    mesh: Mesh, params: Any, *, within: tuple[str, ...] = (), stacked: bool = False
+    mesh: AnyMesh, params: Any, *, within: tuple[str, ...] = (), stacked: bool = False
 ) -> Any:
     """Return where parameters lie: a tree of shardings like that of the arrays, or their shapes.
 

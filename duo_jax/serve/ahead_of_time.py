@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from duo_jax import serve
@@ -19,7 +19,7 @@ from duo_jax.cache import Cache, KVFormat, cache_shapes, stripes
 from duo_jax.heads import split
 from duo_jax.heads.split import DuoConfig
 from duo_jax.mesh import weights as mesh_weights
-from duo_jax.mesh.devices import DATA, MODEL
+from duo_jax.mesh.devices import DATA, MODEL, AnyMesh
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import WeightFormat, quantised_shapes
@@ -66,7 +66,7 @@ def described_mesh(target: aot.Target, devices: int) -> Mesh | None:
 def held_shapes(
     config: DuoConfig,
     *,
-    mesh: Mesh | None,
+    mesh: AnyMesh | None,
     dtype: DTypeLike = jnp.bfloat16,
     weights: WeightFormat = "model",
     **sizes: Any,
@@ -76,15 +76,17 @@ def held_shapes(
     cache = cache_shapes(config, dtype=dtype, mesh=mesh, **sizes)
     if mesh is None:
         return params, cache
-    place = functools.partial(jax.tree.map, _placed)
     return (
-        place(params, mesh_weights.shardings(mesh, params)),
-        place(cache, stripes.shardings(mesh, cache)),
+        placed(params, mesh_weights.shardings(mesh, params)),
+        placed(cache, stripes.shardings(mesh, cache)),
     )
 
 
-def _placed(x: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Return shapes that say where they lie."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
+    )
 
 
 def decode_step(

@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from duo_jax.cache import KVCache, LayerCache, update
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import AnyMesh
 from duo_jax.serve.votes import Voters, count_votes
 from kernels import (
     Implementation,
@@ -59,7 +59,7 @@ class LayerInput:
     num_tokens: Int[Array, " batch"]  # of these, how many count
     pages: Pages | None = None  # of paged full caches
     # The devices that share the cache (duo_jax.serve.striped).
-    mesh: Mesh | None = dataclasses.field(default=None, metadata={"static": True})
+    mesh: AnyMesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def attend(

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import msgspec
 import numpy as np
-from jax.sharding import Mesh
 
 from duo_jax import files
 from duo_jax.cache import KVCache, LayerCache, stripes
 from duo_jax.errors import InputError, quoted
+from duo_jax.mesh.devices import AnyMesh
 from duo_jax.model.config import ModelConfig
 from duo_jax.schema import checksums
 from duo_jax.schema.check import convert
@@ -255,7 +255,7 @@ def _layer_file(number: int) -> str:
 
 
 def _to_arrays(
-    layer: LayerCache, tokens: dict[str, int], mesh: Mesh | None
+    layer: LayerCache, tokens: dict[str, int], mesh: AnyMesh | None
 ) -> dict[str, np.ndarray]:
     """Name a layer's filled slots; safetensors wants contiguous arrays.
 
@@ -310,7 +310,9 @@ def _written(buffer: jax.Array, stored: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, stored, (0, 0, 0, 0))
 
 
-def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray], mesh: Mesh | None) -> LayerCache:
+def _from_arrays(
+    layer: LayerCache, arrays: dict[str, np.ndarray], mesh: AnyMesh | None
+) -> LayerCache:
     """Return an empty layer, which is used up, with stored arrays in its buffers."""
 
     def fill(kind: str, parts: tuple[KVCache, ...]) -> Iterator[KVCache]:
