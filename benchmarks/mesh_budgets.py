@@ -6,7 +6,9 @@ pattern: its layers get the retrieval heads of Llama-3-8B-Instruct-Gradient-4194
 
 import dataclasses
 import json
+import math
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,10 @@ from kernels import aot
 from kernels.aot_process import Compiler
 
 DEVICES = 8
+# In XLA's text: what an operation returns, and its name; an array, as bf16[8,10,128].
+_KINDS = "all-gather|all-to-all|all-reduce|collective-permute|reduce-scatter"
+_MESSAGE = re.compile(rf"= (.*?) ({_KINDS})(?:-start)?\(")
+_ARRAY = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 LLAMA_3_70B = dataclasses.replace(
     DUO_4194K.architecture,
     num_layers=80,
@@ -41,19 +47,23 @@ def _serving(config: DuoConfig, context: int, chunk: int | None = None, **format
 
 
 _SMALL = {"weights": "int8", "kv": "int4"}
-_CHUNK = 32_000
+_CHUNK = 32_000  # the last tokens of a context
 SERVING: dict[str, Serving] = {
     "Llama-3-70B, 50%: decode at 3,000,000": _serving(DUO_70B, 3_000_000),
-    "Llama-3-70B, 50%: chunk of 32,000 at 3,000,000": _serving(DUO_70B, 3_000_000, _CHUNK),
+    "Llama-3-70B, 50%: chunk of 32,000, the last of 3,000,000": _serving(
+        DUO_70B, 3_000_000 - _CHUNK, _CHUNK
+    ),
     "Llama-3-70B, full caches: decode at 3,000,000": _serving(DUO_70B.all_retrieval(), 3_000_000),
     "Llama-3-70B, 50%, int8 weights, int4 KV: decode at 13,000,000": _serving(
         DUO_70B, 13_000_000, **_SMALL
     ),
-    "Llama-3-70B, 50%, int8 weights, int4 KV: chunk of 32,000 at 13,000,000": _serving(
-        DUO_70B, 13_000_000, _CHUNK, **_SMALL
+    "Llama-3-70B, 50%, int8 weights, int4 KV: chunk of 32,000, the last of 13,000,000": _serving(
+        DUO_70B, 13_000_000 - _CHUNK, _CHUNK, **_SMALL
     ),
     "Llama-3-8B, 50%: decode at 9,500,000": _serving(DUO_4194K, 9_500_000),
-    "Llama-3-8B, 50%: chunk of 32,000 at 9,500,000": _serving(DUO_4194K, 9_500_000, _CHUNK),
+    "Llama-3-8B, 50%: chunk of 32,000, the last of 9,500,000": _serving(
+        DUO_4194K, 9_500_000 - _CHUNK, _CHUNK
+    ),
 }
 
 
@@ -110,6 +120,26 @@ def main(flags: MeshBudgetFlags) -> None:
 def compile_program(name: str) -> dict[str, int]:
     """Return what `needs` says of a program, of each GPU."""
     return needs(PROGRAMS[name]())
+
+
+def few_layers(name: str, first: int, end: int) -> dict[str, Any]:
+    """Return what some layers of a program need, and all messages between GPUs.
+
+    A message is [its operation, the bytes of its largest array].
+    """
+    program = SERVING[name].of_layers(slice(first, end))()
+    return {"needs": needs(program), "messages": messages(program)}
+
+
+def messages(program: jax.stages.Compiled) -> list[tuple[str, int]]:
+    """Return the messages of a compiled program."""
+    found = map(_MESSAGE.search, (program.as_text() or "").splitlines())
+    return [(m[2], max(map(_array_bytes, _ARRAY.finditer(m[1])))) for m in found if m]
+
+
+def _array_bytes(match: re.Match[str]) -> int:
+    bits = int(re.sub(r"\D", "", match[1]) or 8)  # a predicate, pred, takes a byte
+    return math.prod(int(size) for size in match[2].split(",") if size) * bits // 8
 
 
 def to_markdown(result: dict[str, Any]) -> str:

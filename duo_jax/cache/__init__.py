@@ -2,18 +2,15 @@
 
 from duo_jax.cache.evict import LATEST, evict, without_votes
 from duo_jax.cache.rewind import Mark, mark, rewind
+from duo_jax.cache.sizes import cache_bytes, cache_shapes, device_bytes, live_bytes
 from duo_jax.cache.state import (
     Cache,
     KVCache,
     KVFormat,
     LayerCache,
-    cache_bytes,
-    cache_shapes,
     check_kv_format,
-    device_bytes,
     grow,
     init_cache,
-    live_bytes,
     with_lengths,
 )
 

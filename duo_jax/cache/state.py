@@ -155,13 +155,13 @@ def init_cache(
     """
     sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype}
     sizes |= {"num_pages": num_pages, "page_size": page_size}
-    empty = functools.partial(_empty, config, **sizes, kv=kv, votes=votes, mesh=mesh)
+    make = functools.partial(empty, config, **sizes, kv=kv, votes=votes, mesh=mesh)
     if mesh is None:
-        return empty()
-    return jax.jit(empty, out_shardings=stripes.shardings(mesh, jax.eval_shape(empty)))()
+        return make()
+    return jax.jit(make, out_shardings=stripes.shardings(mesh, jax.eval_shape(make)))()
 
 
-def _empty(
+def empty(
     config: DuoConfig,
     *,
     batch_size: int,
@@ -173,6 +173,7 @@ def _empty(
     page_size: int = 64,
     mesh: AnyMesh | None = None,
 ) -> Cache:
+    """Return what `init_cache` does, all of it on one device."""
     kv_format = check_kv_format(config, kv)
     assert not ((votes or mesh) and kv_format == "int2")
     assert not (votes and mesh)
@@ -210,30 +211,6 @@ def _empty(
     layers = tuple(map(layer, config.retrieval_counts))
     cache = Cache(layers=layers, lengths=none, kept=none, pages=pages, mesh=mesh)
     return with_lengths(cache, none)
-
-
-def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
-    """Return the shapes of `init_cache(config, **sizes)`; nothing is allocated."""
-    return jax.eval_shape(functools.partial(_empty, config, **sizes))
-
-
-def cache_bytes(config: DuoConfig, **sizes: Any) -> int:
-    """Return the bytes of the layers' caches that `init_cache(config, **sizes)` allocates."""
-    return _bytes(cache_shapes(config, **sizes).layers)
-
-
-def device_bytes(config: DuoConfig, **sizes: Any) -> int:
-    """Return the bytes of the layers' caches on each of the devices that share them."""
-    layers = cache_shapes(config, **sizes).layers
-    full, rings = [layer.full for layer in layers], [layer.streaming for layer in layers]
-    return _bytes(full) // num_parts(sizes.get("mesh")) + _bytes(rings)
-
-
-def live_bytes(cache: Cache) -> int:
-    """Return the bytes that all key and value buffers take on their devices."""
-    if cache.mesh is not None:
-        return cache.nbytes  # what is on all devices, the rings, counts once
-    return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(cache.layers))
 
 
 def with_lengths(cache: Cache, lengths: Int[Array, " batch"]) -> Cache:
@@ -295,10 +272,6 @@ def _full_cache(
     _, heads, _, head_dim = shape
     latest = _kv_cache((batch_size, heads, packed.BLOCK, head_dim), dtype, "model")
     return dataclasses.replace(cache, latest=latest)
-
-
-def _bytes(shapes: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _whole_blocks(max_len: int, kv_format: KVFormat, num_devices: int) -> int:

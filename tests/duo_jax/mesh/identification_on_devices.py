@@ -90,10 +90,6 @@ def check(method, number, implementation="xla"):
     np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
 
 
-def test_gates_are_those_of_one_device():
-    check("optimise", 8)
-
-
 def test_gates_of_our_kernels_are_those_of_one_device():
     check("optimise", 8, "interpret")
 

@@ -104,7 +104,9 @@ PLAIN = {"mode": "exact", "implementation": "xla", "kv": "model", "weight_format
 PLAIN |= {"dtype": "float32"}
 
 
-@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 2, 8])
+@pytest.mark.parametrize(
+    "number", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 8]
+)
 def test_ragged_chunks_and_decoding_equal_one_device(number):
     check(number, **PLAIN)
 
@@ -145,7 +147,11 @@ def test_quantised_weights_equal_one_device(number, weight_format):
     check(number, **PLAIN | {"weight_format": weight_format, "dtype": "float64"})
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(4, 2), (8, 4)], ids=["none", "queries only"])
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads"),
+    [pytest.param(4, 2, marks=pytest.mark.slow), (8, 4)],
+    ids=["none", "queries only"],
+)
 def test_heads_that_cannot_be_shared_are_on_every_device(q_heads, kv_heads):
     raw = RAW | {"num_attention_heads": q_heads, "num_key_value_heads": kv_heads}
     config = parse_config(raw | {"num_hidden_layers": 1})

@@ -19,8 +19,15 @@ def model(number: int, **options) -> duo_jax.DuoModel:
     return duo_jax.load("demo", devices=number, **options)
 
 
-@pytest.mark.parametrize("settings", [{}, SEEDED], ids=["greedy", "seeded"])
-@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.parametrize(
+    ("number", "settings"),
+    [
+        (8, SEEDED),
+        pytest.param(8, {}, marks=pytest.mark.slow),
+        pytest.param(2, SEEDED, marks=pytest.mark.slow),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+    ],
+)
 def test_texts_are_those_of_one_device(number, settings):
     options = {"max_new_tokens": 24, **settings}
     assert model(number).generate(PROMPTS, **options) == model(1).generate(PROMPTS, **options)
@@ -55,6 +62,7 @@ def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path):
         assert conversation.session.timing.prefill_tokens < 20  # the text itself was not read again
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_one_device():
     tokens = np.arange(2, 200) % 50 + 2
     nll, _ = read(model(1).runtime, tokens)
