@@ -92,12 +92,13 @@ def _attend_token(
     options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
     lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
     place, dtype = {"lengths": lengths, "num_tokens": num_tokens}, q.dtype
+    paged: dict[str, Any] = {"pages": layer_input.pages}
     (q, cut), (k, _), (v, _) = _all_heads(q, k, v, config)
 
     def full(q, k, v, cache):
         before, after = _held(layer_input, num)
-        cache = update.append(cache, k, v, starts=before, num_tokens=after - before)
-        out, lse = decode_attention(q[:, 0], cache.keys, cache.values, after, **options)
+        cache = update.append(cache, k, v, starts=before, num_tokens=after - before, **paged)
+        out, lse = decode_attention(q[:, 0], cache.keys, cache.values, after, **paged, **options)
         return _with_lse(out, lse), cache
 
     def ring(q, k, v, cache):
@@ -130,6 +131,7 @@ def _attend_chunk(
     lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
     sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
     place, dtype = {"lengths": lengths, "num_tokens": num_tokens}, q.dtype
+    paged: dict[str, Any] = {"pages": layer_input.pages}
     device, own = jax.lax.axis_index(MODEL), q.shape[1] // num  # the tokens device * own, ...
     first = device * own
     cut = q.shape[2] < config.architecture.num_q_heads
@@ -148,9 +150,10 @@ def _attend_chunk(
             *(_own_tokens(x, layer_input.kept, num) for x in (k, v)),
             starts=before,
             num_tokens=after - before,
+            **paged,
         )
         q = jax.lax.all_gather(q, MODEL, axis=1, tiled=True)
-        out, lse = _prefill(q, cache, layer_input.kept, num=num, **options)
+        out, lse = _prefill(q, cache, layer_input.kept, num=num, **paged, **options)
         return _merged_own_tokens(out, lse, num), cache
 
     def ring_exact(q, k, v, cache):

@@ -7,6 +7,7 @@ import pytest
 
 import duo_jax
 from duo_jax import generate
+from duo_jax.engine import Engine, Request
 from duo_jax.errors import InputError
 from duo_jax.evaluate.perplexity.reading import read
 
@@ -60,6 +61,28 @@ def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path):
             assert (tmp_path / f"{saved}-{loaded}" / name).read_bytes() == data
         assert conversation.generate(" What is it?", max_new_tokens=12) == texts[1]
         assert conversation.session.timing.prefill_tokens < 20  # the text itself was not read again
+
+
+def test_an_engine_serves_what_one_device_does(tmp_path):
+    text = "The third passkey to the vault is charlie lima. " * 9
+    asked = [text + " What is it?", "Once upon a time", text + " And the first?"]
+    book = model(1).conversation()
+    book.append(text)
+    book.save(tmp_path / "book")
+    served = Engine(model(8), max_requests=2, max_len=600, cache_tokens=4096, prefill_chunk=64)
+    assert served.sizes.page_size == 8 * 64
+    served.pin(tmp_path / "book")
+    found = []
+    for number, prompt in enumerate(asked):
+        tokens = tuple(model(8).tokenization.encode(prompt))
+        request = Request(prompt=tokens, max_tokens=10, choice=number)
+        found.append([])
+        served.submit(request, found[-1].append)
+    while served.step():
+        served.check()
+    texts = ["".join(update.text for update in updates) for updates in found]
+    assert texts == model(1).generate(asked, max_new_tokens=10)
+    assert [updates[-1].cached_tokens > 100 for updates in found] == [True, False, True]
 
 
 @pytest.mark.slow
