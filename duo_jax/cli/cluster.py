@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from duo_jax.errors import InputError, cut
 from duo_jax.schema.kinds import Count, Size
@@ -82,6 +83,8 @@ class ClusterFlags:
         except (RuntimeError, ValueError) as error:
             reason = cut(" ".join(str(error).split()), 200)
             raise InputError(f"the processes do not find each other: {reason}") from None
+        with _printing_elsewhere():  # Gloo tells of each of its connections
+            multihost_utils.sync_global_devices("duo_jax")
         with contextlib.ExitStack() as stack:
             if jax.process_index() > 0:
                 nowhere = stack.enter_context(open(os.devnull, "w"))
@@ -95,3 +98,16 @@ class ClusterFlags:
                 print(f"error: another process was lost ({reason})", file=sys.stderr, flush=True)
                 # At its usual end this process would wait for the lost one.
                 os._exit(1)
+
+
+@contextlib.contextmanager
+def _printing_elsewhere() -> Iterator[None]:
+    """Send what libraries print to standard error."""
+    sys.stdout.flush()
+    saved = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 1)
+        os.close(saved)

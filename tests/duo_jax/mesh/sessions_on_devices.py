@@ -1,11 +1,15 @@
 """Sessions, texts and saved caches on a mesh; test_on_devices runs this on eight devices."""
 
+import dataclasses
 import functools
+import json
 
 import numpy as np
 import pytest
 
 import duo_jax
+from benchmarks import command as command_line
+from benchmarks import mesh_speed
 from duo_jax import generate
 from duo_jax.engine import Engine, Request
 from duo_jax.errors import InputError
@@ -111,3 +115,24 @@ def test_generate_says_which_devices_it_uses(capsys):
 def test_what_cannot_be_shared_is_refused(options, message):
     with pytest.raises(InputError, match=message):
         duo_jax.load("demo", **options)
+
+
+def test_the_benchmark_for_several_gpus_runs(tmp_path, monkeypatch):
+    small = dataclasses.replace(
+        mesh_speed.shortened(1).architecture,
+        embed_size=64,
+        mlp_size=96,
+        vocab_size=64,
+        num_q_heads=16,
+        head_dim=8,
+    )
+    config = dataclasses.replace(mesh_speed.shortened(1), architecture=small)
+    monkeypatch.setattr(mesh_speed, "shortened", lambda _: config)
+    words = ["--devices", "1", "8", "16", "--contexts", "16", "--steps", "1", "--dtype", "float32"]
+    command = [*words, "--out", str(tmp_path / "speed")]
+    command_line.run(mesh_speed.main, mesh_speed.MeshSpeedFlags, args=command)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["devices"] for row in rows] == [1, 8]
+    one, eight = (row["bytes"] for row in rows)
+    assert one / 8 < eight < one / 4
+    assert rows[1]["message_us"] > 0

@@ -68,7 +68,7 @@ def test_the_end_of_one_process_ends_the_other_with_a_line():
     assert first.returncode == 1
     lines = without_plugin_log(err).splitlines()
     assert lines[-1].startswith("error: another process was lost (")
-    assert not any("Traceback" in line for line in lines)
+    assert not any("Traceback" in line for line in lines), err
 
 
 @pytest.mark.parametrize(
