@@ -46,7 +46,7 @@ def _serving(config: DuoConfig, context: int, chunk: int | None = None, **format
     return Serving(config=config, context=context, chunk=chunk, devices=DEVICES, **formats)
 
 
-_SMALL = {"weights": "int8", "kv": "int4"}
+_SMALL: dict[str, Any] = {"weights": "int8", "kv": "int4"}
 _CHUNK = 32_000  # the last tokens of a context
 SERVING: dict[str, Serving] = {
     "Llama-3-70B, 50%: decode at 3,000,000": _serving(DUO_70B, 3_000_000),

@@ -86,7 +86,7 @@ def measure(flags: MeshSpeedFlags, config: DuoConfig, number: int) -> list[dict[
     """Return a row for each context, on so many devices."""
     mesh = devices.mesh_of(config.architecture, number)
     max_len = max(flags.contexts) + 2 + flags.steps
-    sizes = {"batch_size": 1, "max_len": max_len, "dtype": jnp.dtype(flags.dtype)}
+    sizes: dict[str, Any] = {"batch_size": 1, "max_len": max_len, "dtype": jnp.dtype(flags.dtype)}
     shapes, _ = held_shapes(config, mesh=mesh, **sizes)
     params = jax.tree.map(_random, shapes)
     step = jax.jit(functools.partial(serve.decode, config), donate_argnums=1)

@@ -9,10 +9,9 @@ import dataclasses
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from duo_jax.errors import InputError, cut
 from duo_jax.schema.kinds import Count, Size
@@ -43,18 +42,18 @@ class ClusterFlags:
         Raises:
           InputError: names those that are missing or too many.
         """
-        numbers = (self.num_processes, self.process_id)
+        count, number = self.num_processes, self.process_id
         if self.coordinator in (None, AUTO):
-            if numbers != (None, None):
+            if count is not None or number is not None:
                 raise InputError("--num-processes and --process-id go with --coordinator host:port")
-        elif None in numbers:
-            raise InputError("--coordinator host:port needs --num-processes and --process-id")
-        elif not self.coordinator.rpartition(":")[2].isdecimal():
+            return
+        if not self.coordinator.rpartition(":")[2].isdecimal():
             raise InputError(f"--coordinator {self.coordinator!r} is not host:port")
-        elif self.process_id >= self.num_processes:
+        if count is None or number is None:
+            raise InputError("--coordinator host:port needs --num-processes and --process-id")
+        if number >= count:
             raise InputError(
-                f"--process-id {self.process_id} is not one of {self.num_processes} processes, "
-                f"0 to {self.num_processes - 1}"
+                f"--process-id {number} is not one of {count} processes, 0 to {count - 1}"
             )
 
     @contextlib.contextmanager
@@ -83,12 +82,9 @@ class ClusterFlags:
         except (RuntimeError, ValueError) as error:
             reason = cut(" ".join(str(error).split()), 200)
             raise InputError(f"the processes do not find each other: {reason}") from None
-        with _printing_elsewhere():  # Gloo tells of each of its connections
-            multihost_utils.sync_global_devices("duo_jax")
         with contextlib.ExitStack() as stack:
-            if jax.process_index() > 0:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+            # What libraries print, as Gloo does of each of its connections, goes to standard error.
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(_own_stdout())))
             try:
                 yield
             except jax.errors.JaxRuntimeError as error:
@@ -101,13 +97,18 @@ class ClusterFlags:
 
 
 @contextlib.contextmanager
-def _printing_elsewhere() -> Iterator[None]:
-    """Send what libraries print to standard error."""
+def _own_stdout() -> Iterator[IO[str]]:
+    """Return what to print to: the standard output of the first process; of others, nothing.
+
+    Meanwhile that of the process itself is standard error.
+    """
     sys.stdout.flush()
     saved = os.dup(1)
     os.dup2(2, 1)
+    place = os.dup(saved) if jax.process_index() == 0 else os.open(os.devnull, os.O_WRONLY)
     try:
-        yield
+        with open(place, "w", encoding=sys.stdout.encoding, errors="replace") as file:
+            yield file
     finally:
         os.dup2(saved, 1)
         os.close(saved)

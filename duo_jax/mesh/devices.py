@@ -120,8 +120,8 @@ def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
 
 def mesh_under(params: Any) -> Mesh | None:
     """Return the mesh on which parameters lie; None: one device."""
-    where = jax.tree.leaves(params)[0].sharding
-    return where.mesh if isinstance(where, NamedSharding) else None
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def on_all(tree: Tree, mesh: Mesh | None) -> Tree:

@@ -321,10 +321,10 @@ def _from_arrays(
             end, leaves = first + part.keys.shape[1], []
             for name, leaf in _leaves(part).items():
                 stored = arrays[f"{kind}.{name}"][:, first:end]
-                striped = mesh is not None and kind == "full"
-                leaves.append(
-                    stripes.from_host(leaf, stored, mesh) if striped else _written(leaf, stored)
-                )
+                if mesh is not None and kind == "full":
+                    leaves.append(stripes.from_host(leaf, stored, mesh))
+                else:
+                    leaves.append(_written(leaf, stored))
             yield jax.tree.unflatten(jax.tree.structure(part), leaves)
             first = end
 

@@ -134,5 +134,5 @@ def test_the_benchmark_for_several_gpus_runs(tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
     assert [row["devices"] for row in rows] == [1, 8]
     one, eight = (row["bytes"] for row in rows)
-    assert one / 8 < eight < one / 4
+    assert one / 8 < eight < one
     assert rows[1]["message_us"] > 0

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-FILES = [f"{name}_on_devices.py" for name in ("serving", "sessions", "identification")]
+FILES = [
+    f"{name}_on_devices.py" for name in ("serving", "sessions", "identification", "evaluations")
+]
 
 
 OPTIONS = ["-o", "addopts=--strict-markers"]  # types are checked by the tests on one device
