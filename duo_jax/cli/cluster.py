@@ -7,17 +7,23 @@ loads its own part of the weights.
 import contextlib
 import dataclasses
 import os
+import secrets
+import socket
 import sys
+import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from duo_jax.errors import InputError, cut
+from duo_jax.process.peers import SECRET_BYTES, Watch
 from duo_jax.schema.kinds import Count, Size
 
 AUTO = "auto"
-_HEARTBEAT = 30  # seconds of silence after which a process counts as lost
+_PLACE_BYTES = 320  # of a secret, a port and the name of a host
 _PATIENCE = 300  # seconds that processes wait for each other to start
 # What messages name when a process or the network between them is gone.
 _LOST = ("gloo", "nccl", "connection", "coordination", "heartbeat", "peer")
@@ -73,27 +79,56 @@ class ClusterFlags:
                 "num_processes": self.num_processes,
                 "process_id": self.process_id,
             }
+        # Else jax ends this process with a page of text as soon as another one is lost.
+        jax.config.update("jax_enable_recoverability", True)
         try:
-            jax.distributed.initialize(
-                **where,
-                initialization_timeout=_PATIENCE,
-                heartbeat_timeout_seconds=_HEARTBEAT,
-            )
+            jax.distributed.initialize(**where, initialization_timeout=_PATIENCE)
         except (RuntimeError, ValueError) as error:
-            reason = cut(" ".join(str(error).split()), 200)
-            raise InputError(f"the processes do not find each other: {reason}") from None
-        with contextlib.ExitStack() as stack:
-            # What libraries print, as Gloo does of each of its connections, goes to standard error.
-            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(_own_stdout())))
+            raise InputError(f"the processes do not find each other: {_short(error)}") from None
+        # What libraries print, as Gloo does of each of its connections, goes to standard error.
+        with _own_stdout() as stdout, contextlib.redirect_stdout(stdout):
             try:
+                watch = self._watched()
                 yield
+                watch.goodbye()
             except jax.errors.JaxRuntimeError as error:
                 if not any(word in str(error).lower() for word in _LOST):
                     raise
-                reason = cut(" ".join(str(error).split()), 200)
-                print(f"error: another process was lost ({reason})", file=sys.stderr, flush=True)
-                # At its usual end this process would wait for the lost one.
-                os._exit(1)
+                _end(f" ({_short(error)})")
+
+    def _watched(self) -> Watch:
+        """Return connections to the other processes, or to the first one, that are watched."""
+        watch, place = Watch(_end), np.zeros(_PLACE_BYTES, np.uint8)
+        if jax.process_index() == 0:
+            secret = secrets.token_bytes(SECRET_BYTES)
+            port = watch.listen(secret).to_bytes(2, "big")
+            told = secret + port + socket.gethostname().encode()
+            place[: len(told)] = np.frombuffer(told, np.uint8)
+        told = np.asarray(multihost_utils.broadcast_one_to_all(place)).astype(np.uint8).tobytes()
+        secret, port = told[:SECRET_BYTES], told[SECRET_BYTES : SECRET_BYTES + 2]
+        if jax.process_index() > 0:
+            host = told[SECRET_BYTES + 2 :].rstrip(b"\0").decode()
+            if self.coordinator is not None and self.coordinator != AUTO:
+                host = self.coordinator.rpartition(":")[0].strip("[]")
+            try:
+                watch.connect(host, int.from_bytes(port, "big"), secret)
+            except OSError as error:
+                raise InputError(f"the first process cannot be reached: {error}") from None
+        return watch
+
+
+def _short(error: Exception) -> str:
+    return cut(" ".join(str(error).split()), 200)
+
+
+_ending = threading.Lock()  # never released: the first thread that finds out tells
+
+
+def _end(reason: str = "") -> None:
+    """End this process, as another one is lost; at its usual end it would wait for that one."""
+    _ending.acquire()
+    print(f"error: another process was lost{reason}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @contextlib.contextmanager

@@ -58,17 +58,18 @@ def test_two_processes_write_what_one_does(tmp_path, capsys):
 def test_the_end_of_one_process_ends_the_other_with_a_line(victim):
     both = start("--max-new-tokens", "150", "--temperature", "0")
     assert both[0].stdout is not None
-    while "Passkey" not in (line := both[0].stdout.readline()):
-        assert line
-    time.sleep(1.0)
+    written = ""
+    while not written.endswith("Passkey"):  # the first word of the answer
+        written += (character := both[0].stdout.read(1))
+        assert character
     both[victim].send_signal(signal.SIGKILL)
     both[victim].communicate()
     began = time.monotonic()
     _, err = both[1 - victim].communicate(timeout=120)
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 30
     assert both[1 - victim].returncode == 1, err
     lines = without_plugin_log(err).splitlines()
-    assert lines[-1].startswith("error: another process was lost (")
+    assert lines[-1].startswith("error: another process was lost")
     assert not any("Traceback" in line for line in lines), err
 
 
