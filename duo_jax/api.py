@@ -60,6 +60,7 @@ def load(
     prefill_mode: str = "exact",
     implementation: str = "auto",
     devices: int | None = None,
+    groups: int = 1,
 ) -> "DuoModel":
     """Load a model and split its heads.
 
@@ -89,6 +90,8 @@ def load(
         (`kernels.dispatch`).
       devices: number of devices that share weights, caches and work (`duo_jax.mesh`); default: all
         GPUs if one cannot hold the weights and a cache of the model's range, else one.
+      groups: groups of these devices that each hold the whole model, and serve an equal share of
+        the rows of a batch.
 
     Raises:
       InputError: an argument cannot be used; the message is one line.
@@ -114,7 +117,7 @@ def load(
     check_kv_format(config, kv)
     keep = argument("keep", keep, Share)
     plain = weight_files.dtype(weight_files.tensors[0]) if dtype is None else dtype
-    mesh = choose(devices, config, dtype=plain, weights=weight_format, kv=kv)
+    mesh = choose(devices, config, groups=groups, dtype=plain, weights=weight_format, kv=kv)
     check_formats(mesh, kv=kv, keep=keep)
     params = pretrained.load_split_params(
         weight_files, heads, dtype=dtype, weights=weight_format, mesh=mesh

@@ -7,7 +7,7 @@ import jax
 
 from duo_jax.cache.state import Cache, empty
 from duo_jax.heads.split import DuoConfig
-from duo_jax.mesh.devices import num_parts
+from duo_jax.mesh.devices import num_groups, num_parts
 
 
 def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
@@ -24,7 +24,8 @@ def device_bytes(config: DuoConfig, **sizes: Any) -> int:
     """Return the bytes of the layers' caches on each of the devices that share them."""
     layers = cache_shapes(config, **sizes).layers
     full, rings = [layer.full for layer in layers], [layer.streaming for layer in layers]
-    return _bytes(full) // num_parts(sizes.get("mesh")) + _bytes(rings)
+    mesh = sizes.get("mesh")
+    return (_bytes(full) // num_parts(mesh) + _bytes(rings)) // num_groups(mesh)
 
 
 def live_bytes(cache: Cache) -> int:

@@ -40,7 +40,7 @@ from jaxtyping import Array, Float, Int
 from duo_jax.cache import stripes
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
-from duo_jax.mesh.devices import AnyMesh, num_parts
+from duo_jax.mesh.devices import AnyMesh, num_groups, num_parts
 from duo_jax.schema.check import argument
 from kernels import address_limit, packed, pytree
 from kernels.packed import Layout, Packed
@@ -151,13 +151,17 @@ def init_cache(
       mesh: devices that share the cache, in other formats than "int2" and without votes.
 
     Raises:
-      InputError: as `check_kv_format`.
+      InputError: as `check_kv_format`; groups of devices cannot share the rows evenly.
     """
     sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype}
     sizes |= {"num_pages": num_pages, "page_size": page_size}
     make = functools.partial(empty, config, **sizes, kv=kv, votes=votes, mesh=mesh)
     if mesh is None:
         return make()
+    if batch_size % num_groups(mesh):
+        raise InputError(
+            f"{batch_size} rows cannot be shared by {num_groups(mesh)} groups of devices evenly"
+        )
     return jax.jit(make, out_shardings=stripes.shardings(mesh, jax.eval_shape(make)))()
 
 

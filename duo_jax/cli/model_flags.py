@@ -66,6 +66,9 @@ class ModelFlags:
     devices: Count | None = None
     """Number of devices that share weights, caches and work. Default: all GPUs if one cannot hold
     the weights and a cache of the model's range, else one."""
+    groups: Count = 1
+    """With --devices: groups of them that each hold the whole model, and serve an equal share of
+    the rows of a batch."""
     implementation: Implementation = "auto"
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very

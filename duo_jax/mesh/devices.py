@@ -57,12 +57,20 @@ def possible(architecture: ModelConfig, most: int, *, by_heads: bool = False) ->
     return [n for n in range(1, most + 1) if not any(size % n for size in sizes)]
 
 
-def mesh_of(architecture: ModelConfig, number: int, *, by_heads: bool = False) -> Mesh | None:
+def num_groups(mesh: AnyMesh | None) -> int:
+    """Return how many groups of devices have rows of a batch of their own."""
+    return 1 if mesh is None else mesh.shape[DATA]
+
+
+def mesh_of(
+    architecture: ModelConfig, number: int, *, groups: int = 1, by_heads: bool = False
+) -> Mesh | None:
     """Return a mesh of so many devices; None of one, which needs none.
 
     Args:
       architecture: the model.
-      number: how many.
+      number: how many, in all groups together.
+      groups: groups that each have all of the model, and rows of their own.
       by_heads: as in `possible`.
 
     Raises:
@@ -70,17 +78,24 @@ def mesh_of(architecture: ModelConfig, number: int, *, by_heads: bool = False) -
     """
     number = argument("devices", number, Count)
     present = jax.devices()
-    fitting = possible(architecture, len(present), by_heads=by_heads)
+    groups = argument("groups", groups, Count)
+    some = possible(architecture, len(present) // groups, by_heads=by_heads)
+    fitting = [groups * each for each in some]
+    if not fitting:
+        raise InputError(f"{groups} groups need as many devices; there are {len(present)}")
     if number not in fitting:
         there = f"of {present[0].device_kind} there are {len(present)}"
         why = there if number > len(present) else "they cannot share its matrices evenly"
         works = ", ".join(map(str, fitting))
-        raise InputError(f"{number} devices cannot run this model: {why}; possible: {works}")
+        them = f"{number} devices" + (f" in {groups} groups" if groups > 1 else "")
+        raise InputError(f"{them} cannot run this model: {why}; possible: {works}")
     if jax.process_count() > 1 and number != len(present):
         raise InputError(
             f"{jax.process_count()} processes use all of their {len(present)} devices, not {number}"
         )
-    return None if number == 1 else make_mesh(present[:number])
+    if jax.process_count() > 1 and groups > 1:
+        raise InputError("several processes have no groups: leave it at 1")
+    return None if number == 1 else make_mesh(present[:number], data=groups)
 
 
 def automatic(

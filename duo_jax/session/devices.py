@@ -14,7 +14,13 @@ from duo_jax.serve.ahead_of_time import param_shapes, tree_bytes
 
 
 def choose(
-    number: int | None, config: DuoConfig, *, dtype: DTypeLike, weights: WeightFormat, kv: str
+    number: int | None,
+    config: DuoConfig,
+    *,
+    groups: int = 1,
+    dtype: DTypeLike,
+    weights: WeightFormat,
+    kv: str,
 ) -> Mesh | None:
     """Return the devices that share a model; None: the default one has all of it.
 
@@ -22,6 +28,7 @@ def choose(
       number: how many; None: all GPUs, if one has too little memory for the weights and a cache of
         the model's range, else one.
       config: the split model.
+      groups: as in `duo_jax.mesh.devices.mesh_of`; several need a number.
       dtype: of activations.
       weights: format of the weights.
       kv: format of the caches.
@@ -31,7 +38,9 @@ def choose(
     """
     architecture = config.architecture
     if number is not None:
-        return devices.mesh_of(architecture, number)
+        return devices.mesh_of(architecture, number, groups=groups)
+    if groups != 1:
+        raise InputError(f"groups {groups} need a number of devices")
     if len(jax.devices()) == 1:
         return None
 

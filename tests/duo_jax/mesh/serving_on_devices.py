@@ -60,12 +60,12 @@ def split(config: ModelConfig, weight_format: str, dtype: str):
     return duo, quantise_params(params, weight_format)
 
 
-def logits_of(number, *, config=CONFIG, mode, implementation, kv, weight_format, dtype):
+def logits_of(number, *, config=CONFIG, groups=1, mode, implementation, kv, weight_format, dtype):
     """Read CHUNKS and decode some tokens; logits where they are defined. None: no mesh."""
     duo, params = split(config, weight_format, dtype)
     mesh = None
     if number is not None:
-        mesh = make_mesh(jax.devices()[:number])
+        mesh = make_mesh(jax.devices()[:number], data=groups)
         params = jax.device_put(params, weights.shardings(mesh, params))
     sizes = {"batch_size": 2, "max_len": SLOTS, "dtype": np.dtype(dtype), "kv": kv, "mesh": mesh}
     cache, rng, found = init_cache(duo, **sizes), np.random.default_rng(0), []
@@ -93,10 +93,12 @@ def expected(**case):
     return logits_of(None, **case)
 
 
-def check(number, **case):
+def check(number, groups=1, **case):
     with jax.enable_x64(case["dtype"] == "float64"):
         np.testing.assert_allclose(
-            logits_of(number, **case), expected(**case), atol=TOLERANCE[case["dtype"]]
+            logits_of(number, groups=groups, **case),
+            expected(**case),
+            atol=TOLERANCE[case["dtype"]],
         )
 
 
@@ -109,6 +111,10 @@ PLAIN |= {"dtype": "float32"}
 )
 def test_ragged_chunks_and_decoding_equal_one_device(number):
     check(number, **PLAIN)
+
+
+def test_groups_of_devices_share_the_rows():
+    check(4, groups=2, config=SMALL, **PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -103,9 +103,20 @@ def test_generate_says_which_devices_it_uses(capsys):
     assert "[on 8 x cpu]" in printed.err
 
 
+@pytest.mark.slow
+def test_groups_write_what_one_device_does(tmp_path):
+    options = {"max_new_tokens": 24, **SEEDED}
+    grouped = model(8, groups=2)
+    assert grouped.generate(PROMPTS, **options) == model(1).generate(PROMPTS, **options)
+    with pytest.raises(InputError, match="1 rows cannot be shared by 2 groups"):
+        grouped.generate(PROMPTS[:1])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"devices": 6, "groups": 2}, "6 devices in 2 groups .* possible: 2, 4, 8"),
+        ({"groups": 2}, "need a number"),
         ({"devices": 3}, "possible: 1, 2, 4, 8"),
         ({"devices": 8, "kv": "int2"}, "int2"),
         ({"devices": 8, "keep": 0.5}, "keep"),
