@@ -38,10 +38,11 @@ def test_texts_are_those_of_one_device(number, settings):
     assert model(number).generate(PROMPTS, **options) == model(1).generate(PROMPTS, **options)
 
 
-def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path):
+@pytest.mark.parametrize("numbers", [(1, 8), pytest.param((1, 8, 2), marks=pytest.mark.slow)])
+def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers):
     text = "The third passkey to the vault is charlie lima. " * 9
     texts = {}
-    for number in (1, 2, 8):
+    for number in numbers:
         conversation = model(number).conversation()
         conversation.append(text)
         conversation.save(tmp_path / str(number))
@@ -58,7 +59,7 @@ def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path):
         name: len(data) for name, data in files[1].items()
     }
     assert len(set(texts.values())) == 1
-    for saved, loaded in [(8, 1), (8, 2), (1, 8)]:
+    for saved, loaded in [(8, 1), (1, 8), *[(8, n) for n in numbers[2:]]]:
         conversation = model(loaded).load_conversation(tmp_path / str(saved))
         conversation.save(tmp_path / f"{saved}-{loaded}")
         for name, data in files[saved].items():
@@ -96,6 +97,7 @@ def test_perplexity_is_that_of_one_device():
     np.testing.assert_allclose(read(model(8).runtime, tokens)[0], nll, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_generate_says_which_devices_it_uses(capsys):
     generate.main(["--devices", "8", "--max-new-tokens", "8"])
     printed = capsys.readouterr()
@@ -104,7 +106,7 @@ def test_generate_says_which_devices_it_uses(capsys):
 
 
 @pytest.mark.slow
-def test_groups_write_what_one_device_does(tmp_path):
+def test_groups_write_what_one_device_does():
     options = {"max_new_tokens": 24, **SEEDED}
     grouped = model(8, groups=2)
     assert grouped.generate(PROMPTS, **options) == model(1).generate(PROMPTS, **options)
