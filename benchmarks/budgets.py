@@ -17,10 +17,13 @@ import jax.numpy as jnp
 from benchmarks import command
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
 from duo_jax import files
-from duo_jax.cache import KVFormat, cache_bytes
+from duo_jax.cache import KVFormat
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh import weights
+from duo_jax.mesh.devices import abstract_mesh
 from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.reports import machine, markdown
 from duo_jax.serve import ahead_of_time as compiled
@@ -37,8 +40,11 @@ def identification(
     length: int,
     mixing: Mixing = "teacher",
     method: Literal["optimise", "masks", "attribute"] = "optimise",
+    *,
+    model: ModelConfig = LLAMA_3_8B.architecture,
+    devices: int = 1,
 ) -> jax.stages.Compiled:
-    """Compile one step of a method on Llama-3-8B."""
+    """Compile one step of a method on Llama-3-8B, or on another model and several GPUs."""
     step = StepConfig(
         num_steps=2000,
         learning_rate=0.02,
@@ -51,7 +57,6 @@ def identification(
         objective="distillation" if method == "optimise" else "cross_entropy",
         implementation="triton",
     )
-    model = LLAMA_3_8B.architecture
     starts = {
         "optimise": lambda: optimisation.init_state(model, step),
         "masks": lambda: masks.init_state(model, step, seed=0),
@@ -70,7 +75,10 @@ def identification(
         )
     )
     function = functools.partial(modules[method].train_step, architecture=model, step=step)
-    return aot.compile_for("a100", function, state, params, batch)
+    mesh = compiled.described_mesh("a100", devices)
+    if mesh is not None:
+        params = compiled.placed(params, weights.shardings(mesh, params, stacked=True))
+    return aot.compile_for("a100", function, state, params, batch, devices=mesh)
 
 
 DUO_3, DUO_2 = (published.variants[0].config for published in (LLAMA_3_8B, LLAMA_2_7B))
@@ -93,6 +101,7 @@ class Serving:
     chunk: int | None = None  # None: a decode step
     weights: WeightFormat = "model"
     kv: KVFormat = "model"
+    devices: int = 1
 
     @property
     def max_len(self) -> int:
@@ -101,6 +110,7 @@ class Serving:
     def __call__(self) -> jax.stages.Compiled:
         """Compile it for an A100."""
         options = {"max_len": self.max_len, "weights": self.weights, "kv": self.kv}
+        options |= {"devices": self.devices}
         if self.chunk is None:
             return compiled.decode_step(self.config, target="a100", **options)
         return compiled.prefill_chunk(self.config, target="a100", chunk=self.chunk, **options)
@@ -113,12 +123,16 @@ class Serving:
         return dataclasses.replace(self, config=config)
 
     def held(self) -> int:
-        """Return the bytes of weights and caches, from their shapes alone."""
-        params = compiled.param_shapes(self.config.architecture, jnp.bfloat16, weights=self.weights)
-        cache = cache_bytes(
-            self.config, batch_size=1, max_len=self.max_len, dtype="bfloat16", kv=self.kv
+        """Return the bytes of weights and caches on each GPU, from their shapes alone."""
+        shapes = compiled.held_shapes(
+            self.config,
+            mesh=None if self.devices == 1 else abstract_mesh(self.devices),
+            weights=self.weights,
+            batch_size=1,
+            max_len=self.max_len,
+            kv=self.kv,
         )
-        return cache + compiled.tree_bytes(params)
+        return compiled.tree_bytes(shapes)
 
 
 _QUANTISED = {

@@ -35,6 +35,7 @@ from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Share
 from duo_jax.serve.sampling import sampling_config
 from duo_jax.session.conversation import Conversation, load_conversation
+from duo_jax.session.devices import check_formats, choose
 from duo_jax.session.row_cache import Progress
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
@@ -58,6 +59,8 @@ def load(
     prefill_chunk: int = 8192,
     prefill_mode: str = "exact",
     implementation: str = "auto",
+    devices: int | None = None,
+    groups: int = 1,
 ) -> "DuoModel":
     """Load a model and split its heads.
 
@@ -85,6 +88,10 @@ def load(
         (`duo_jax.serve.forward`).
       implementation: attention implementation, "auto", "xla", "triton" or "interpret"
         (`kernels.dispatch`).
+      devices: number of devices that share weights, caches and work (`duo_jax.mesh`); default: all
+        GPUs if one cannot hold the weights and a cache of the model's range, else one.
+      groups: groups of these devices that each hold the whole model, and serve an equal share of
+        the rows of a batch.
 
     Raises:
       InputError: an argument cannot be used; the message is one line.
@@ -109,7 +116,12 @@ def load(
         dtype = np.float32  # CPUs compute in half precision by converting every number
     check_kv_format(config, kv)
     keep = argument("keep", keep, Share)
-    params = pretrained.load_split_params(weight_files, heads, dtype=dtype, weights=weight_format)
+    plain = weight_files.dtype(weight_files.tensors[0]) if dtype is None else dtype
+    mesh = choose(devices, config, groups=groups, dtype=plain, weights=weight_format, kv=kv)
+    check_formats(mesh, kv=kv, keep=keep)
+    params = pretrained.load_split_params(
+        weight_files, heads, dtype=dtype, weights=weight_format, mesh=mesh
+    )
     instruction = None
     if keep < 1 and keep_by == "kvzip":
         instruction = Instruction.of(functools.partial(tokenization.encode, continues=True))
@@ -123,6 +135,7 @@ def load(
         keep=keep,
         keep_by=keep_by,
         instruction=instruction,
+        mesh=mesh,
     )
     return DuoModel(runtime=runtime, tokenization=tokenization)
 

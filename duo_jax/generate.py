@@ -20,6 +20,7 @@ from tqdm import tqdm
 from duo_jax import cli, files
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli import presets
+from duo_jax.cli.cluster import ClusterFlags
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
 from duo_jax.process import signals
@@ -43,7 +44,7 @@ _SHOWN = 20  # characters of it that are shown, and the rest of their line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ModelFlags):
+class GenerateConfig(ModelFlags, ClusterFlags):
     """Flags of the command."""
 
     prompt: str | None = None
@@ -79,6 +80,7 @@ class GenerateConfig(ModelFlags):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_cluster()
         if "" in self.stop:
             raise InputError("a stop string is empty; nothing could be written before it")
         if self.system is not None and not self.chat:
@@ -93,11 +95,16 @@ class GenerateConfig(ModelFlags):
 
 
 def generate(flags: GenerateConfig) -> None:
-    """Read the prompt, continue it, and sum up in one line.
+    """Read the prompt, continue it, and sum up in one line; maybe in several processes.
 
     Raises:
       InputError: a flag cannot be used.
     """
+    with flags.joined():
+        _generate(flags)
+
+
+def _generate(flags: GenerateConfig) -> None:
     if flags.save_cache is not None:
         _check_new(flags.save_cache)
     prompt, shown = _prompt(flags)

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.resources
 import importlib.util
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from typing import Any, Literal
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Target = Literal["a100", "h200"]
 
@@ -50,7 +51,7 @@ def unavailable() -> str | None:
         if shutil.which(tool) is None and _toolkit() is None:
             return f"{tool} is not on PATH (it comes with CUDA, or with the extra aot)"
     try:
-        _mesh("a100")
+        mesh("a100", (1,), ("x",))
     except (RuntimeError, ValueError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         return f"jax has no CUDA plugin (the extra aot), or JAX_PLATFORMS is not cpu: {reason}"
@@ -62,19 +63,26 @@ def lower_for(
     function: Callable[..., Any],
     *args: Any,
     donate_argnums: tuple[int, ...] = (),
+    devices: Mesh | None = None,
 ) -> jax.stages.Lowered:
-    """Lower a function of arrays for one GPU.
+    """Lower a function of arrays for one GPU, or several.
 
     Args:
       target: the GPU.
       function: what to lower.
       *args: trees of jax.ShapeDtypeStruct or arrays.
       donate_argnums: arguments that are updated in place.
+      devices: from `mesh`; arguments lie where their shapes say, or whole on each of them.
     """
-    mesh = _mesh(target)
-    sharding = NamedSharding(mesh, PartitionSpec())
-    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), _no_source_lines():
+    devices = devices or mesh(target, (1,), ("x",))
+    whole = NamedSharding(devices, PartitionSpec())
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        where = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where or whole)
+
+    args = jax.tree.map(placed, args)
+    with jax.sharding.use_abstract_mesh(devices.abstract_mesh), _no_source_lines():
         return jax.jit(function, donate_argnums=donate_argnums).lower(*args)
 
 
@@ -101,9 +109,11 @@ def compile_for(
     function: Callable[..., Any],
     *args: Any,
     donate_argnums: tuple[int, ...] = (),
+    devices: Mesh | None = None,
 ) -> jax.stages.Compiled:
     """Lower and compile; arguments as in `lower_for`, result as in `compile_lowered`."""
-    return compile_lowered(lower_for(target, function, *args, donate_argnums=donate_argnums))
+    lowered = lower_for(target, function, *args, donate_argnums=donate_argnums, devices=devices)
+    return compile_lowered(lowered)
 
 
 def fingerprint(target: Target, lowered: jax.stages.Lowered) -> str:
@@ -154,8 +164,9 @@ def _no_source_lines() -> Iterator[None]:
 
 
 @functools.cache
-def _mesh(target: Target) -> jax.sharding.Mesh:
+def mesh(target: Target, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
+    """Return GPUs of one machine, which need not be here, as a mesh."""
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=description(target), topology="1x1x1"
+        platform="cuda", target_config=description(target), topology=f"1x{math.prod(shape)}x1"
     )
-    return topologies.make_mesh(topology, (1,), ("x",))
+    return topologies.make_mesh(topology, shape, axes)

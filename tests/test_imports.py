@@ -12,6 +12,7 @@ files
 schema
 kernels
 model data
+mesh
 heads reports
 cache checkpoints
 serve

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from duo_jax.model import llama
 from kernels import Implementation, full_attention, streaming_attention
+from kernels.by_heads import by_heads
 from kernels.precision import accumulator
 
 
@@ -81,14 +82,19 @@ def chosen_attention(
         streaming = functools.partial(
             streaming_attention, sink_size=sink_size, recent_size=recent_size, **options
         )
-        grouped = q.reshape(*k.shape[:3], -1, q.shape[-1])
-        heads = (jnp.moveaxis(x, 2, 0) for x in (grouped, k[..., None, :], v[..., None, :]))
-        # One head at a time: of several, the condition would compute both terms.
-        out = jax.lax.map(
-            lambda head: jax.lax.cond(head[0], full, lambda *qkv: streaming(*qkv)[0], *head[1:]),
-            (layer_input, *heads),
-        )
-        return jnp.moveaxis(out, 0, 2).reshape(q.shape), None
+
+        def some_heads(q: Array, k: Array, v: Array, is_retrieval: Array) -> Array:
+            grouped = q.reshape(*k.shape[:3], -1, q.shape[-1])
+            heads = (jnp.moveaxis(x, 2, 0) for x in (grouped, k[..., None, :], v[..., None, :]))
+            # One head at a time: of several, the condition would compute both terms.
+            out = jax.lax.map(
+                lambda one: jax.lax.cond(one[0], full, lambda *qkv: streaming(*qkv)[0], *one[1:]),
+                (is_retrieval, *heads),
+            )
+            return jnp.moveaxis(out, 0, 2).reshape(q.shape)
+
+        arrays, axes = (q, k, v, layer_input), (2, 2, 2, 0)
+        return by_heads(some_heads, *arrays, axes=axes, kv_heads=k.shape[2]), None
 
     return attend
 

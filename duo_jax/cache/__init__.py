@@ -2,17 +2,15 @@
 
 from duo_jax.cache.evict import LATEST, evict, without_votes
 from duo_jax.cache.rewind import Mark, mark, rewind
+from duo_jax.cache.sizes import cache_bytes, cache_shapes, device_bytes, live_bytes
 from duo_jax.cache.state import (
     Cache,
     KVCache,
     KVFormat,
     LayerCache,
-    cache_bytes,
-    cache_shapes,
     check_kv_format,
     grow,
     init_cache,
-    live_bytes,
     with_lengths,
 )
 
@@ -26,6 +24,7 @@ __all__ = [
     "cache_bytes",
     "cache_shapes",
     "check_kv_format",
+    "device_bytes",
     "evict",
     "grow",
     "init_cache",

@@ -38,4 +38,4 @@ def mark(cache: Cache) -> Mark:
 def rewind(cache: Cache, to: Mark) -> Cache:
     """Return the cache as it was at the mark, but for slots that are free."""
     layers = with_rings(cache.layers, to.rings)
-    return Cache(layers=layers, lengths=to.lengths, kept=to.kept)
+    return dataclasses.replace(cache, layers=layers, lengths=to.lengths, kept=to.kept)

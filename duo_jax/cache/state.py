@@ -37,8 +37,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from duo_jax.cache import stripes
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import AnyMesh, num_groups, num_parts
 from duo_jax.schema.check import argument
 from kernels import address_limit, packed, pytree
 from kernels.packed import Layout, Packed
@@ -96,6 +98,8 @@ class Cache:
     lengths: Int[Array, " batch"]  # tokens read so far, per row
     kept: Int[Array, " batch"]  # how many of them full caches hold
     pages: Pages | None = None  # of paged full caches
+    # The devices that full caches are cut over (duo_jax.cache.stripes).
+    mesh: AnyMesh | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def nbytes(self) -> int:
@@ -130,6 +134,7 @@ def init_cache(
     votes: bool = False,
     num_pages: int | None = None,
     page_size: int = 64,
+    mesh: AnyMesh | None = None,
 ) -> Cache:
     """Return an empty cache.
 
@@ -143,20 +148,50 @@ def init_cache(
       num_pages: makes full caches pools of so many pages. Default: no pages; every row has
         `max_len` slots of its own.
       page_size: slots of a page.
+      mesh: devices that share the cache, in other formats than "int2" and without votes.
 
     Raises:
-      InputError: as `check_kv_format`.
+      InputError: as `check_kv_format`; groups of devices cannot share the rows evenly.
     """
+    sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype}
+    sizes |= {"num_pages": num_pages, "page_size": page_size}
+    make = functools.partial(empty, config, **sizes, kv=kv, votes=votes, mesh=mesh)
+    if mesh is None:
+        return make()
+    if batch_size % num_groups(mesh):
+        raise InputError(
+            f"{batch_size} rows cannot be shared by {num_groups(mesh)} groups of devices evenly"
+        )
+    return jax.jit(make, out_shardings=stripes.shardings(mesh, jax.eval_shape(make)))()
+
+
+def empty(
+    config: DuoConfig,
+    *,
+    batch_size: int,
+    max_len: int,
+    dtype: DTypeLike = jnp.float32,
+    kv: str = "model",
+    votes: bool = False,
+    num_pages: int | None = None,
+    page_size: int = 64,
+    mesh: AnyMesh | None = None,
+) -> Cache:
+    """Return what `init_cache` does, all of it on one device."""
     kv_format = check_kv_format(config, kv)
-    assert not (votes and kv_format == "int2")
-    architecture, slots = config.architecture, _whole_blocks(max_len, kv_format)
+    assert not ((votes or mesh) and kv_format == "int2")
+    assert not (votes and mesh)
+    architecture, slots = config.architecture, _whole_blocks(max_len, kv_format, num_parts(mesh))
     rows, pages = batch_size, None
     if num_pages is not None:
+        assert page_size % num_parts(mesh) == 0
         rows, slots = num_pages, page_size
         pages = jnp.zeros((batch_size, -(-max_len // page_size)), jnp.int32)
     shape = (rows, 1, slots, architecture.head_dim)
     ring_shape = (config.ring_slots, architecture.head_dim)
-    most = _heads_per_buffer(jax.eval_shape(lambda: _full_cache(shape, dtype, kv_format)))
+    most = _heads_per_buffer(
+        jax.eval_shape(lambda: _full_cache(shape, dtype, kv_format)), num_parts(mesh)
+    )
 
     def layer(retrieval: int) -> LayerCache:
         streaming = architecture.num_kv_heads - retrieval
@@ -178,25 +213,8 @@ def init_cache(
 
     none = jnp.zeros(batch_size, jnp.int32)
     layers = tuple(map(layer, config.retrieval_counts))
-    cache = Cache(layers=layers, lengths=none, kept=none, pages=pages)
+    cache = Cache(layers=layers, lengths=none, kept=none, pages=pages, mesh=mesh)
     return with_lengths(cache, none)
-
-
-def cache_shapes(config: DuoConfig, **sizes: Any) -> Cache:
-    """Return the shapes of `init_cache(config, **sizes)`; nothing is allocated."""
-    return jax.eval_shape(functools.partial(init_cache, config, **sizes))
-
-
-def cache_bytes(config: DuoConfig, **sizes: Any) -> int:
-    """Return the bytes of the layers' caches that `init_cache(config, **sizes)` allocates."""
-    shapes = cache_shapes(config, **sizes)
-    leaves = jax.tree.leaves(shapes.layers)
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-
-
-def live_bytes(cache: Cache) -> int:
-    """Return the bytes that all key and value buffers take on their device."""
-    return sum(leaf.on_device_size_in_bytes() for leaf in jax.tree.leaves(cache.layers))
 
 
 def with_lengths(cache: Cache, lengths: Int[Array, " batch"]) -> Cache:
@@ -209,11 +227,11 @@ def grow(cache: Cache, *, max_len: int) -> Cache:
     """Return the cache with room for `max_len` tokens per row; copies full caches one by one."""
 
     def larger(part: KVCache) -> list[KVCache]:
-        slots = _whole_blocks(max_len, part.format)
+        slots = _whole_blocks(max_len, part.format, num_parts(cache.mesh))
 
         def pad(leaf: Array) -> Array:
             more = slots * leaf.shape[2] // part.slots - leaf.shape[2]
-            return jnp.pad(leaf, ((0, 0), (0, 0), (0, more), (0, 0)))
+            return stripes.pad(leaf, more, cache.mesh)
 
         def some_heads(first: int) -> KVCache:
             some = jax.tree.map(lambda leaf: leaf[:, first : first + most], part)
@@ -221,7 +239,9 @@ def grow(cache: Cache, *, max_len: int) -> Cache:
             return dataclasses.replace(some, **dict(zip(_GROWING, padded, strict=True)))
 
         one_head = jax.tree.map(lambda leaf: leaf[:, :1], (part.keys, part.values))
-        most = _heads_per_buffer(jax.eval_shape(lambda: jax.tree.map(pad, one_head)))
+        most = _heads_per_buffer(
+            jax.eval_shape(lambda: jax.tree.map(pad, one_head)), num_parts(cache.mesh)
+        )
         return [some_heads(first) for first in range(0, part.keys.shape[1], most)]
 
     layers = (
@@ -258,13 +278,13 @@ def _full_cache(
     return dataclasses.replace(cache, latest=latest)
 
 
-def _whole_blocks(max_len: int, kv_format: KVFormat) -> int:
-    """Round the slots of a full cache up to whole blocks."""
-    block = packed.BLOCK if kv_format == "int2" else 1
+def _whole_blocks(max_len: int, kv_format: KVFormat, num_devices: int) -> int:
+    """Round the slots of a full cache up to whole blocks, on all devices equally many."""
+    block = (packed.BLOCK if kv_format == "int2" else 1) * num_devices
     return -(-max_len // block) * block
 
 
-def _heads_per_buffer(one_head: Any) -> int:
-    """Return how many full heads a buffer may hold so that kernels can address all of it."""
-    largest = max(leaf.size for leaf in jax.tree.leaves(one_head))
+def _heads_per_buffer(one_head: Any, num_devices: int) -> int:
+    """Return how many full heads a buffer may hold so that kernels can address a device's part."""
+    largest = max(leaf.size for leaf in jax.tree.leaves(one_head)) // num_devices
     return max(1, address_limit.MAX_ELEMENTS // largest)

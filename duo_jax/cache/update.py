@@ -185,6 +185,22 @@ def past(
     )
 
 
+def ring_and_chunk(
+    cache: KVCache, keys: NewKV, values: NewKV, *, lengths: PerRow, num_tokens: PerRow
+) -> tuple[KVCache, PerRow]:
+    """Return a ring, as it was before a chunk, with the chunk behind its filled slots.
+
+    For tokens that see all that is cached, in whatever order, and their own chunk causally. Also
+    returns how many slots were filled.
+    """
+    keys, values = as_cached(cache, keys, values)
+    held = jnp.minimum(lengths, cache.slots)
+    room = ((0, 0), (0, 0), (0, keys.shape[1]), (0, 0))
+    ring_keys, ring_values = (jnp.pad(x, room) for x in unpacked(cache, keys.dtype))
+    buffer = KVCache(keys=ring_keys, values=ring_values)
+    return append(buffer, keys, values, starts=held, num_tokens=num_tokens), held
+
+
 def as_cached(cache: KVCache, keys: NewKV, values: NewKV) -> tuple[NewKV, NewKV]:
     """Return keys and values as they will be read from the cache: rounded if it quantises."""
     if not isinstance(cache.keys, Packed):

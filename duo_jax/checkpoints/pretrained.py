@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Bool
 from tqdm import tqdm
@@ -27,6 +28,7 @@ from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_wei
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
+from duo_jax.mesh import weights as mesh_weights
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
@@ -109,15 +111,18 @@ def load_config(folder: pathlib.Path) -> ModelConfig:
     return load_architecture(folder)
 
 
-def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict[str, Any]:
+def load_params(
+    folder: pathlib.Path, *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> dict[str, Any]:
     """Load all parameters as the nested dict that duo_jax.model.llama describes.
 
     Layers are stacked one leaf at a time, so host memory peaks at about one stacked leaf beyond
-    what the device holds.
+    what the device holds. Several devices get their parts tensor by tensor.
 
     Args:
       folder: a Hugging Face folder, a converted checkpoint or a GGUF file.
       dtype: type to cast to; None keeps each tensor's own.
+      mesh: the devices that share the parameters (duo_jax.mesh.weights); default: the first one.
 
     Raises:
       InputError: files are missing or damaged, or tensors do not fit config.json; all of them are
@@ -133,12 +138,7 @@ def load_params(folder: pathlib.Path, *, dtype: DTypeLike | None = None) -> dict
     for tensor in weight_files.tensors:
         parts.setdefault(tensor.path, []).append(tensor)
     # The array is handed over, so that a leaf is on the device before the next one is read.
-    return nested(
-        {
-            path: jax.device_put(_read_leaf(weight_files, tensors, dtype)).block_until_ready()
-            for path, tensors in parts.items()
-        }
-    )
+    return nested({p: _placed_leaf(weight_files, ts, dtype, mesh) for p, ts in parts.items()})
 
 
 def load_split_params(
@@ -147,10 +147,12 @@ def load_split_params(
     *,
     dtype: DTypeLike | None = None,
     weights: WeightFormat = "model",
+    mesh: Mesh | None = None,
 ) -> dict[str, Any]:
     """Load all parameters in serving form: one dict per layer, retrieval heads first.
 
     Loads tensor by tensor, so host memory peaks at about one tensor beyond what the device holds.
+    Each of several devices gets its part of the tensor from the host, and nothing else.
 
     Args:
       model: a Hugging Face folder, a converted checkpoint or a GGUF file; or one that is open.
@@ -158,6 +160,7 @@ def load_split_params(
       dtype: type to cast to; None keeps the stored type, or takes float32 if there are several.
         Weights are quantised from the stored values, not from values of this type.
       weights: format of the layers' projections, see duo_jax.model.quantised_weights.
+      mesh: the devices that share the parameters (duo_jax.mesh.weights); default: the first one.
 
     Raises:
       InputError: as `load_params`; or the model holds weights in another quantised format.
@@ -194,7 +197,7 @@ def load_split_params(
             )
         if quantised(tensor):
             leaf = _quantised(tensor, leaf, weights)
-        leaf = jax.block_until_ready(jax.device_put(leaf))
+        leaf = mesh_weights.put(mesh, tensor.path, leaf)
         if tensor.layer is None:
             ends[tensor.path] = leaf
         else:
@@ -225,6 +228,17 @@ def _quantised(tensor: Tensor, leaf: split.Leaf, weight_format: WeightFormat) ->
     return quantise(
         np.asarray(leaf), module=tensor.path[-2], weight_format=weight_format, name=tensor.name
     )
+
+
+def _placed_leaf(
+    weight_files: WeightFiles, parts: list[Tensor], dtype: DTypeLike | None, mesh: Mesh | None
+) -> jax.Array:
+    """Read one leaf of the tree, its layers stacked, and move it to where it belongs."""
+    path = parts[0].path
+    if mesh is None or parts[0].layer is None:
+        return mesh_weights.put(mesh, path, _read_leaf(weight_files, parts, dtype))
+    leaves = (_read_leaf(weight_files, [part], dtype)[0] for part in parts)
+    return mesh_weights.stacked(mesh, path, leaves, number=len(parts))
 
 
 def _read_leaf(

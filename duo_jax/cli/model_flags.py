@@ -1,11 +1,15 @@
 """The flags that choose a model, its split into heads, and the formats of its numbers."""
 
 import dataclasses
+import sys
 from typing import Any, Literal
+
+import jax
 
 from duo_jax.api import DuoModel, load
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import pretrained
+from duo_jax.mesh.devices import described
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.schema.check import check_fields
 from duo_jax.schema.kinds import Count, Fraction, Share, Size
@@ -59,6 +63,12 @@ class ModelFlags:
     """Which tokens those are. snapkv: what the end of the text looks at; put the question there.
     kvzip: what the model needs to repeat the text, for questions that come later; it takes as long
     as reading the text a second time."""
+    devices: Count | None = None
+    """Number of devices that share weights, caches and work. Default: all GPUs if one cannot hold
+    the weights and a cache of the model's range, else one."""
+    groups: Count = 1
+    """With --devices: groups of them that each hold the whole model, and serve an equal share of
+    the rows of a batch."""
     implementation: Implementation = "auto"
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
@@ -75,4 +85,7 @@ class ModelFlags:
         """
         flags = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelFlags)}
         flags |= changes
-        return load(sink_size=flags.pop("sink"), recent_size=flags.pop("recent"), **flags)
+        model = load(sink_size=flags.pop("sink"), recent_size=flags.pop("recent"), **flags)
+        if len(jax.devices()) > 1:
+            print(f"[on {described(model.runtime.mesh)}]", file=sys.stderr)
+        return model

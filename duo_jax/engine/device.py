@@ -4,14 +4,17 @@ Rows for requests come first in the rings, rows for snapshots after them. Everyt
 once; programs update it in place.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from duo_jax.cache import Cache, cache_bytes, init_cache, pages
+from duo_jax.cache import Cache, cache_bytes, device_bytes, init_cache, pages, stripes
 from duo_jax.engine.request import MOST_LOGPROBS
+from duo_jax.mesh.devices import AnyMesh
 from duo_jax.serve import row_sampling, rows
 from duo_jax.serve.row_sampling import RowHistory, RowSettings, Sampled
 from duo_jax.session import memory
@@ -21,7 +24,25 @@ PromptScores = tuple[
     Float[np.ndarray, "length"], Float[np.ndarray, "length most"], Int[np.ndarray, "length most"]
 ]
 
-_adopt = jax.jit(pages.adopt, donate_argnums=0)
+
+@functools.partial(jax.jit, donate_argnames="layers", static_argnames="mesh")
+def _adopt(
+    layers: pages.Layers,
+    dense: pages.Layers,
+    numbers: Int[Array, " pages"],
+    row: Int[Array, ""],
+    *,
+    mesh: AnyMesh | None,
+) -> pages.Layers:
+    """Copy a text's own cache into pages; of several devices each copies what it holds."""
+    if mesh is None:
+        return pages.adopt(layers, dense, numbers, row)
+    everywhere, specs = PartitionSpec(), stripes.specs(layers)
+    in_specs = (specs, stripes.specs(dense), everywhere, everywhere)
+    some = jax.shard_map(
+        pages.adopt, mesh=mesh, in_specs=in_specs, out_specs=specs, check_vma=False
+    )
+    return some(layers, dense, numbers, row)
 
 
 class Device:
@@ -57,10 +78,11 @@ class Device:
             "kv": runtime.kv_format,
             "num_pages": num_pages,
             "page_size": page_size,
+            "mesh": runtime.mesh,
         }
         self.vocab_size = runtime.config.architecture.vocab_size
         self._most = min(MOST_LOGPROBS, self.vocab_size)
-        self._options = {"implementation": runtime.implementation}
+        self._options = {"implementation": runtime.implementation, "mesh": runtime.mesh}
         self.everything_allowed = np.full(-(-self.vocab_size // 32), -1, np.int32)
         self.clear()
 
@@ -72,7 +94,7 @@ class Device:
     def clear(self) -> None:
         """Begin with empty caches, whatever became of those before."""
         self._layers = self._history = None  # freed before others are allocated
-        with memory.for_cache(self.nbytes):
+        with memory.for_cache(device_bytes(self._runtime.config, **self._sizes)):
             cache = init_cache(self._runtime.config, **self._sizes)
             self._layers = jax.block_until_ready(cache.layers)
         self._history = RowHistory.empty(self._rows, self.vocab_size)
@@ -185,7 +207,8 @@ class Device:
 
     def adopt(self, cache: Cache, numbers: Sequence[int], row: int) -> None:
         """Copy a text's own cache into pages and a row."""
-        self._layers = _adopt(self._layers, cache.layers, np.asarray(numbers, np.int32), row)
+        places = (np.asarray(numbers, np.int32), np.int32(row))
+        self._layers = _adopt(self._layers, cache.layers, *places, mesh=self._runtime.mesh)
 
 
 def _padded(tokens: Sequence[int], width: int) -> Int32[np.ndarray, "1 length"]:

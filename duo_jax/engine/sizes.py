@@ -7,6 +7,7 @@ import jax
 
 from duo_jax.cache import cache_bytes
 from duo_jax.errors import InputError
+from duo_jax.mesh.devices import num_groups, num_parts
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Size
 from duo_jax.session import memory
@@ -67,6 +68,9 @@ def choose_sizes(
     page_size = argument("page_size", page_size, Count)
     if page_size < BLOCK or page_size & (page_size - 1):
         raise InputError(f"page_size {page_size} is not a power of two from {BLOCK}")
+    if num_groups(runtime.mesh) > 1:
+        raise InputError("an engine's devices share every page: load the model without groups")
+    page_size *= num_parts(runtime.mesh)  # of which every device has as much as one alone
     chunk = min(runtime.prefill_chunk, 1024) if prefill_chunk is None else prefill_chunk
     in_range = runtime.config.architecture.max_positions
     if max_len is not None:
@@ -117,6 +121,7 @@ def bytes_of(runtime: Runtime, *, page_size: int, full: bool = False) -> tuple[i
 
 def _pages_that_fit(runtime: Runtime, page_size: int, rows: int) -> int:
     page, ring = bytes_of(runtime, page_size=page_size)
+    page //= num_parts(runtime.mesh)
     total = memory.device_memory()
     if total is None:
         raise InputError("this device does not tell its memory; cache_tokens is needed")

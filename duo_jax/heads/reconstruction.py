@@ -35,6 +35,7 @@ from duo_jax.model import llama, rope
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.layers import Residual
 from kernels import Implementation, masks, prefill_attention
+from kernels.by_heads import by_heads
 from kernels.precision import accumulator
 
 _WHOLE = "\n\nRepeat the previous context exactly."
@@ -225,9 +226,10 @@ def _repeat_layer(
             for old, new in ((keys, k), (values, v))
         )
         scale = q.shape[-1] ** -0.5
-        out, _ = prefill_attention(
-            q, all_keys, all_values, lengths, softmax_scale=scale, implementation=implementation
-        )
+        options = {"softmax_scale": scale, "implementation": implementation}
+        some_heads = functools.partial(prefill_attention, **options)
+        arrays, axes = (q, all_keys, all_values, lengths), (2, 1, 1, None)
+        out, _ = by_heads(some_heads, *arrays, axes=axes, kv_heads=k.shape[2])
         of_chunk = jax.lax.dynamic_slice_in_dim(keys, start, chunk, axis=2)
         sizes = {"sink_size": sink_size, "recent_size": recent_size}
         return out, largest_attention(

@@ -17,12 +17,15 @@ from duo_jax import cli, files
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import gguf, pretrained
 from duo_jax.checkpoints.own_pattern import find_pattern
+from duo_jax.errors import InputError
 from duo_jax.heads.choose import split_heads
+from duo_jax.mesh.devices import possible
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan import gpus, plot, table, verify
 from duo_jax.plan.estimate import Workload
 from duo_jax.plan.gpus import PlannedGpu
 from duo_jax.plan.planner import PlanRow, cheapest, plan
+from duo_jax.plan.planner import gpus as gpus_of
 from duo_jax.plan.settings import chosen_settings
 from duo_jax.schema.check import check_fields
 from duo_jax.schema.kinds import Count, Fraction
@@ -32,6 +35,9 @@ Print the longest context that fits on a GPU, for every setting of caches and we
 
 Needs a model's config.json and a pattern, but no weights and no GPU.
 """
+
+
+_MOST_DEVICES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,8 @@ class PlanConfig:
     kv: KVFormat | None = None
     """Plan only this format of the caches, in addition to the unquantised model."""
 
+    devices: Count = 1
+    """GPUs of this kind that share the model and its caches."""
     batch: Count = 1
     """Rows that are served together."""
     chunk: Count = 8192
@@ -70,6 +78,8 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.devices > 1 and self.kv == "int2":
+            raise InputError('several GPUs cannot share caches in "int2"; "int4" they can')
         if self.png is not None:
             files.check_file(self.png)
 
@@ -86,10 +96,23 @@ def run(flags: PlanConfig) -> None:
     architecture = pretrained.load_config(file)
     pattern = find_pattern(folder, architecture) if flags.pattern is None else flags.pattern
     split, _ = split_heads(architecture, pattern, sparsity=flags.sparsity)
-    workload = Workload(config=split, dtype=flags.dtype, batch_size=flags.batch, chunk=flags.chunk)
+    if flags.devices not in (fitting := possible(architecture, _MOST_DEVICES)):
+        raise InputError(
+            f"{flags.devices} GPUs cannot share this model's matrices evenly; possible: "
+            f"{', '.join(map(str, fitting))}"
+        )
+    workload = Workload(
+        config=split,
+        dtype=flags.dtype,
+        batch_size=flags.batch,
+        chunk=flags.chunk,
+        devices=flags.devices,
+    )
     num_heads = architecture.num_layers * architecture.num_kv_heads
     duo = split.num_retrieval_heads < num_heads
     settings = chosen_settings(duo=duo, weights=flags.weights, kv=flags.kv)
+    if flags.devices > 1:  # which cannot share blocks of 64 tokens
+        settings = tuple(setting for setting in settings if setting.kv != "int2")
     rows = plan(workload, settings, gpu)
     heads = f"no streaming heads of {num_heads}"
     if duo:
@@ -109,7 +132,7 @@ def run(flags: PlanConfig) -> None:
         if flags.pattern is not None:
             pattern = f"pattern {_name(flags.pattern)}"
         numbers = f"batch {flags.batch}, chunk {flags.chunk:,}, {flags.dtype}"
-        title = f"{_name(flags.model)} on {gpu.name}, {numbers}\n{pattern}\n{heads}"
+        title = f"{_name(flags.model)} on {gpus_of(workload, gpu)}, {numbers}\n{pattern}\n{heads}"
         files.write_bytes(flags.png, plot.png(rows, gpu, title=title))
         print(f"\nwritten: {flags.png}")
     if flags.verify:

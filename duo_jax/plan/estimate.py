@@ -6,11 +6,13 @@ from typing import Any
 
 from duo_jax.cache import cache_shapes
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import abstract_mesh
+from duo_jax.mesh.weights import shardings
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.plan.settings import Setting
 from duo_jax.plan.workspace import workspace_bytes
-from duo_jax.serve.ahead_of_time import param_shapes, tree_bytes
+from duo_jax.serve.ahead_of_time import param_shapes, placed, tree_bytes
 from kernels.packed import BLOCK
 
 _LONGEST = 1 << 31  # tokens of a row; positions are 32-bit numbers
@@ -24,11 +26,12 @@ class Workload:
     dtype: str = "bfloat16"
     batch_size: int = 1
     chunk: int = 32_000  # tokens of a prompt, per row, that are read at a time
+    devices: int = 1  # GPUs that share weights and full caches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-    """Bytes at the peak, by what they hold."""
+    """Bytes at the peak on a GPU, by what they hold."""
 
     weights: int
     full_cache: int
@@ -43,7 +46,10 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The bytes of one setting, as functions of the context; made by `estimate`."""
+    """The bytes of one setting on each GPU, as functions of the context; made by `estimate`.
+
+    Those of full caches are of all GPUs together.
+    """
 
     workload: Workload
     setting: Setting
@@ -69,7 +75,7 @@ class Estimate:
         workload = self.workload
         return Parts(
             weights=self.weights,
-            full_cache=self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK,
+            full_cache=-(-self._full_cache(slots) // workload.devices),
             streaming_cache=self.streaming_cache,
             workspace=workspace_bytes(
                 workload.config.architecture,
@@ -77,8 +83,12 @@ class Estimate:
                 batch_size=workload.batch_size,
                 dtype=workload.dtype,
                 weights=self.setting.weights,
+                devices=workload.devices,
             ),
         )
+
+    def _full_cache(self, slots: int) -> int:
+        return self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK
 
     def longest(self, budget: int) -> int | None:
         """Return the most tokens per row that fit; None if not even one does, by bisection."""
@@ -119,7 +129,9 @@ def estimate(workload: Workload, setting: Setting) -> Estimate:
     served = _served(workload.config, setting)
     rows = {"batch_size": workload.batch_size, "dtype": workload.dtype, "kv": setting.kv}
     one, two = (_cache_bytes(served, max_len=BLOCK * blocks, **rows) for blocks in (1, 2))
-    weights, embedding = _weight_bytes(served.architecture, workload.dtype, setting.weights)
+    weights, embedding = _weight_bytes(
+        served.architecture, workload.dtype, setting.weights, workload.devices
+    )
     vocab_size = served.architecture.vocab_size
     unread = 0 if served.architecture.tie_embeddings else vocab_size - workload.batch_size
     return Estimate(
@@ -138,9 +150,13 @@ def _served(config: DuoConfig, setting: Setting) -> DuoConfig:
 
 
 @functools.cache
-def _weight_bytes(model: ModelConfig, dtype: str, weights: WeightFormat) -> tuple[int, int]:
-    """Return the bytes of all weights, and of the embedding among them."""
+def _weight_bytes(
+    model: ModelConfig, dtype: str, weights: WeightFormat, devices: int
+) -> tuple[int, int]:
+    """Return the bytes of all weights on a GPU, and of the embedding among them."""
     shapes = param_shapes(model, dtype, weights=weights)
+    if devices > 1:
+        shapes = placed(shapes, shardings(abstract_mesh(devices), shapes))
     return tree_bytes(shapes), tree_bytes(shapes["embed_tokens"])
 
 

@@ -39,11 +39,16 @@ def plan(workload: Workload, settings: Sequence[Setting], gpu: PlannedGpu) -> tu
     if all(row.longest is None for row in rows):
         least = min((row.estimate for row in rows if row.estimate), key=lambda e: e.parts(1).total)
         raise InputError(
-            f"nothing fits {gpu.name} at any length: {least.setting} take "
+            f"nothing fits {gpus(workload, gpu)} at any length: {least.setting} take "
             f"{least.weights / 1e9:.2f} GB of weights and {least.parts(1).total / 1e9:.2f} GB in "
             f"all for a single token, of which {gpu.budget / 1e9:.2f} GB can be used"
         )
     return tuple(rows)
+
+
+def gpus(workload: Workload, gpu: PlannedGpu) -> str:
+    """Return the name of the GPUs, with their number if there are several."""
+    return gpu.name if workload.devices == 1 else f"{workload.devices} x {gpu.name}"
 
 
 def cheapest(rows: Sequence[PlanRow], context: int) -> PlanRow | None:

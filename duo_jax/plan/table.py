@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from duo_jax.plan.estimate import Workload
 from duo_jax.plan.gpus import PlannedGpu
-from duo_jax.plan.planner import PlanRow
+from duo_jax.plan.planner import PlanRow, gpus
 
 _HEADER = (
     ("caches", "weights", "KV", "longest", "weights", "full", "streaming", "work-", "peak"),
@@ -12,14 +12,21 @@ _HEADER = (
 )
 _FLOOR = ("decode", "floor")
 _TEXT_COLUMNS = 3
+LATENCIES = (10e-6, 20e-6)  # seconds of a small message between GPUs of one machine, assumed
+
+
+def messages(num_layers: int) -> int:
+    """Return the messages of a decode step: of each layer (serve.striped), and of both ends."""
+    return 4 * num_layers + 2
 
 
 def heading(workload: Workload, gpu: PlannedGpu, *, model: str, heads: str) -> str:
     """Return two lines about model, heads, GPU and workload."""
     memory, budget = gpu.memory / 1e9, gpu.budget / 1e9
+    each = " each" if workload.devices > 1 else ""
     return (
         f"{model}, {heads}\n"
-        f"{gpu.name}: {memory:.1f} GB of memory, {budget:.1f} of them to be used; "
+        f"{gpus(workload, gpu)}: {memory:.1f} GB of memory{each}, {budget:.1f} of them to be used; "
         f"batch {workload.batch_size}, chunk {workload.chunk:,}, {workload.dtype}"
     )
 
@@ -59,6 +66,13 @@ def notes(rows: Sequence[PlanRow], workload: Workload, gpu: PlannedGpu, *, floor
             f"decode floor: ms to read weights and caches once at {gpu.bandwidth / 1e9:,.0f} GB/s, "
             f"after {floors_at:,} tokens; a step writes "
             f"{workload.batch_size} token{'s' if workload.batch_size > 1 else ''}"
+        )
+    if workload.devices > 1:
+        count = messages(workload.config.architecture.num_layers)
+        least, more = (1e3 * count * seconds for seconds in LATENCIES)
+        text.append(
+            f"bytes are those of each GPU; a step also waits for {count} messages between them, "
+            f"projected {least:.1f} to {more:.1f} ms at 10 to 20 us each (not measured)"
         )
     most = workload.config.architecture.max_positions
     if any(row.longest and row.longest > most for row in rows):

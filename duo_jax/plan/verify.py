@@ -41,6 +41,7 @@ def compile_row(estimate: Estimate, context: int, *, target: Target) -> Compiled
         "dtype": workload.dtype,
         "weights": setting.weights,
         "kv": setting.kv,
+        "devices": workload.devices,
     }
     config = dataclasses.asdict(estimate.config)
     with Compiler() as compiler:

@@ -19,6 +19,8 @@ A decode step of one row holds, beside its logits:
     int8           next to nothing
 """
 
+import dataclasses
+
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_linear import FEW_ROWS
 from duo_jax.model.quantised_weights import GROUP, WeightFormat
@@ -27,9 +29,18 @@ _WIDE = 4  # bytes of float32 and int32
 
 
 def workspace_bytes(
-    architecture: ModelConfig, *, chunk: int, batch_size: int, dtype: str, weights: WeightFormat
+    architecture: ModelConfig,
+    *,
+    chunk: int,
+    batch_size: int,
+    dtype: str,
+    weights: WeightFormat,
+    devices: int = 1,
 ) -> int:
     """Return the workspace of a decode step or of the reading of a chunk, whichever is larger.
+
+    Several GPUs share the channels of the MLP; each has the whole residual stream, and gathers the
+    queries of retrieval heads, which together take up to a sixth less than is counted here.
 
     Args:
       architecture: the model.
@@ -37,7 +48,9 @@ def workspace_bytes(
       batch_size: rows.
       dtype: bfloat16, float16 or float32, of activations.
       weights: format of the layers' projections.
+      devices: GPUs that share the model.
     """
+    architecture = dataclasses.replace(architecture, mlp_size=architecture.mlp_size // devices)
     itemsize = 4 if dtype == "float32" else 2
     sizes = {"batch_size": batch_size, "itemsize": itemsize, "weights": weights}
     return max(

@@ -5,17 +5,21 @@ Nothing is allocated or executed, and no weights are read; kernels.aot says what
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from duo_jax import serve
-from duo_jax.cache import KVFormat, cache_shapes
+from duo_jax.cache import Cache, KVFormat, cache_shapes, stripes
 from duo_jax.heads import split
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh import weights as mesh_weights
+from duo_jax.mesh.devices import DATA, MODEL, AnyMesh
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import WeightFormat, quantised_shapes
@@ -40,10 +44,48 @@ def param_shapes(
 
 
 def tree_bytes(tree: Any) -> int:
-    """Return the bytes of arrays, or of shapes, on a GPU, where jax packs two int4 to a byte."""
-    return sum(
-        leaf.size // 2 if leaf.dtype == jnp.int4 else leaf.size * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
+    """Return the bytes of arrays, or of shapes, on a GPU, where jax packs two int4 to a byte.
+
+    Of shapes that say where they lie on a mesh, these are the bytes on each of its GPUs.
+    """
+
+    def size(leaf: Any) -> int:
+        where = getattr(leaf, "sharding", None)
+        shape = leaf.shape if where is None else where.shard_shape(leaf.shape)
+        values = math.prod(shape)
+        return values // 2 if leaf.dtype == jnp.int4 else values * leaf.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(tree)))
+
+
+def described_mesh(target: aot.Target, devices: int) -> Mesh | None:
+    """Return so many GPUs, which need not be here, as duo_jax.mesh.devices does; None of one."""
+    return None if devices == 1 else aot.mesh(target, (1, devices), (DATA, MODEL))
+
+
+def held_shapes(
+    config: DuoConfig,
+    *,
+    mesh: AnyMesh | None,
+    dtype: DTypeLike = jnp.bfloat16,
+    weights: WeightFormat = "model",
+    **sizes: Any,
+) -> tuple[Any, Cache]:
+    """Return the shapes of parameters and cache, which say where they lie on a mesh."""
+    params = param_shapes(config.architecture, dtype, weights=weights)
+    cache = cache_shapes(config, dtype=dtype, mesh=mesh, **sizes)
+    if mesh is None:
+        return params, cache
+    return (
+        placed(params, mesh_weights.shardings(mesh, params)),
+        placed(cache, stripes.shardings(mesh, cache)),
+    )
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Return shapes that say where they lie."""
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), shapes, shardings
     )
 
 
@@ -56,6 +98,7 @@ def decode_step(
     dtype: DTypeLike = jnp.bfloat16,
     weights: WeightFormat = "model",
     kv: KVFormat = "model",
+    devices: int = 1,
 ) -> jax.stages.Compiled:
     """Compile one decode step with caches of `max_len` tokens, which are updated in place."""
 
@@ -63,10 +106,11 @@ def decode_step(
         return serve.decode(config, params, cache, tokens, implementation="triton")
 
     tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    mesh = described_mesh(target, devices)
     sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
-    cache = cache_shapes(config, **sizes)
-    params = param_shapes(config.architecture, dtype, weights=weights)
-    return aot.compile_for(target, step, params, cache, tokens, donate_argnums=(1,))
+    params, cache = held_shapes(config, mesh=mesh, weights=weights, **sizes)
+    options = {"donate_argnums": (1,), "devices": mesh}
+    return aot.compile_for(target, step, params, cache, tokens, **options)
 
 
 def prefill_chunk(
@@ -80,6 +124,7 @@ def prefill_chunk(
     weights: WeightFormat = "model",
     kv: KVFormat = "model",
     mode: serve.PrefillMode = "exact",
+    devices: int = 1,
 ) -> jax.stages.Compiled:
     """Compile the prefill of one chunk, at any offset, into caches of `max_len` tokens."""
 
@@ -90,10 +135,11 @@ def prefill_chunk(
 
     tokens = jax.ShapeDtypeStruct((batch_size, chunk), jnp.int32)
     num_tokens = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    mesh = described_mesh(target, devices)
     sizes = {"batch_size": batch_size, "max_len": max_len, "dtype": dtype, "kv": kv}
-    cache = cache_shapes(config, **sizes)
-    params = param_shapes(config.architecture, dtype, weights=weights)
-    return aot.compile_for(target, read, params, cache, tokens, num_tokens, donate_argnums=(1,))
+    params, cache = held_shapes(config, mesh=mesh, weights=weights, **sizes)
+    options = {"donate_argnums": (1,), "devices": mesh}
+    return aot.compile_for(target, read, params, cache, tokens, num_tokens, **options)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from duo_jax.cache import KVCache, LayerCache, update
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import AnyMesh
 from duo_jax.serve.votes import Voters, count_votes
 from kernels import (
     Implementation,
@@ -57,6 +58,8 @@ class LayerInput:
     kept: Int[Array, " batch"]  # how many of those full caches hold
     num_tokens: Int[Array, " batch"]  # of these, how many count
     pages: Pages | None = None  # of paged full caches
+    # The devices that share the cache (duo_jax.serve.striped).
+    mesh: AnyMesh | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 def attend(
@@ -134,7 +137,8 @@ def attend_token(
         out, _ = decode_attention(q[:, 0], cache.keys, cache.values, held, **options)
         return out[:, None], cache
 
-    return _by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
+    out, after = by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
+    return out.astype(q.dtype), after
 
 
 def attend_chunk(
@@ -180,34 +184,27 @@ def attend_chunk(
         return out, after
 
     def ring_chunk(q, k, v, cache):
-        # Every token sees all that is cached, and its own chunk causally. Cached tokens come before
-        # all of the chunk, in whatever order, so the filled slots of the ring are laid in front of
-        # the chunk in one buffer, and causal attention from that offset on shows just that.
+        # What is cached comes before all of the chunk: causal attention from that offset on.
         after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
-        k, v = update.as_cached(cache, k, v)
-        held = jnp.minimum(lengths, config.ring_slots)
-        room = ((0, 0), (0, 0), (0, q.shape[1]), (0, 0))
-        keys, values = (jnp.pad(x, room) for x in update.unpacked(cache, k.dtype))
-        buffer = KVCache(keys=keys, values=values)
-        buffer = update.append(buffer, k, v, starts=held, num_tokens=num_tokens)
+        buffer, held = update.ring_and_chunk(cache, k, v, **place)
         out, _ = prefill_attention(q, buffer.keys, buffer.values, held, **options)
         return out, after
 
     ring = ring_exact if mode == "exact" else ring_chunk
-    out, cache = _by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
-    return _rings_first(out, cache)
+    out, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
+    return rings_first(out.astype(q.dtype), cache)
 
 
-def _by_part(
+def by_part(
     q: Queries,
-    k: NewKV,
-    v: NewKV,
+    k: Float[Array, "batch _ kv_heads head_dim"],
+    v: Float[Array, "batch _ kv_heads head_dim"],
     cache: LayerCache,
     *,
     full: AttendPart,
     blocks: AttendPart,
     ring: AttendPart,
-) -> tuple[Queries, LayerCache]:
+) -> tuple[Float[Array, "batch length q_heads _"], LayerCache]:
     """Give each cache of a layer its heads, in its dtype; join outputs and caches."""
     parts = [(blocks if part.format == "int2" else full, part) for part in cache.full]
     if cache.streaming is not None:
@@ -224,8 +221,7 @@ def _by_part(
         after.append(part)
         first = end
     streaming = None if cache.streaming is None else after.pop()
-    out = jnp.concatenate(outputs, axis=2).astype(q.dtype)
-    return out, LayerCache(full=tuple(after), streaming=streaming)
+    return jnp.concatenate(outputs, axis=2), LayerCache(full=tuple(after), streaming=streaming)
 
 
 def _merged(*parts: tuple[Float[Array, "..."], Float[Array, "..."]]) -> Float[Array, "..."]:
@@ -234,7 +230,7 @@ def _merged(*parts: tuple[Float[Array, "..."], Float[Array, "..."]]) -> Float[Ar
     return merge_lse(outs, lses)[0]
 
 
-def _rings_first(out: Queries, cache: LayerCache) -> tuple[Queries, LayerCache]:
+def rings_first(out: Queries, cache: LayerCache) -> tuple[Queries, LayerCache]:
     """Write a chunk's rings before the next layer starts, by a barrier.
 
     Otherwise XLA's GPU compiler joins the writes to rings of the same shape in all layers, and

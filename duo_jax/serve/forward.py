@@ -16,6 +16,7 @@ Prefill has two modes for streaming heads (DuoAttention, section 2.3, and its pu
 Decoding is the same for both.
 """
 
+import dataclasses
 import functools
 from typing import Any, get_args
 
@@ -25,8 +26,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.cache import Cache, LayerCache
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import replicated
 from duo_jax.model import llama, rope
 from duo_jax.model.llama import Params
+from duo_jax.serve import striped
 from duo_jax.serve.attention import LayerInput, PrefillMode, attend
 from duo_jax.serve.votes import Voters
 from kernels import Implementation
@@ -74,7 +77,7 @@ def prefill(
     )
     last = jnp.clip(num_tokens - 1, 0, tokens.shape[1] - 1)
     x = jnp.take_along_axis(x, last[:, None, None], axis=1)
-    return logits(config, params, x)[:, 0], cache
+    return replicated(logits(config, params, x)[:, 0], cache.mesh), cache
 
 
 def decode(
@@ -129,7 +132,7 @@ def hidden_states(
     if total_lengths is None:
         total_lengths = lengths + num_tokens
     cos_sin = rope.rotation(config.architecture, positions, total_length=total_lengths)
-    x = params["embed_tokens"]["embedding"][tokens]
+    x = replicated(params["embed_tokens"]["embedding"][tokens], cache.mesh)
     layers = []
     for layer_params, layer_cache in zip(params["layers"], cache.layers, strict=True):
         layer_input = LayerInput(
@@ -138,6 +141,7 @@ def hidden_states(
             kept=cache.kept,
             num_tokens=num_tokens,
             pages=cache.pages,
+            mesh=cache.mesh,
         )
         x, layer_cache = _layer(
             config,
@@ -151,7 +155,7 @@ def hidden_states(
         )
         layers.append(layer_cache)
     after = {"lengths": lengths + num_tokens, "kept": cache.kept + num_tokens}
-    return x, Cache(layers=tuple(layers), pages=cache.pages, **after)
+    return x, dataclasses.replace(cache, layers=tuple(layers), **after)
 
 
 # A program of its own, so that layers whose heads are split alike are traced once.
@@ -169,11 +173,16 @@ def _layer(
 ) -> tuple[Float[Array, "batch length embed"], LayerCache]:
     """Apply one layer, whose number of retrieval heads is that of its cache."""
     attend_layer = functools.partial(
-        attend, config=config, mode=mode, voters=voters, implementation=implementation
+        attend if layer_input.mesh is None else striped.attend,
+        config=config,
+        mode=mode,
+        voters=voters,
+        implementation=implementation,
     )
     layer = llama.DecoderLayer(config.architecture, attend=attend_layer)
     result: Any = layer.apply({"params": params}, x, cos_sin, layer_input)
-    return result
+    x, layer_cache = result
+    return replicated(x, layer_input.mesh), layer_cache
 
 
 def logits(

@@ -15,6 +15,7 @@ from duo_jax import cache as caches
 from duo_jax.cache import Cache, pages
 from duo_jax.cache.pages import Layers
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import AnyMesh
 from duo_jax.model.llama import Params
 from duo_jax.serve import forward
 from kernels import Implementation
@@ -27,7 +28,9 @@ copy_row = jax.jit(pages.copy_row, donate_argnums=0)
 copy_page = jax.jit(pages.copy_page, donate_argnums=0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="layers")
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation", "mesh"), donate_argnames="layers"
+)
 def decode_rows(
     config: DuoConfig,
     params: Params,
@@ -38,6 +41,7 @@ def decode_rows(
     table: Pages,
     *,
     implementation: Implementation,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Float[Array, "batch vocab"], Layers]:
     """Append a token to each of the first rows that is active.
 
@@ -50,18 +54,21 @@ def decode_rows(
       active: rows that get their token.
       table: the rows' pages, with room for it.
       implementation: attention implementation, see kernels.dispatch.
+      mesh: the devices that share the layers, if there are several.
 
     Returns:
       Logits after each token, undefined for rows that are not active; and the layers.
     """
-    cache = _rows(layers, 0, lengths, table)
+    cache = _rows(layers, 0, lengths, table, mesh)
     logits, cache = forward.decode(
         config, params, cache, tokens, active, implementation=implementation
     )
     return logits, pages.put_rows(layers, cache.layers, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "implementation"), donate_argnames="layers")
+@functools.partial(
+    jax.jit, static_argnames=("config", "implementation", "mesh"), donate_argnames="layers"
+)
 def prefill_row(
     config: DuoConfig,
     params: Params,
@@ -74,6 +81,7 @@ def prefill_row(
     table: Pages,
     *,
     implementation: Implementation,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Float[Array, "1 vocab"], Layers]:
     """Append a chunk of tokens to one row.
 
@@ -88,11 +96,12 @@ def prefill_row(
       total_lengths: tokens of the whole prompt, as in duo_jax.serve.prefill.
       table: the row's pages, with room for the chunk.
       implementation: attention implementation, see kernels.dispatch.
+      mesh: the devices that share the layers, if there are several.
 
     Returns:
       Logits after the last token, and the layers.
     """
-    cache = _rows(layers, row, lengths, table)
+    cache = _rows(layers, row, lengths, table, mesh)
     logits, cache = forward.prefill(
         config,
         params,
@@ -106,7 +115,7 @@ def prefill_row(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "most", "implementation"), donate_argnames="layers"
+    jax.jit, static_argnames=("config", "most", "implementation", "mesh"), donate_argnames="layers"
 )
 def prefill_row_scored(
     config: DuoConfig,
@@ -122,6 +131,7 @@ def prefill_row_scored(
     *,
     most: int,
     implementation: Implementation,
+    mesh: AnyMesh | None = None,
 ) -> tuple[
     Float[Array, "1 vocab"],
     tuple[Float[Array, "length"], Float[Array, "length most"], Int[Array, "length most"]],
@@ -142,12 +152,13 @@ def prefill_row_scored(
       targets: the following tokens.
       most: how many of the most likely tokens are told at every place.
       implementation: as there.
+      mesh: as there.
 
     Returns:
       Logits after the last token; log-probabilities of the following tokens, those of the most
       likely ones, and which these are; and the layers.
     """
-    cache = _rows(layers, row, lengths, table)
+    cache = _rows(layers, row, lengths, table, mesh)
     x, cache = forward.hidden_states(
         config,
         params,
@@ -182,7 +193,13 @@ def token_logprobs(
     return jnp.take_along_axis(log_p, tokens[:, None], axis=1)[:, 0], top, which
 
 
-def _rows(layers: Layers, first: Int[Array, ""] | int, lengths: Array, table: Pages) -> Cache:
+def _rows(
+    layers: Layers,
+    first: Int[Array, ""] | int,
+    lengths: Array,
+    table: Pages,
+    mesh: AnyMesh | None,
+) -> Cache:
     """Return the cache of some rows, from `first` on."""
     some = pages.take_rows(layers, first, lengths.shape[0])
-    return caches.Cache(layers=some, lengths=lengths, kept=lengths, pages=table)
+    return caches.Cache(layers=some, lengths=lengths, kept=lengths, pages=table, mesh=mesh)

@@ -24,8 +24,9 @@ import msgspec
 import numpy as np
 
 from duo_jax import files
-from duo_jax.cache import KVCache, LayerCache
+from duo_jax.cache import KVCache, LayerCache, stripes
 from duo_jax.errors import InputError, quoted
+from duo_jax.mesh.devices import AnyMesh
 from duo_jax.model.config import ModelConfig
 from duo_jax.schema import checksums
 from duo_jax.schema.check import convert
@@ -95,11 +96,16 @@ def save(session: Session, folder: str | pathlib.Path, *, extra: dict[str, Any])
     else:
         marker["kept"] = kept.tolist()
     filled = {"full": int(kept.max()), "streaming": int(lengths.max())}
+    if jax.process_index() > 0:  # the first process writes what all of them gather
+        for layer in snapshot.cache.layers:
+            _to_arrays(layer, filled, snapshot.cache.mesh)
+        return
     with files.new_folder(folder) as partial:
         found = marker["files"] = {}
         for number, layer in enumerate(snapshot.cache.layers):
             name = _layer_file(number)
-            found[name] = stored_arrays.save(_to_arrays(layer, filled), partial / name)
+            arrays = _to_arrays(layer, filled, snapshot.cache.mesh)
+            found[name] = stored_arrays.save(arrays, partial / name)
         logits = {"logits": np.asarray(snapshot.logits)}
         found[_LOGITS] = stored_arrays.save(logits, partial / _LOGITS)
         tokens = {str(i): np.array(row, np.int32) for i, row in enumerate(snapshot.tokens)}
@@ -160,7 +166,8 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
     read_logits = opened(_LOGITS, {"logits": (shape, None)})
     empty = make_empty()
     layers = (
-        _from_arrays(layer, read()) for layer, read in zip(empty.layers, arrays_of, strict=True)
+        _from_arrays(layer, read(), empty.mesh)
+        for layer, read in zip(empty.layers, arrays_of, strict=True)
     )
     session.restore(
         Snapshot(
@@ -247,7 +254,9 @@ def _layer_file(number: int) -> str:
     return f"layer-{number:05d}.safetensors"
 
 
-def _to_arrays(layer: LayerCache, tokens: dict[str, int]) -> dict[str, np.ndarray]:
+def _to_arrays(
+    layer: LayerCache, tokens: dict[str, int], mesh: AnyMesh | None
+) -> dict[str, np.ndarray]:
     """Name a layer's filled slots; safetensors wants contiguous arrays.
 
     `tokens` says how many tokens caches of a kind hold, or could hold.
@@ -256,8 +265,9 @@ def _to_arrays(layer: LayerCache, tokens: dict[str, int]) -> dict[str, np.ndarra
     for kind, parts in _parts(layer).items():
         for name, leaf in _leaves(parts[0]).items():
             filled = _filled(name, leaf, parts[0], tokens[kind])
-            leaves = (_leaves(part)[name][:, :, :filled] for part in parts)
-            arrays[f"{kind}.{name}"] = np.concatenate(list(map(np.asarray, leaves)), axis=1)
+            striped = mesh if kind == "full" else None
+            leaves = [stripes.to_host(_leaves(part)[name], filled, striped) for part in parts]
+            arrays[f"{kind}.{name}"] = np.concatenate(leaves, axis=1)
     return arrays
 
 
@@ -300,7 +310,9 @@ def _written(buffer: jax.Array, stored: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(buffer, stored, (0, 0, 0, 0))
 
 
-def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray]) -> LayerCache:
+def _from_arrays(
+    layer: LayerCache, arrays: dict[str, np.ndarray], mesh: AnyMesh | None
+) -> LayerCache:
     """Return an empty layer, which is used up, with stored arrays in its buffers."""
 
     def fill(kind: str, parts: tuple[KVCache, ...]) -> Iterator[KVCache]:
@@ -309,7 +321,10 @@ def _from_arrays(layer: LayerCache, arrays: dict[str, np.ndarray]) -> LayerCache
             end, leaves = first + part.keys.shape[1], []
             for name, leaf in _leaves(part).items():
                 stored = arrays[f"{kind}.{name}"][:, first:end]
-                leaves.append(_written(leaf, stored))
+                if mesh is not None and kind == "full":
+                    leaves.append(stripes.from_host(leaf, stored, mesh))
+                else:
+                    leaves.append(_written(leaf, stored))
             yield jax.tree.unflatten(jax.tree.structure(part), leaves)
             first = end
 

@@ -34,7 +34,7 @@ def for_cache(size: int) -> Iterator[None]:
 
 def device_memory() -> int | None:
     """Return the bytes of memory of the device on which caches lie; None where it does not say."""
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
     if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", ()):

@@ -77,7 +77,7 @@ class RowCache:
           InputError: there is too little memory for it.
         """
         config, sizes = self._runtime.config, self._sizes(size)
-        with memory.for_cache(caches.cache_bytes(config, **sizes)):
+        with memory.for_cache(caches.device_bytes(config, **sizes)):
             return jax.block_until_ready(caches.init_cache(config, **sizes))
 
     def go_back(self, lengths: Sequence[int]) -> None:
@@ -142,7 +142,7 @@ class RowCache:
         if self.cache is None:
             self.cache, self.slots = self.empty(size), slots
         elif slots > self.slots:
-            with memory.for_cache(caches.cache_bytes(self._runtime.config, **self._sizes(size))):
+            with memory.for_cache(caches.device_bytes(self._runtime.config, **self._sizes(size))):
                 larger = caches.grow(self.cache, max_len=slots)
                 self.cache, self.slots = jax.block_until_ready(larger), slots
 
@@ -164,6 +164,7 @@ class RowCache:
             "dtype": self._runtime.dtype,
             "kv": self._runtime.kv_format,
             "votes": self._runtime.keep < 1,
+            "mesh": self._runtime.mesh,
         }
 
     def _read_chunk(self, rows: Rows, *, more: bool) -> int:

@@ -7,15 +7,18 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from duo_jax.cache import check_kv_format
 from duo_jax.errors import InputError
 from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import fetched
 from duo_jax.model.quantised_weights import WeightFormat, format_of
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Share
 from duo_jax.serve import PrefillMode
+from duo_jax.session import devices
 from kernels import Implementation, dispatch
 
 KeepBy = Literal["snapkv", "kvzip"]
@@ -36,6 +39,7 @@ class Runtime:
     keep: float = 1.0  # fraction of tokens that retrieval heads keep (duo_jax.session.eviction)
     keep_by: str = "snapkv"  # a KeepBy
     instruction: Instruction | None = None  # to repeat the text; "kvzip" needs it
+    mesh: Mesh | None = None  # of several devices, which share the parameters
 
     def __post_init__(self) -> None:
         chunk = argument("prefill_chunk", self.prefill_chunk, Count)
@@ -47,6 +51,7 @@ class Runtime:
         argument("keep_by", self.keep_by, KeepBy)
         if self.keep < 1 and kv_format == "int2":
             raise InputError('"int2" packs 64 tokens together: none of them can be evicted')
+        devices.check_formats(self.mesh, kv=kv_format, keep=self.keep)
         if self.keep < 1 and self.keep_by == "kvzip" and self.instruction is None:
             raise InputError('"kvzip" needs an instruction to repeat the text')
 
@@ -77,7 +82,7 @@ def digest_of(params: Any, prefix: str = "") -> str:
         at = np.linspace(0, leaf.size - 1, min(leaf.size, _SAMPLES_PER_LEAF)).astype(np.int64)
         values = leaf[np.unravel_index(at, leaf.shape)]
         digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.asarray(values).astype(np.float32).tobytes())
+        digest.update(fetched(values).astype(np.float32).tobytes())
     return digest.hexdigest()
 
 

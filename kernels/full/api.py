@@ -1,8 +1,11 @@
 """Causal attention of whole sequences, for training and for models without a cache."""
 
+import functools
+
 from jaxtyping import Array, Float
 
 from kernels import compat, limits
+from kernels.by_heads import by_heads
 from kernels.dispatch import Implementation, dispatch
 from kernels.full import triton, xla
 from kernels.full.heuristic import choose_tiles
@@ -45,7 +48,21 @@ def full_attention(
       ValueError: the arrays do not fit one another.
     """
     limits.check_sequences(q, k, v)
+    some_heads = functools.partial(
+        _full_attention, softmax_scale=softmax_scale, implementation=implementation, tiles=tiles
+    )
+    return by_heads(some_heads, q, k, v, axes=(2, 2, 2), kv_heads=k.shape[2])
 
+
+def _full_attention(
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    softmax_scale: float,
+    implementation: Implementation,
+    tiles: ForwardBackwardTiles | None,
+) -> Float[Array, "batch length q_heads head_dim"]:
     def run_triton(interpret: bool):
         options = StreamingOptions(
             sink_size=0,

@@ -1,8 +1,11 @@
 """Attention of streaming heads over whole sequences or chunks."""
 
+import functools
+
 from jaxtyping import Array, Float
 
 from kernels import compat, limits
+from kernels.by_heads import by_heads
 from kernels.dispatch import Implementation, dispatch
 from kernels.streaming import triton, xla
 from kernels.streaming.heuristic import choose_tiles
@@ -60,6 +63,32 @@ def streaming_attention(
         recent_size = min(recent_size, q.shape[1])  # a longer window is the same, and may overflow
     else:
         past.check(k, sink_size=sink_size)
+    some_heads = functools.partial(
+        _streaming_attention,
+        sink_size=sink_size,
+        recent_size=recent_size,
+        softmax_scale=softmax_scale,
+        past=past,
+        implementation=implementation,
+        tiles=tiles,
+    )
+    if past is not None:
+        return some_heads(q, k, v)
+    return by_heads(some_heads, q, k, v, axes=(2, 2, 2), kv_heads=k.shape[2])
+
+
+def _streaming_attention(
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    sink_size: int,
+    recent_size: int,
+    softmax_scale: float,
+    past: Past | None,
+    implementation: Implementation,
+    tiles: ForwardBackwardTiles | None,
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     sizes = {"sink_size": sink_size, "recent_size": recent_size, "softmax_scale": softmax_scale}
 
     def run_triton(interpret: bool):

@@ -7,7 +7,15 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from benchmarks import budgets, gpu_table, identify, logits_error, quantised, results_page
+from benchmarks import (
+    budgets,
+    gpu_table,
+    identify,
+    logits_error,
+    mesh_budgets,
+    quantised,
+    results_page,
+)
 from benchmarks.contenders.report import REPORT as REAL_SPEED
 from benchmarks.quality import published
 from benchmarks.real import page as real_page
@@ -94,6 +102,12 @@ def test_memory_table_is_that_of_the_committed_run():
     result = json.loads((RESULTS / "budgets.json").read_text())
     assert budgets.to_markdown(result) in page("gpu")
     assert set(result["programs"]) == set(budgets.PROGRAMS)
+
+
+def test_memory_table_of_eight_gpus_is_that_of_the_committed_run():
+    result = json.loads((RESULTS / "mesh_budgets.json").read_text())
+    assert mesh_budgets.to_markdown(result) in page("scale")
+    assert set(result["programs"]) == set(mesh_budgets.PROGRAMS)
 
 
 def test_the_number_of_compiled_cases_is_that_of_the_committed_run():

@@ -128,6 +128,10 @@ class IdentifyConfig:
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
     slow."""
+    devices: Count | None = None
+    """Number of devices that share weights and heads. Default: all GPUs if one cannot hold the
+    weights and what a step keeps of the longest sample, else one. A run may be resumed on another
+    number."""
     seed: Seed = 0
     """Random seed of all samples; the same seed gives the same gates."""
     length_buckets: Few = 8

@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float
 
 from duo_jax import files
@@ -17,6 +20,9 @@ from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, save_pattern
+from duo_jax.mesh import devices
+from duo_jax.model import llama
+from duo_jax.model.config import ModelConfig
 from duo_jax.session.tokenization import load_tokenization
 from train.identify import plots, profile, reconstruct, report, training
 from train.identify.flags import IdentifyConfig, default_config
@@ -33,7 +39,7 @@ _VALUES = {  # of heads that were not learned, in pictures
 }
 
 # Fields that may differ when a run is resumed: they do not change its result.
-_OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard")
+_OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard", "devices")
 
 
 def identify(flags: IdentifyConfig) -> None:
@@ -81,62 +87,89 @@ def identify(flags: IdentifyConfig) -> None:
         print(files.read_text(report_file))
         print(f"This run was complete already; all of it is in {flags.folder()}")
         return
-    params = pretrained.load_params(folder, dtype=jnp.dtype(flags.dtype))
-    test, itself = None, None
-    if flags.eval_samples:
-        test = RetrievalTest(
-            flags.data,
-            tokenizer,
-            training_text,
-            held_out_text,
-            num_samples=flags.eval_samples,
-            seed=flags.seed,
-            implementation=flags.implementation,
-        )
-    with contextlib.closing(WorkDir(flags.folder(), flags, operational=_OPERATIONAL)) as workdir:
-        if test is not None:
-            itself = test.scores(
-                architecture,
-                params,
-                np.ones((architecture.num_layers, architecture.num_kv_heads), bool),
-                sink_size=flags.sink,
-                recent_size=flags.recent,
+    mesh = _devices(flags, architecture)
+    if len(jax.devices()) > 1:
+        print(f"[on {devices.described(mesh)}]", file=sys.stderr)
+    with devices.within(mesh):
+        params = pretrained.load_params(folder, dtype=jnp.dtype(flags.dtype), mesh=mesh)
+        test, itself = None, None
+        if flags.eval_samples:
+            test = RetrievalTest(
+                flags.data,
+                tokenizer,
+                training_text,
+                held_out_text,
+                num_samples=flags.eval_samples,
+                seed=flags.seed,
+                implementation=flags.implementation,
             )
-            if words := report.warning(itself, dataclasses.asdict(flags.data)):
-                print(f"warning: {words}", file=sys.stderr)
-        scores = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
-        find = scores.get(flags.method, training.train)
-        gates, step_seconds = find(flags, architecture, params, sampler, workdir)
-        metrics = workdir.metrics()
-    pattern = _pattern(flags, gates)
-    save_pattern(pattern, workdir.path / "pattern")
-    title = pathlib.PurePath(flags.model).name  # not where the file lies
-    pictures = {"title": title}
-    if flags.method in _VALUES:
-        pictures["value"] = f"{_VALUES[flags.method]} (1: retrieval head)"
-    if flags.method not in _UNTRAINED:
-        plots.save_history(metrics, workdir.path / "history.png", title=title)
-    plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
-    targets = () if flags.target_sparsity is None else (flags.target_sparsity,)
-    results = report.make(
-        config=dataclasses.asdict(flags),
-        architecture=architecture,
-        params=params,
-        pattern=pattern,
-        test=test,
-        itself=itself,
-        sparsities=sorted({*flags.eval_sparsities, *targets}),
-        random_seeds=flags.eval_random_seeds,
-    )
-    results["seconds"] = {
-        "per_sample" if flags.method in _UNTRAINED else "per_training_step": step_seconds,
-        "whole_command": round(time.monotonic() - started, 1),
-    }
-    if results["retrieval"]:
-        plots.save_retrieval(results["retrieval"], workdir.path / "retrieval.png", title=title)
-    report.save(results, workdir.path)
-    print(files.read_text(report_file))
-    print(f"Pattern, pictures and report are in {workdir.path}")
+        with contextlib.closing(
+            WorkDir(flags.folder(), flags, operational=_OPERATIONAL)
+        ) as workdir:
+            if test is not None:
+                itself = test.scores(
+                    architecture,
+                    params,
+                    np.ones((architecture.num_layers, architecture.num_kv_heads), bool),
+                    sink_size=flags.sink,
+                    recent_size=flags.recent,
+                )
+                if words := report.warning(itself, dataclasses.asdict(flags.data)):
+                    print(f"warning: {words}", file=sys.stderr)
+            scores = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
+            find = scores.get(flags.method, training.train)
+            gates, step_seconds = find(flags, architecture, params, sampler, workdir)
+            metrics = workdir.metrics()
+        pattern = _pattern(flags, gates)
+        save_pattern(pattern, workdir.path / "pattern")
+        title = pathlib.PurePath(flags.model).name  # not where the file lies
+        pictures = {"title": title}
+        if flags.method in _VALUES:
+            pictures["value"] = f"{_VALUES[flags.method]} (1: retrieval head)"
+        if flags.method not in _UNTRAINED:
+            plots.save_history(metrics, workdir.path / "history.png", title=title)
+        plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
+        targets = () if flags.target_sparsity is None else (flags.target_sparsity,)
+        results = report.make(
+            config=dataclasses.asdict(flags),
+            architecture=architecture,
+            params=params,
+            pattern=pattern,
+            test=test,
+            itself=itself,
+            sparsities=sorted({*flags.eval_sparsities, *targets}),
+            random_seeds=flags.eval_random_seeds,
+        )
+        results["seconds"] = {
+            "per_sample" if flags.method in _UNTRAINED else "per_training_step": step_seconds,
+            "whole_command": round(time.monotonic() - started, 1),
+        }
+        if results["retrieval"]:
+            plots.save_retrieval(results["retrieval"], workdir.path / "retrieval.png", title=title)
+        report.save(results, workdir.path)
+        print(files.read_text(report_file))
+        print(f"Pattern, pictures and report are in {workdir.path}")
+
+
+def _devices(flags: IdentifyConfig, architecture: ModelConfig) -> Mesh | None:
+    """Return the devices that share the model; None: one has all of it.
+
+    Raises:
+      InputError: so many cannot.
+    """
+    if flags.devices is not None:
+        return devices.mesh_of(architecture, flags.devices, by_heads=True)
+
+    def needed() -> int:
+        dtype = jnp.dtype(flags.dtype)
+        init = functools.partial(llama.init_params, architecture, dtype=dtype)
+        params = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))
+        weights = sum(leaf.size * dtype.itemsize for leaf in params)
+        # Of every layer: its input, and the teacher's attention if the student uses it.
+        streams = architecture.num_layers * flags.data.max_length * architecture.embed_size
+        return weights + streams * dtype.itemsize * (2 if flags.mixing == "teacher" else 1)
+
+    return devices.automatic(architecture, needed, by_heads=True)
 
 
 def _chat_form(folder: pathlib.Path) -> tuple[str, str]:

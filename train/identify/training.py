@@ -12,6 +12,7 @@ from tqdm import tqdm
 from duo_jax.data.passkeys import PasskeySampler, Sample
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import check_fits, load_pattern
+from duo_jax.mesh.devices import mesh_under, on_all, on_one
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.llama import Params
 from train import attribution, budget, masks, optimisation
@@ -47,13 +48,15 @@ def train(
     step = step_config(flags, tail_size=min(sampler.longest_tail(), flags.data.max_length))
     start, one_update = _method(flags, architecture, step)
     update = jax.jit(functools.partial(one_update, architecture=architecture, step=step))
+    mesh = mesh_under(params)
     board = summary_writer()(str(workdir.path / "tensorboard")) if flags.tensorboard else None
 
     def one_step(state: State) -> tuple[State, dict[str, Any]]:
         index = int(state.step)
         sample = sample_of_step(flags, sampler, index)
         length = max(padded_length(sample, flags), step.tail_size)
-        state, metrics = update(state, params, batch_of_one(sample, length))
+        state, metrics = update(on_all(state, mesh), params, batch_of_one(sample, length))
+        state = on_one(state, mesh)  # a checkpoint does not depend on the number of devices
         values = {name: float(value) for name, value in metrics.items()}
         if not np.isfinite(values["loss"]):
             raise InputError(

@@ -43,6 +43,7 @@ def read(
         max_len=Limits(architecture=runtime.config.architecture, max_len=None).capacity(size),
         dtype=runtime.dtype,
         kv=runtime.kv_format,
+        mesh=runtime.mesh,
     )
     parts = []
     for start in range(0, size, width):

@@ -1,0 +1,265 @@
+"""Attention of one layer on a mesh: duo_jax.serve.attention, with full caches cut along the text.
+
+Every device attends to the positions that it holds (duo_jax.cache.stripes), with all query heads of
+retrieval heads; the parts are merged by their log-sum-exps. Queries travel, never the cache.
+Outside, where XLA shares the products of weights, queries, keys and values are cut by heads.
+
+One token per row. One message gathers the heads of all three, a second brings each device its own
+heads' parts: with the two sums that follow o_proj and down_proj, four in a layer. Streaming heads,
+whose work is small, are computed by all devices, and merged as if they were parts.
+
+A chunk. Query t of the chunk sees the slots up to floor((L + t - d) / N) of device d, L being the
+tokens before it: for the queries of one t % N this is plain causal attention. A device merges and
+keeps the outputs of its own T / N tokens, for which it also computes the streaming heads; then
+tokens are exchanged for heads.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from duo_jax.cache import KVCache, LayerCache, stripes, update
+from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import DATA, MODEL
+from duo_jax.serve.attention import LayerInput, NewKV, PrefillMode, Queries, by_part, rings_first
+from duo_jax.serve.votes import Voters
+from kernels import (
+    Implementation,
+    Past,
+    decode_attention,
+    merge_lse,
+    prefill_attention,
+    streaming_attention,
+)
+from kernels.precision import accumulator
+
+
+def attend(
+    q: Queries,
+    k: NewKV,
+    v: NewKV,
+    layer_input: LayerInput,
+    *,
+    config: DuoConfig,
+    mode: PrefillMode,
+    voters: Voters = "latest",
+    implementation: Implementation,
+) -> tuple[Queries, LayerCache]:
+    """Do what `duo_jax.serve.attention.attend` does, for a cache on several devices."""
+    del voters  # such a cache has no votes
+    mesh, length = layer_input.mesh, q.shape[1]
+    assert mesh is not None
+    num = mesh.shape[MODEL]
+    if length == 1:
+        local = functools.partial(_attend_token, num=num, config=config)
+    else:
+        local = functools.partial(_attend_chunk, num=num, config=config, mode=mode)
+        missing = -length % num  # padding, as at the end of a row
+        q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
+    by_heads, specs = [_heads(x, num) for x in (q, k, v)], stripes.specs(layer_input)
+    out, cache = jax.shard_map(
+        functools.partial(local, implementation=implementation),
+        mesh=mesh,
+        in_specs=(*by_heads, specs),
+        out_specs=(by_heads[0], specs.cache),
+        check_vma=False,  # of kernels jax does not know what varies
+    )(q, k, v, layer_input)
+    return out[:, :length], cache
+
+
+def _heads(x: Float[Array, "batch length heads head_dim"], num: int) -> PartitionSpec:
+    """Return how queries, keys or values are cut, as the weights are that made them."""
+    return PartitionSpec(DATA, None, None if x.shape[2] % num else MODEL)
+
+
+def _attend_token(
+    q: Float[Array, "batch 1 some_q_heads head_dim"],
+    k: Float[Array, "batch 1 some_kv_heads head_dim"],
+    v: Float[Array, "batch 1 some_kv_heads head_dim"],
+    layer_input: LayerInput,
+    *,
+    num: int,
+    config: DuoConfig,
+    implementation: Implementation,
+) -> tuple[Float[Array, "batch 1 some_q_heads head_dim"], LayerCache]:
+    """Attend with one token per row, on one device."""
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
+    lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
+    place, dtype = {"lengths": lengths, "num_tokens": num_tokens}, q.dtype
+    paged: dict[str, Any] = {"pages": layer_input.pages}
+    (q, cut), (k, _), (v, _) = _all_heads(q, k, v, config)
+
+    def full(q, k, v, cache):
+        before, after = _held(layer_input, num)
+        cache = update.append(cache, k, v, starts=before, num_tokens=after - before, **paged)
+        out, lse = decode_attention(q[:, 0], cache.keys, cache.values, after, **paged, **options)
+        return _with_lse(out, lse), cache
+
+    def ring(q, k, v, cache):
+        cache = update.append_token_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+        held = jnp.minimum(lengths + num_tokens, config.ring_slots)
+        out, lse = decode_attention(q[:, 0], cache.keys, cache.values, held, **options)
+        return _with_lse(out, lse), cache
+
+    both, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=full, ring=ring)
+    if cut:  # to each device its heads, of all devices
+        parts = jax.lax.all_to_all(jnp.stack(jnp.split(both, num, axis=2)), MODEL, 0, 0)
+    else:
+        parts = jax.lax.all_gather(both, MODEL)
+    return merge_lse(parts[..., :-1], parts[..., -1])[0].astype(dtype), cache
+
+
+def _attend_chunk(
+    q: Float[Array, "batch length some_q_heads head_dim"],
+    k: Float[Array, "batch length some_kv_heads head_dim"],
+    v: Float[Array, "batch length some_kv_heads head_dim"],
+    layer_input: LayerInput,
+    *,
+    num: int,
+    config: DuoConfig,
+    mode: PrefillMode,
+    implementation: Implementation,
+) -> tuple[Float[Array, "batch length some_q_heads head_dim"], LayerCache]:
+    """Attend with a chunk of a multiple of `num` tokens, on one device."""
+    options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
+    lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
+    sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
+    place, dtype = {"lengths": lengths, "num_tokens": num_tokens}, q.dtype
+    paged: dict[str, Any] = {"pages": layer_input.pages}
+    device, own = jax.lax.axis_index(MODEL), q.shape[1] // num  # the tokens device * own, ...
+    first = device * own
+    cut = q.shape[2] < config.architecture.num_q_heads
+    if cut:  # heads for tokens
+        q = jax.lax.all_to_all(q, MODEL, split_axis=1, concat_axis=2, tiled=True)
+    else:
+        q = jax.lax.dynamic_slice_in_dim(q, first, own, axis=1)
+    if k.shape[2] < config.architecture.num_kv_heads:
+        both = jnp.concatenate([k, v], axis=-1)
+        k, v = jnp.split(jax.lax.all_gather(both, MODEL, axis=2, tiled=True), 2, axis=-1)
+
+    def full(q, k, v, cache):
+        before, after = _held(layer_input, num)
+        cache = update.append(
+            cache,
+            *(_own_tokens(x, layer_input.kept, num) for x in (k, v)),
+            starts=before,
+            num_tokens=after - before,
+            **paged,
+        )
+        q = jax.lax.all_gather(q, MODEL, axis=1, tiled=True)
+        out, lse = _prefill(q, cache, layer_input.kept, num=num, **paged, **options)
+        return _merged_own_tokens(out, lse, num), cache
+
+    def ring_exact(q, k, v, cache):
+        after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+        k, v = update.as_cached(cache, k, v)
+        past = update.past(cache, k, v, sink_size=config.sink_size, **place)
+        past = _past_of(first, past, k, v)
+        k, v = (jax.lax.dynamic_slice_in_dim(x, first, own, axis=1) for x in (k, v))
+        out, _ = streaming_attention(q, k, v, past=past, **sizes, **options)
+        return out, after
+
+    def ring_chunk(q, k, v, cache):
+        after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+        buffer, held = update.ring_and_chunk(cache, k, v, **place)
+        out, _ = prefill_attention(q, buffer.keys, buffer.values, held + first, **options)
+        return out, after
+
+    ring = ring_exact if mode == "exact" else ring_chunk
+    out, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=full, ring=ring)
+    out = out.astype(dtype)
+    if cut:  # tokens for heads
+        out = jax.lax.all_to_all(out, MODEL, split_axis=2, concat_axis=1, tiled=True)
+    else:
+        out = jax.lax.all_gather(out, MODEL, axis=1, tiled=True)
+    return rings_first(out, cache)
+
+
+def _held(layer_input: LayerInput, num: int) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
+    """Return how many tokens this device holds before and after the new ones."""
+    device, kept = jax.lax.axis_index(MODEL), layer_input.kept
+    return (
+        stripes.held(kept, device, num),
+        stripes.held(kept + layer_input.num_tokens, device, num),
+    )
+
+
+def _all_heads(q: Array, k: Array, v: Array, config: DuoConfig) -> list[tuple[Array, bool]]:
+    """Return all heads of queries, keys and values, in one message; and which of them were cut."""
+    wanted = (config.architecture.num_q_heads, *[config.architecture.num_kv_heads] * 2)
+    cut = [x.shape[2] < heads for x, heads in zip((q, k, v), wanted, strict=True)]
+    given = [x for x, is_cut in zip((q, k, v), cut, strict=True) if is_cut]
+    if not given:
+        return [(x, False) for x in (q, k, v)]
+    ends = np.cumsum([x.shape[2] for x in given])[:-1]
+    message = jax.lax.all_gather(jnp.concatenate(given, axis=2), MODEL, axis=2)
+    whole = (x.reshape(*x.shape[:2], -1, x.shape[-1]) for x in jnp.split(message, ends, axis=3))
+    return [
+        (next(whole) if is_cut else x, is_cut) for x, is_cut in zip((q, k, v), cut, strict=True)
+    ]
+
+
+def _with_lse(
+    out: Float[Array, "batch q_heads head_dim"], lse: Float[Array, "batch q_heads"]
+) -> Float[Array, "batch 1 q_heads _"]:
+    """Join an output and its log-sum-exp, as one more channel, into one message."""
+    wide = accumulator(out.dtype)
+    both = [out.astype(wide), lse.astype(wide)[..., None]]
+    return jnp.concatenate(both, axis=-1)[:, None]
+
+
+def _own_tokens(
+    x: NewKV, lengths: Int[Array, " batch"], num: int
+) -> Float[Array, "batch _ kv_heads head_dim"]:
+    """Return those tokens of a chunk, which follows on others, that belong to this device."""
+    first = (jax.lax.axis_index(MODEL) - lengths) % num
+    at = first[:, None] + num * jnp.arange(x.shape[1] // num, dtype=first.dtype)[None, :]
+    return jnp.take_along_axis(x, at[:, :, None, None], axis=1)
+
+
+def _prefill(
+    q: Queries, cache: KVCache, lengths: Int[Array, " batch"], *, num: int, **options: Any
+) -> tuple[Queries, Float[Array, "batch length q_heads"]]:
+    """Attend with all queries of a chunk to the positions that this device holds."""
+    batch, length, heads, head_dim = q.shape
+    residues = jnp.arange(num, dtype=lengths.dtype)[:, None]
+    starts = (lengths[None, :] + residues - jax.lax.axis_index(MODEL)) // num
+
+    def of_residue(q: Queries, starts: Int[Array, " batch"]) -> tuple[Array, Array]:
+        return prefill_attention(q, cache.keys, cache.values, starts, **options)
+
+    striped = q.reshape(batch, length // num, num, heads, head_dim)
+    out, lse = jax.vmap(of_residue, in_axes=(2, 0), out_axes=2)(striped, starts)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def _merged_own_tokens(
+    out: Queries, lse: Float[Array, "batch length q_heads"], num: int
+) -> Float[Array, "batch _ q_heads head_dim"]:
+    """Return the output of this device's share of a chunk, merged over all devices."""
+
+    def exchanged(x: Array) -> Array:
+        return jax.lax.all_to_all(jnp.stack(jnp.split(x, num, axis=1)), MODEL, 0, 0)
+
+    return merge_lse(exchanged(out), exchanged(lse))[0]
+
+
+def _past_of(first: Int[Array, ""], past: Past, k: NewKV, v: NewKV) -> Past:
+    """Return the past of a part of a chunk that begins at `first`, given that of the chunk."""
+
+    def recents(before: Array, new: NewKV) -> Array:
+        joined = jnp.concatenate([before, jnp.swapaxes(new, 1, 2)], axis=2)
+        return jax.lax.dynamic_slice_in_dim(joined, first, before.shape[2], axis=2)
+
+    return dataclasses.replace(
+        past,
+        recent_keys=recents(past.recent_keys, k),
+        recent_values=recents(past.recent_values, v),
+        lengths=past.lengths + first.astype(past.lengths.dtype),
+    )

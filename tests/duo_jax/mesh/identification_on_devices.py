@@ -1,0 +1,182 @@
+"""Identification on a mesh; test_on_devices runs this on eight devices."""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from duo_jax.checkpoints import pretrained
+from duo_jax.heads.pattern import load_pattern
+from duo_jax.mesh import devices, weights
+from duo_jax.model.hf_config import parse_config
+from tests import models
+from tests.params import random_params
+from train import attribution, budget, masks, optimisation
+from train.distillation import Batch
+from train.identify import __main__ as command
+from train.loss import StepConfig
+
+RAW = models.llama(
+    num_key_value_heads=8,
+    num_attention_heads=16,
+    head_dim=8,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+)
+CONFIG = parse_config(RAW)
+METHODS = {
+    "optimise": (optimisation, "distillation", "teacher"),
+    "optimise, self": (optimisation, "distillation", "self"),
+    "budget": (budget, "divergence", "self"),
+    "masks": (masks, "cross_entropy", "self"),
+    "attribute": (attribution, "cross_entropy", "self"),
+}
+
+
+def batch() -> Batch:
+    tokens = models.tokens(RAW, batch=1, length=48)
+    answers = np.zeros((1, 48), bool)
+    answers[:, 30:40] = True
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        tail_start=jnp.array([28]),
+        total_length=jnp.array([44]),
+        answers=jnp.asarray(answers),
+    )
+
+
+@functools.cache
+def after_three_steps(method: str, number: int, implementation: str):
+    module, objective, mixing = METHODS[method]
+    step = StepConfig(
+        num_steps=8,
+        learning_rate=0.02,
+        reg_weight=0.05,
+        target_sparsity=None if module is optimisation else 0.5,
+        sink_size=2,
+        recent_size=6,
+        mixing=mixing,
+        tail_size=20,
+        objective=objective,
+        implementation=implementation,
+    )
+    start = {"seed": 0} if module is masks else {}
+    state = module.init_state(CONFIG, *([] if module is attribution else [step]), **start)
+    params = random_params(CONFIG)
+    mesh = devices.mesh_of(CONFIG, number, by_heads=True)
+    if mesh is not None:
+        params = jax.device_put(params, weights.shardings(mesh, params, stacked=True))
+    update = jax.jit(functools.partial(module.train_step, architecture=CONFIG, step=step))
+    with devices.within(mesh):
+        program = jax.make_jaxpr(update)(devices.on_all(state, mesh), params, batch())
+        for _ in range(3):
+            state, metrics = update(devices.on_all(state, mesh), params, batch())
+            state = devices.on_one(state, mesh)
+    found = [np.asarray(x) for x in jax.tree.leaves(state) if x.shape == (2, 8)]
+    return found, float(metrics["loss"]), kernel_sizes(program.jaxpr)
+
+
+def check(method, number, implementation="xla"):
+    found, loss, _ = after_three_steps(method, number, implementation)
+    expected, one_loss, _ = after_three_steps(method, 1, implementation)
+    assert found
+    for mine, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(loss, one_loss, rtol=1e-5)
+
+
+def test_gates_of_our_kernels_are_those_of_one_device():
+    check("optimise", 8, "interpret")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize("number", [2, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_finds_what_one_device_does(method, number, implementation):
+    check(method, number, implementation)
+
+
+def test_a_device_computes_only_its_own_heads():
+    one, eight = (after_three_steps("optimise", n, "interpret")[2] for n in (1, 8))
+    assert len(one) == len(eight) > 0
+    for whole, part in zip(one, eight, strict=True):
+        assert whole == 8 * part
+
+
+def kernel_sizes(jaxpr) -> list[int]:
+    """Numbers that each kernel of a program is given, of queries, keys and values."""
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            sizes = (x.aval.size for x in equation.invars if x.aval.ndim >= 3)
+            found.append(sum(sizes))
+        for inner in jax.tree.leaves(equation.params, is_leaf=is_program):
+            if is_program(inner):
+                found += kernel_sizes(getattr(inner, "jaxpr", inner))
+    return found
+
+
+def is_program(x) -> bool:
+    return hasattr(x, "eqns") or hasattr(x, "jaxpr")
+
+
+def test_parameters_arrive_in_parts_and_are_the_same(tmp_path):
+    folder = models.write_hf(tmp_path / "model", RAW)
+    mesh = devices.make_mesh(jax.devices())
+    whole = pretrained.load_params(folder)
+    parts = pretrained.load_params(folder, mesh=mesh)
+    expected = weights.shardings(mesh, whole, stacked=True)
+    for one, part, where in zip(*map(jax.tree.leaves, (whole, parts, expected)), strict=True):
+        np.testing.assert_array_equal(one, part)
+        assert part.sharding.is_equivalent_to(where, part.ndim)
+
+
+ARGS = ["--min-length", "200", "--max-length", "256", "--num-lengths", "2", "--num-passkeys", "2"]
+ARGS += ["--length-buckets", "1", "--eval-samples", "1", "--eval-random-seeds", "1"]
+ARGS += ["--eval-sparsities", "0.5", "--dtype", "float32"]
+
+
+def identify(folder: pathlib.Path, *words: str) -> np.ndarray:
+    command.main([*ARGS, "--workdir", str(folder), *words])
+    return load_pattern(folder / "pattern").gates
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", ["optimise", "budget", "masks", "attribute", "lm", "profile", "reconstruct"]
+)
+def test_the_command_finds_what_it_finds_on_one_device(tmp_path, method):
+    count = "--profile-samples" if method in ("profile", "reconstruct") else "--num-steps"
+    words = ["--method", method, count, "3"]
+    one = identify(tmp_path / "one", *words, "--devices", "1")
+    four = identify(tmp_path / "four", *words, "--devices", "4")
+    np.testing.assert_allclose(four, one, atol=1e-5)
+
+
+def test_a_run_resumes_on_another_number_of_devices(tmp_path, monkeypatch):
+    words = ["--num-steps", "4", "--checkpoint-every", "1", "--eval-samples", "0"]
+    expected = identify(tmp_path / "whole", *words, "--devices", "4")
+    from train import loop
+
+    saved, real = [], loop.WorkDir.save
+
+    def stop_after_two(self, state):
+        real(self, state)
+        saved.append(int(state.step))
+        if len(saved) == 2:
+            raise RuntimeError("stopped")
+
+    monkeypatch.setattr(loop.WorkDir, "save", stop_after_two)
+    with pytest.raises(RuntimeError, match="stopped"):
+        identify(tmp_path / "resumed", *words, "--devices", "4")
+    monkeypatch.setattr(loop.WorkDir, "save", real)
+    found = identify(tmp_path / "resumed", *words, "--devices", "2")
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]

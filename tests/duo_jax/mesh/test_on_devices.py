@@ -1,0 +1,36 @@
+"""Everything that needs eight devices runs in one process that has them, as processors."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+FILES = [
+    f"{name}_on_devices.py" for name in ("serving", "sessions", "identification", "evaluations")
+]
+
+
+OPTIONS = ["-o", "addopts=--strict-markers"]  # types are checked by the tests on one device
+
+
+def run(*words: str) -> None:
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    files = [str(pathlib.Path(__file__).with_name(name)) for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *OPTIONS, *files, *words]
+    done = subprocess.run(
+        command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices")
+def test_on_eight_devices():
+    run("-m", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices")
+def test_the_rest_on_eight_devices():
+    run("-m", "slow")
