@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,23 @@ def _check_types(*, typechecker: Any) -> Callable[[Any], Any]:
 
 
 jaxtyping.jaxtyped = _check_types
+
+if version("jax").startswith("0.10."):
+    # A third of what a small program costs is making a context to write it down in. Later versions
+    # of jax use one ten times themselves.
+    from jax._src.interpreters import mlir
+
+    _new_context = mlir.make_ir_context
+    _contexts = threading.local()
+
+    def _a_context_often_used() -> Any:
+        """Return a context of this thread, of which each serves some programs."""
+        _contexts.uses = getattr(_contexts, "uses", -1) + 1
+        if _contexts.uses % 50 == 0:  # what programs write in a context stays there
+            _contexts.latest = _new_context()
+        return _contexts.latest
+
+    mlir.make_ir_context = _a_context_often_used
 
 _most_memory = 3e9  # bytes of a worker
 

@@ -131,7 +131,7 @@ def test_folder_is_the_same_model_here_and_in_transformers(tmp_path):
         expected = theirs(torch.tensor(tokens).long()).logits[:, -1].numpy()
 
     (full,) = variants.variants(model, (), sink_size=4, recent_size=4)
-    logits, _ = serve.prefill(
+    logits, _ = jax.jit(serve.prefill, static_argnums=0)(
         full.config,
         variants.load_params(folder, model),
         init_cache(full.config, batch_size=1, max_len=20),

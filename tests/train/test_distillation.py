@@ -95,6 +95,7 @@ def test_binary_gates_mask_head_by_head(attention):
 
 def test_chosen_heads_compute_one_term_each():
     config, params = model()
+    params = jax.device_put(params)
 
     def run(heads):
         attend = gated.chosen_attention(**SIZES)

@@ -314,7 +314,7 @@ def test_decode_can_be_vmapped():
     tokens = tokens_of()
     _, _, cache = read(config, weights, tokens[:, :12], chunk=12)
     choices = jnp.asarray(tokens[:, 12:14].T)  # [choices, batch]
-    step = functools.partial(serve.decode, config, weights)
+    step = functools.partial(serve.decode, config, jax.device_put(weights))
     together, _ = jax.jit(jax.vmap(step, in_axes=(None, 0)))(cache, choices)
     step = jax.jit(step)
     for choice, logits in zip(choices, together, strict=True):

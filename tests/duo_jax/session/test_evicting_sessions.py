@@ -26,10 +26,10 @@ from tests import models
 from tests.params import random_params
 
 RAW = models.llama(
-    num_key_value_heads=4, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=2048
+    num_key_value_heads=4, num_attention_heads=4, num_hidden_layers=1, max_position_embeddings=2048
 )
 CONFIG = parse_config(RAW)
-HEADS = np.array([[0, 1, 0, 1], [0, 0, 1, 0]], bool)
+HEADS = np.array([[0, 1, 0, 1]], bool)
 INSTRUCTION = Instruction(whole=(1, 2), part=(3,), begin=(4,))
 
 
