@@ -164,7 +164,7 @@ def engine_decode(
     """Compile an engine's decode step for some rows of a paged cache, which is updated in place."""
 
     def step(params, layers, tokens, lengths, active, table):
-        return rows.decode_rows.__wrapped__(
+        return rows.decode_rows(
             config, params, layers, tokens, lengths, active, table, implementation="triton"
         )
 
@@ -188,7 +188,7 @@ def engine_prefill(
     """Compile the reading of a chunk into one row of a paged cache."""
 
     def read(params, layers, row, tokens, *place):
-        return rows.prefill_row.__wrapped__(
+        return rows.prefill_row(
             config, params, layers, row, tokens, *place, implementation="triton"
         )
 
