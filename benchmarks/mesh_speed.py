@@ -101,7 +101,8 @@ def measure(flags: MeshSpeedFlags, config: DuoConfig, number: int) -> list[dict[
             logits, cache = step(params, cache, token)
             logits.block_until_ready()
             seconds.append(time.perf_counter() - began)
-        held = held_shapes(config, mesh=mesh, **sizes | {"max_len": context})
+        longer: dict[str, Any] = sizes | {"max_len": context}
+        held = held_shapes(config, mesh=mesh, **longer)
         rows.append(
             {
                 "devices": number,
