@@ -149,7 +149,7 @@ def on_one(tree: Tree, mesh: Mesh | None) -> Tree:
     return tree if mesh is None else jax.device_put(tree, jax.devices()[0])
 
 
-def fetched(x: Shaped[Array, "..."]) -> Shaped[np.ndarray, "..."]:
+def fetched(x: Shaped[Array | np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """Return an array on the host, also where other processes hold parts of it: all must call."""
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
