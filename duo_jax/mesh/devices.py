@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -145,8 +146,10 @@ def on_all(tree: Tree, mesh: Mesh | None) -> Tree:
 
 
 def on_one(tree: Tree, mesh: Mesh | None) -> Tree:
-    """Gather arrays of a mesh on the default device."""
-    return tree if mesh is None else jax.device_put(tree, jax.devices()[0])
+    """Gather arrays of a mesh on the default device, for use `within` the mesh or without one."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree)  # bound to no device
 
 
 def fetched(x: Shaped[Array | np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:

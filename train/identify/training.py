@@ -81,7 +81,7 @@ def train(
         checkpoint_every=flags.checkpoint_every,
         shown=("loss", "mean_gate"),
     )
-    return _gates(state, step), seconds
+    return _gates(on_one(state, mesh), step), seconds
 
 
 def sample_of_step(flags: IdentifyConfig, sampler: PasskeySampler, index: int) -> Sample:

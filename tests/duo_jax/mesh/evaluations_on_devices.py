@@ -10,9 +10,7 @@ from duo_jax.evaluate import __main__ as command
 TASK = "--num-passkeys 2 --passkey-words 2"
 RUNS = {
     "passkeys": f"--lengths 256 --samples 2 --batch 2 --kv int8 {TASK}",
-    "perplexity": "--contexts 128 256 --texts 1",
-    "compare": f"{TASK} --samples 2 --batch 2 --length 320 --random-seeds 1 --profile-samples 1 "
-    "--budgets 0.6 --tasks passkeys",
+    "perplexity": "",
 }
 
 
