@@ -10,7 +10,7 @@ from duo_jax.evaluate import __main__ as command
 TASK = "--num-passkeys 2 --passkey-words 2"
 RUNS = {
     "passkeys": f"--lengths 256 --samples 2 --batch 2 --kv int8 {TASK}",
-    "perplexity": "",
+    "perplexity": "--length 256 --samples 1 --sparsities 0.5",
 }
 
 
