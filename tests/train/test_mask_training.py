@@ -71,7 +71,7 @@ def test_a_warm_start_gives_the_lowest_heads_the_lowest_log_alpha():
 def test_gradient_equals_central_differences_in_float64():
     """Of log_alpha, through a mask that is neither 0 nor 1, and of both multipliers."""
     with jax.enable_x64(True):
-        params = jax.tree.map(lambda x: x.astype(jnp.float64), model()[1])
+        params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), model()[1])
         start = dataclasses.replace(masks.init_state(model()[0], CONFIG, seed=0), step=jnp.int32(5))
         log_alpha = jnp.array([[0.5, -0.3], [0.2, -0.1]], jnp.float64)
         multipliers = jnp.array([-0.3, 0.7], jnp.float64)
