@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 
-from kernels.case import Case
+from kernels.case import AttentionCase, Case
 from kernels.decode import cases as decode
 from kernels.full import cases as full
+from kernels.limits import MOSAIC_DTYPES, MOSAIC_HEAD_DIMS
 from kernels.merge import cases as merge
 from kernels.prefill import cases as prefill
 from kernels.streaming import cases as streaming
@@ -34,3 +35,14 @@ AWKWARD: Cases = {
 def named(cases: Cases = CASES) -> dict[str, Case]:
     """Return cases by "op: name"."""
     return {f"{op}: {name}": case for op, some in cases.items() for name, case in some.items()}
+
+
+def served_by_mosaic(case: Case) -> bool:
+    """Say whether a Mosaic kernel is written for a case."""
+    return (
+        isinstance(case, AttentionCase)
+        and not case.gradient
+        and case.bits is None
+        and case.dtype in MOSAIC_DTYPES
+        and case.head_dim in MOSAIC_HEAD_DIMS
+    )

@@ -122,6 +122,68 @@ def pallas_call(
     return address_limit.check_batches(call)
 
 
+@functools.cache
+def _mosaic() -> Any:
+    """Import Pallas' Mosaic lowering; None if this jax's is older than what kernels use of it."""
+    if jax.__version_info__ < (0, 12):
+        return None
+    try:
+        from jax.experimental.pallas import mosaic_gpu
+    except ImportError:
+        return None
+    return mosaic_gpu
+
+
+def mosaic() -> Any:
+    """Return Pallas' Mosaic lowering, which `no_mosaic` said to be there."""
+    return _mosaic()
+
+
+def no_mosaic() -> str | None:
+    """Return why no Mosaic kernel can be traced, not even for a CPU; None if they can be."""
+    if _mosaic() is not None:
+        return None
+    return (
+        f"needs Pallas' Mosaic lowering of jax 0.12 or newer (Python 3.12 or newer), and this is "
+        f"jax {jax.__version__}"
+    )
+
+
+def mosaic_call(
+    kernel: Callable[..., None],
+    *,
+    name: str,
+    grid: dict[str, int],
+    num_threads: int,
+    out_type: Any,
+    scratch_types: dict[str, Any],
+    interpret: bool,
+) -> Callable[..., Any]:
+    """Return a Pallas kernel for the Mosaic lowering, or for a CPU, where a data race is an error.
+
+    Axes of the grid have names, the innermost last; the axis "warpgroup" has num_threads.
+
+    Raises:
+      UnsupportedError: an output has more elements than a kernel can address.
+    """
+    reason = address_limit.too_large(out_type)
+    if reason is not None:
+        raise UnsupportedError(f"{name}: {reason}")
+    call = mosaic().kernel(
+        kernel,
+        kernel_name=name,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=num_threads,
+        thread_name="warpgroup",
+        out_type=out_type,
+        scratch_types=scratch_types,
+        compiler_params=mosaic().CompilerParams(approx_math=True),
+        interpret=mosaic().InterpretGPUParams(detect_races=True) if interpret else None,
+    )
+    return address_limit.check_batches(call)
+
+
 def ptx_dump_flags(folder: str) -> str:
     """Return the XLA_FLAGS with which a process leaves the PTX of all kernels in a folder."""
     flags = f"--xla_dump_to={folder}"

@@ -4,13 +4,17 @@
 - "triton": the Pallas kernel through its Triton lowering, on NVIDIA GPUs from A100 on (compute
   capability 8.0).
 - "interpret": the same kernel in Pallas' interpreter, on any device; slow, for tests.
-- "auto": "triton" where the program runs on such a GPU, else "xla".
+- "mosaic": the kernel for Hopper GPUs (H100, H200) through Pallas' Mosaic lowering of jax 0.12 or
+  newer. Forward only, bfloat16 and float16, head_dim 64 and 128.
+- "interpret_mosaic": the same kernel on a CPU, with race detection; very slow, for tests.
+- "auto": "triton" where the program runs on such a GPU, else "xla". "mosaic", which has not been
+  measured yet, only where jax has no Triton lowering and the GPU is a Hopper.
 
-A named choice is obeyed or refused, never replaced. "auto" takes "xla" where jax has no Triton
-lowering and, on a GPU with kernels, for what no kernel here is written for: other dtypes (float64,
-or keys of another dtype than queries) and a head_dim above 256. "auto" also refuses arrays of 2^31
-elements or more: kernels cannot address them, and XLA may need many times their memory. Pass
-implementation="xla" to run them.
+A named choice is obeyed or refused, never replaced. "auto" takes "xla" where jax has no lowering
+for the GPU and, on a GPU with kernels, for what no kernel here is written for: other dtypes
+(float64, or keys of another dtype than queries) and a head_dim above 256. "auto" also refuses
+arrays of 2^31 elements or more: kernels cannot address them, and XLA may need many times their
+memory. Pass implementation="xla" to run them.
 """
 
 from collections.abc import Callable
@@ -23,7 +27,7 @@ from kernels.errors import UnsupportedError
 from kernels.gpu import Gpu
 from kernels.limits import Refusal
 
-Implementation = Literal["auto", "xla", "triton", "interpret"]
+Implementation = Literal["auto", "xla", "triton", "interpret", "mosaic", "interpret_mosaic"]
 
 
 def check(implementation: str) -> None:
@@ -40,6 +44,10 @@ def check(implementation: str) -> None:
         reason = _no_kernels(compat.target_gpu())
     elif implementation == "interpret":
         reason = compat.no_triton()
+    elif implementation == "mosaic":
+        reason = _no_mosaic(compat.target_gpu())
+    elif implementation == "interpret_mosaic":
+        reason = compat.no_mosaic()
     if reason is not None:
         raise UnsupportedError(f"{implementation=} {reason}")
 
@@ -50,32 +58,54 @@ def dispatch(
     xla: Callable[[], Any],
     triton: Callable[[bool], Any],
     refusal: Refusal | None,
+    mosaic: Callable[[bool], Any],
+    mosaic_refusal: Refusal | None,
 ) -> Any:
     """Run one of an op's implementations.
 
     Args:
       implementation: the choice.
       xla: runs the XLA version.
-      triton: runs the kernel; True asks for the interpreter.
-      refusal: why the kernel cannot serve this case; None if it can.
+      triton: runs the Triton kernel; True asks for the interpreter.
+      refusal: why no kernel can serve this case; None if one can.
+      mosaic: runs the Mosaic kernel; True asks for the interpreter.
+      mosaic_refusal: why the Mosaic kernel cannot serve this case, while another may.
 
     Raises:
       ValueError: there is no such implementation.
       UnsupportedError: it cannot run here; the message says why.
     """
     check(implementation)
-    if implementation in ("triton", "interpret"):
-        if refusal is not None:
-            raise UnsupportedError(f"{implementation=}: {refusal.reason}")
-        return triton(implementation == "interpret")
-    if implementation == "xla" or _no_kernels(compat.target_gpu()) is not None:
+    gpu = compat.target_gpu()
+    run, refused = triton, refusal
+    by_mosaic = "mosaic" in implementation
+    if implementation == "auto" and compat.no_triton() is not None:
+        by_mosaic = _no_mosaic(gpu) is None
+    if by_mosaic:
+        run, refused = mosaic, refusal or mosaic_refusal
+    if implementation not in ("auto", "xla"):
+        if refused is not None:
+            raise UnsupportedError(f"{implementation=}: {refused.reason}")
+        return run(implementation.startswith("interpret"))
+    if implementation == "xla" or (not by_mosaic and _no_kernels(gpu) is not None):
         return xla()
-    if refusal is not None:
-        if not refusal.auto_may_use_xla:
-            raise UnsupportedError(f"{implementation=}: {refusal.reason}")
+    if refused is not None:
+        if not refused.auto_may_use_xla:
+            raise UnsupportedError(f"{implementation=}: {refused.reason}")
         return xla()
     # Decided again when the program is lowered, maybe for another device than the default one.
-    return jax.lax.platform_dependent(cuda=lambda: triton(False), default=xla)
+    return jax.lax.platform_dependent(cuda=lambda: run(False), default=xla)
+
+
+def _no_mosaic(gpu: Gpu | None) -> str | None:
+    """Return why Mosaic kernels cannot run on a device; None if they can."""
+    if compat.no_mosaic() is not None:
+        return compat.no_mosaic()
+    if gpu is None:
+        return f"needs a Hopper GPU (H100, H200), and this process runs on {jax.default_backend()}"
+    if not gpu.is_hopper:
+        return f"needs a Hopper GPU (H100, H200), not {gpu.kind}"
+    return None
 
 
 def _no_kernels(gpu: Gpu | None) -> str | None:

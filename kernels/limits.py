@@ -1,4 +1,4 @@
-"""What every op and every Triton kernel here requires of its arguments."""
+"""What every op and every kernel here requires of its arguments."""
 
 import dataclasses
 
@@ -10,6 +10,8 @@ from kernels.packed import Packed
 
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
+MOSAIC_DTYPES = ("bfloat16", "float16")
+MOSAIC_HEAD_DIMS = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,17 @@ def refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
     if q.shape[-1] > _MAX_HEAD_DIM:
         return Refusal(reason=f"head_dim is {q.shape[-1]}, kernels take at most {_MAX_HEAD_DIM}")
     return too_large(q, *operands)
+
+
+def mosaic_refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
+    """Return why no Mosaic kernel can take these arrays, which others may; None if one can."""
+    if q.dtype.name not in MOSAIC_DTYPES:
+        return Refusal(reason=f"Mosaic kernels take bfloat16 and float16, not {q.dtype}")
+    if q.shape[-1] not in MOSAIC_HEAD_DIMS:
+        return Refusal(reason=f"head_dim is {q.shape[-1]}, Mosaic kernels take 64 and 128")
+    if any(isinstance(x, Packed) for x in operands):
+        return Refusal(reason="Mosaic kernels do not read packed keys, Triton kernels do")
+    return None
 
 
 def too_large(*arrays: Array | Packed) -> Refusal | None:

@@ -20,7 +20,14 @@ def causal(
         i = 3:  1 1 1 1 0
         i = 4:  1 1 1 1 1
     """
-    return kv_positions[None, :] <= q_positions[:, None]
+    return causal_pairs(q_positions[:, None], kv_positions[None, :])
+
+
+def causal_pairs(
+    q_positions: Int[Positions, "*#pairs"], kv_positions: Int[Positions, "*#pairs"]
+) -> Bool[Positions, "*pairs"]:
+    """Return for pairs of a query and a key whether a retrieval head lets it see the key."""
+    return kv_positions <= q_positions
 
 
 def streaming(
@@ -42,5 +49,17 @@ def streaming(
         i = 3:  1 0 1 1 0
         i = 4:  1 0 0 1 1
     """
-    i, j = q_positions[:, None], kv_positions[None, :]
-    return causal(q_positions, kv_positions) & ((j < sink_size) | (i - j < recent_size))
+    sizes = {"sink_size": sink_size, "recent_size": recent_size}
+    return streaming_pairs(q_positions[:, None], kv_positions[None, :], **sizes)
+
+
+def streaming_pairs(
+    q_positions: Int[Positions, "*#pairs"],
+    kv_positions: Int[Positions, "*#pairs"],
+    *,
+    sink_size: int,
+    recent_size: int,
+) -> Bool[Positions, "*pairs"]:
+    """Return for pairs of a query and a key whether a streaming head lets it see the key."""
+    i, j = q_positions, kv_positions
+    return causal_pairs(i, j) & ((j < sink_size) | (i - j < recent_size))

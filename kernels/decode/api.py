@@ -7,9 +7,10 @@ from jaxtyping import Array, Float, Int
 
 from kernels import compat, limits
 from kernels import pages as paging
-from kernels.decode import triton, xla
+from kernels.decode import mosaic, triton, xla
 from kernels.decode.heuristic import choose_tiles
 from kernels.dispatch import Implementation, dispatch
+from kernels.mosaic import tiles as mosaic_tiles
 from kernels.no_gradient import refuse_gradient
 from kernels.packed import Packed, layout_of
 from kernels.pages import Pages
@@ -78,9 +79,27 @@ def decode_attention(
         )
         return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, lengths, pages)
 
+    def run_mosaic(interpret: bool):
+        chosen = tiles or mosaic_tiles.for_decode(
+            batch=q.shape[0],
+            kv_heads=k.shape[1],
+            slots=paging.num_slots(k, pages),
+            head_dim=q.shape[2],
+            gpu=compat.tile_gpu(),
+        )
+        if pages is not None:
+            chosen = dataclasses.replace(chosen, block_kv=min(chosen.block_kv, k.shape[2]))
+        kernel = functools.partial(
+            mosaic.decode_attention, softmax_scale=softmax_scale, tiles=chosen, interpret=interpret
+        )
+        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, lengths, pages)
+
     return dispatch(
         implementation,
         xla=lambda: xla.decode_attention(q, k, v, lengths, pages, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
+        mosaic=run_mosaic,
+        mosaic_refusal=limits.mosaic_refusal(q, k, v)
+        or mosaic_tiles.group_refusal(q.shape[1] // k.shape[1]),
     )

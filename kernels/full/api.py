@@ -7,8 +7,10 @@ from jaxtyping import Array, Float
 from kernels import compat, limits
 from kernels.by_heads import by_heads
 from kernels.dispatch import Implementation, dispatch
-from kernels.full import triton, xla
+from kernels.full import mosaic, triton, xla
 from kernels.full.heuristic import choose_tiles
+from kernels.mosaic import tiles as mosaic_tiles
+from kernels.no_gradient import refuse_gradient
 from kernels.streaming.options import StreamingOptions
 from kernels.tiles import ForwardBackwardTiles
 
@@ -76,9 +78,17 @@ def _full_attention(
         )
         return triton.full_attention(options, q, k, v)
 
+    def run_mosaic(interpret: bool):
+        chosen = tiles or mosaic_tiles.for_sequence(length=q.shape[1], head_dim=q.shape[3])
+        sizes = {"softmax_scale": softmax_scale, "tiles": chosen.forward, "interpret": interpret}
+        kernel = functools.partial(mosaic.full_attention, **sizes)
+        return refuse_gradient(kernel, mosaic_tiles.NO_GRADIENT)(q, k, v)
+
     return dispatch(
         implementation,
         xla=lambda: xla.full_attention(q, k, v, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
+        mosaic=run_mosaic,
+        mosaic_refusal=limits.mosaic_refusal(q, k, v),
     )

@@ -8,6 +8,10 @@ from kernels.merge import triton, xla
 from kernels.merge.heuristic import choose_tiles
 from kernels.tiles import MergeTiles
 
+_NO_MOSAIC = limits.Refusal(
+    reason="merge_lse has no Mosaic kernel; implementation='xla' merges the parts of Mosaic's too"
+)
+
 
 def merge_lse(
     outs: Float[Array, "parts *rows head_dim"],
@@ -51,4 +55,6 @@ def merge_lse(
         xla=lambda: xla.merge_lse(outs, lses),
         triton=run_triton,
         refusal=limits.refusal(outs) or limits.too_large(lses),
+        mosaic=run_triton,
+        mosaic_refusal=_NO_MOSAIC,
     )

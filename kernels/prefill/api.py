@@ -8,10 +8,11 @@ from jaxtyping import Array, Float, Int
 from kernels import compat, limits
 from kernels import pages as paging
 from kernels.dispatch import Implementation, dispatch
+from kernels.mosaic import tiles as mosaic_tiles
 from kernels.no_gradient import refuse_gradient
 from kernels.packed import Packed, layout_of
 from kernels.pages import Pages
-from kernels.prefill import triton, xla
+from kernels.prefill import mosaic, triton, xla
 from kernels.prefill.heuristic import choose_tiles
 from kernels.tiles import AttentionTiles
 
@@ -75,9 +76,20 @@ def prefill_attention(
         )
         return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
 
+    def run_mosaic(interpret: bool):
+        chosen = tiles or mosaic_tiles.for_attention(length=q.shape[1], head_dim=q.shape[3])
+        if pages is not None:
+            chosen = dataclasses.replace(chosen, block_kv=min(chosen.block_kv, k.shape[2]))
+        kernel = functools.partial(
+            mosaic.prefill_attention, softmax_scale=softmax_scale, tiles=chosen, interpret=interpret
+        )
+        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
+
     return dispatch(
         implementation,
         xla=lambda: xla.prefill_attention(q, k, v, starts, pages, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
+        mosaic=run_mosaic,
+        mosaic_refusal=limits.mosaic_refusal(q, k, v),
     )

@@ -7,7 +7,9 @@ from jaxtyping import Array, Float
 from kernels import compat, limits
 from kernels.by_heads import by_heads
 from kernels.dispatch import Implementation, dispatch
-from kernels.streaming import triton, xla
+from kernels.mosaic import tiles as mosaic_tiles
+from kernels.no_gradient import refuse_gradient
+from kernels.streaming import mosaic, triton, xla
 from kernels.streaming.heuristic import choose_tiles
 from kernels.streaming.options import StreamingOptions
 from kernels.streaming.past import Past
@@ -100,9 +102,19 @@ def _streaming_attention(
             return triton.whole_sequence(options, q, k, v)
         return triton.after(past, options, q, k, v)
 
+    def run_mosaic(interpret: bool):
+        chosen = tiles or mosaic_tiles.for_sequence(
+            length=q.shape[1], head_dim=q.shape[3], window=recent_size
+        )
+        options = StreamingOptions(**sizes, tiles=chosen, interpret=interpret)
+        kernel = functools.partial(mosaic.streaming_attention, options=options)
+        return refuse_gradient(kernel, mosaic_tiles.NO_GRADIENT)(q, k, v, past)
+
     return dispatch(
         implementation,
         xla=lambda: xla.streaming_attention(q, k, v, past=past, **sizes),
         triton=run_triton,
         refusal=limits.refusal(q, k, v, *(past.buffers() if past is not None else ())),
+        mosaic=run_mosaic,
+        mosaic_refusal=limits.mosaic_refusal(q, k, v),
     )

@@ -1,0 +1,48 @@
+"""Tile sizes of the Mosaic kernels, by shared memory: 227 KiB on a Hopper."""
+
+from kernels.gpu import Gpu
+from kernels.limits import Refusal
+from kernels.mosaic.work import ROWS
+from kernels.tile_io import cdiv
+from kernels.tiles import AttentionTiles, DecodeTiles, ForwardBackwardTiles
+
+NO_GRADIENT = (
+    "the Mosaic kernels have no gradients; implementation='triton' and 'xla' have, and "
+    "'auto' takes one of these"
+)
+
+
+def for_attention(*, length: int, head_dim: int, block_kv: int = 128) -> AttentionTiles:
+    """Choose tile sizes for `length` queries of a head: two warpgroups of 64, one for a few."""
+    return AttentionTiles(
+        block_q=ROWS if length <= ROWS else 2 * ROWS,
+        block_kv=block_kv,
+        num_warps=8 if length <= ROWS else 12,
+        num_stages=2 if head_dim * block_kv > 64 * 128 else 3,
+    )
+
+
+def for_sequence(*, length: int, head_dim: int, window: int | None = None) -> ForwardBackwardTiles:
+    """Choose tile sizes for a sequence; smaller ones where a window cuts most of them."""
+    block_kv = 64 if window is not None and window < 1024 else 128
+    forward = for_attention(length=length, head_dim=head_dim, block_kv=block_kv)
+    return ForwardBackwardTiles(forward=forward, backward=forward)
+
+
+def for_decode(*, batch: int, kv_heads: int, slots: int, head_dim: int, gpu: Gpu) -> DecodeTiles:
+    """Choose tile sizes for one query per row: about 100 KiB on their way from memory per core."""
+    block_kv = 64
+    splits = min(cdiv(2 * gpu.num_cores, batch * kv_heads), cdiv(slots, 2 * block_kv))
+    return DecodeTiles(
+        block_kv=block_kv,
+        num_splits=max(1, splits),
+        num_warps=8,
+        num_stages=2 if head_dim > 64 else 4,
+    )
+
+
+def group_refusal(group: int) -> Refusal | None:
+    """Return a refusal if a group of query heads does not fit one warpgroup's rows."""
+    if group <= ROWS:
+        return None
+    return Refusal(reason=f"{group} query heads read one KV head, the Mosaic kernel takes {ROWS}")

@@ -1,0 +1,77 @@
+"""What a Mosaic kernel's program is told: its sizes, its queries, and the tiles that they meet."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from kernels.mosaic.source import Tile
+from kernels.tile_io import Scalar
+from kernels.tiles import AttentionTiles, DecodeTiles
+
+ROWS = 64  # queries of a warpgroup: the rows of its matrix instructions
+ALIGNED = 8  # TMA reads whole groups of so many vectors, so arrays must consist of them
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Range:
+    """Consecutive tiles of some keys and values."""
+
+    tile: Tile
+    keys: jax.Ref
+    values: jax.Ref
+    first: Scalar
+    end: Scalar
+    mask: Callable[[Array, Array], Array] | None  # of the program's rows, and slots; None: all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one program does; refs are functions of the warpgroup that multiplies."""
+
+    queries: Callable[[Scalar], Any]  # [64, head_dim]
+    out: Callable[[Scalar], Any]  # [64 or fewer, head_dim]
+    lse: Callable[[Scalar], Any]  # [64]
+    ranges: Sequence[Range]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a program."""
+
+    workers: int  # warpgroups that multiply
+    block_kv: int
+    num_stages: int
+    head_dim: int
+    dtype: DTypeLike  # of queries, keys and values
+    softmax_scale: float
+
+    @classmethod
+    def of(
+        cls, tiles: AttentionTiles | DecodeTiles, block_q: int, q: Array, softmax_scale: float
+    ) -> "Shape":
+        """Return the sizes for some tiles.
+
+        Raises:
+          ValueError: the tiles are not those of warpgroups.
+        """
+        if block_q not in (ROWS, 2 * ROWS) or tiles.block_kv % ROWS or tiles.num_stages < 1:
+            raise ValueError(f"{tiles} have not 64 or 128 queries and a multiple of 64 keys")
+        return cls(
+            workers=block_q // ROWS,
+            block_kv=tiles.block_kv,
+            num_stages=tiles.num_stages,
+            head_dim=q.shape[-1],
+            dtype=q.dtype,
+            softmax_scale=softmax_scale,
+        )
+
+
+def aligned(x: Array, *, axis: int) -> Array:
+    """Return an array whose axis is a multiple of what TMA reads; padded, so a copy, if need be."""
+    missing = -x.shape[axis] % ALIGNED
+    return jnp.pad(x, [(0, missing * (i == axis)) for i in range(x.ndim)]) if missing else x

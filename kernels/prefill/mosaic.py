@@ -1,0 +1,136 @@
+"""Causal attention of a chunk over a long cache, for Hopper through Mosaic.
+
+Program (row, head, block) owns block_q queries of a query head, the last block first, since it has
+the most keys to walk; kernels.mosaic.walk has the map of its warpgroups. Two ranges of tiles: those
+that all of its queries see, unmasked, then those that the diagonal cuts. Later ones are not loaded.
+The programs of one head run side by side, and so do the heads of one group: they find each other's
+tiles in the L2 cache.
+
+Starts are read at run time: one compilation serves every chunk of its length.
+
+Measured: not yet.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from kernels import masks
+from kernels.mosaic import source, walk, work
+from kernels.pages import Pages, num_slots
+from kernels.tile_io import cdiv
+from kernels.tiles import AttentionTiles
+
+
+def prefill_attention(
+    q: Float[Array, "batch length q_heads head_dim"],
+    k: Float[Array, "rows kv_heads slots head_dim"],
+    v: Float[Array, "rows kv_heads slots head_dim"],
+    starts: Int[Array, " batch"],
+    pages: Pages | None,
+    *,
+    softmax_scale: float,
+    tiles: AttentionTiles,
+    interpret: bool,
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
+    """See kernels.prefill_attention."""
+    table = [] if pages is None else [pages.astype(jnp.int32)]
+    plan = functools.partial(
+        plan_causal,
+        tile_of=source.in_cache if pages is None else source.in_pages,
+        group=q.shape[2] // k.shape[1],
+        slots=num_slots(k, pages),
+        tiles=tiles,
+    )
+    k, v = (work.aligned(x, axis=2) for x in (k, v))
+    return attend(
+        plan,
+        q,
+        (k, v, starts.astype(jnp.int32), *table),
+        name="duo_prefill_mosaic" if pages is None else "duo_prefill_paged_mosaic",
+        softmax_scale=softmax_scale,
+        tiles=tiles,
+        interpret=interpret,
+    )
+
+
+def attend(
+    plan: Callable[..., work.Work],
+    q: Float[Array, "batch length q_heads head_dim"],
+    operands: tuple[Array, ...],
+    *,
+    name: str,
+    softmax_scale: float,
+    tiles: AttentionTiles,
+    interpret: bool,
+) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
+    """Run a plan, of refs of q, the operands, output and lse, for all blocks of queries."""
+    batch, length, num_q_heads, _ = q.shape
+    num_blocks = cdiv(length, tiles.block_q)
+    q = work.aligned(q, axis=1)
+    out, lse = walk.call(
+        plan,
+        name=name,
+        grid={"row": batch, "head": num_q_heads, "block": num_blocks},
+        shape=work.Shape.of(tiles, tiles.block_q, q, softmax_scale),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, num_q_heads, num_blocks * tiles.block_q), jnp.float32),
+        ),
+        interpret=interpret,
+    )(q, *operands)
+    return out[:, :length], jnp.swapaxes(lse, 1, 2)[:, :length]
+
+
+def block_of_queries(
+    q: jax.Ref, out: jax.Ref, lse: jax.Ref, first_row: Array, ranges: list[work.Range]
+) -> work.Work:
+    """Return the work on a program's queries from `first_row` on."""
+    row, head = lax.axis_index("row"), lax.axis_index("head")
+
+    def rows(worker):
+        return pl.ds(first_row + worker * work.ROWS, work.ROWS)
+
+    return work.Work(
+        queries=lambda worker: q.at[row, rows(worker), head],
+        out=lambda worker: out.at[row, rows(worker), head],
+        lse=lambda worker: lse.at[row, head, rows(worker)],
+        ranges=ranges,
+    )
+
+
+def plan_causal(
+    q: jax.Ref,
+    k: jax.Ref,
+    v: jax.Ref,
+    starts: jax.Ref,
+    *refs: jax.Ref,  # the table of a paged cache; output; lse
+    tile_of: Callable[..., source.Tile],
+    group: int,
+    slots: int,
+    tiles: AttentionTiles,
+) -> work.Work:
+    """Let each query see the slots up to its own position."""
+    *table, out, lse = refs
+    block_q, block_kv = tiles.block_q, tiles.block_kv
+    row, head = lax.axis_index("row"), lax.axis_index("head")
+    last = lse.shape[2] // block_q - 1
+    first_row = (last - lax.axis_index("block")) * block_q
+    first_position = starts[row] + first_row
+    tile = tile_of(*table, row, lax.div(head, group), block_kv)
+
+    def visible(rows, positions):
+        return masks.causal_pairs(first_position + rows, positions) & (positions < slots)
+
+    seen_by_all = lax.div(jnp.clip(first_position + 1, 0, slots), block_kv)
+    end = cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
+    ranges = [
+        work.Range(tile=tile, keys=k, values=v, first=begin, end=stop, mask=mask)
+        for begin, stop, mask in ((0, seen_by_all, None), (seen_by_all, end, visible))
+    ]
+    return block_of_queries(q, out, lse, first_row, ranges)
