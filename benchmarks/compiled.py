@@ -72,7 +72,7 @@ def main(flags: CompiledFlags) -> None:
     result = {
         "command": machine.command("benchmarks.compiled"),
         "jax": jax.__version__,
-        "ptxas": _ptxas_version(),
+        "ptxas": ptxas_version(),
         "run_minutes": round((time.monotonic() - began) / 60, 1),
         "rows": rows,
         "roofline": roofline.rows(flags.ops),
@@ -101,7 +101,8 @@ def compile_all(jobs: Sequence[Job], target: aot.Target) -> Iterator[dict[str, A
             yield {"op": op, "case": case, "target": target, **row, "real_size": real_size}
 
 
-def _ptxas_version() -> str:
+def ptxas_version() -> str:
+    """Return the version of the ptxas that compiles."""
     said = subprocess.run([aot.ptxas(), "--version"], capture_output=True, text=True, check=True)
     found = re.search(r"V([\d.]+)", said.stdout)
     return found[1] if found else "unknown"

@@ -5,7 +5,7 @@
 
 A link to a line has the line's text, or a part that no other line of the file has, as its title:
 
-    [mask](../kernels/masks.py#L43 "return causal(q_positions, kv_positions) &")
+    [mask](../kernels/masks.py#L43 "return causal_pairs(i, j) &")
 
 so that the number can be found again. Where the text is gone, or is there twice, the page needs an
 author: these links are listed, and the command exits with 1.

@@ -86,8 +86,8 @@ def load(
       prefill_chunk: number of prompt tokens read at a time.
       prefill_mode: what streaming heads see while a prompt is read, "exact" or "chunk"
         (`duo_jax.serve.forward`).
-      implementation: attention implementation, "auto", "xla", "triton" or "interpret"
-        (`kernels.dispatch`).
+      implementation: attention implementation, "auto", "xla", "triton", "mosaic" or, for tests,
+        "interpret" and "interpret_mosaic" (`kernels.dispatch`).
       devices: number of devices that share weights, caches and work (`duo_jax.mesh`); default: all
         GPUs if one cannot hold the weights and a cache of the model's range, else one.
       groups: groups of these devices that each hold the whole model, and serve an equal share of

@@ -72,7 +72,8 @@ class ModelFlags:
     implementation: Implementation = "auto"
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
-    slow."""
+    slow. mosaic: our kernels for H100 and H200, with jax 0.12; interpret_mosaic: these
+    on a CPU."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -160,13 +160,14 @@ def _multiply(
             scores = jnp.where(visible, scores, -jnp.inf)
         maximum, shrink = online_softmax.rescale(maximum, scores.max(axis=1))
         weights = jnp.exp(scores - lax.broadcast_in_dim(maximum, rows, [0]))
+        total = total * shrink + weights.sum(axis=1)  # here: weights need their registers no longer
         p[...] = weights.astype(shape.dtype)
         plgpu.commit_smem()
         plgpu.barrier_wait(v_full.at[stage])
         seen = product(p, v_s.at[stage], shape.head_dim)
         plgpu.barrier_arrive(v_free.at[stage])
         summed = summed * lax.broadcast_in_dim(shrink, summed.shape, [0]) + seen
-        return count + 1, maximum, total * shrink + weights.sum(axis=1), summed
+        return count + 1, maximum, total, summed
 
     maximum, total = online_softmax.start_rows((ROWS,), jnp.float32)
     summed = jnp.zeros((ROWS, shape.head_dim), jnp.float32)

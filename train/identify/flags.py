@@ -127,7 +127,8 @@ class IdentifyConfig:
     implementation: Implementation = "auto"
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on, else xla. triton:
     our kernels. interpret: our kernels in Pallas' interpreter, for tests without a GPU; very
-    slow."""
+    slow. mosaic: our kernels for H100 and H200, which have no gradients; interpret_mosaic:
+    these on a CPU."""
     devices: Count | None = None
     """Number of devices that share weights and heads. Default: all GPUs if one cannot hold the
     weights and what a step keeps of the longest sample, else one. A run may be resumed on another

@@ -1,0 +1,150 @@
+"""One case compiled through Mosaic for an H200 and described; a job of kernels.aot_process."""
+
+import functools
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.compile import ptx
+from duo_jax.reports import markdown
+from kernels import aot
+from kernels.all_cases import CASES, served_by_mosaic
+from kernels.errors import UnsupportedError
+
+_SUFFIX = "_mosaic_gpu_kernel"  # that jax adds to a kernel's name
+_THREADS = re.compile(r"^\.maxntid (\d+)", re.MULTILINE)
+_SHARED = re.compile(r"smem_scratch_bytes=(\d+)")
+_TMA = {
+    "loads": re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global\b"),
+    "stores": re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.global\.shared::\w+\b"),
+}
+# Of one core (streaming multiprocessor) of compute capability 9.0.
+_REGISTERS, _SHARED_BYTES, _RESERVED_BYTES, _MOST_THREADS = 65_536, 233_472, 1_024, 2_048
+
+
+def cases() -> list[tuple[str, str]]:
+    """Return op and name of the cases that Mosaic kernels serve."""
+    return [
+        (op, name) for op in CASES for name, case in CASES[op].items() if served_by_mosaic(case)
+    ]
+
+
+def compile_case(op: str, name: str, dump: str) -> dict[str, Any]:
+    """Compile one case and describe its kernel, as JSON holds it; `dump` is an empty folder."""
+    os.environ["MOSAIC_GPU_DUMP_TO"] = dump
+    folder, case = pathlib.Path(dump), CASES[op][name]
+    for left in folder.iterdir():
+        left.unlink()
+    error = None
+    try:
+        run = functools.partial(case.run, implementation="mosaic")
+        aot.compile_lowered(aot.lower_for("h200", run, *case.shapes()))
+    except (UnsupportedError, RuntimeError, ValueError) as raised:
+        error = str(raised).strip().splitlines()[0]
+    return {"error": error, "kernels": list(_kernels(folder))}
+
+
+def _kernels(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    for file in sorted(folder.glob("*.ptx")):
+        text = file.read_text(encoding="utf-8")
+        said = ptx.run_ptxas(str(file), text)
+        threads = _number(_THREADS, text)
+        shared = _number(_SHARED, file.with_suffix(".resources.txt").read_text(encoding="utf-8"))
+        yield {
+            "name": (ptx.entry(text) or "").removesuffix(_SUFFIX),
+            **said,
+            "threads": threads,
+            "dynamic_shared": shared,
+            "programs_per_core": _programs(said["registers"] * threads, shared, threads),
+            "matrix_instructions": ptx.matrix_instructions(text),
+            "tma": {name: len(pattern.findall(text)) for name, pattern in _TMA.items()},
+        }
+
+
+def _programs(registers: int, shared: int, threads: int) -> int:
+    """Return how many programs a core holds at once."""
+    return min(
+        _REGISTERS // registers,
+        _SHARED_BYTES // (shared + _RESERVED_BYTES),
+        _MOST_THREADS // threads,
+    )
+
+
+def _number(pattern: re.Pattern[str], text: str) -> int:
+    found = pattern.search(text)
+    assert found is not None, pattern.pattern
+    return int(found[1])
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Write docs/kernels_mosaic.md."""
+    rows, kernels = result["rows"], [k for row in result["rows"] for k in row["kernels"]]
+    spilling = sum(bool(k["spill_stores"] or k["spill_loads"]) for k in kernels)
+    failed = [f"- Not compiled: {r['op']}, {r['case']}: {r['error']}" for r in rows if r["error"]]
+    parts = [
+        _INTRODUCTION.format(
+            command=result["command"],
+            minutes=result["run_minutes"],
+            jax=result["jax"],
+            ptxas=result["ptxas"],
+            passed=len(rows) - len(failed),
+            cases=len(rows),
+            kernels=len(kernels),
+            spilling=spilling,
+        ),
+        *failed,
+    ]
+    for op in dict.fromkeys(row["op"] for row in rows):
+        lines = [
+            [row["case"], *_cells(kernel)]
+            for row in rows
+            if row["op"] == op
+            for kernel in row["kernels"]
+        ]
+        parts += [f"## {op}\n", markdown.table(_HEADER, lines) + "\n"]
+    return "\n".join(parts)
+
+
+_INTRODUCTION = """\
+# Mosaic kernels: what the compilers say
+
+This file is written by `{command}`, on any machine, with or without a GPU; it took {minutes}
+minutes with jax {jax}, its CUDA plugin and ptxas {ptxas}. Do not edit it.
+**Nothing here was executed on a GPU: no number is a speed, and "auto" prefers the Triton kernels.**
+
+`implementation="mosaic"` runs these kernels for Hopper (H100 and H200 take the same sm_90a code).
+They do the forward pass of decoding, of prefill at an offset, of streaming and of full attention,
+in bfloat16 and float16, for a head_dim of 64 and 128. Gradients, packed keys, float32 and other
+head_dims stay with Triton and XLA, and so does the A100: asked for them, Mosaic refuses by name.
+They need jax 0.12, which needs Python 3.12. There the tests run them on a CPU against float64, in
+jax's interpreter, with race detection (`tests/kernels/test_mosaic.py`).
+
+{passed} of {cases} cases compiled for an H200; they hold {kernels} kernels, of which {spilling}
+spill registers.
+
+- regs: registers per thread at the start; warpgroups then give some to one another. spills: bytes
+  per thread, stores + loads.
+- shared KiB: of one program. programs: that a core holds at once, by registers and shared memory.
+- TMA: bulk tensor copies in the PTX, loads + stores. Loops count once there, and so do the matrix
+  instructions.
+"""
+_HEADER = (
+    "case", "kernel", "threads", "regs", "spills", "shared KiB", "programs", "TMA",
+    "matrix instructions",
+)  # fmt: skip
+
+
+def _cells(kernel: dict[str, Any]) -> list[str]:
+    counts = sorted(kernel["matrix_instructions"].items())
+    return [
+        kernel["name"],
+        f"{kernel['threads']}",
+        f"{kernel['registers']}",
+        f"{kernel['spill_stores'] + kernel['spill_loads']}",
+        f"{kernel['dynamic_shared'] / 1024:.0f}",
+        f"{kernel['programs_per_core']}",
+        f"{kernel['tma']['loads']} + {kernel['tma']['stores']}",
+        ", ".join(f"{count} {name}" for name, count in counts) or "none",
+    ]
