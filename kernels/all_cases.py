@@ -39,10 +39,7 @@ def named(cases: Cases = CASES) -> dict[str, Case]:
 
 def served_by_mosaic(case: Case) -> bool:
     """Say whether a Mosaic kernel is written for a case."""
-    return (
-        isinstance(case, AttentionCase)
-        and not case.gradient
-        and case.bits is None
-        and case.dtype in MOSAIC_DTYPES
-        and case.head_dim in MOSAIC_HEAD_DIMS
-    )
+    if not isinstance(case, AttentionCase) or case.gradient or case.dtype not in MOSAIC_DTYPES:
+        return False
+    packed = {8: MOSAIC_HEAD_DIMS, 4: (128,)} if isinstance(case, decode.DecodeCase) else {}
+    return case.head_dim in (MOSAIC_HEAD_DIMS if case.bits is None else packed.get(case.bits, ()))

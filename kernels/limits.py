@@ -105,7 +105,7 @@ def mosaic_refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
     if q.shape[-1] not in MOSAIC_HEAD_DIMS:
         return Refusal(reason=f"head_dim is {q.shape[-1]}, Mosaic kernels take 64 and 128")
     if any(isinstance(x, Packed) for x in operands):
-        return Refusal(reason="Mosaic kernels do not read packed keys, Triton kernels do")
+        return Refusal(reason="this Mosaic kernel does not read packed keys; Triton's does")
     return None
 
 

@@ -85,6 +85,7 @@ def decode_attention(
             kv_heads=k.shape[1],
             slots=paging.num_slots(k, pages),
             head_dim=q.shape[2],
+            packed=isinstance(k, Packed),
             gpu=compat.tile_gpu(),
         )
         if pages is not None:
@@ -100,6 +101,5 @@ def decode_attention(
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
         mosaic=run_mosaic,
-        mosaic_refusal=limits.mosaic_refusal(q, k, v)
-        or mosaic_tiles.group_refusal(q.shape[1] // k.shape[1]),
+        mosaic_refusal=limits.mosaic_refusal(q) or mosaic_tiles.decode_refusal(q, k, v),
     )

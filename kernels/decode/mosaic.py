@@ -6,12 +6,14 @@ value is read once. kernels.mosaic.walk has the map; one warpgroup multiplies, o
 filled slots are divided evenly among its splits at run time, so short texts in long caches keep all
 programs busy too. Splits are written in float32 and merged by their lse outside the kernel.
 
-Tiles of a paged cache get their address from the table (kernels.mosaic.source).
+Tiles of a paged cache get their address from the table (kernels.mosaic.source); packed ones, in 8
+or 4 bits, become matrices in shared memory before they are multiplied (kernels.mosaic.reader).
 
 Measured: not yet.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels.merge import merge_lse
-from kernels.mosaic import source, walk, work
+from kernels.mosaic import reader, source, walk, work
+from kernels.packed import Packed
 from kernels.pages import Pages, num_slots
 from kernels.tile_io import cdiv
 from kernels.tiles import DecodeTiles
@@ -27,8 +30,8 @@ from kernels.tiles import DecodeTiles
 
 def decode_attention(
     q: Float[Array, "batch q_heads head_dim"],
-    k: Float[Array, "rows kv_heads slots head_dim"],
-    v: Float[Array, "rows kv_heads slots head_dim"],
+    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     lengths: Int[Array, " batch"],
     pages: Pages | None,
     *,
@@ -44,6 +47,7 @@ def decode_attention(
     plan = functools.partial(
         _plan,
         tile_of=source.in_cache if pages is None else source.in_pages,
+        paged=pages is not None,
         slots=num_slots(k, pages),
         tiles=tiles,
     )
@@ -53,21 +57,40 @@ def decode_attention(
     rows = cdiv(group, work.ALIGNED) * work.ALIGNED  # that are written
     out, lse = walk.call(
         plan,
-        name="duo_decode_mosaic" if pages is None else "duo_decode_paged_mosaic",
+        name=_name(k, pages),
         grid={"row": batch, "kv_head": num_kv_heads, "split": tiles.num_splits},
-        shape=work.Shape.of(tiles, work.ROWS, q, softmax_scale),
+        shape=work.Shape.of(tiles, work.ROWS, q, k, softmax_scale),
         out_type=(
             jax.ShapeDtypeStruct((*parts, rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((*parts, work.ROWS), jnp.float32),
         ),
         interpret=interpret,
-    )(padded, *(work.aligned(x, axis=2) for x in (k, v)), lengths.astype(jnp.int32), *table)
+    )(
+        padded,
+        lengths.astype(jnp.int32),
+        *table,
+        *(work.aligned(x, axis=2) for y in (k, v) for x in reader.arrays(y)),
+    )
     out, lse = merge_lse(out[..., :group, :], lse[..., :group])
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
 
-def _plan(q, k, v, lengths, *refs, tile_of, slots: int, tiles: DecodeTiles) -> work.Work:
-    *table, out, lse = refs
+def _name(k: Array | Packed, pages: Pages | None) -> str:
+    packed, paged = "_packed" * isinstance(k, Packed), "_paged" * (pages is not None)
+    return f"duo_decode{packed}{paged}_mosaic"
+
+
+def _plan(
+    q: jax.Ref,
+    lengths: jax.Ref,
+    *refs: jax.Ref,  # the table of a paged cache; what is stored of keys, then of values; outputs
+    tile_of: Callable[..., source.Tile],
+    paged: bool,
+    slots: int,
+    tiles: DecodeTiles,
+) -> work.Work:
+    *cached, out, lse = refs
+    table, cached = cached[:paged], cached[paged:]
     row, kv_head, split = (lax.axis_index(x) for x in ("row", "kv_head", "split"))
     length = jnp.minimum(lengths[row], slots)
     num_blocks = cdiv(length, tiles.block_kv)
@@ -80,8 +103,8 @@ def _plan(q, k, v, lengths, *refs, tile_of, slots: int, tiles: DecodeTiles) -> w
 
     walked = work.Range(
         tile=tile_of(*table, row, kv_head, tiles.block_kv),
-        keys=k,
-        values=v,
+        keys=cached[: len(cached) // 2],
+        values=cached[len(cached) // 2 :],
         first=first,
         end=jnp.minimum(first + per_split, num_blocks),
         mask=filled,

@@ -1,8 +1,12 @@
 """Tile sizes of the Mosaic kernels, by shared memory: 227 KiB on a Hopper."""
 
+from jaxtyping import Array
+
 from kernels.gpu import Gpu
 from kernels.limits import Refusal
+from kernels.mosaic import reader
 from kernels.mosaic.work import ROWS
+from kernels.packed import Packed
 from kernels.tile_io import cdiv
 from kernels.tiles import AttentionTiles, DecodeTiles, ForwardBackwardTiles
 
@@ -29,20 +33,30 @@ def for_sequence(*, length: int, head_dim: int, window: int | None = None) -> Fo
     return ForwardBackwardTiles(forward=forward, backward=forward)
 
 
-def for_decode(*, batch: int, kv_heads: int, slots: int, head_dim: int, gpu: Gpu) -> DecodeTiles:
-    """Choose tile sizes for one query per row: about 100 KiB on their way from memory per core."""
+def for_decode(
+    *, batch: int, kv_heads: int, slots: int, head_dim: int, packed: bool, gpu: Gpu
+) -> DecodeTiles:
+    """Choose tile sizes for one query per row."""
     block_kv = 64
     splits = min(cdiv(2 * gpu.num_cores, batch * kv_heads), cdiv(slots, 2 * block_kv))
     return DecodeTiles(
         block_kv=block_kv,
         num_splits=max(1, splits),
         num_warps=8,
-        num_stages=2 if head_dim > 64 else 4,
+        num_stages=2 if head_dim > 64 and not packed else 4,
     )
 
 
-def group_refusal(group: int) -> Refusal | None:
-    """Return a refusal if a group of query heads does not fit one warpgroup's rows."""
-    if group <= ROWS:
-        return None
-    return Refusal(reason=f"{group} query heads read one KV head, the Mosaic kernel takes {ROWS}")
+def decode_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | None:
+    """Return why the decode kernel cannot read a cache; None if it can."""
+    group = q.shape[1] // k.shape[1]
+    if group > ROWS:
+        reason = f"{group} query heads read one KV head, the Mosaic kernel takes {ROWS}"
+        return Refusal(reason=reason)
+    for x in (k, v):
+        if isinstance(x, Packed) and (x.layout.bits == 2 or reader.of(x, q).columns < 16):
+            reason = (
+                f"the Mosaic kernel does not read {x.layout.bits} bits of head_dim {x.shape[3]}"
+            )
+            return Refusal(reason=reason)
+    return None

@@ -63,24 +63,37 @@ def call(
     plgpu = compat.mosaic()
     workers, stages, dtype = shape.workers, shape.num_stages, shape.dtype
 
-    def shared(*sizes: int, dtype: DTypeLike = dtype):
-        tile = (ALIGNED, 128 // jnp.dtype(dtype).itemsize)
-        layout = (plgpu.TilingTransform(tile), plgpu.SwizzleTransform(128))
+    def matrix(*sizes: int, dtype: DTypeLike = dtype, columns: int = shape.reader.columns):
+        swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
+        layout = (plgpu.TilingTransform((ALIGNED, columns)), swizzle)
         return plgpu.SMEM(sizes, dtype, transforms=layout)
 
+    def staged():
+        return tuple(
+            matrix(stages, *sizes) if is_matrix else plgpu.SMEM((stages, *sizes), of)
+            for sizes, of, is_matrix in stored
+        )
+
+    stored = shape.reader.stored(shape.block_kv)
+
     scratch = {
-        "q_s": shared(workers, ROWS, shape.head_dim),
-        "k_s": shared(stages, shape.block_kv, shape.head_dim),
-        "v_s": shared(stages, shape.block_kv, shape.head_dim),
-        "p_s": shared(workers, ROWS, shape.block_kv),
+        "q_s": matrix(workers, ROWS, shape.head_dim),
+        "k_s": staged(),
+        "v_s": staged(),
+        "p_s": matrix(workers, ROWS, shape.block_kv),
         "lse_s": plgpu.SMEM((workers, ROWS), jnp.float32),
         "q_full": plgpu.Barrier(num_barriers=workers),
     }
     for x in "kv":
-        scratch[f"{x}_full"] = plgpu.Barrier(num_barriers=stages)
+        scratch[f"{x}_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=len(stored))
         scratch[f"{x}_free"] = plgpu.Barrier(num_barriers=stages, num_arrivals=workers)
     if out_type[0].dtype != dtype:
-        scratch["out_s"] = shared(workers, ROWS, shape.head_dim, dtype=out_type[0].dtype)
+        scratch["out_s"] = matrix(
+            workers, ROWS, shape.head_dim, dtype=out_type[0].dtype, columns=32
+        )
+    if len(stored) > 1:
+        for x in "kv":
+            scratch[f"unpacked_{x}"] = matrix(shape.block_kv, shape.head_dim)
     return compat.mosaic_call(
         functools.partial(_kernel, plan=plan, shape=shape),
         name=name,
@@ -118,11 +131,12 @@ def _load(work, shape, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free,
     def load(index, count, tiles):
         stage = lax.rem(count, jnp.int32(shape.num_stages))
         both = ((tiles.keys, k_s, k_full, k_free), (tiles.values, v_s, v_full, v_free))
-        for ref, to, full, free in both:
+        for refs, to, full, free in both:
             pl.when(count >= shape.num_stages)(
                 functools.partial(plgpu.barrier_wait, free.at[stage])
             )
-            plgpu.copy_gmem_to_smem(tiles.tile(ref, index), to.at[stage], full.at[stage])
+            for ref, room in zip(refs, to, strict=True):
+                plgpu.copy_gmem_to_smem(tiles.tile(ref, index), room.at[stage], full.at[stage])
         return count + 1
 
     count = jnp.int32(0)
@@ -132,7 +146,7 @@ def _load(work, shape, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free,
 
 def _multiply(
     worker, work, shape, *, q_s, k_s, v_s, p_s, lse_s, q_full, k_full, v_full, k_free, v_free,
-    out_s=None,
+    out_s=None, unpacked_k=None, unpacked_v=None,
 ):  # fmt: skip
     """Let 64 queries see every tile; write their output and lse."""
     plgpu = compat.mosaic()
@@ -153,7 +167,8 @@ def _multiply(
         count, maximum, total, summed = carry
         stage = lax.rem(count, jnp.int32(shape.num_stages))
         plgpu.barrier_wait(k_full.at[stage])
-        scores = product(q, k_s.at[stage].T, shape.block_kv) * shape.softmax_scale
+        keys = shape.reader.matrix(k_s, stage, unpacked_k)
+        scores = product(q, keys.T, shape.block_kv) * shape.softmax_scale
         plgpu.barrier_arrive(k_free.at[stage])
         if mask is not None:
             visible = mask(iota(0) + worker * ROWS, iota(1) + index * shape.block_kv)
@@ -164,7 +179,7 @@ def _multiply(
         p[...] = weights.astype(shape.dtype)
         plgpu.commit_smem()
         plgpu.barrier_wait(v_full.at[stage])
-        seen = product(p, v_s.at[stage], shape.head_dim)
+        seen = product(p, shape.reader.matrix(v_s, stage, unpacked_v), shape.head_dim)
         plgpu.barrier_arrive(v_free.at[stage])
         summed = summed * lax.broadcast_in_dim(shrink, summed.shape, [0]) + seen
         return count + 1, maximum, total, summed

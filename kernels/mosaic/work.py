@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from kernels.mosaic import reader
+from kernels.mosaic.reader import Reader
 from kernels.mosaic.source import Tile
+from kernels.packed import Packed
 from kernels.tile_io import Scalar
 from kernels.tiles import AttentionTiles, DecodeTiles
 
@@ -22,8 +25,8 @@ class Range:
     """Consecutive tiles of some keys and values."""
 
     tile: Tile
-    keys: jax.Ref
-    values: jax.Ref
+    keys: Sequence[jax.Ref]  # what is stored of them (kernels.mosaic.reader)
+    values: Sequence[jax.Ref]
     first: Scalar
     end: Scalar
     mask: Callable[[Array, Array], Array] | None  # of the program's rows, and slots; None: all
@@ -47,12 +50,18 @@ class Shape:
     block_kv: int
     num_stages: int
     head_dim: int
-    dtype: DTypeLike  # of queries, keys and values
+    dtype: DTypeLike  # of queries
+    reader: Reader
     softmax_scale: float
 
     @classmethod
     def of(
-        cls, tiles: AttentionTiles | DecodeTiles, block_q: int, q: Array, softmax_scale: float
+        cls,
+        tiles: AttentionTiles | DecodeTiles,
+        block_q: int,
+        q: Array,
+        k: Array | Packed,
+        softmax_scale: float,
     ) -> "Shape":
         """Return the sizes for some tiles.
 
@@ -67,6 +76,7 @@ class Shape:
             num_stages=tiles.num_stages,
             head_dim=q.shape[-1],
             dtype=q.dtype,
+            reader=reader.of(k, q),
             softmax_scale=softmax_scale,
         )
 

@@ -77,7 +77,7 @@ def attend(
         plan,
         name=name,
         grid={"row": batch, "head": num_q_heads, "block": num_blocks},
-        shape=work.Shape.of(tiles, tiles.block_q, q, softmax_scale),
+        shape=work.Shape.of(tiles, tiles.block_q, q, q, softmax_scale),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, num_q_heads, num_blocks * tiles.block_q), jnp.float32),
@@ -130,7 +130,7 @@ def plan_causal(
     seen_by_all = lax.div(jnp.clip(first_position + 1, 0, slots), block_kv)
     end = cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
     ranges = [
-        work.Range(tile=tile, keys=k, values=v, first=begin, end=stop, mask=mask)
+        work.Range(tile=tile, keys=[k], values=[v], first=begin, end=stop, mask=mask)
         for begin, stop, mask in ((0, seen_by_all, None), (seen_by_all, end, visible))
     ]
     return block_of_queries(q, out, lse, first_row, ranges)

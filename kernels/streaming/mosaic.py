@@ -91,8 +91,8 @@ def _plan(
 
         return work.Range(
             tile=tile(row, kv_head, block_kv),
-            keys=keys,
-            values=values,
+            keys=[keys],
+            values=[values],
             first=lax.div(first, block_kv),
             end=cdiv(end, block_kv),
             mask=visible,

@@ -26,16 +26,23 @@ needs_mosaic = pytest.mark.skipif(
     compat.no_mosaic() is not None, reason=f"Mosaic {compat.no_mosaic()}"
 )
 HEADS = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}
-PAGED = {
+WIDE = HEADS | {"head_dim": 128}
+MORE = {
     "decode, pages of 64": DecodeCase(lengths=(130, 0, 64), slots=192, page_size=64, **HEADS),
     "decode, pages of 128": DecodeCase(lengths=(255,), slots=256, page_size=128, **HEADS),
     "prefill, pages of 64": PrefillCase(
         starts=(100, 3), length=20, slots=128, page_size=64, **HEADS
     ),
+    "decode, int8": DecodeCase(lengths=(130, 0), slots=192, bits=8, **HEADS),
+    "decode, int8, head_dim 128": DecodeCase(lengths=(130,), slots=192, bits=8, **WIDE),
+    "decode, int4": DecodeCase(lengths=(130, 0), slots=192, bits=4, **WIDE),
+    "decode, int4, pages of 64": DecodeCase(
+        lengths=(100,), slots=128, bits=4, page_size=64, **WIDE | {"dtype": "float16"}
+    ),
 }
 
 
-CASES = PAGED | {
+CASES = MORE | {
     name: case for name, case in named().items() if served_by_mosaic(case) and not case.compile_only
 }
 # Each of the others takes more than two seconds.
@@ -45,7 +52,7 @@ DEFAULT = {
     "full: three tokens",
     "prefill: three tokens, ragged",
     "streaming: one token before the sinks' end",
-    *PAGED,
+    *MORE,
 }
 
 
@@ -64,8 +71,16 @@ def error(got, want) -> float:
 
 
 def check(case, arguments, results):
-    """The output errs at most twice as much as a program of its dtype, the lse as float32 does."""
+    """The output errs at most twice as much as a program of its dtype, the lse as float32 does.
+
+    Packed keys and values are rounded to that dtype, as XLA rounds them.
+    """
     wanted = case.expected(arguments)
+    if case.bits is not None:
+        xla = case.run(*arguments, implementation="xla")
+        for got, other, want in zip(results, xla, wanted, strict=True):
+            assert error(got, want) <= 2 * error(other, want) + 2e-6
+        return
     rounded = case.expected(arguments, rounded_to=case.dtype)
     assert [x.shape for x in results] == [x.shape for x in wanted]
     assert results[0].dtype == jnp.dtype(case.dtype)
@@ -152,7 +167,13 @@ REFUSED = {
     "head_dim 80": (
         DecodeCase(lengths=(3,), slots=8, q_heads=4, kv_heads=2, head_dim=80), "80, Mosaic .* 64"
     ),
-    "packed keys": (DecodeCase(lengths=(3,), slots=64, bits=4, **HEADS), "do not read packed"),
+    "int2": (DecodeCase(lengths=(3,), slots=64, bits=2, **WIDE), "does not read 2 bits"),
+    "int4 of head_dim 64": (
+        DecodeCase(lengths=(3,), slots=64, bits=4, **HEADS), "read 4 bits of head_dim 64"
+    ),
+    "prefill of packed keys": (
+        PrefillCase(starts=(0,), length=3, slots=64, bits=8, **WIDE), "does not read packed keys"
+    ),
     "many queries of a head": (
         DecodeCase(lengths=(3,), slots=8, q_heads=65, kv_heads=1, head_dim=64), "65 query heads"
     ),
