@@ -9,6 +9,7 @@ Part of duo_jax.
 """
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from kernels import address_limit
 from kernels.errors import UnsupportedError
 from kernels.gpu import A100, INTERPRETER, Gpu
 
+INTERPRETER_THREADS = 4  # for three warpgroups and the program that waits for them
 TESTED = "jax>=0.10.2,<0.13"  # as in pyproject.toml
 
 
@@ -146,6 +148,21 @@ def no_mosaic() -> str | None:
     return (
         f"needs Pallas' Mosaic lowering of jax 0.12 or newer (Python 3.12 or newer), and this is "
         f"jax {jax.__version__}"
+    )
+
+
+def no_mosaic_interpreter() -> str | None:
+    """Return why no Mosaic kernel can run on a CPU; None if they can.
+
+    Each warpgroup is a program of its own there, and so is the one that calls the kernel: where XLA
+    has fewer threads, all of these may wait for one that never starts.
+    """
+    threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
+    if no_mosaic() is not None or threads >= INTERPRETER_THREADS:
+        return no_mosaic()
+    return (
+        f"needs {INTERPRETER_THREADS} threads, or its warpgroups wait for each other forever, and "
+        f"XLA has {threads}: start the process with PJRT_NPROC={INTERPRETER_THREADS}"
     )
 
 

@@ -47,7 +47,7 @@ def check(implementation: str) -> None:
     elif implementation == "mosaic":
         reason = _no_mosaic(compat.target_gpu())
     elif implementation == "interpret_mosaic":
-        reason = compat.no_mosaic()
+        reason = compat.no_mosaic_interpreter()
     if reason is not None:
         raise UnsupportedError(f"{implementation=} {reason}")
 
