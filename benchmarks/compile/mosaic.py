@@ -122,6 +122,19 @@ and so does the A100: asked for them, Mosaic refuses by name.
 They need jax 0.12, which needs Python 3.12. There the tests run them on a CPU against float64, in
 jax's interpreter, with race detection (`tests/kernels/test_mosaic.py`).
 
+For the A100 there is no Mosaic kernel. jax's Mosaic has the instructions (`plgpu.mma`, cp.async),
+but its interpreter has no rule for `mma`, so nothing could check one here. With jax 0.12.0.1 this
+ends in "MLIR translation rule for primitive 'mma' not found for platform cpu":
+
+```text
+def body(out):
+    a, b = jnp.ones((64, 16), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
+    out[...] = plgpu.mma(jnp.zeros((64, 8), jnp.float32), a, b)
+
+shape = jax.ShapeDtypeStruct((64, 8), jnp.float32)
+plgpu.kernel(body, out_type=shape, interpret=plgpu.InterpretGPUParams())()
+```
+
 {passed} of {cases} cases compiled for an H200; they hold {kernels} kernels, of which {spilling}
 spill registers.
 

@@ -14,6 +14,8 @@ The map of a program, which owns block_q queries of one head:
                                                                     (v_full, v_free likewise)
     p_s  [block_q, block_kv]       weights, by warpgroup            none: each reads its own
     lse_s [block_q], out_s if the output's dtype is another than that of the queries
+    unpacked_k, unpacked_v         a tile of packed numbers as a    none: the only multiplying
+                                   matrix, by the multiplying one   warpgroup's own, fenced
 
     registers of a multiplying thread: head_dim / 2 for the output, twice while it grows, and
     block_kv / 2 for the scores, all float32. Of two such warpgroups each thread gets 232, and of
