@@ -135,7 +135,7 @@ shape = jax.ShapeDtypeStruct((64, 8), jnp.float32)
 plgpu.kernel(body, out_type=shape, interpret=plgpu.InterpretGPUParams())()
 ```
 
-{passed} of {cases} cases compiled for an H200; they hold {kernels} kernels, of which {spilling}
+{passed} of {cases} cases compiled for an H200. They hold {kernels} kernels; {spilling} of these
 spill registers.
 
 - regs: registers per thread at the start; warpgroups then give some to one another. spills: bytes

@@ -27,6 +27,7 @@ def full_attention(
         prefill.plan_causal,
         tile_of=source.in_sequence,
         group=q.shape[2] // k.shape[2],
+        length=q.shape[1],
         slots=q.shape[1],
         tiles=tiles,
     )

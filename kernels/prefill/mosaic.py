@@ -44,6 +44,7 @@ def prefill_attention(
         plan_causal,
         tile_of=source.in_cache if pages is None else source.in_pages,
         group=q.shape[2] // k.shape[1],
+        length=q.shape[1],
         slots=num_slots(k, pages),
         tiles=tiles,
     )
@@ -112,6 +113,7 @@ def plan_causal(
     *refs: jax.Ref,  # the table of a paged cache; output; lse
     tile_of: Callable[..., source.Tile],
     group: int,
+    length: int,
     slots: int,
     tiles: AttentionTiles,
 ) -> work.Work:
@@ -127,8 +129,10 @@ def plan_causal(
     def visible(rows, positions):
         return masks.causal_pairs(first_position + rows, positions) & (positions < slots)
 
+    # A block may reach beyond the last query, but loads nothing for that.
     seen_by_all = lax.div(jnp.clip(first_position + 1, 0, slots), block_kv)
-    end = cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
+    last_position = starts[row] + jnp.minimum(first_row + block_q, length) - 1
+    end = cdiv(jnp.clip(last_position + 1, 0, slots), block_kv)
     ranges = [
         work.Range(tile=tile, keys=[k], values=[v], first=begin, end=stop, mask=mask)
         for begin, stop, mask in ((0, seen_by_all, None), (seen_by_all, end, visible))

@@ -21,9 +21,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from benchmarks import compiled_mosaic
 from benchmarks.compile import mosaic
 from kernels import compat
-from kernels.all_cases import named, served_by_mosaic
+from kernels.all_cases import AWKWARD, named, served_by_mosaic
 from kernels.aot_process import Compiler
-from kernels.case import Case
+from kernels.case import AttentionCase, Case
 from kernels.decode.cases import DecodeCase
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
@@ -57,14 +57,23 @@ MORE = {
 CASES = MORE | {
     name: case for name, case in named().items() if served_by_mosaic(case) and not case.compile_only
 }
-# Each of the others takes more than two seconds.
+# Lengths where blocks and windows begin and end, which the other kernels take in float32.
+CASES |= {
+    f"{name}, bfloat16": dataclasses.replace(case, dtype="bfloat16", head_dim=64)
+    for name, case in named(AWKWARD).items()
+    if isinstance(case, AttentionCase) and not case.gradient and case.head_dim == 16
+}
+# Interpretation takes seconds for each.
 DEFAULT = {
     "decode: one token",
     "decode: empty rows",
     "full: three tokens",
     "prefill: three tokens, ragged",
     "streaming: one token before the sinks' end",
-    *MORE,
+    "decode, pages of 64",
+    "decode, int8, head_dim 128",
+    "decode, int4, pages of 64",
+    "prefill, pages of 64",
 }
 
 
@@ -300,7 +309,7 @@ def test_auto_takes_mosaic_on_a_hopper_without_triton_only(monkeypatch, gpu, has
 
 
 @needs_mosaic
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CASES])
 def test_every_case_is_traced_by_name_for_a_hopper(name):
     """Under the type checker, which the other process does without."""
     case = CASES[name]
@@ -319,7 +328,12 @@ def test_tiles_of_no_warpgroup_are_a_mistake():
 
 @needs_mosaic
 @pytest.mark.parametrize(
-    ("op", "name"), [("prefill", "float16"), ("decode", "ragged rows"), ("streaming", "float16")]
+    ("op", "name"),
+    [
+        ("prefill", "float16"),
+        ("decode", "ragged rows"),
+        pytest.param("streaming", "float16", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels_compile_for_an_h200_without_spilling(compiler, tmp_path, op, name):
     row = compiler.call(mosaic.compile_case, op, name, str(tmp_path))
