@@ -9,6 +9,7 @@ from kernels.by_heads import by_heads
 from kernels.dispatch import Implementation, dispatch
 from kernels.full import mosaic, triton, xla
 from kernels.full.heuristic import choose_tiles
+from kernels.mosaic import gradient
 from kernels.mosaic import tiles as mosaic_tiles
 from kernels.no_gradient import refuse_gradient
 from kernels.streaming.options import StreamingOptions
@@ -82,7 +83,11 @@ def _full_attention(
         chosen = tiles or mosaic_tiles.for_sequence(length=q.shape[1], head_dim=q.shape[3])
         sizes = {"softmax_scale": softmax_scale, "tiles": chosen.forward, "interpret": interpret}
         kernel = functools.partial(mosaic.full_attention, **sizes)
-        return refuse_gradient(kernel, mosaic_tiles.NO_GRADIENT)(q, k, v)
+        kernel = refuse_gradient(kernel, gradient.NO_GRADIENT)
+        if implementation == "auto":
+            reference = functools.partial(xla.full_attention, softmax_scale=softmax_scale)
+            kernel = gradient.by(reference, kernel)
+        return kernel(q, k, v)
 
     return dispatch(
         implementation,

@@ -10,11 +10,6 @@ from kernels.packed import Packed
 from kernels.tile_io import cdiv
 from kernels.tiles import AttentionTiles, DecodeTiles, ForwardBackwardTiles
 
-NO_GRADIENT = (
-    "the Mosaic kernels have no gradients; implementation='triton' and 'xla' have, and "
-    "'auto' takes one of these"
-)
-
 
 def for_attention(*, length: int, head_dim: int, block_kv: int = 128) -> AttentionTiles:
     """Choose tile sizes for `length` queries of a head: two warpgroups of 64, one for a few."""

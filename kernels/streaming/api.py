@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from kernels import compat, limits
 from kernels.by_heads import by_heads
 from kernels.dispatch import Implementation, dispatch
+from kernels.mosaic import gradient
 from kernels.mosaic import tiles as mosaic_tiles
 from kernels.no_gradient import refuse_gradient
 from kernels.streaming import mosaic, triton, xla
@@ -108,7 +109,12 @@ def _streaming_attention(
         )
         options = StreamingOptions(**sizes, tiles=chosen, interpret=interpret)
         kernel = functools.partial(mosaic.streaming_attention, options=options)
-        return refuse_gradient(kernel, mosaic_tiles.NO_GRADIENT)(q, k, v, past)
+        kernel = refuse_gradient(kernel, gradient.NO_GRADIENT)
+        if past is not None:
+            return kernel(q, k, v, past)
+        if implementation == "auto":
+            kernel = gradient.by(functools.partial(xla.streaming_attention, **sizes), kernel)
+        return kernel(q, k, v)
 
     return dispatch(
         implementation,

@@ -28,7 +28,7 @@ def streaming_attention(
     q: Float[Array, "batch length q_heads head_dim"],
     k: Float[Array, "batch length kv_heads head_dim"],
     v: Float[Array, "batch length kv_heads head_dim"],
-    past: Past | None,
+    past: Past | None = None,
     *,
     options: StreamingOptions,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:

@@ -25,6 +25,7 @@ from kernels.all_cases import AWKWARD, named, served_by_mosaic
 from kernels.aot_process import Compiler
 from kernels.case import AttentionCase, Case
 from kernels.decode.cases import DecodeCase
+from kernels.mosaic import gradient
 from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 from kernels.tiles import AttentionTiles, DecodeTiles, ForwardBackwardTiles
@@ -226,6 +227,25 @@ def test_gradients_are_refused_by_name(op):
     case = next(case for name, case in named().items() if name.startswith(op) and case.gradient)
     case = dataclasses.replace(case, dtype="bfloat16", head_dim=64)
     assert "no gradients; implementation='triton' and" in refusal("mosaic", H200, case)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("op", ["full", "streaming"])
+def test_auto_takes_gradients_from_xla_where_there_is_no_triton(monkeypatch, op):
+    monkeypatch.setattr(compat, "no_triton", lambda: "is blocked")
+    case = next(case for name, case in named().items() if name.startswith(op) and case.gradient)
+    case = dataclasses.replace(case, dtype="bfloat16", head_dim=64)
+    with described(H200):
+        run = functools.partial(case.run, implementation="auto")
+        text = str(jax.make_jaxpr(run)(*case.shapes()))
+    assert f"duo_{op}_mosaic" in text
+    assert f"duo_{op}_d" not in text
+
+
+def test_a_kernel_has_the_gradient_of_its_reference():
+    attend = gradient.by(lambda x, y: x * x * y, lambda x, y: 10 * x * y)
+    value, (d_x, d_y) = jax.value_and_grad(attend, argnums=(0, 1))(jnp.float32(3), jnp.float32(2))
+    assert (value, d_x, d_y) == (60, 12, 9)
 
 
 REFUSED = {
