@@ -5,7 +5,7 @@
   capability 8.0).
 - "interpret": the same kernel in Pallas' interpreter, on any device; slow, for tests.
 - "mosaic": the kernel for Hopper GPUs (H100, H200) through Pallas' Mosaic lowering of jax 0.12 or
-  newer. Forward only, bfloat16 and float16, head_dim 64 and 128; decoding reads 8 and 4 bits too.
+  newer. Forward only, bfloat16 and float16, head_dim 64 and 128; it reads 8 and 4 bits too.
 - "interpret_mosaic": the same kernel on a CPU, with race detection; very slow, for tests.
 - "auto": "triton" where the program runs on such a GPU, else "xla". "mosaic", which has not been
   measured yet, only where jax has no Triton lowering and the GPU is a Hopper.

@@ -98,14 +98,12 @@ def refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
     return too_large(q, *operands)
 
 
-def mosaic_refusal(q: Array, *operands: Array | Packed) -> Refusal | None:
-    """Return why no Mosaic kernel can take these arrays, which others may; None if one can."""
+def mosaic_refusal(q: Array) -> Refusal | None:
+    """Return why no Mosaic kernel can take these queries, which others may; None if one can."""
     if q.dtype.name not in MOSAIC_DTYPES:
         return Refusal(reason=f"Mosaic kernels take bfloat16 and float16, not {q.dtype}")
     if q.shape[-1] not in MOSAIC_HEAD_DIMS:
         return Refusal(reason=f"head_dim is {q.shape[-1]}, Mosaic kernels take 64 and 128")
-    if any(isinstance(x, Packed) for x in operands):
-        return Refusal(reason="this Mosaic kernel does not read packed keys; Triton's does")
     return None
 
 

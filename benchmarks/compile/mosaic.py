@@ -116,8 +116,8 @@ minutes with jax {jax}, its CUDA plugin and ptxas {ptxas}. Do not edit it.
 
 `implementation="mosaic"` runs these kernels for Hopper (H100 and H200 take the same sm_90a code).
 They do the forward pass of decoding, of prefill at an offset, of streaming and of full attention,
-in bfloat16 and float16, for a head_dim of 64 and 128; decoding reads int8 (and, of head_dim 128,
-int4) too. Gradients, int2, packed prefill, float32 and other head_dims stay with Triton and XLA,
+in bfloat16 and float16, for a head_dim of 64 and 128, from caches in rows or pages, int8 and, of
+head_dim 128, int4 ones too. Gradients, int2, float32 and other head_dims stay with Triton and XLA,
 and so does the A100: asked for them, Mosaic refuses by name.
 They need jax 0.12, which needs Python 3.12. There the tests run them on a CPU against float64, in
 jax's interpreter, with race detection (`tests/kernels/test_mosaic.py`).

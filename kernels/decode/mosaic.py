@@ -57,7 +57,7 @@ def decode_attention(
     rows = cdiv(group, work.ALIGNED) * work.ALIGNED  # that are written
     out, lse = walk.call(
         plan,
-        name=_name(k, pages),
+        name=work.name("duo_decode", k, pages),
         grid={"row": batch, "kv_head": num_kv_heads, "split": tiles.num_splits},
         shape=work.Shape.of(tiles, work.ROWS, q, k, softmax_scale),
         out_type=(
@@ -75,11 +75,6 @@ def decode_attention(
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
 
-def _name(k: Array | Packed, pages: Pages | None) -> str:
-    packed, paged = "_packed" * isinstance(k, Packed), "_paged" * (pages is not None)
-    return f"duo_decode{packed}{paged}_mosaic"
-
-
 def _plan(
     q: jax.Ref,
     lengths: jax.Ref,
@@ -90,7 +85,7 @@ def _plan(
     tiles: DecodeTiles,
 ) -> work.Work:
     *cached, out, lse = refs
-    table, cached = cached[:paged], cached[paged:]
+    table, (keys, values) = cached[:paged], work.halves(cached[paged:])
     row, kv_head, split = (lax.axis_index(x) for x in ("row", "kv_head", "split"))
     length = jnp.minimum(lengths[row], slots)
     num_blocks = cdiv(length, tiles.block_kv)
@@ -103,8 +98,8 @@ def _plan(
 
     walked = work.Range(
         tile=tile_of(*table, row, kv_head, tiles.block_kv),
-        keys=cached[: len(cached) // 2],
-        values=cached[len(cached) // 2 :],
+        keys=keys,
+        values=values,
         first=first,
         end=jnp.minimum(first + per_split, num_blocks),
         mask=filled,

@@ -95,5 +95,5 @@ def _full_attention(
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
         mosaic=run_mosaic,
-        mosaic_refusal=limits.mosaic_refusal(q, k, v),
+        mosaic_refusal=limits.mosaic_refusal(q),
     )

@@ -27,6 +27,7 @@ def full_attention(
         prefill.plan_causal,
         tile_of=source.in_sequence,
         group=q.shape[2] // k.shape[2],
+        paged=False,
         length=q.shape[1],
         slots=q.shape[1],
         tiles=tiles,
@@ -35,7 +36,8 @@ def full_attention(
     out, _ = prefill.attend(
         plan,
         q,
-        (k, v, jnp.zeros(q.shape[0], jnp.int32)),
+        k,
+        (jnp.zeros(q.shape[0], jnp.int32), k, v),
         name="duo_full_mosaic",
         softmax_scale=softmax_scale,
         tiles=tiles,

@@ -11,8 +11,12 @@ from kernels.tile_io import cdiv
 from kernels.tiles import AttentionTiles, DecodeTiles, ForwardBackwardTiles
 
 
-def for_attention(*, length: int, head_dim: int, block_kv: int = 128) -> AttentionTiles:
+def for_attention(
+    *, length: int, head_dim: int, block_kv: int = 128, packed: bool = False
+) -> AttentionTiles:
     """Choose tile sizes for `length` queries of a head: two warpgroups of 64, one for a few."""
+    if packed:  # the warpgroup that multiplies unpacks, too
+        return AttentionTiles(block_q=ROWS, block_kv=ROWS, num_warps=8, num_stages=4)
     return AttentionTiles(
         block_q=ROWS if length <= ROWS else 2 * ROWS,
         block_kv=block_kv,
@@ -48,10 +52,13 @@ def decode_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | 
     if group > ROWS:
         reason = f"{group} query heads read one KV head, the Mosaic kernel takes {ROWS}"
         return Refusal(reason=reason)
+    return packed_refusal(q, k, v)
+
+
+def packed_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | None:
+    """Return why packed numbers cannot be read; None if they can, or are not packed."""
     for x in (k, v):
         if isinstance(x, Packed) and (x.layout.bits == 2 or reader.of(x, q).columns < 16):
-            reason = (
-                f"the Mosaic kernel does not read {x.layout.bits} bits of head_dim {x.shape[3]}"
-            )
+            reason = f"Mosaic kernels do not read {x.layout.bits} bits of head_dim {x.shape[3]}"
             return Refusal(reason=reason)
     return None

@@ -13,6 +13,7 @@ from kernels.mosaic import reader
 from kernels.mosaic.reader import Reader
 from kernels.mosaic.source import Tile
 from kernels.packed import Packed
+from kernels.pages import Pages
 from kernels.tile_io import Scalar
 from kernels.tiles import AttentionTiles, DecodeTiles
 
@@ -68,8 +69,9 @@ class Shape:
         Raises:
           ValueError: the tiles are not those of warpgroups.
         """
-        if block_q not in (ROWS, 2 * ROWS) or tiles.block_kv % ROWS or tiles.num_stages < 1:
-            raise ValueError(f"{tiles} have not 64 or 128 queries and a multiple of 64 keys")
+        most = ROWS if isinstance(k, Packed) else 2 * ROWS  # one warpgroup unpacks a tile
+        if block_q % ROWS or not ROWS <= block_q <= most or tiles.block_kv % ROWS:
+            raise ValueError(f"{tiles} have not 64 or, unpacked, 128 queries by 64 or 128 keys")
         return cls(
             workers=block_q // ROWS,
             block_kv=tiles.block_kv,
@@ -79,6 +81,17 @@ class Shape:
             reader=reader.of(k, q),
             softmax_scale=softmax_scale,
         )
+
+
+def halves(refs: Sequence[jax.Ref]) -> tuple[Sequence[jax.Ref], Sequence[jax.Ref]]:
+    """Return what is stored of keys, and of values."""
+    return refs[: len(refs) // 2], refs[len(refs) // 2 :]
+
+
+def name(op: str, k: Array | Packed, pages: Pages | None) -> str:
+    """Return the name of a kernel."""
+    packed, paged = "_packed" * isinstance(k, Packed), "_paged" * (pages is not None)
+    return f"{op}{packed}{paged}_mosaic"
 
 
 def aligned(x: Array, *, axis: int) -> Array:

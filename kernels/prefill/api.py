@@ -77,7 +77,9 @@ def prefill_attention(
         return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
 
     def run_mosaic(interpret: bool):
-        chosen = tiles or mosaic_tiles.for_attention(length=q.shape[1], head_dim=q.shape[3])
+        chosen = tiles or mosaic_tiles.for_attention(
+            length=q.shape[1], head_dim=q.shape[3], packed=isinstance(k, Packed)
+        )
         if pages is not None:
             chosen = dataclasses.replace(chosen, block_kv=min(chosen.block_kv, k.shape[2]))
         kernel = functools.partial(
@@ -91,5 +93,5 @@ def prefill_attention(
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
         mosaic=run_mosaic,
-        mosaic_refusal=limits.mosaic_refusal(q, k, v),
+        mosaic_refusal=limits.mosaic_refusal(q) or mosaic_tiles.packed_refusal(q, k, v),
     )

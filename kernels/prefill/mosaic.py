@@ -21,7 +21,8 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels import masks
-from kernels.mosaic import source, walk, work
+from kernels.mosaic import reader, source, walk, work
+from kernels.packed import Packed
 from kernels.pages import Pages, num_slots
 from kernels.tile_io import cdiv
 from kernels.tiles import AttentionTiles
@@ -29,8 +30,8 @@ from kernels.tiles import AttentionTiles
 
 def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "rows kv_heads slots head_dim"],
-    v: Float[Array, "rows kv_heads slots head_dim"],
+    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
     starts: Int[Array, " batch"],
     pages: Pages | None,
     *,
@@ -44,16 +45,18 @@ def prefill_attention(
         plan_causal,
         tile_of=source.in_cache if pages is None else source.in_pages,
         group=q.shape[2] // k.shape[1],
+        paged=pages is not None,
         length=q.shape[1],
         slots=num_slots(k, pages),
         tiles=tiles,
     )
-    k, v = (work.aligned(x, axis=2) for x in (k, v))
+    stored = [work.aligned(x, axis=2) for y in (k, v) for x in reader.arrays(y)]
     return attend(
         plan,
         q,
-        (k, v, starts.astype(jnp.int32), *table),
-        name="duo_prefill_mosaic" if pages is None else "duo_prefill_paged_mosaic",
+        k,
+        (starts.astype(jnp.int32), *table, *stored),
+        name=work.name("duo_prefill", k, pages),
         softmax_scale=softmax_scale,
         tiles=tiles,
         interpret=interpret,
@@ -63,6 +66,7 @@ def prefill_attention(
 def attend(
     plan: Callable[..., work.Work],
     q: Float[Array, "batch length q_heads head_dim"],
+    k: Array | Packed,
     operands: tuple[Array, ...],
     *,
     name: str,
@@ -70,7 +74,10 @@ def attend(
     tiles: AttentionTiles,
     interpret: bool,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """Run a plan, of refs of q, the operands, output and lse, for all blocks of queries."""
+    """Run a plan, of refs of q, the operands, output and lse, for all blocks of queries.
+
+    `k` tells the format of keys and values.
+    """
     batch, length, num_q_heads, _ = q.shape
     num_blocks = cdiv(length, tiles.block_q)
     q = work.aligned(q, axis=1)
@@ -78,7 +85,7 @@ def attend(
         plan,
         name=name,
         grid={"row": batch, "head": num_q_heads, "block": num_blocks},
-        shape=work.Shape.of(tiles, tiles.block_q, q, q, softmax_scale),
+        shape=work.Shape.of(tiles, tiles.block_q, q, k, softmax_scale),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, num_q_heads, num_blocks * tiles.block_q), jnp.float32),
@@ -107,18 +114,18 @@ def block_of_queries(
 
 def plan_causal(
     q: jax.Ref,
-    k: jax.Ref,
-    v: jax.Ref,
     starts: jax.Ref,
-    *refs: jax.Ref,  # the table of a paged cache; output; lse
+    *refs: jax.Ref,  # the table of a paged cache; what is stored of keys, then of values; outputs
     tile_of: Callable[..., source.Tile],
     group: int,
+    paged: bool,
     length: int,
     slots: int,
     tiles: AttentionTiles,
 ) -> work.Work:
     """Let each query see the slots up to its own position."""
-    *table, out, lse = refs
+    *cached, out, lse = refs
+    table, (keys, values) = cached[:paged], work.halves(cached[paged:])
     block_q, block_kv = tiles.block_q, tiles.block_kv
     row, head = lax.axis_index("row"), lax.axis_index("head")
     last = lse.shape[2] // block_q - 1
@@ -134,7 +141,7 @@ def plan_causal(
     last_position = starts[row] + jnp.minimum(first_row + block_q, length) - 1
     end = cdiv(jnp.clip(last_position + 1, 0, slots), block_kv)
     ranges = [
-        work.Range(tile=tile, keys=[k], values=[v], first=begin, end=stop, mask=mask)
+        work.Range(tile=tile, keys=keys, values=values, first=begin, end=stop, mask=mask)
         for begin, stop, mask in ((0, seen_by_all, None), (seen_by_all, end, visible))
     ]
     return block_of_queries(q, out, lse, first_row, ranges)

@@ -122,5 +122,5 @@ def _streaming_attention(
         triton=run_triton,
         refusal=limits.refusal(q, k, v, *(past.buffers() if past is not None else ())),
         mosaic=run_mosaic,
-        mosaic_refusal=limits.mosaic_refusal(q, k, v),
+        mosaic_refusal=limits.mosaic_refusal(q),
     )

@@ -48,6 +48,7 @@ def streaming_attention(
     return attend(
         plan,
         q,
+        k,
         (past.lengths.astype(jnp.int32), *(work.aligned(x, axis=1) for x in (k, v)), *cached),
         name="duo_streaming_mosaic",
         softmax_scale=options.softmax_scale,

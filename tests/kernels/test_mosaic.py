@@ -48,6 +48,10 @@ MORE = {
     ),
     "decode, int8": DecodeCase(lengths=(130, 0), slots=192, bits=8, **HEADS),
     "decode, int8, head_dim 128": DecodeCase(lengths=(130,), slots=192, bits=8, **WIDE),
+    "prefill, int4, pages of 64": PrefillCase(
+        starts=(100,), length=20, slots=128, bits=4, page_size=64, **WIDE
+    ),
+    "prefill, int8": PrefillCase(starts=(30, 0), length=70, slots=128, bits=8, **HEADS),
     "decode, int4": DecodeCase(lengths=(130, 0), slots=192, bits=4, **WIDE),
     "decode, int4, pages of 64": DecodeCase(
         lengths=(100,), slots=128, bits=4, page_size=64, **WIDE | {"dtype": "float16"}
@@ -74,6 +78,7 @@ DEFAULT = {
     "decode, pages of 64",
     "decode, int8, head_dim 128",
     "decode, int4, pages of 64",
+    "prefill, int4, pages of 64",
     "prefill, pages of 64",
 }
 
@@ -253,12 +258,12 @@ REFUSED = {
     "head_dim 80": (
         DecodeCase(lengths=(3,), slots=8, q_heads=4, kv_heads=2, head_dim=80), "80, Mosaic .* 64"
     ),
-    "int2": (DecodeCase(lengths=(3,), slots=64, bits=2, **WIDE), "does not read 2 bits"),
+    "int2": (DecodeCase(lengths=(3,), slots=64, bits=2, **WIDE), "do not read 2 bits"),
     "int4 of head_dim 64": (
         DecodeCase(lengths=(3,), slots=64, bits=4, **HEADS), "read 4 bits of head_dim 64"
     ),
-    "prefill of packed keys": (
-        PrefillCase(starts=(0,), length=3, slots=64, bits=8, **WIDE), "does not read packed keys"
+    "prefill of int2": (
+        PrefillCase(starts=(0,), length=3, slots=64, bits=2, **WIDE), "do not read 2 bits"
     ),
     "many queries of a head": (
         DecodeCase(lengths=(3,), slots=8, q_heads=65, kv_heads=1, head_dim=64), "65 query heads"
@@ -342,7 +347,7 @@ def test_every_case_is_traced_by_name_for_a_hopper(name):
 def test_tiles_of_no_warpgroup_are_a_mistake():
     case = PrefillCase(starts=(0,), length=8, slots=8, **HEADS)
     run = functools.partial(case.run, implementation="mosaic", tiles=two_stages(32))
-    with described(H200), pytest.raises(ValueError, match="have not 64 or 128 queries"):
+    with described(H200), pytest.raises(ValueError, match="have not 64 or, unpacked, 128 queries"):
         jax.eval_shape(run, *case.shapes())
 
 
