@@ -10,6 +10,7 @@ Measured: not yet.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from kernels.mosaic import source, work
 from kernels.prefill.mosaic import attend, block_of_queries
 from kernels.streaming.options import StreamingOptions
 from kernels.streaming.past import Past, nothing
-from kernels.tile_io import Scalar, cdiv
+from kernels.tile_io import cdiv
 
 
 def streaming_attention(
@@ -76,7 +77,7 @@ def _plan(
     first_row = lax.axis_index("block") * block_q
     past_length = past_lengths[row]
 
-    def tiles(keys, values, tile, *, first: Scalar, end: Scalar, origin: Scalar, window: bool):
+    def tiles(refs, tile_of, *, first: Any, end: Any, origin: Any, window: bool):
         """Return the tiles with slots first .. end - 1; slot j has position origin + j."""
 
         def visible(rows, slots):
@@ -91,9 +92,9 @@ def _plan(
             return seen & (positions >= sink_size) if window else seen  # sinks count once
 
         return work.Range(
-            tile=tile(row, kv_head, block_kv),
-            keys=[keys],
-            values=[values],
+            tile=tile_of(row, kv_head, block_kv),
+            keys=refs[:1],
+            values=refs[1:],
             first=lax.div(first, block_kv),
             end=cdiv(end, block_kv),
             mask=visible,
@@ -103,15 +104,15 @@ def _plan(
     if sinks:
         end = jnp.minimum(past_length + first_row + block_q, sinks)
         where = {"first": 0, "end": end, "origin": 0, "window": False}
-        ranges.append(tiles(*cached[:2], source.in_cache, **where))
+        ranges.append(tiles(cached[:2], source.in_cache, **where))
     # Where the window of the block's first query begins, counted from the chunk's first token.
     window_start = first_row - (recent_size - 1)
     if recents:
         first = jnp.maximum(window_start + recents, 0)
         end = recents * (first < recents).astype(jnp.int32)  # 0 where the window begins later
         where = {"first": first, "end": end, "origin": past_length - recents, "window": True}
-        ranges.append(tiles(*cached[-2:], source.in_cache, **where))
+        ranges.append(tiles(cached[-2:], source.in_cache, **where))
     first, end = jnp.maximum(window_start, 0), jnp.minimum(first_row + block_q, length)
     where = {"first": first, "end": end, "origin": past_length, "window": True}
-    ranges.append(tiles(k, v, source.in_sequence, **where))
+    ranges.append(tiles((k, v), source.in_sequence, **where))
     return block_of_queries(q, out, lse, first_row, ranges)
