@@ -95,6 +95,7 @@ class Engine:
                 "rope type dynamic turns keys by the length of the whole text: an engine, which "
                 "shares and rereads texts in part, cannot serve it"
             )
+        prefix_reuse = argument("prefix_reuse", prefix_reuse, bool)
         self.model = model
         self.sizes = choose_sizes(
             runtime,

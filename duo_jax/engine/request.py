@@ -1,6 +1,7 @@
 """What the engine is asked for, and what it answers with, piece by piece."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Literal, Protocol, runtime_checkable
 
@@ -8,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32
 from msgspec import Meta
 
-from duo_jax.errors import InputError
+from duo_jax.errors import InputError, quoted
 from duo_jax.schema.check import check_fields
 from duo_jax.schema.kinds import Seed, Size
 from duo_jax.serve.sampling import SamplingConfig
@@ -70,11 +71,17 @@ class Request:
     token_filter: TokenFilter | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.prompt, tuple) or any(
+            type(token) is not int for token in self.prompt
+        ):
+            raise InputError(f"prompt {quoted(self.prompt)} is not a tuple of tokens")
         if not self.prompt:
             raise InputError("the prompt is empty: there is no token to start from")
-        if "" in self.stop:
+        if not isinstance(self.stop, str) and "" in self.stop:
             raise InputError("a stop string is empty; nothing could be generated before it")
         check_fields(self, but=("token_filter", "prompt"))
+        if not all(map(math.isfinite, self.logit_bias.values())):
+            raise InputError("logit_bias holds a number that is not finite")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

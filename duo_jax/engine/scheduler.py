@@ -175,14 +175,13 @@ class Scheduler:
         scored = text.request.prompt_logprobs is not None and not text.begun
         reuse = self._reuse and not scored
         prefix = self.prefixes.find(text.tokens, text.digests) if reuse else None
-        shared = prefix.pages[: prefix.num_tokens // size] if prefix else ()
-        needed = self._page_count(len(text.tokens) + 1) - len(shared)
-        held = prefix.pages if prefix else ()
-        self.pool.hold(held)
-        if not self.prefixes.make_room(needed + len(self.running)):
-            self.pool.release(held)
+        pages = self._pages_for(text, prefix)
+        if pages is None and prefix is not None and not self.running:
+            # The prefix itself may be what takes the room: its last page, which is copied.
+            prefix, pages = None, self._pages_for(text, None)
+        if pages is None:
             return False
-        text.pages = [*shared, *self.pool.take(needed)]
+        text.pages = pages
         text.row, text.held = row, 0
         if prefix is not None:
             self._restore(text, prefix)
@@ -197,6 +196,21 @@ class Scheduler:
         self._table[row, : len(text.pages)] = text.pages
         self._set(text)
         return True
+
+    def _pages_for(self, text: Text, prefix: Prefix | None) -> list[int] | None:
+        """Return pages for a text and its next token; None if there are too few.
+
+        Those of the prefix are held, its last one too, which `_restore` copies if it is not full.
+        """
+        pages = () if prefix is None else prefix.pages
+        shared = () if prefix is None else pages[: prefix.num_tokens // self._sizes.page_size]
+        wanted = min(len(text.tokens) + 1, self._sizes.max_len)
+        needed = self._page_count(wanted) - len(shared)
+        self.pool.hold(pages)
+        if not self.prefixes.make_room(needed + len(self.running)):
+            self.pool.release(pages)
+            return None
+        return [*shared, *self.pool.take(needed)]
 
     def _restore(self, text: Text, prefix: Prefix) -> None:
         """Begin a text with a prefix, whose pages are held for it."""

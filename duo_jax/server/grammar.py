@@ -55,9 +55,12 @@ def json_filter(asked: ResponseFormat | None, vocabulary: Vocabulary) -> JsonFil
         grammar = llguidance.LLMatcher.grammar_from_json_schema(schema, overrides=_SPACING)
         matcher = llguidance.LLMatcher(vocabulary.matching, grammar, log_level=0)
         said = matcher.get_error() if matcher.is_error() else None
-    except (ValueError, RecursionError) as error:
+        found = JsonFilter(matcher, vocabulary.size)
+        if said is None:
+            found.allowed()  # some schemas are refused here only
+    except (ValueError, RecursionError, RuntimeError) as error:
         said = str(error)
     if said is not None:
         message = f"the JSON schema cannot be followed: {' '.join(said.split())[:300]}"
         raise ApiError(422, message, param="response_format", code="unsupported_schema")
-    return JsonFilter(matcher, vocabulary.size)
+    return found

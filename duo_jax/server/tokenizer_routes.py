@@ -22,12 +22,8 @@ async def tokenize(body: TokenizeBody, request: Request) -> Tokenized:
     if body.prompt is None:
         tokens = await service.tokenizing(messages.encode, body, service)
     else:
-        tokens = await service.tokenizing(
-            tokenizer_calls.encode,
-            service.engine.model.tokenizer,
-            body.prompt,
-            special=body.add_special_tokens,
-        )
+        encode = service.engine.model.tokenization.encode_plain
+        tokens = await service.tokenizing(encode, body.prompt, special=body.add_special_tokens)
     found = Tokenized(count=len(tokens), max_model_len=service.engine.max_len, tokens=tokens)
     if body.return_token_strs:
         found.token_strs = [service.vocabulary.piece(token) for token in tokens]

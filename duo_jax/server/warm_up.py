@@ -3,6 +3,8 @@
 And so would the streams of all others: a program for more rows is compiled when they are there.
 """
 
+import dataclasses
+
 from duo_jax.engine.engine import Engine
 from duo_jax.engine.request import Request, Update
 
@@ -23,6 +25,8 @@ def warm_up(engine: Engine) -> None:
         engine.submit(_request(length, 1), updates.append)
         while engine.step():
             pass
+    # Penalties and biases have a history.
+    engine.submit(dataclasses.replace(_request(1, 1), presence_penalty=0.1), updates.append)
     # One after the other joins, until every row is taken.
     for _ in range(sizes.max_requests):
         request = _request(1, min(sizes.max_requests + 2, sizes.max_len - 1))

@@ -123,6 +123,15 @@ class Tokenization:
             return whole
         return kept + self._pieces.encode(text[place:], before=kept)
 
+    def encode_plain(self, text: str, *, special: bool) -> list[int]:
+        """Tokenise any text, the empty one too, with or without special tokens in front of it.
+
+        Raises:
+          InputError: it is no text, or too long for the model whatever its tokens are.
+        """
+        self._check(text, "the prompt")
+        return self._encode(text, special=special)
+
     def encode_markup(self, text: str) -> list[int]:
         """Tokenise the beginning of a rendered chat, which holds its own special tokens.
 

@@ -362,6 +362,19 @@ def test_one_that_fails_disturbs_no_other(model, expected, capsys):
     assert "TypeError" in capsys.readouterr().err
 
 
+def test_a_prompt_may_fill_all_there_is(model):
+    """With nothing to write after it, it takes no further page; a kept prefix gives way."""
+    served = make(model, max_len=320, cache_tokens=320)
+    tokens = tuple(model.tokenization.encode(LONG * 3))[:320]
+    [answer] = run(served, Request(prompt=tokens, max_tokens=0, prompt_logprobs=0))
+    assert answer.reason == "length"
+    assert len(answer.updates[0].prompt_logprobs) == 320
+    [short] = run(served, Request(prompt=tokens[:100], max_tokens=10, ignore_eos=True))
+    whole = (*tokens[:100], *short.tokens, *tokens[110:])[:312]
+    [long] = run(served, Request(prompt=whole, max_tokens=8, ignore_eos=True))
+    assert (long.reason, len(long.tokens)) == ("length", 8)
+
+
 def test_what_cannot_be_served_is_refused_at_once(model):
     served = make(model, queue=2)
     for bad, message in [
@@ -370,6 +383,10 @@ def test_what_cannot_be_served_is_refused_at_once(model):
         ({"prompt": (99_999,), "max_tokens": 1}, "token 99,999 is not one"),
         ({"prompt": (1,), "max_tokens": 1, "logit_bias": {-1: 1.0}}, "token -1 is not one"),
         ({"prompt": (), "max_tokens": 1}, "the prompt is empty"),
+        ({"prompt": "abc", "max_tokens": 1}, "prompt 'abc' is not a tuple of tokens"),
+        ({"prompt": (True,), "max_tokens": 1}, "is not a tuple of tokens"),
+        ({"prompt": (1,), "max_tokens": 1, "logit_bias": {5: float("nan")}}, "not finite"),
+        ({"prompt": (1,), "max_tokens": 1, "stop": "ab"}, "stop 'ab' is not"),
         ({"prompt": (1,), "max_tokens": 1, "logprobs": 21}, "logprobs 21"),
         ({"prompt": (1,), "max_tokens": 1, "stop": ("",)}, "a stop string is empty"),
     ]:
@@ -385,6 +402,7 @@ def test_what_cannot_be_served_is_refused_at_once(model):
         ({"cache_tokens": 300}, "does not fit into a cache of 256 tokens"),
         ({"page_size": 96}, "page_size 96 is not a power of two"),
         ({"max_requests": 0}, "max_requests 0"),
+        ({"prefix_reuse": "no"}, "prefix_reuse 'no'"),
     ]:
         with pytest.raises(InputError, match=message):
             make(model, **bad)

@@ -90,6 +90,10 @@ def test_any_text_comes_back(http, prompt):
 def test_what_cannot_be_tokenized_is_refused(http):
     message = [{"role": "user", "content": "?"}]
     assert http.post("/tokenize", json={}).status_code == 400
+    half = {"content": b'{"prompt": "\\ud800"}', "headers": {"content-type": "application/json"}}
+    assert http.post("/tokenize", **half).status_code == 400
+    too_long = {"prompt": "word " * 1_000_000}
+    assert http.post("/tokenize", json=too_long).status_code == 400
     both = {"prompt": "a", "messages": message}
     assert http.post("/tokenize", json=both).status_code == 400
     assert http.post("/detokenize", json={"tokens": [1024]}).status_code == 400

@@ -181,7 +181,9 @@ def test_an_answer_follows_a_json_schema(ask):
 
 
 @pytest.mark.parametrize(
-    "schema", [{"type": "number", "multipleOf": "x"}, {"not": {"type": "string"}}], ids=str
+    "schema",
+    [{"type": "number", "multipleOf": "x"}, {"not": {"type": "string"}}, {"$ref": "#"}],
+    ids=str,
 )
 def test_a_schema_that_cannot_be_followed_is_refused(ask, schema):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
