@@ -233,7 +233,9 @@ class Engine:
                 if self._closed:
                     break
             self.step()
-        for text in self._scheduler.texts:
+        with self._changed:
+            unseen, self._new = self._new, []
+        for text in [*self._scheduler.texts, *unseen]:
             self._scheduler.end(text, "cancelled")
 
     def drain(self, timeout: float | None = None) -> bool:

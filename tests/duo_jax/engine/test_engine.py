@@ -448,6 +448,14 @@ def test_a_thread_serves_many_others(model, expected):
     assert not thread.is_alive()
 
 
+def test_closing_cancels_what_has_not_begun(model):
+    served, answer = make(model), Answer()
+    served.submit(request(model, "A"), answer)
+    served.close()
+    served.run()
+    assert answer.reason == "cancelled"
+
+
 def test_stats_count_the_bytes_in_use(model):
     served = make(model)
     seen = []
