@@ -125,9 +125,16 @@ def listen(host: str, port: int) -> socket.socket:
       InputError: nobody can, as another program does.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+        return listening
     except (OSError, UnicodeError, TypeError) as error:  # Python names bad hosts in these ways
+        listening.close()  # socket.create_server would not, but for an OSError
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"cannot listen at {host}, port {port}: {reason}") from None
 
