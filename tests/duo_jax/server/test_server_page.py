@@ -70,7 +70,8 @@ def test_a_chat_is_answered(page, client):
 
 
 def test_the_page_says_how_fast_and_how_large(page):
-    settings(page, most=120, temperature=0, long="Passkey third interpreter. " * 12)
+    # Long enough for the page to ask meanwhile what the cache takes.
+    settings(page, most=250, temperature=0, long="Passkey third interpreter. " * 12)
     send(page, "Which is the third?")
     wait_for_answer(page)
     note = page.locator(".assistant .soft").last.text_content()
