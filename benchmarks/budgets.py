@@ -242,10 +242,10 @@ def needs(program: jax.stages.Compiled) -> dict[str, int]:
     }
 
 
-def to_markdown(result: dict[str, Any]) -> str:
-    """Return the table, in gigabytes (1e9)."""
+def to_markdown(result: dict[str, Any], *, programs: str = "program") -> str:
+    """Return the table, in gigabytes (1e9) of a GPU; `programs` is the title of their names."""
     return markdown.table(
-        ("program", "weights, caches, inputs", "workspace", "peak GB", "of 83"),
+        (programs, "weights, caches, inputs", "workspace", "peak GB", "of 83"),
         [
             (
                 name,

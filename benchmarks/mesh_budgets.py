@@ -14,12 +14,12 @@ from typing import Any
 
 import jax
 
-from benchmarks import command
-from benchmarks.budgets import BUDGET, DUO_4194K, Serving, identification, needs
+from benchmarks import budgets, command
+from benchmarks.budgets import DUO_4194K, Serving, identification, needs
 from duo_jax import files
 from duo_jax.errors import InputError
 from duo_jax.heads.split import DuoConfig
-from duo_jax.reports import machine, markdown
+from duo_jax.reports import machine
 from kernels import aot
 from kernels.aot_process import Compiler
 
@@ -144,17 +144,7 @@ def _array_bytes(match: re.Match[str]) -> int:
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Return the table, in gigabytes (1e9) of each GPU."""
-    return markdown.table(
-        ("program on 8 GPUs", "weights, caches, inputs", "workspace", "peak GB", "of 83"),
-        [
-            (
-                name,
-                *(f"{program[key] / 1e9:.2f}" for key in ("arguments", "temp", "peak")),
-                "fits" if program["peak"] <= BUDGET else "does not fit",
-            )
-            for name, program in result["programs"].items()
-        ],
-    )
+    return budgets.to_markdown(result, programs="program on 8 GPUs")
 
 
 if __name__ == "__main__":

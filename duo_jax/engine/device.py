@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from duo_jax.cache import Cache, cache_bytes, device_bytes, init_cache, pages, stripes
+from duo_jax.cache import Cache, device_bytes, init_cache, pages, stripes
 from duo_jax.engine.request import MOST_LOGPROBS
 from duo_jax.mesh.devices import AnyMesh
 from duo_jax.serve import row_sampling, rows
@@ -85,11 +85,6 @@ class Device:
         self._options = {"implementation": runtime.implementation, "mesh": runtime.mesh}
         self.everything_allowed = np.full(-(-self.vocab_size // 32), -1, np.int32)
         self.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all caches."""
-        return cache_bytes(self._runtime.config, **self._sizes)
 
     def clear(self) -> None:
         """Begin with empty caches, whatever became of those before."""
