@@ -6,85 +6,12 @@ import threading
 import numpy as np
 import pytest
 
-import duo_jax
 from duo_jax import InputError, SamplingConfig
-from duo_jax.engine import DrainingError, Engine, QueueFullError, Request, engine
+from duo_jax.engine import DrainingError, QueueFullError, Request, engine
 from duo_jax.serve import rows
+from tests.duo_jax.engine.asking import DRAWN, LONG, PROMPTS, Answer, alone, make, request, run
 
 pytestmark = pytest.mark.usefixtures("unhooked")
-
-LONG = "The pass key is seven. Remember it. " + "Grass is green and the sky is blue. " * 8
-PROMPTS = [
-    "Once upon a time",
-    LONG,
-    "A",
-    "The quick brown fox jumps over the lazy dog. " * 3,
-    LONG + "What is the pass key?",
-]
-DRAWN = SamplingConfig(temperature=0.9, top_p=0.95)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return duo_jax.load("demo", sink_size=4, recent_size=12)
-
-
-def make(model, **changes) -> Engine:
-    sizes = {"max_requests": 4, "max_len": 320, "cache_tokens": 1024, "prefill_chunk": 64}
-    return Engine(model, **(sizes | changes))
-
-
-class Answer:
-    """What came back for a request."""
-
-    def __init__(self):
-        self.updates = []
-
-    def __call__(self, update):
-        assert not self.updates or self.updates[-1].finish_reason is None
-        self.updates.append(update)
-
-    @property
-    def text(self):
-        return "".join(update.text for update in self.updates)
-
-    @property
-    def tokens(self):
-        return [token for update in self.updates for token in update.tokens]
-
-    @property
-    def logprobs(self):
-        return [item for update in self.updates for item in update.logprobs]
-
-    @property
-    def reason(self):
-        return self.updates[-1].finish_reason if self.updates else None
-
-    @property
-    def cached(self):
-        return self.updates[-1].cached_tokens
-
-
-def request(model, prompt, max_tokens=20, **settings) -> Request:
-    tokens = tuple(model.tokenization.encode(prompt))
-    return Request(prompt=tokens, max_tokens=max_tokens, **settings)
-
-
-def run(served: Engine, *requests: Request) -> list[Answer]:
-    """Serve requests that come at once; the books are checked after every step."""
-    answers = [Answer() for _ in requests]
-    for each, answer in zip(requests, answers, strict=True):
-        served.submit(each, answer)
-    while served.step():
-        served.check()
-    return answers
-
-
-def alone(model, prompt, max_tokens=20, seed=0, sampling=None, **settings):
-    """Return what the model writes with a dense cache of its own."""
-    options = dataclasses.asdict(sampling) if sampling else {}
-    [text] = model.generate([prompt], max_new_tokens=max_tokens, seed=seed, **options, **settings)
-    return text
 
 
 @pytest.fixture(scope="module")
@@ -141,75 +68,6 @@ def test_few_programs_serve_any_load(model):
     assert served.sizes.buckets == (1, 4, 5)
     assert rows.decode_rows._cache_size() - before[0] <= 3
     assert rows.prefill_row._cache_size() - before[1] <= 1  # of chunks up to 64
-
-
-def test_a_known_beginning_is_not_read_again(model):
-    served = make(model)
-    [cold] = run(served, request(model, LONG))
-    read = served.stats().prompt_tokens
-    [warm] = run(served, request(model, LONG))
-    num_tokens = len(model.tokenization.encode(LONG))
-    assert cold.cached == 0
-    assert warm.cached == (num_tokens - 1) // 64 * 64
-    assert served.stats().prompt_tokens - read == num_tokens - warm.cached
-    assert warm.text == cold.text
-    fresh = make(model, prefix_reuse=False)
-    [same] = run(fresh, request(model, LONG))
-    assert (same.cached, same.text) == (0, cold.text)
-
-
-def test_a_text_goes_on_where_an_answer_ended(model):
-    """Its last page is not full: it is copied, and two ways of going on do not meet."""
-    served = make(model)
-    [first] = run(served, request(model, LONG, logprobs=0))
-    whole = (*model.tokenization.encode(LONG), *first.tokens)
-    tails = [(*whole, 7, 8, 9), (*whole, 10, 11)]
-    answers = run(served, *(Request(prompt=tail, max_tokens=30, logprobs=0) for tail in tails))
-    cold = run(
-        make(model, prefix_reuse=False),
-        *(Request(prompt=tail, max_tokens=30, logprobs=0) for tail in tails),
-    )
-    for warm, other in zip(answers, cold, strict=True):
-        assert warm.cached == len(whole) - 1  # the last token was never read
-        assert warm.tokens == other.tokens
-        np.testing.assert_allclose(
-            [x.logprob for x in warm.logprobs], [x.logprob for x in other.logprobs], atol=1e-5
-        )
-
-
-def test_texts_with_a_common_beginning_share_it_from_the_second_on(model):
-    """Nothing ends where they part, until one has been read with a halt there."""
-    served = make(model, prefill_chunk=256, max_len=512)
-    common = tuple(model.tokenization.encode(LONG))[:150]
-    tails = [(tail,) * 80 for tail in (5, 6, 7)]
-    answers = [run(served, Request(prompt=common + t, max_tokens=2))[0] for t in tails]
-    assert [answer.cached for answer in answers] == [0, 0, 128]
-
-
-def test_prefixes_are_forgotten_where_pages_or_snapshots_run_out(model):
-    served = make(model, snapshots=2, cache_tokens=512)
-    for start in range(2, 12):
-        run(served, Request(prompt=tuple(range(start, start + 80)), max_tokens=2))
-    stats = served.stats()
-    assert stats.pages_used == 0
-    assert stats.pages_reusable <= 4
-    [last] = run(served, Request(prompt=tuple(range(11, 91)), max_tokens=2))
-    assert last.cached == 64
-
-
-@pytest.mark.parametrize("kv", ["int4", "int2"])
-def test_packed_caches_are_shared_and_preempted_too(kv):
-    model = duo_jax.load("demo", sink_size=4, recent_size=12, kv=kv)
-    narrow, wide = make(model, cache_tokens=320), make(model)
-    texts = [LONG, LONG + " And", "Once upon a time"]
-    asked = [request(model, prompt, max_tokens=60, logprobs=0) for prompt in texts]
-    cold, warm, preempted = run(wide, *asked), run(wide, *asked), run(narrow, *asked)
-    assert warm[0].cached > 0
-    assert narrow.stats().preempted > 0
-    for answers in zip(cold, warm, preempted, strict=True):
-        # A code may flip where a sum is rounded otherwise.
-        starts = [np.mean([x.logprob for x in one.logprobs[:10]]) for one in answers]
-        np.testing.assert_allclose(starts, starts[0], atol=0.1)
 
 
 def test_log_probabilities_are_the_models_own(model):
@@ -467,28 +325,3 @@ def test_stats_count_the_bytes_in_use(model):
     assert 0 < seen[0].cache_bytes < seen[0].full_cache_bytes
     assert served.stats().finished == 1
     assert isinstance(served.stats(), engine.Stats)
-
-
-@pytest.mark.parametrize("kv", ["model", "int2"])
-def test_a_saved_text_can_be_pinned(kv, tmp_path):
-    """It stays while others come and go, and gives what reading it gives."""
-    model = duo_jax.load("demo", sink_size=4, recent_size=12, kv=kv)
-    book = model.conversation()
-    book.append(LONG)
-    book.save(tmp_path / "book")
-    served = make(model, max_len=320, cache_tokens=768)
-    length = served.pin(tmp_path / "book")
-    asked = Request(prompt=(*book.session.tokens[0], 5, 6, 7), max_tokens=10, logprobs=0)
-    [answer] = run(served, asked)
-    [cold] = run(make(model), asked)
-    assert (answer.cached, cold.cached) == (length, 0)
-    np.testing.assert_allclose(
-        [x.logprob for x in answer.logprobs][:1], [x.logprob for x in cold.logprobs][:1], atol=1e-3
-    )
-    for start in range(2, 8):
-        run(served, Request(prompt=tuple(range(start, start + 200)), max_tokens=2))
-    assert run(served, asked)[0].cached >= length
-    assert served.pin(tmp_path / "book") == length  # it is there already
-    narrow = make(model, max_len=320, cache_tokens=320 + 64)
-    with pytest.raises(InputError, match="tokens do not fit beside a request of 320"):
-        narrow.pin(tmp_path / "book")
