@@ -72,9 +72,18 @@ class KVCache:
     format: KVFormat = dataclasses.field(default="model", metadata={"static": True})
 
     @property
+    def rows(self) -> int:
+        """Texts that there is room for."""
+        return self.keys.shape[0]
+
+    @property
     def slots(self) -> int:
         """Tokens that a row can hold."""
         return self.keys.shape[2]
+
+    def first_rows(self, number: int) -> "KVCache":
+        """Return the cache of the first rows."""
+        return jax.tree.map(lambda x: x[:number], self)
 
 
 @pytree.register

@@ -54,7 +54,7 @@ def append_token_to_ring(
     """Write one token per row into its slot of the ring.
 
     Args:
-      cache: sinks and ring.
+      cache: sinks and ring; it may have more rows, of which the first ones get tokens.
       keys: keys of the tokens, rotated.
       values: values of the tokens.
       lengths: tokens before these.
@@ -62,7 +62,17 @@ def append_token_to_ring(
       sink_size: number of the cache's slots that are sinks.
     """
     starts = ring_slot(lengths, sink_size=sink_size, slots=cache.slots)
-    return append(cache, keys, values, starts=starts, num_tokens=num_tokens)
+    batch_size = lengths.shape[0]
+    if cache.rows == batch_size:
+        return append(cache, keys, values, starts=starts, num_tokens=num_tokens)
+    # Each row is a page: slots alone are written, and the other rows stay where they are.
+    new = [keys, values, starts, num_tokens, jnp.arange(batch_size)[:, None]]
+    if batch_size == 1:
+        # XLA merges the write of a single token with what reads it, and then copies all rings.
+        # A second one, which is dropped, keeps it apart.
+        new = [jnp.pad(x, [(0, 1), *[(0, 0)] * (x.ndim - 1)]) for x in new]
+    keys, values, starts, num_tokens, rows = new
+    return append(cache, keys, values, starts=starts, num_tokens=num_tokens, pages=rows)
 
 
 def append_to_ring(
@@ -140,7 +150,7 @@ def append_blocks(
 
         return jax.tree.map(write, cached, packed.pack(joined, cached.layout))
 
-    ring_keys, ring_values = unpacked(cache.latest, keys.dtype)
+    ring_keys, ring_values = unpacked(cache.latest.first_rows(keys.shape[0]), keys.dtype)
     return dataclasses.replace(
         cache,
         keys=pack_in(cache.keys, ring_keys, keys),

@@ -115,6 +115,7 @@ def attend_token(
     options = {"softmax_scale": q.shape[-1] ** -0.5, "implementation": implementation}
     lengths, num_tokens, kept = layer_input.lengths, layer_input.num_tokens, layer_input.kept
     filled, place = lengths + num_tokens, {"lengths": lengths, "num_tokens": num_tokens}
+    batch_size = q.shape[0]  # rings may have more rows (duo_jax.serve.rows)
     paged: dict[str, Any] = {"pages": layer_input.pages}
 
     def full(q, k, v, cache):
@@ -125,16 +126,19 @@ def attend_token(
 
     def blocks(q, k, v, cache):
         ring = update.append_token_to_ring(cache.latest, k, v, sink_size=0, **place)
+        # The token's slot is not read there; the ring before it would have to be copied.
+        cache = dataclasses.replace(cache, latest=ring)
         cache, q = update.append_blocks(cache, k, v, **place, **paged), q[:, 0]
-        latest = decode_attention(q, ring.keys, ring.values, jnp.minimum(filled, BLOCK), **options)
+        own, held = ring.first_rows(batch_size), jnp.minimum(filled, BLOCK)
+        latest = decode_attention(q, own.keys, own.values, held, **options)
         older = jnp.maximum(filled - BLOCK, 0)
         before = decode_attention(q, cache.keys, cache.values, older, **paged, **options)
-        return _merged(latest, before)[:, None], dataclasses.replace(cache, latest=ring)
+        return _merged(latest, before)[:, None], cache
 
     def ring(q, k, v, cache):
         cache = update.append_token_to_ring(cache, k, v, sink_size=config.sink_size, **place)
-        held = jnp.minimum(filled, config.ring_slots)
-        out, _ = decode_attention(q[:, 0], cache.keys, cache.values, held, **options)
+        own, held = cache.first_rows(batch_size), jnp.minimum(filled, config.ring_slots)
+        out, _ = decode_attention(q[:, 0], own.keys, own.values, held, **options)
         return out[:, None], cache
 
     out, after = by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)

@@ -59,11 +59,12 @@ def decode_rows(
     Returns:
       Logits after each token, undefined for rows that are not active; and the layers.
     """
-    cache = _rows(layers, 0, lengths, table, mesh)
+    # With all rows of the rings: XLA may copy them all where the first ones are cut out and put back.
+    cache = caches.Cache(layers=layers, lengths=lengths, kept=lengths, pages=table, mesh=mesh)
     logits, cache = forward.decode(
         config, params, cache, tokens, active, implementation=implementation
     )
-    return logits, pages.put_rows(layers, cache.layers, 0)
+    return logits, cache.layers
 
 
 @functools.partial(

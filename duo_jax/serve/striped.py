@@ -103,8 +103,9 @@ def _attend_token(
 
     def ring(q, k, v, cache):
         cache = update.append_token_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+        own = cache.first_rows(q.shape[0])
         held = jnp.minimum(lengths + num_tokens, config.ring_slots)
-        out, lse = decode_attention(q[:, 0], cache.keys, cache.values, held, **options)
+        out, lse = decode_attention(q[:, 0], own.keys, own.values, held, **options)
         return _with_lse(out, lse), cache
 
     both, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=full, ring=ring)
