@@ -59,7 +59,7 @@ def decode_rows(
     Returns:
       Logits after each token, undefined for rows that are not active; and the layers.
     """
-    # With all rows of the rings: XLA may copy them all where the first ones are cut out and put back.
+    # With all rows of the rings: where the first ones are cut out and put back, XLA may copy all.
     cache = caches.Cache(layers=layers, lengths=lengths, kept=lengths, pages=table, mesh=mesh)
     logits, cache = forward.decode(
         config, params, cache, tokens, active, implementation=implementation

@@ -43,9 +43,7 @@ def test_a_beginning_of_32k_tokens_asked_again_costs_a_twentieth(tmp_path: pathl
     )
     rng = np.random.default_rng(0)
     # The first text compiles all programs, those of going on from a kept beginning included.
-    compiles, measured = (
-        tuple(rng.integers(2, 1000, NUM_TOKENS + 37).tolist()) for _ in range(2)
-    )
+    compiles, measured = (tuple(rng.integers(2, 1000, NUM_TOKENS + 37).tolist()) for _ in range(2))
     for _ in range(2):
         first_token(served, compiles)
     cold, read = first_token(served, measured)
