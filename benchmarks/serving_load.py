@@ -31,7 +31,7 @@ from duo_jax.schema.kinds import Count, Fraction
 FULL, SPLIT, COLD, OTHER = "full", "split", "split, no prefix reuse", "transformers serve"
 _PAGE = 64
 _SNAPSHOTS = 16
-_REQUEST, _ANSWER = 1024, 32  # tokens of each request that is to fit
+_ANSWER = 32  # tokens of a request that is to fit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,10 @@ class ServingLoadFlags:
     """Tokens of an answer."""
     cache_mb: Count = 400
     """Megabytes (1e6) of our servers' caches."""
+    fit_tokens: Count = 4096
+    """Tokens of each request of those that are to fit at once, at most the model's range."""
+    fit_mb: Count = 1000
+    """Megabytes of caches that they are to fit into."""
     others: bool = True
     """Measure transformers serve too."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/serving_load")
@@ -74,7 +78,7 @@ def main(flags: ServingLoadFlags) -> None:
     split = api.load(flags.model, pattern=flags.pattern, sparsity=flags.sparsity)
     models = {FULL: api.load(flags.model, pattern="none"), SPLIT: split}
     tokens = {name: _cache_tokens(model, flags) for name, model in models.items()}
-    fit = {name: _fit_at_once(model, tokens[name]) for name, model in models.items()}
+    fit = {name: _fit_at_once(model, flags) for name, model in models.items()}
     pattern = [] if flags.pattern is None else ["--pattern", flags.pattern]
     some = ["--sparsity", str(flags.sparsity), *pattern]
     ours = {
@@ -127,21 +131,31 @@ def _cache_tokens(model: api.DuoModel, flags: ServingLoadFlags) -> int:
     return left // page * _PAGE
 
 
-def _fit_at_once(model: api.DuoModel, cache_tokens: int) -> int:
-    """Return how many requests run at the same time, of many that are as long."""
+def _fit_at_once(model: api.DuoModel, flags: ServingLoadFlags) -> dict[str, int]:
+    """Ask for more than these bytes of caches have room for; return how many run at once."""
+    page, ring = bytes_of(model.runtime, page_size=_PAGE)
+    length = min(flags.fit_tokens, model.config.architecture.max_positions)
+    pages = -(-length // _PAGE)
+    rows = flags.fit_mb * 1_000_000 // (pages * page + ring)
+    if not rows:
+        raise InputError(f"{flags.fit_mb} MB of caches have no room for {length:,} tokens")
     served = Engine(
-        model, max_requests=64, cache_tokens=cache_tokens, snapshots=0, prefix_reuse=False
+        model,
+        max_requests=rows,
+        max_len=pages * _PAGE,
+        cache_tokens=rows * pages * _PAGE,
+        snapshots=0,
+        prefix_reuse=False,
     )
+    prompt = tuple(range(3, 3 + length - _ANSWER))
+    for _ in range(rows + 1):
+        served.submit(Request(prompt=prompt, max_tokens=_ANSWER, ignore_eos=True), _ignore)
     most, steps = 0, 0
-    prompt = tuple(range(3, 3 + min(served.max_len, _REQUEST) - _ANSWER))
-    for _ in range(64):
-        request = Request(prompt=prompt, max_tokens=_ANSWER, ignore_eos=True)
-        served.submit(request, _ignore)
     while steps < 3:  # without another that could begin
         served.step()
         running = served.stats().running
         steps, most = (0, running) if running > most else (steps + 1, most)
-    return most
+    return {"tokens": length, "requests": most, "cache_tokens": rows * pages * _PAGE}
 
 
 def _ignore(_: object) -> None:
@@ -187,9 +201,9 @@ def to_markdown(result: dict[str, Any]) -> str:
             )
     header = ["server", "clients", "new tokens/s", "first token, ms", "95%", "between, ms", "95%"]
     fit = " and ".join(
-        f"{number} with {name} caches ({result['cache_tokens'][name]:,} tokens)"
-        for name, number in result["fit_at_once"].items()
+        f"{one['requests']} with {name} caches" for name, one in result["fit_at_once"].items()
     )
+    length = result["fit_at_once"][FULL]["tokens"]
     return "\n".join(
         [
             markdown.table([*header, "prompt not read"], rows),
@@ -200,7 +214,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"{result['dtype']}, {flags['sparsity']:.0%} streaming heads, sink {result['sink']}, "
             f"recent {result['recent']}.",
             "",
-            f"Requests of {_REQUEST:,} tokens that run at once in these bytes: {fit}.",
+            f"Requests of {length:,} tokens that run at once in {flags['fit_mb']:,} MB: {fit}.",
             "",
             f"{env['hardware']}, jax {env['jax']}, Python {env['python']}; load before: "
             f"{env['load_before']}. Command: `{result['command']}`",
