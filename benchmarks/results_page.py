@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import command, quantised
+from benchmarks import command, quantised, serving_load
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B
 from benchmarks.quality import ablations_report, head_choices_report, published
 from duo_jax import files
@@ -112,6 +112,20 @@ SECTIONS = (
         ),
         table=quantised.to_markdown,
         picture=False,
+    ),
+    *(
+        Section(
+            title=f"A server under load, {model}",
+            name=f"serving_load_{name}",
+            text=(
+                "Clients ask at the same time, each for its next answer when it has the last one. "
+                "*between*: two pieces of a stream, which wait while another prompt is read."
+            ),
+            table=serving_load.to_markdown,
+            picture=False,
+            command="python -m benchmarks.serving_load --model M",
+        )
+        for name, model in (("demo", "demo model"), ("smollm2", "SmolLM2-135M-Instruct"))
     ),
 )
 

@@ -75,6 +75,7 @@ def main(flags: ServingLoadFlags) -> None:
     Raises:
       InputError: the model or its pattern cannot be used.
     """
+    environment = machine.environment()
     split = api.load(flags.model, pattern=flags.pattern, sparsity=flags.sparsity)
     models = {FULL: api.load(flags.model, pattern="none"), SPLIT: split}
     tokens = {name: _cache_tokens(model, flags) for name, model in models.items()}
@@ -106,7 +107,7 @@ def main(flags: ServingLoadFlags) -> None:
             results[name] = str(error)
     result = {
         "flags": machine.to_json(flags),
-        "environment": machine.environment(),
+        **environment,
         "dtype": str(split.runtime.dtype),
         "sink": split.config.sink_size,
         "recent": split.config.recent_size,
@@ -117,7 +118,8 @@ def main(flags: ServingLoadFlags) -> None:
     }
     files.make_folder(flags.out.parent)
     files.write_text(flags.out.with_suffix(".json"), json.dumps(result, indent=1) + "\n")
-    text = to_markdown(result)
+    where = f"{result['hardware']}, jax {result['jax']}, Python {result['python']}"
+    text = f"{to_markdown(result)}\n\n{where}. Command: `{result['command']}`"
     files.write_text(flags.out.with_suffix(".md"), text + "\n")
     print(text)
 
@@ -180,7 +182,7 @@ def _texts(flags: ServingLoadFlags, count: int, *, start: int) -> list[str]:
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Return the tables."""
-    flags, env = result["flags"], result["environment"]
+    flags = result["flags"]
     rows = []
     for name, found in result["loads"].items():
         if isinstance(found, str):
@@ -212,12 +214,9 @@ def to_markdown(result: dict[str, Any]) -> str:
             f"{flags['common']:,} characters in common and {flags['own']:,} of their own, "
             f"{flags['new_tokens']} new tokens, greedy. Our caches: {flags['cache_mb']} MB, "
             f"{result['dtype']}, {flags['sparsity']:.0%} streaming heads, sink {result['sink']}, "
-            f"recent {result['recent']}.",
+            f"recent {result['recent']}. Load of the machine before: {result['load_before']}.",
             "",
             f"Requests of {length:,} tokens that run at once in {flags['fit_mb']:,} MB: {fit}.",
-            "",
-            f"{env['hardware']}, jax {env['jax']}, Python {env['python']}; load before: "
-            f"{env['load_before']}. Command: `{result['command']}`",
         ]
     )
 
