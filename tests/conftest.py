@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -116,6 +117,22 @@ def _resident_bytes() -> float:
     except OSError:
         return math.inf
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def signals_of_a_terminal() -> Iterator[None]:
+    """Have signals end this process and those that it starts, also after `&` and nohup.
+
+    These have a process ignore some, and whatever it starts too.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        ctrl_c = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if ctrl_c else signal.SIG_DFL)
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(scope="module")

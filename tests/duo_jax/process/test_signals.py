@@ -20,6 +20,7 @@ from duo_jax import files
 from duo_jax.process import signals
 from tests.processes import without_plugin_log
 
+pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
 ROOT = pathlib.Path(__file__).parents[3]
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 MAINS = ("duo_jax.generate", "duo_jax.plan", "duo_jax.evaluate", "convert")

@@ -15,7 +15,7 @@ from duo_jax.errors import InputError
 from duo_jax.session import chat_template_process
 from duo_jax.session.chat_template import Bounds, Renderer
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.usefixtures("signals_of_a_terminal")]
 only_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 FOREVER = "{% for x in [1]|slice(10**12) %}{% endfor %}"
 FOREVER_IN_C = "{{ 10**(10**10) }}"  # no thread of Python's can interrupt it
