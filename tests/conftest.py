@@ -89,6 +89,13 @@ if version("jax").startswith("0.10."):
 _most_memory = 3e9  # bytes of a worker
 
 
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """Where only `core` tests run, import no file that has none: that takes as long."""
+    if not config.getoption("markexpr").startswith("core ") or collection_path.suffix != ".py":
+        return None
+    return None if "mark.core" in collection_path.read_text(encoding="utf-8") else True
+
+
 def pytest_collection_finish() -> None:
     """Look for garbage less often: tracing makes many objects, and little of it is in cycles."""
     gc.collect()
