@@ -69,6 +69,7 @@ def test_weights_are_those_that_transformers_reads(file):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_it_finds_a_pass_key_beyond_the_window_of_streaming_heads(file):
     """In the 400 tokens of a shorter page than README's, with the pattern that ships."""
     model = duo_jax.load(file, prefill_chunk=256)
