@@ -27,7 +27,7 @@ def model(number: int, **options) -> duo_jax.DuoModel:
 @pytest.mark.parametrize(
     ("number", "settings"),
     [
-        (8, SEEDED),
+        pytest.param(8, SEEDED, marks=pytest.mark.slow),
         pytest.param(8, {}, marks=pytest.mark.slow),
         pytest.param(2, SEEDED, marks=pytest.mark.slow),
         pytest.param(2, {}, marks=pytest.mark.slow),
