@@ -1,4 +1,4 @@
-"""A server of the demo model, for every test of a worker, and OpenAI's own client."""
+"""A server of half of the demo model, for every test of a worker, and OpenAI's own client."""
 
 import contextlib
 import dataclasses
@@ -18,6 +18,7 @@ from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.server import serving
 from duo_jax.server.service import Service, Settings
 from tests.duo_jax.server.template import TEMPLATE
+from tests.half_demo import half_demo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,8 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
 
 @pytest.fixture(scope="session")
 def model() -> DuoModel:
-    """Return the demo model, with a chat template."""
-    loaded = duo_jax.load("demo")
+    """Return half of the demo model, with a chat template."""
+    loaded = duo_jax.load(half_demo())
     loaded.tokenizer.chat_template = TEMPLATE
     return loaded
 
