@@ -27,6 +27,9 @@ def requests(kind, arguments):
     ]
 
 
+LIKELY = "Passkey first function arguments.\nPasskey first"  # goes on as the model would
+
+
 @pytest.fixture(scope="module")
 def inside(model):
     from duo_jax.evaluate.harness.model import DuoLM
@@ -56,10 +59,12 @@ def with_tokenizer(make, **settings):
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_log_likelihoods_are_those_of_the_process(inside, over_http, batch_size):
+def test_log_likelihoods_are_those_of_the_process(model, inside, over_http, batch_size):
     outside = with_tokenizer(over_http, batch_size=batch_size)
-    expected = inside.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
-    found = outside.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True)
+    [likely] = model.generate([LIKELY], max_new_tokens=4)
+    pairs = [*PAIRS, (LIKELY, likely)]
+    expected = inside.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    found = outside.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert [x for x, _ in found] == pytest.approx([x for x, _ in expected], abs=1e-4)
     assert {greedy for _, greedy in found} == {True, False}
