@@ -92,7 +92,7 @@ def test_an_answer_can_be_stopped(page, served):
     before = served.engine.stats().finished
     send(page, "Passkey first")
     written = page.locator(".assistant .said")
-    sync_api.expect(written).to_have_text(re.compile(r"\w\W+\w"))
+    sync_api.expect(written).to_have_text(re.compile(r"\w\W+\w"), timeout=30_000)
     page.click("#stop")
     wait_for_answer(page)
     assert "stopped" in page.locator(".assistant .soft").text_content()
