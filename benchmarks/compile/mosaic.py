@@ -1,4 +1,4 @@
-"""One case compiled through Mosaic for an H200 and described; a job of kernels.aot_process."""
+"""One case compiled through Mosaic for an H200 and an H100; a job of kernels.aot_process."""
 
 import functools
 import os
@@ -32,22 +32,33 @@ def cases() -> list[tuple[str, str]]:
 
 
 def compile_case(op: str, name: str, dump: str) -> dict[str, Any]:
-    """Compile one case and describe its kernel, as JSON holds it; `dump` is an empty folder."""
+    """Compile one case and describe its kernel, as JSON holds it; `dump` is an empty folder.
+
+    The numbers are those of the H200; `same_for_h100`: whether an H100's PTX is the same.
+    """
     os.environ["MOSAIC_GPU_DUMP_TO"] = dump
     folder, case = pathlib.Path(dump), CASES[op][name]
-    for left in folder.iterdir():
-        left.unlink()
-    error = None
+    run = functools.partial(case.run, implementation="mosaic")
+    error, kernels, texts = None, [], []
     try:
-        run = functools.partial(case.run, implementation="mosaic")
-        aot.compile_lowered(aot.lower_for("h200", run, *case.shapes()))
+        for target in ("h100", "h200"):
+            for left in folder.iterdir():
+                left.unlink()
+            aot.compile_lowered(aot.lower_for(target, run, *case.shapes()))
+            texts.append([file.read_text(encoding="utf-8") for file in _ptx_files(folder)])
+        kernels = list(_kernels(folder))
     except (UnsupportedError, RuntimeError, ValueError) as raised:
         error = str(raised).strip().splitlines()[0]
-    return {"error": error, "kernels": list(_kernels(folder))}
+    same = len(texts) == 2 and texts[0] == texts[1] != []
+    return {"error": error, "kernels": kernels, "same_for_h100": same}
+
+
+def _ptx_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(folder.glob("*.ptx"))
 
 
 def _kernels(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    for file in sorted(folder.glob("*.ptx")):
+    for file in _ptx_files(folder):
         text = file.read_text(encoding="utf-8")
         said = ptx.run_ptxas(str(file), text)
         threads = _number(_THREADS, text)
