@@ -90,7 +90,7 @@ class Unpacking:
         if self.layout.by == "channel":
             numbers = Stored((slots // self.layout.block, self.head_dim), jnp.float16)
         else:
-            numbers = Stored((slots * self._groups,), jnp.float16)
+            numbers = Stored((slots,), jnp.float16 if self._groups == 1 else jnp.uint32)
         return [words, numbers, numbers]
 
     def matrix(self, refs: Sequence[Any], stage: Scalar, room: Any) -> Any:
@@ -121,11 +121,10 @@ class Unpacking:
             columns = slice(field * self.columns, (field + 1) * self.columns)
             numbers = plgpu.load(ref.at[stage, 0, columns], layout=layout.reduce(0))
             return lax.broadcast_in_dim(numbers.astype(jnp.float32), shape, [1])
-        of_tokens = ref.at[stage]
-        if self._groups > 1:
-            group = field * self._groups // self.layout.fields
-            of_tokens = of_tokens.reshape(shape[0], self._groups).at[:, group]
-        numbers = plgpu.load(of_tokens, layout=layout.reduce(1))
+        numbers = plgpu.load(ref.at[stage], layout=layout.reduce(1))
+        if self._groups == 2:
+            shift = jnp.uint32(16 * (field * 2 // self.layout.fields))
+            numbers = lax.bitcast_convert_type((numbers >> shift).astype(jnp.uint16), jnp.float16)
         return lax.broadcast_in_dim(numbers.astype(jnp.float32), shape, [0])
 
 
@@ -145,4 +144,6 @@ def arrays(x: Array | Packed) -> list[Array]:
         return [x]
     if x.layout.by == "channel":
         return list(x.leaves)
-    return [x.words, *(y.reshape(*y.shape[:2], -1) for y in (x.scales, x.zeros))]
+    if x.scales.shape[3] == 2:  # TMA reads 16 bytes or more, and a kernel what is next to another
+        return [x.words, *(lax.bitcast_convert_type(y, jnp.uint32) for y in (x.scales, x.zeros))]
+    return [x.words, *(jnp.squeeze(y, 3) for y in (x.scales, x.zeros))]
