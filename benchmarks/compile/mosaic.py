@@ -31,25 +31,41 @@ def cases() -> list[tuple[str, str]]:
     ]
 
 
-def compile_case(op: str, name: str, dump: str) -> dict[str, Any]:
-    """Compile one case and describe its kernel, as JSON holds it; `dump` is an empty folder.
+def compared() -> dict[str, str]:
+    """Return the case of each op that is compiled for an H100 too: its first of real size."""
+    return {
+        op: next(name for other, name in cases() if other == op and CASES[op][name].compile_only)
+        for op in dict.fromkeys(op for op, _ in cases())
+    }
 
-    The numbers are those of the H200; `same_for_h100`: whether an H100's PTX is the same.
+
+def compile_case(op: str, name: str, dump: str) -> dict[str, Any]:
+    """Compile one case for an H200 and describe its kernel, as JSON holds it.
+
+    Args:
+      op: of kernels.all_cases.
+      name: of the case.
+      dump: an empty folder.
+
+    Returns:
+      The error if there was one, the kernels, and whether an H100's PTX is the same; None: this
+      case was not compiled for an H100.
     """
     os.environ["MOSAIC_GPU_DUMP_TO"] = dump
     folder, case = pathlib.Path(dump), CASES[op][name]
     run = functools.partial(case.run, implementation="mosaic")
-    error, kernels, texts = None, [], []
+    error, kernels, texts = None, [], {}
+    targets: list[aot.Target] = ["h100"] if compared()[op] == name else []
     try:
-        for target in ("h100", "h200"):
+        for target in (*targets, "h200"):
             for left in folder.iterdir():
                 left.unlink()
             aot.compile_lowered(aot.lower_for(target, run, *case.shapes()))
-            texts.append([file.read_text(encoding="utf-8") for file in _ptx_files(folder)])
+            texts[target] = [file.read_text(encoding="utf-8") for file in _ptx_files(folder)]
         kernels = list(_kernels(folder))
     except (UnsupportedError, RuntimeError, ValueError) as raised:
         error = str(raised).strip().splitlines()[0]
-    same = len(texts) == 2 and texts[0] == texts[1] != []
+    same = texts["h100"] == texts["h200"] != [] if len(texts) == 2 else None
     return {"error": error, "kernels": kernels, "same_for_h100": same}
 
 
