@@ -1,10 +1,10 @@
-"""Every Mosaic kernel as the compilers leave it, for an H200, without one.
+"""Every Mosaic kernel as the compilers leave it, for an H200 and an H100, without either.
 
     python -m benchmarks.compiled_mosaic
 
-The cases of kernels.all_cases that Mosaic kernels serve are compiled, and described by their PTX,
-by ptxas and by Mosaic's list of resources. Nothing is executed. It needs what kernels.aot needs,
-and jax 0.12 or newer.
+The cases of kernels.all_cases that Mosaic kernels serve are compiled for an H200, and described by
+their PTX, by ptxas and by Mosaic's list of resources; one case of each op for an H100 too, whose
+PTX is compared. Nothing is executed. It needs what kernels.aot needs, and jax 0.12 or newer.
 """
 
 import dataclasses
@@ -51,7 +51,7 @@ def main(flags: CompiledMosaicFlags) -> None:
             try:
                 row = compiler.call(mosaic.compile_case, op, case, folder)
             except CompilerError as error:
-                row = {"error": str(error).split("\n")[0], "kernels": []}
+                row = {"error": str(error).split("\n")[0], "kernels": [], "same_for_h100": None}
             rows.append({"op": op, "case": case, **row})
     result = {
         "command": machine.command("benchmarks.compiled_mosaic"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kernels import compat
+from kernels import compat, dispatch
 from kernels.all_cases import named
 from kernels.decode.cases import DecodeCase
 from kernels.mosaic import gradient
@@ -123,6 +123,27 @@ def test_auto_takes_mosaic_on_a_hopper_without_triton_only(monkeypatch, gpu, has
         )
     assert ("duo_decode_mosaic" in text) == (not has_triton and gpu == H200)
     assert ("duo_decode" in text) == (has_triton or gpu == H200)
+
+
+@needs_mosaic
+@pytest.mark.skipif(compat.no_triton() is not None, reason=str(compat.no_triton()))
+@pytest.mark.parametrize("op", ["decode", "full", "streaming"])
+def test_auto_prefers_what_was_measured_to_be_faster_and_triton_for_gradients(monkeypatch, op):
+    def kernels_of(case) -> set[str]:
+        with described(H200):
+            run = functools.partial(case.run, implementation="auto")
+            return set(re.findall(r"duo_\w+", str(jax.make_jaxpr(run)(*case.shapes()))))
+
+    names = named()
+    case = next(case for name, case in names.items() if name.startswith(f"{op}: "))
+    assert not any("mosaic" in kernel for kernel in kernels_of(case))
+    monkeypatch.setattr(dispatch, "MOSAIC_IS_FASTER", frozenset([op]))
+    assert kernels_of(case) == {f"duo_{op}_mosaic"}
+    assert not any("mosaic" in x for x in kernels_of(dataclasses.replace(case, head_dim=256)))
+    if op != "decode":
+        found = kernels_of(names[f"{op}: gradient, three tokens"])
+        assert f"duo_{op}_dq" in found
+        assert not any("mosaic" in kernel for kernel in found)
 
 
 @needs_mosaic
