@@ -5,7 +5,7 @@ from typing import Any
 
 from duo_jax.schema.json_reader import read_json
 from kernels import dispatch
-from kernels.all_cases import named, served_by_mosaic
+from kernels.all_cases import Cases, named, served_by_mosaic
 from kernels.case import Case
 from kernels.dispatch import Implementation
 from kernels.errors import UnsupportedError
@@ -24,7 +24,7 @@ def unavailable(implementation: Implementation) -> str | None:
     return None
 
 
-def served(cases: dict[str, Any]) -> dict[str, Case]:
+def served(cases: Cases) -> dict[str, Case]:
     """Return the cases, of ops, that have a Mosaic kernel, by "mosaic, op: name"."""
     return {
         f"mosaic, {name}": case for name, case in named(cases).items() if served_by_mosaic(case)

@@ -7,7 +7,7 @@ The map of a program, which owns block_q queries of one head:
                             out = shrink * out + weights v (wgmma)
     the last                loads the queries, then tile after tile of keys and values (TMA)
 
-    shared memory                  holds                            barriers
+    shared memory (scratch.py)     holds                            barriers
     q_s  [block_q, head_dim]       queries; at the end the output   q_full: they are loaded
     k_s  [stages, block_kv, ..]    tiles of keys                    k_full, k_free per stage: it is
     v_s  [stages, block_kv, ..]    tiles of values                  loaded; all have read it

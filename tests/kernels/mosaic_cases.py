@@ -65,6 +65,7 @@ DEFAULT = {
     "decode, pages of 64",
     "decode, int8, head_dim 128",
     "decode, int4, pages of 64",
+    "decode, int2, pages of 64",
     "prefill, int4, pages of 64",
     "prefill, pages of 64",
 }
