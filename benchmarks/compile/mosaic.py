@@ -1,6 +1,7 @@
 """One case compiled through Mosaic for an H200 and an H100; a job of kernels.aot_process."""
 
 import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -39,42 +40,40 @@ def compared() -> dict[str, str]:
     }
 
 
-def compile_case(op: str, name: str, dump: str) -> dict[str, Any]:
-    """Compile one case for an H200 and describe its kernel, as JSON holds it.
+def compile_case(op: str, name: str, dump: str, target: aot.Target = "h200") -> dict[str, Any]:
+    """Compile one case and describe its kernel, as JSON holds it.
+
+    A process must not have compiled the case before, for any GPU: jax would not compile it again.
 
     Args:
       op: of kernels.all_cases.
       name: of the case.
-      dump: an empty folder.
+      dump: a folder that is emptied.
+      target: the GPU.
 
     Returns:
-      The error if there was one, the kernels, and whether an H100's PTX is the same; None: this
-      case was not compiled for an H100.
+      The error if there was one, the kernels, and a hash of their PTX.
     """
     os.environ["MOSAIC_GPU_DUMP_TO"] = dump
     folder, case = pathlib.Path(dump), CASES[op][name]
     run = functools.partial(case.run, implementation="mosaic")
-    error, kernels, texts = None, [], {}
-    targets: list[aot.Target] = ["h100"] if compared()[op] == name else []
+    for left in folder.iterdir():
+        left.unlink()
+    error = None
     try:
-        for target in (*targets, "h200"):
-            for left in folder.iterdir():
-                left.unlink()
-            aot.compile_lowered(aot.lower_for(target, run, *case.shapes()))
-            texts[target] = [file.read_text(encoding="utf-8") for file in _ptx_files(folder)]
-        kernels = list(_kernels(folder))
+        aot.compile_lowered(aot.lower_for(target, run, *case.shapes()))
     except (UnsupportedError, RuntimeError, ValueError) as raised:
         error = str(raised).strip().splitlines()[0]
-    same = texts["h100"] == texts["h200"] != [] if len(texts) == 2 else None
-    return {"error": error, "kernels": kernels, "same_for_h100": same}
-
-
-def _ptx_files(folder: pathlib.Path) -> list[pathlib.Path]:
-    return sorted(folder.glob("*.ptx"))
+    ptx_text = b"".join(file.read_bytes() for file in sorted(folder.glob("*.ptx")))
+    return {
+        "error": error,
+        "kernels": list(_kernels(folder)),
+        "ptx": hashlib.sha256(ptx_text).hexdigest(),
+    }
 
 
 def _kernels(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
-    for file in _ptx_files(folder):
+    for file in sorted(folder.glob("*.ptx")):
         text = file.read_text(encoding="utf-8")
         said = ptx.run_ptxas(str(file), text)
         threads = _number(_THREADS, text)
