@@ -1,10 +1,10 @@
-"""Every Mosaic kernel as the compilers leave it, for an H200, without one.
+"""Every Mosaic kernel as the compilers leave it, for an H200 and an H100, without either.
 
     python -m benchmarks.compiled_mosaic
 
-The cases of kernels.all_cases that Mosaic kernels serve are compiled, and described by their PTX,
-by ptxas and by Mosaic's list of resources. Nothing is executed. It needs what kernels.aot needs,
-and jax 0.12 or newer.
+The cases of kernels.all_cases that Mosaic kernels serve are compiled for an H200, and described by
+their PTX, by ptxas and by Mosaic's list of resources; one case of each op for an H100 too, whose
+PTX is compared. Nothing is executed. It needs what kernels.aot needs, and jax 0.12 or newer.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ import json
 import pathlib
 import tempfile
 import time
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -45,14 +46,14 @@ def main(flags: CompiledMosaicFlags) -> None:
     reason = aot.unavailable() or compat.no_mosaic()
     if reason is not None:
         raise InputError(reason)
-    began, rows = time.monotonic(), []
-    with tempfile.TemporaryDirectory() as folder, Compiler() as compiler:
+    began, rows, compared = time.monotonic(), [], mosaic.compared()
+    with tempfile.TemporaryDirectory() as folder, Compiler() as h200, Compiler() as h100:
         for op, case in tqdm(mosaic.cases(), unit="case", disable=None):
-            try:
-                row = compiler.call(mosaic.compile_case, op, case, folder)
-            except CompilerError as error:
-                row = {"error": str(error).split("\n")[0], "kernels": []}
-            rows.append({"op": op, "case": case, **row})
+            row = _compiled(h200, op, case, folder, "h200")
+            text, same = row.pop("ptx"), None
+            if compared[op] == case:
+                same = text == _compiled(h100, op, case, folder, "h100")["ptx"] is not None
+            rows.append({"op": op, "case": case, **row, "same_for_h100": same})
     result = {
         "command": machine.command("benchmarks.compiled_mosaic"),
         "jax": jax.__version__,
@@ -64,6 +65,13 @@ def main(flags: CompiledMosaicFlags) -> None:
         files.make_folder(path.parent)
     files.write_text(flags.result, json.dumps(result, indent=1) + "\n")
     files.write_text(flags.document, mosaic.to_markdown(result))
+
+
+def _compiled(compiler: Compiler, *job: str) -> dict[str, Any]:
+    try:
+        return compiler.call(mosaic.compile_case, *job)
+    except CompilerError as error:
+        return {"error": str(error).split("\n")[0], "kernels": [], "ptx": None}
 
 
 if __name__ == "__main__":

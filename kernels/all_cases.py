@@ -41,5 +41,5 @@ def served_by_mosaic(case: Case) -> bool:
     """Say whether a Mosaic kernel is written for a case."""
     if not isinstance(case, AttentionCase) or case.gradient or case.dtype not in MOSAIC_DTYPES:
         return False
-    by_bits = {None: MOSAIC_HEAD_DIMS, 8: MOSAIC_HEAD_DIMS, 4: (128,), 2: ()}
+    by_bits = {None: MOSAIC_HEAD_DIMS, 8: (64, 128), 4: (128,), 2: (128,)}
     return case.head_dim in by_bits[case.bits]

@@ -3,7 +3,7 @@
 Needs jax's CUDA plugin of the same version as jax, without the CUDA libraries (the extra "aot"),
 and ptxas and nvlink, on PATH or from the same extra. Nothing is executed, and there is no
 autotuning. The GPUs are described by the files in kernels/gpu_targets, as XLA's own tools write
-them for a device.
+them for a device; an H100 (SXM) is an H200 with less and slower memory.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Target = Literal["a100", "h200"]
+Target = Literal["a100", "h100", "h200"]
 
 # Where arguments fill most of the memory, this pass runs with an impossible limit and multiplies
 # the same matrices again and again.

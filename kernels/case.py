@@ -114,11 +114,18 @@ class Case(abc.ABC):
         """Return the parts that are compared with XLA on a GPU; together they stand for all."""
         return [Piece(name="all", case=self)]
 
-    def candidates(self, *, gpu: Gpu) -> list[Any]:
+    def mosaic_tiles(self, *, gpu: Gpu) -> list[Any]:
+        """Return tile sizes of the Mosaic kernel, the op's own choice first; none without one."""
+        del gpu
+        return []
+
+    def candidates(self, *, gpu: Gpu, mosaic: bool = False) -> list[Any]:
         """Return tile sizes to time: the op's own choice, then the others, most similar first."""
-        chosen = self.tiles(gpu=gpu)
-        found = dict.fromkeys([chosen, *self.other_tiles(gpu=gpu)])
-        return sorted(found, key=lambda tiles: _differences(tiles, chosen))
+        if mosaic:
+            found = self.mosaic_tiles(gpu=gpu)
+        else:
+            found = [self.tiles(gpu=gpu), *self.other_tiles(gpu=gpu)]
+        return sorted(dict.fromkeys(found), key=lambda tiles: _differences(tiles, found[0]))
 
     def with_stale(
         self, arguments: tuple[Any, ...], *, keys: float = dense.STALE, values: float = -dense.STALE

@@ -5,10 +5,10 @@
   capability 8.0).
 - "interpret": the same kernel in Pallas' interpreter, on any device; slow, for tests.
 - "mosaic": the kernel for Hopper GPUs (H100, H200) through Pallas' Mosaic lowering of jax 0.12 or
-  newer. Forward only, bfloat16 and float16, head_dim 64 and 128; it reads 8 and 4 bits too.
+  newer. Forward only, bfloat16 and float16, head_dim 64 to 128; it reads packed caches too.
 - "interpret_mosaic": the same kernel on a CPU, with race detection; very slow, for tests.
-- "auto": "triton" where the program runs on such a GPU, else "xla". "mosaic", which has not been
-  measured yet, only where jax has no Triton lowering and the GPU is a Hopper.
+- "auto": "triton" where the program runs on such a GPU, else "xla". "mosaic" on a Hopper where jax
+  has no Triton lowering, and for the ops of MOSAIC_IS_FASTER: none, until it has been measured.
 
 A named choice is obeyed or refused, never replaced. "auto" takes "xla" where jax has no lowering
 for the GPU and, on a GPU with kernels, for what no kernel here is written for: other dtypes
@@ -26,6 +26,10 @@ from kernels import compat
 from kernels.errors import UnsupportedError
 from kernels.gpu import Gpu
 from kernels.limits import Refusal
+
+# The ops that the committed run of benchmarks.gpu_report, on a Hopper, found faster through Mosaic
+# than through Triton in every case (benchmarks.gpu.mosaic.faster_ops); a test compares them.
+MOSAIC_IS_FASTER: frozenset[str] = frozenset()
 
 Implementation = Literal["auto", "xla", "triton", "interpret", "mosaic", "interpret_mosaic"]
 
@@ -55,6 +59,7 @@ def check(implementation: str) -> None:
 def dispatch(
     implementation: Implementation,
     *,
+    op: str,
     xla: Callable[[], Any],
     triton: Callable[[bool], Any],
     refusal: Refusal | None,
@@ -65,6 +70,7 @@ def dispatch(
 
     Args:
       implementation: the choice.
+      op: as kernels.all_cases names it.
       xla: runs the XLA version.
       triton: runs the Triton kernel; True asks for the interpreter.
       refusal: why no kernel can serve this case; None if one can.
@@ -79,8 +85,9 @@ def dispatch(
     gpu = compat.target_gpu()
     run, refused = triton, refusal
     by_mosaic = "mosaic" in implementation
-    if implementation == "auto" and compat.no_triton() is not None:
-        by_mosaic = _no_mosaic(gpu) is None
+    if implementation == "auto" and _no_mosaic(gpu) is None:
+        faster = op in MOSAIC_IS_FASTER and mosaic_refusal is None
+        by_mosaic = faster or compat.no_triton() is not None
     if by_mosaic:
         run, refused = mosaic, refusal or mosaic_refusal
     if implementation not in ("auto", "xla"):

@@ -29,8 +29,8 @@ class Gpu:
         return bool(major) and int(major) < 8
 
 
-# Memory as XLA's descriptions of these devices give it (kernels/gpu_targets has two of them, the
-# others lie in openxla/xla, target_config/specs); bandwidth and operations as NVIDIA's data sheets
+# Memory as XLA's descriptions of these devices give it (kernels/gpu_targets has three of them; all
+# lie in openxla/xla, target_config/specs); bandwidth and operations as NVIDIA's data sheets
 # give them, for the SXM boards.
 GPUS: dict[str, Gpu] = {
     "a100-40g": Gpu(
@@ -67,5 +67,6 @@ GPUS: dict[str, Gpu] = {
     ),
 }
 A100 = GPUS["a100-80g"]
+H100 = GPUS["h100-80g"]
 H200 = GPUS["h200"]
 INTERPRETER = Gpu(kind="none", num_cores=1)  # one core: work is not split for its own sake

@@ -11,7 +11,7 @@ from kernels.packed import Packed
 _DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
 MOSAIC_DTYPES = ("bfloat16", "float16")
-MOSAIC_HEAD_DIMS = (64, 128)
+MOSAIC_HEAD_DIMS = (64, 80, 96, 128)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,7 @@ def mosaic_refusal(q: Array) -> Refusal | None:
     if q.dtype.name not in MOSAIC_DTYPES:
         return Refusal(reason=f"Mosaic kernels take bfloat16 and float16, not {q.dtype}")
     if q.shape[-1] not in MOSAIC_HEAD_DIMS:
-        return Refusal(reason=f"head_dim is {q.shape[-1]}, Mosaic kernels take 64 and 128")
+        return Refusal(reason=f"head_dim is {q.shape[-1]}, Mosaic kernels take 64, 80, 96 and 128")
     return None
 
 

@@ -1,6 +1,7 @@
-"""One case compiled through Mosaic for an H200 and described; a job of kernels.aot_process."""
+"""One case compiled through Mosaic for an H200 and an H100; a job of kernels.aot_process."""
 
 import functools
+import hashlib
 import os
 import pathlib
 import re
@@ -31,19 +32,44 @@ def cases() -> list[tuple[str, str]]:
     ]
 
 
-def compile_case(op: str, name: str, dump: str) -> dict[str, Any]:
-    """Compile one case and describe its kernel, as JSON holds it; `dump` is an empty folder."""
+def compared() -> dict[str, str]:
+    """Return the case of each op that is compiled for an H100 too: its first of real size."""
+    return {
+        op: next(name for other, name in cases() if other == op and CASES[op][name].compile_only)
+        for op in dict.fromkeys(op for op, _ in cases())
+    }
+
+
+def compile_case(op: str, name: str, dump: str, target: aot.Target = "h200") -> dict[str, Any]:
+    """Compile one case and describe its kernel, as JSON holds it.
+
+    A process must not have compiled the case before, for any GPU: jax would not compile it again.
+
+    Args:
+      op: of kernels.all_cases.
+      name: of the case.
+      dump: a folder that is emptied.
+      target: the GPU.
+
+    Returns:
+      The error if there was one, the kernels, and a hash of their PTX.
+    """
     os.environ["MOSAIC_GPU_DUMP_TO"] = dump
     folder, case = pathlib.Path(dump), CASES[op][name]
+    run = functools.partial(case.run, implementation="mosaic")
     for left in folder.iterdir():
         left.unlink()
     error = None
     try:
-        run = functools.partial(case.run, implementation="mosaic")
-        aot.compile_lowered(aot.lower_for("h200", run, *case.shapes()))
+        aot.compile_lowered(aot.lower_for(target, run, *case.shapes()))
     except (UnsupportedError, RuntimeError, ValueError) as raised:
         error = str(raised).strip().splitlines()[0]
-    return {"error": error, "kernels": list(_kernels(folder))}
+    ptx_text = b"".join(file.read_bytes() for file in sorted(folder.glob("*.ptx")))
+    return {
+        "error": error,
+        "kernels": list(_kernels(folder)),
+        "ptx": hashlib.sha256(ptx_text).hexdigest(),
+    }
 
 
 def _kernels(folder: pathlib.Path) -> Iterator[dict[str, Any]]:
@@ -93,6 +119,7 @@ def to_markdown(result: dict[str, Any]) -> str:
             cases=len(rows),
             kernels=len(kernels),
             spilling=spilling,
+            h100=_of_h100(rows),
         ),
         *failed,
     ]
@@ -107,6 +134,14 @@ def to_markdown(result: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def _of_h100(rows: list[dict[str, Any]]) -> str:
+    same = [row["same_for_h100"] for row in rows if row["same_for_h100"] is not None]
+    return (
+        f"An H100 takes the same sm_90a code: {sum(same)} of {len(same)} cases, one of each op, "
+        "compiled\nfor both, have the same PTX to the byte."
+    )
+
+
 _INTRODUCTION = """\
 # Mosaic kernels: what the compilers say
 
@@ -114,29 +149,45 @@ This file is written by `{command}`, on any machine, with or without a GPU; it t
 minutes with jax {jax}, its CUDA plugin and ptxas {ptxas}. Do not edit it.
 **Nothing here was executed on a GPU: no number is a speed, and "auto" prefers the Triton kernels.**
 
-`implementation="mosaic"` runs these kernels for Hopper (H100 and H200 take the same sm_90a code).
+`implementation="mosaic"` runs these kernels for Hopper.
 They do the forward pass of decoding, of prefill at an offset, of streaming and of full attention,
-in bfloat16 and float16, for a head_dim of 64 and 128, from caches in rows or pages, int8 and, of
-head_dim 128, int4 ones too. Gradients, int2, float32 and other head_dims stay with Triton and XLA,
-and so does the A100: asked for them, Mosaic refuses by name.
+in bfloat16 and float16, for a head_dim of 64, 80, 96 and 128, from caches in rows or pages; int8
+caches of head_dim 64 and 128, int4 and int2 ones of 128. Gradients, float32 and other head_dims
+stay with Triton and XLA, and so does the A100: asked for them, Mosaic refuses by name.
 They need jax 0.12, which needs Python 3.12. There the tests run them on a CPU against float64, in
 jax's interpreter, with race detection (`tests/kernels/test_mosaic.py`).
 
-For the A100 there is no Mosaic kernel. jax's Mosaic has the instructions (`plgpu.mma`, cp.async),
-but its interpreter has no rule for `mma`, so nothing could check one here. With jax 0.12.0.1 this
-ends in "MLIR translation rule for primitive 'mma' not found for platform cpu":
-
-```text
-def body(out):
-    a, b = jnp.ones((64, 16), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
-    out[...] = plgpu.mma(jnp.zeros((64, 8), jnp.float32), a, b)
-
-shape = jax.ShapeDtypeStruct((64, 8), jnp.float32)
-plgpu.kernel(body, out_type=shape, interpret=plgpu.InterpretGPUParams())()
-```
-
 {passed} of {cases} cases compiled for an H200. They hold {kernels} kernels; {spilling} of these
-spill registers.
+spill registers. {h100}
+
+For the A100 there is no Mosaic kernel. jax's Mosaic has the instructions (`plgpu.mma`, cp.async),
+but no kernel of them could be checked here, for two reasons, each with the shortest program that
+shows it, with jax 0.12.0.1:
+
+- The interpreter has no rule for `mma`. This ends in "MLIR translation rule for primitive 'mma' not
+  found for platform cpu":
+
+  ```text
+  def body(out):
+      a, b = jnp.ones((64, 16), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
+      out[...] = plgpu.mma(jnp.zeros((64, 8), jnp.float32), a, b)
+
+  shape = jax.ShapeDtypeStruct((64, 8), jnp.float32)
+  plgpu.kernel(body, out_type=shape, interpret=plgpu.InterpretGPUParams())()
+  ```
+
+- Ahead of time, every described GPU is compiled for as a Hopper (`_infer_arch` returns (9, 0) for
+  a device without `compute_capability`). For an A100 any kernel then ends the process, in "LLVM
+  ERROR: Cannot select: intrinsic %llvm.nvvm.elect.sync". With that function made to return (8, 0),
+  a kernel around one `mma` does compile, to `mma.sync.aligned.m16n8k16` for sm_80.
+
+  ```text
+  def body(a, out):
+      out[...] = a[...] + 1
+
+  shape = jax.ShapeDtypeStruct((128,), jnp.float32)
+  kernels.aot.compile_for("a100", plgpu.kernel(body, out_type=shape), shape)
+  ```
 
 - regs: registers per thread at the start; warpgroups then give some to one another. spills: bytes
   per thread, stores + loads.

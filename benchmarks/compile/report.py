@@ -8,7 +8,11 @@ from duo_jax.reports import markdown
 from kernels import aot
 from kernels.gpu import GPUS
 
-_GPUS: dict[aot.Target, str] = {"a100": "A100 (sm_80)", "h200": "H200 (sm_90a)"}
+_GPUS: dict[aot.Target, str] = {
+    "a100": "A100 (sm_80)",
+    "h100": "H100 (sm_90a)",
+    "h200": "H200 (sm_90a)",
+}
 _INTRODUCTION = """\
 # Kernels: what the compilers say
 

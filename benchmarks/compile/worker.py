@@ -12,9 +12,9 @@ from benchmarks.compile import ptx
 from kernels import aot
 from kernels.all_cases import CASES
 from kernels.case import Case
-from kernels.gpu import A100, H200, Gpu
+from kernels.gpu import A100, H100, H200, Gpu
 
-GPUS: dict[aot.Target, Gpu] = {"a100": A100, "h200": H200}
+GPUS: dict[aot.Target, Gpu] = {"a100": A100, "h100": H100, "h200": H200}
 NO_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
 _OURS = "duo_"
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
-from benchmarks.gpu import arrays, timers
+from benchmarks.gpu import arrays, mosaic, timers
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table, reason
 from kernels import compat
+from kernels.all_cases import served_by_mosaic
 from kernels.case import Case
 
 _FEW_BYTES = 50_000_000  # a call that moves less is shorter than its dispatch
@@ -25,27 +26,37 @@ def run(settings: Settings, table: Table) -> None:
     table.notes = {
         "copy_to": "the heuristic.py that holds the kernel's sizes, where `gain` is worth it"
     }
-    cases = settings.timed_cases()
-    for left, (name, (op, case)) in zip(
-        range(len(cases), 0, -1), table.in_time(cases), strict=False
+    reason_against = mosaic.unavailable(settings.mosaic)
+    table.notes["mosaic"] = reason_against or "kernels/mosaic/tiles.py holds its sizes"
+    sweeps = []
+    for name, (op, case) in settings.timed_cases():
+        sweeps.append((name, (op, case, False)))
+        if reason_against is None and served_by_mosaic(case):
+            sweeps.append((f"mosaic, {name}", (op, case, True)))
+    for left, (name, (op, case, by_mosaic)) in zip(
+        range(len(sweeps), 0, -1), table.in_time(sweeps), strict=False
     ):
         end = table.time_left * (1 - 1 / left)
-        sweep = functools.partial(_sweep, settings, case, table, end)
+        sweep = functools.partial(_sweep, settings, case, table, end, by_mosaic=by_mosaic)
         row = table.attempt(name, sweep)
         if row is not None:
             table.add(name=name, op=op, dtype=case.dtype, **row)
 
 
-def _sweep(settings: Settings, case: Case, table: Table, end: float) -> dict[str, Any]:
+def _sweep(
+    settings: Settings, case: Case, table: Table, end: float, *, by_mosaic: bool
+) -> dict[str, Any]:
     """Time candidates until `end` seconds of the stage are left."""
+    implementation = settings.mosaic if by_mosaic else settings.implementation
     arguments = arrays.draw(case, 0)
     shapes = jax.eval_shape(lambda *tree: tree, *arguments)
     tried: list[dict[str, Any]] = []
-    found = case.candidates(gpu=compat.tile_gpu())[: 2 if settings.smoke else None]
+    found = case.candidates(gpu=compat.tile_gpu(), mosaic=by_mosaic)
+    found = found[: 2 if settings.smoke else None]
     loops = timers.LOOPS if case.cost().num_bytes < _FEW_BYTES else 1
 
     def compiled(tiles):
-        function = functools.partial(case.run, implementation=settings.implementation, tiles=tiles)
+        function = functools.partial(case.run, implementation=implementation, tiles=tiles)
         return timers.compiled(function, *shapes, loops=loops)
 
     with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:

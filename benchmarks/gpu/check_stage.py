@@ -5,10 +5,11 @@ import functools
 import importlib.util
 import time
 
-from benchmarks.gpu import checks
+from benchmarks.gpu import checks, mosaic
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table
 from kernels.all_cases import named
+from kernels.dispatch import Implementation
 
 
 def run(settings: Settings, table: Table) -> None:
@@ -18,17 +19,23 @@ def run(settings: Settings, table: Table) -> None:
     table.notes = {
         "seed": seed,
         "implementation": settings.check_implementation,
+        "mosaic": mosaic.unavailable(settings.mosaic) or settings.mosaic,
         "run_by": "a loop over benchmarks.gpu.checks.check, which tests/kernels/test_gpu.py calls "
         f"too; pytest is {'installed, but not needed' if installed else 'not installed'}",
         "rule": f"error at most {checks.MAX_RATIO} x XLA's in the same dtype; poisoned outputs",
     }
     print(f"checks: seed {seed}, {table.notes['run_by']}", flush=True)
-    cases = dict(
-        sorted(named(settings.checks).items(), key=lambda item: item[1].compile_only)
-    )  # stable
+    by: dict[str, Implementation] = {}
+    cases = named(settings.checks)
+    by |= dict.fromkeys(cases, settings.check_implementation)
+    if mosaic.unavailable(settings.mosaic) is None:
+        more = mosaic.served(settings.checks)
+        by |= dict.fromkeys(more, settings.mosaic)
+        cases |= more
+    cases = dict(sorted(cases.items(), key=lambda item: item[1].compile_only))  # stable
     with concurrent.futures.ThreadPoolExecutor(settings.threads) as pool:
         programs = {
-            name: pool.submit(checks.compiled, case, settings.check_implementation)
+            name: pool.submit(checks.compiled, case, by[name])
             for name, case in cases.items()
             if table.time_left > 0
         }

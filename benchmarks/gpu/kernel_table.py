@@ -1,13 +1,19 @@
-"""The stage that times each kernel at its real sizes, beside other libraries' attention."""
+"""The stage that times each kernel at its real sizes.
+
+Beside it the Mosaic kernel, where the GPU is a Hopper and jax 0.12 or newer, and other libraries'
+attention.
+"""
 
 import functools
 from typing import Any
 
-from benchmarks.gpu import arrays, ceilings, rivals, timers
+from benchmarks.gpu import arrays, ceilings, mosaic, rivals, timers
 from benchmarks.gpu.settings import Settings
 from benchmarks.gpu.tables import Table, reason
 from kernels.case import Case
+from kernels.dispatch import Implementation
 from kernels.equivalent import UnsuitableError
+from kernels.errors import UnsupportedError
 
 
 def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
@@ -15,6 +21,7 @@ def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
     limits = ceilings.of(tables)
     table.notes = {
         "implementation": settings.implementation,
+        "mosaic": mosaic.unavailable(settings.mosaic) or settings.mosaic,
         "flops": "of visible (query, key) pairs, 2 per multiply-add",
         "bytes": "every input read once, every output written once",
     }
@@ -26,8 +33,24 @@ def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
 
 def _row(settings: Settings, case: Case, limits: tuple[float | None, float | None]):
     arguments = arrays.draw(case, 0)
-    ours = functools.partial(case.run, implementation=settings.implementation)
-    time = timers.of_function(ours, *arguments, seconds=settings.seconds_per_row)
+    row = _timed(settings.implementation, case, arguments, settings.seconds_per_row, limits)
+    row["mosaic"] = _mosaic(settings, case, arguments, limits)
+    seconds = row["seconds"]["median"]
+    if "seconds" in row["mosaic"]:
+        row["mosaic"]["speedup"] = seconds / row["mosaic"]["seconds"]["median"]
+    row["rivals"] = _rivals(settings, case, arguments, seconds)
+    return row
+
+
+def _timed(
+    implementation: Implementation,
+    case: Case,
+    arguments: tuple[Any, ...],
+    seconds: float,
+    limits: tuple[float | None, float | None],
+) -> dict[str, Any]:
+    run = functools.partial(case.run, implementation=implementation)
+    time = timers.of_function(run, *arguments, seconds=seconds)
     cost = case.cost()
     row: dict[str, Any] = {
         "seconds": time,
@@ -41,8 +64,16 @@ def _row(settings: Settings, case: Case, limits: tuple[float | None, float | Non
         floors = {"matmul": cost.flops / flops, "copy": cost.num_bytes / num_bytes}
         row["of_ceiling"] = {name: floor / time["median"] for name, floor in floors.items()}
         row["bound"] = max(floors, key=lambda name: floors[name])
-    row["rivals"] = _rivals(settings, case, arguments, time["median"])
     return row
+
+
+def _mosaic(settings: Settings, case: Case, arguments, limits) -> dict[str, Any]:
+    try:
+        return _timed(settings.mosaic, case, arguments, settings.seconds_per_row, limits)
+    except UnsupportedError as error:
+        return {"skipped": str(error)}
+    except Exception as error:  # the other kernel is measured
+        return {"failed": reason(error)}
 
 
 def _rivals(settings: Settings, case: Case, arguments, seconds: float) -> dict[str, Any]:

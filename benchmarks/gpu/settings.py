@@ -37,6 +37,7 @@ class Settings:
     check_implementation: Implementation
     timed: Cases
     implementation: Implementation  # of what is timed
+    mosaic: Implementation  # of what is checked and timed beside it, where that can run
     models: tuple[Published, ...]
     dtype: str = "bfloat16"
     mode: PrefillMode = "exact"
@@ -83,6 +84,7 @@ def real() -> Settings:
         check_implementation="triton",
         timed=timed,
         implementation="triton",
+        mosaic="mosaic",
         models=(LLAMA_2_7B, LLAMA_3_8B),
     )
 
@@ -90,6 +92,7 @@ def real() -> Settings:
 def smoke() -> Settings:
     """Return what runs to the end on a CPU, in a minute; its numbers mean nothing."""
     tiny = {"q_heads": 2, "kv_heads": 1, "head_dim": 16, "dtype": "float32"}
+    of_mosaic = tiny | {"head_dim": 64, "dtype": "bfloat16"}
     model = dataclasses.replace(
         shapes.model_config("gqa", layers=1, embed=64, q_heads=4), vocab_size=64, head_dim=16,
         num_kv_heads=2,
@@ -105,19 +108,20 @@ def smoke() -> Settings:
             "decode": {"odd length": decode},
             "decode_packed": {packed_name(4): packed[packed_name(4)]},
             "streaming": {
-                "odd length": StreamingCase(length=19, sink_size=2, recent_size=8, **tiny)
+                "odd length": StreamingCase(length=19, sink_size=2, recent_size=8, **of_mosaic)
             },
         },
         check_implementation="interpret",
         timed={
             "decode": {DECODE_500K: decode},
             "decode_packed": packed,
-            "prefill": {FULL_32K: PrefillCase(starts=(0,), length=32, slots=32, **tiny)},
+            "prefill": {FULL_32K: PrefillCase(starts=(0,), length=32, slots=32, **of_mosaic)},
             "streaming": {
                 STREAMING_32K: StreamingCase(length=32, sink_size=2, recent_size=8, **tiny)
             },
         },
         implementation="xla",
+        mosaic="xla",
         models=(
             Published(
                 name="tiny",

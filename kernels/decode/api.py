@@ -97,6 +97,7 @@ def decode_attention(
 
     return dispatch(
         implementation,
+        op="decode_packed" if isinstance(k, Packed) else "decode",
         xla=lambda: xla.decode_attention(q, k, v, lengths, pages, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),

@@ -17,6 +17,7 @@ from kernels.decode.heuristic import choose_tiles
 from kernels.dispatch import Implementation
 from kernels.equivalent import Call, Equivalent, UnsuitableError, tokens_first
 from kernels.gpu import Gpu
+from kernels.mosaic import tiles as mosaic_tiles
 from kernels.tile_io import cdiv
 from kernels.tiles import DecodeTiles
 
@@ -78,6 +79,16 @@ class DecodeCase(CachedCase):
             )
         ]
         return self.only_suitable(found, self.tiles(gpu=gpu).block_kv)
+
+    def mosaic_tiles(self, *, gpu: Gpu) -> list[DecodeTiles]:
+        return mosaic_tiles.decode_candidates(
+            batch=len(self.lengths),
+            kv_heads=self.kv_heads,
+            slots=self.slots,
+            head_dim=self.head_dim,
+            packed=self.bits is not None,
+            gpu=gpu,
+        )
 
     def cost(self) -> Cost:
         tokens = sum(self.lengths)

@@ -6,8 +6,8 @@ value is read once. kernels.mosaic.walk has the map; one warpgroup multiplies, o
 filled slots are divided evenly among its splits at run time, so short texts in long caches keep all
 programs busy too. Splits are written in float32 and merged by their lse outside the kernel.
 
-Tiles of a paged cache get their address from the table (kernels.mosaic.source); packed ones, in 8
-or 4 bits, become matrices in shared memory before they are multiplied (kernels.mosaic.reader).
+Tiles of a paged cache get their address from the table (kernels.mosaic.source); packed ones, in 8,
+4 or 2 bits, become matrices in shared memory before they are multiplied (kernels.mosaic.reader).
 
 Measured: not yet.
 """
@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels.merge import merge_lse
-from kernels.mosaic import reader, source, walk, work
+from kernels.mosaic import source, walk, work
 from kernels.packed import Packed
 from kernels.pages import Pages, num_slots
 from kernels.tile_io import cdiv
@@ -59,7 +59,7 @@ def decode_attention(
         plan,
         name=work.name("duo_decode", k, pages),
         grid={"row": batch, "kv_head": num_kv_heads, "split": tiles.num_splits},
-        shape=work.Shape.of(tiles, work.ROWS, q, k, softmax_scale),
+        shape=work.Shape.of(tiles, work.ROWS, q, k, v, softmax_scale),
         out_type=(
             jax.ShapeDtypeStruct((*parts, rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((*parts, work.ROWS), jnp.float32),
@@ -69,7 +69,8 @@ def decode_attention(
         padded,
         lengths.astype(jnp.int32),
         *table,
-        *(work.aligned(x, axis=2) for y in (k, v) for x in reader.arrays(y)),
+        *work.cached(k),
+        *work.cached(v),
     )
     out, lse = merge_lse(out[..., :group, :], lse[..., :group])
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
@@ -97,7 +98,7 @@ def _plan(
         return positions < length
 
     walked = work.Range(
-        tile=tile_of(*table, row, kv_head, tiles.block_kv),
+        tile=tile_of(*table, row, kv_head),
         keys=keys,
         values=values,
         first=first,

@@ -66,7 +66,7 @@ def _full_attention(
     implementation: Implementation,
     tiles: ForwardBackwardTiles | None,
 ) -> Float[Array, "batch length q_heads head_dim"]:
-    def run_triton(interpret: bool):
+    def by_triton(q, k, v, interpret: bool = False):
         options = StreamingOptions(
             sink_size=0,
             recent_size=q.shape[1],
@@ -85,14 +85,15 @@ def _full_attention(
         kernel = functools.partial(mosaic.full_attention, **sizes)
         kernel = refuse_gradient(kernel, gradient.NO_GRADIENT)
         if implementation == "auto":
-            reference = functools.partial(xla.full_attention, softmax_scale=softmax_scale)
-            kernel = gradient.by(reference, kernel)
+            by_xla = functools.partial(xla.full_attention, softmax_scale=softmax_scale)
+            kernel = gradient.for_auto(kernel, triton=by_triton, xla=by_xla)
         return kernel(q, k, v)
 
     return dispatch(
         implementation,
+        op="full",
         xla=lambda: xla.full_attention(q, k, v, softmax_scale=softmax_scale),
-        triton=run_triton,
+        triton=functools.partial(by_triton, q, k, v),
         refusal=limits.refusal(q, k, v),
         mosaic=run_mosaic,
         mosaic_refusal=limits.mosaic_refusal(q),

@@ -15,6 +15,7 @@ from kernels.equivalent import Call, Equivalent
 from kernels.full.api import full_attention
 from kernels.full.heuristic import choose_tiles
 from kernels.gpu import Gpu
+from kernels.mosaic import tiles as mosaic_tiles
 from kernels.tiles import LONG_WALKS, SHORT_WALKS, ForwardBackwardTiles
 
 
@@ -61,6 +62,11 @@ class FullCase(AttentionCase):
         if self.gradient:
             return [dataclasses.replace(chosen, backward=tiles) for tiles in SHORT_WALKS]
         return [dataclasses.replace(chosen, forward=tiles) for tiles in LONG_WALKS]
+
+    def mosaic_tiles(self, *, gpu: Gpu) -> list[ForwardBackwardTiles]:
+        del gpu
+        chosen = mosaic_tiles.for_sequence(length=self.length, head_dim=self.head_dim)
+        return mosaic_tiles.sequence_candidates(chosen)
 
     def cost(self) -> Cost:
         tokens = self.batch * self.length

@@ -36,7 +36,7 @@ def full_attention(
     out, _ = prefill.attend(
         plan,
         q,
-        k,
+        (k, v),
         (jnp.zeros(q.shape[0], jnp.int32), k, v),
         name="duo_full_mosaic",
         softmax_scale=softmax_scale,

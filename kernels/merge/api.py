@@ -52,6 +52,7 @@ def merge_lse(
 
     return dispatch(
         implementation,
+        op="merge",
         xla=lambda: xla.merge_lse(outs, lses),
         triton=run_triton,
         refusal=limits.refusal(outs) or limits.too_large(lses),

@@ -1,14 +1,16 @@
 """How the Mosaic kernels read a tile of keys or values, in whatever format the cache stores it.
 
 TMA brings a tile as it is stored; before it is multiplied, it is a matrix [block_kv, head_dim] of
-the queries' dtype in shared memory. Unpacked tiles are that already. `Unpacking` turns words of 8
-or 4 bits per number into one: the channels of a field are neighbours (kernels.packed.layout), so a
-tile of words gives `fields` blocks of columns without shuffling.
+the queries' dtype in shared memory. Unpacked tiles are that already. `Unpacking` turns words of 8,
+4 or 2 bits per number into one: the channels of a field are neighbours (kernels.packed.layout), so
+a tile of words gives `fields` blocks of columns without shuffling. In 2 bits the words of a block
+of 64 tokens hold token t and token t + 32, so they are brought twice, one copy below the other: row
+t of the lower half is token t + 32.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -19,22 +21,44 @@ from kernels import compat
 from kernels.packed import Layout, Packed
 from kernels.tile_io import Scalar
 
+PIECES = (64, 32, 16)  # columns, of 2 bytes: what the matrix instructions find in shared memory
+
+
+class Stored(NamedTuple):
+    """A part of a tile as it lies in shared memory."""
+
+    shape: tuple[int, ...]
+    dtype: DTypeLike
+    is_matrix: bool = False
+    copies: int = 1  # of what lies in the cache, one below the other
+
+    @property
+    def slots(self) -> int:
+        """How far tiles are apart in the cache."""
+        return self.shape[0] // self.copies
+
+    def places(self, room: Any) -> list[Any]:
+        """Return where in shared memory the copies go."""
+        if self.copies == 1:
+            return [room]
+        return [room.at[i * self.slots : (i + 1) * self.slots] for i in range(self.copies)]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plain:
-    """Keys and values that are not packed."""
+    """Keys or values that are not packed."""
 
     head_dim: int
     dtype: DTypeLike
 
     @property
     def columns(self) -> int:
-        """Columns of the pieces that matrices in shared memory consist of."""
-        return 128 // jnp.dtype(self.dtype).itemsize
+        """Columns of the pieces that matrices in shared memory consist of: 128 bytes, or less."""
+        return next(columns for columns in PIECES if self.head_dim % columns == 0)
 
-    def stored(self, slots: int) -> list[tuple[tuple[int, ...], DTypeLike, bool]]:
-        """Return shape and dtype of what is stored of some slots, and whether it is a matrix."""
-        return [((slots, self.head_dim), self.dtype, True)]
+    def stored(self, slots: int) -> list[Stored]:
+        """Return what is stored of some slots."""
+        return [Stored((slots, self.head_dim), self.dtype, is_matrix=True)]
 
     def matrix(self, refs: Sequence[Any], stage: Scalar, room: Any) -> Any:
         """Return a tile as a matrix in shared memory."""
@@ -44,7 +68,7 @@ class Plain:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Unpacking:
-    """Keys and values in 8 or 4 bits, one scale and zero per token."""
+    """Keys or values in 8, 4 or 2 bits; scales and zeros as kernels.packed.layout has them."""
 
     head_dim: int
     dtype: DTypeLike
@@ -55,46 +79,71 @@ class Unpacking:
         """Columns of the pieces that matrices in shared memory consist of: those of a field."""
         return self.head_dim // self.layout.fields
 
-    def stored(self, slots: int) -> list[tuple[tuple[int, ...], DTypeLike, bool]]:
-        """Return shape and dtype of words, scales and zeros; none is a matrix."""
-        numbers = ((slots,), jnp.float16, False)
-        return [((slots, self.columns), jnp.uint32, False), numbers, numbers]
+    @property
+    def _groups(self) -> int:
+        """Scales of a token."""
+        return self.layout.num_scales(self.head_dim)
+
+    def stored(self, slots: int) -> list[Stored]:
+        """Return what is stored of some slots: words, scales and zeros; none is a matrix."""
+        words = Stored((slots, self.columns), jnp.uint32, copies=self.layout.tokens_per_word)
+        if self.layout.by == "channel":
+            numbers = Stored((slots // self.layout.block, self.head_dim), jnp.float16)
+        else:
+            numbers = Stored((slots,), jnp.float16 if self._groups == 1 else jnp.uint32)
+        return [words, numbers, numbers]
 
     def matrix(self, refs: Sequence[Any], stage: Scalar, room: Any) -> Any:
         """Dequantise a tile into `room`, behind a fence for the matrix instructions."""
         plgpu = compat.mosaic()
-        layout = plgpu.Layout.WGMMA
-        words = plgpu.load(refs[0].at[stage], layout=layout)
-        scale, zero = (
-            lax.broadcast_in_dim(
-                plgpu.load(ref.at[stage], layout=layout.reduce(1)).astype(jnp.float32),
-                words.shape,
-                [0],
-            )
-            for ref in refs[1:]
-        )
+        words = plgpu.load(refs[0].at[stage], layout=plgpu.Layout.WGMMA)
+        if self.layout.tokens_per_word == 2:
+            row = plgpu.broadcasted_iota(jnp.int32, words.shape, 0, layout=plgpu.Layout.WGMMA)
+            later = jnp.uint32(self.layout.shift(0, 1))
+            words = jnp.where(row < self.layout.block // 2, words, words >> later)
+        per_group = self.layout.fields // (1 if self.layout.by == "channel" else self._groups)
+        scale = zero = jnp.float32(0)
         for field in range(self.layout.fields):
+            if self.layout.by == "channel" or field % per_group == 0:
+                scale, zero = (self._numbers(ref, stage, field, words.shape) for ref in refs[1:])
             shift = jnp.uint32(self.layout.shift(field, 0))
             codes = (words >> shift) & jnp.uint32(2**self.layout.bits - 1)
             columns = slice(field * self.columns, (field + 1) * self.columns)
-            numbers = codes.astype(jnp.float32) * scale + zero
-            room[:, columns] = numbers.astype(self.dtype)
+            room[:, columns] = (codes.astype(jnp.float32) * scale + zero).astype(self.dtype)
         plgpu.commit_smem()
         return room
+
+    def _numbers(self, ref: Any, stage: Scalar, field: int, shape: tuple[int, ...]) -> Array:
+        """Return the scales, or zeros, of a field's columns, for every number of a tile."""
+        plgpu = compat.mosaic()
+        layout = plgpu.Layout.WGMMA
+        if self.layout.by == "channel":
+            columns = slice(field * self.columns, (field + 1) * self.columns)
+            numbers = plgpu.load(ref.at[stage, 0, columns], layout=layout.reduce(0))
+            return lax.broadcast_in_dim(numbers.astype(jnp.float32), shape, [1])
+        numbers = plgpu.load(ref.at[stage], layout=layout.reduce(1))
+        if self._groups == 2:
+            shift = jnp.uint32(16 * (field * 2 // self.layout.fields))
+            numbers = lax.bitcast_convert_type((numbers >> shift).astype(jnp.uint16), jnp.float16)
+        return lax.broadcast_in_dim(numbers.astype(jnp.float32), shape, [0])
 
 
 Reader = Plain | Unpacking
 
 
-def of(k: Array | Packed, q: Array) -> Reader:
+def of(x: Array | Packed, q: Array) -> Reader:
     """Return the reader of keys or values."""
-    if isinstance(k, Packed):
-        return Unpacking(head_dim=q.shape[-1], dtype=q.dtype, layout=k.layout)
+    if isinstance(x, Packed):
+        return Unpacking(head_dim=q.shape[-1], dtype=q.dtype, layout=x.layout)
     return Plain(head_dim=q.shape[-1], dtype=q.dtype)
 
 
-def arrays(k: Array | Packed) -> list[Array]:
+def arrays(x: Array | Packed) -> list[Array]:
     """Return what is stored, as inputs of a kernel: [rows, kv_heads, slots, ...] each."""
-    if not isinstance(k, Packed):
-        return [k]
-    return [k.words, *(jnp.squeeze(x, 3) for x in (k.scales, k.zeros))]
+    if not isinstance(x, Packed):
+        return [x]
+    if x.layout.by == "channel":
+        return list(x.leaves)
+    if x.scales.shape[3] == 2:  # TMA reads 16 bytes or more, and a kernel what is next to another
+        return [x.words, *(lax.bitcast_convert_type(y, jnp.uint32) for y in (x.scales, x.zeros))]
+    return [x.words, *(jnp.squeeze(y, 3) for y in (x.scales, x.zeros))]

@@ -1,5 +1,8 @@
 """Tile sizes of the Mosaic kernels, by shared memory: 227 KiB on a Hopper."""
 
+import dataclasses
+import itertools
+
 from jaxtyping import Array
 
 from kernels.gpu import Gpu
@@ -46,6 +49,50 @@ def for_decode(
     )
 
 
+def decode_candidates(
+    *, batch: int, kv_heads: int, slots: int, head_dim: int, packed: bool, gpu: Gpu
+) -> list[DecodeTiles]:
+    """Return tile sizes to time for one query per row, the choice of `for_decode` first."""
+    sizes = {"batch": batch, "kv_heads": kv_heads, "slots": slots}
+    chosen = for_decode(**sizes, head_dim=head_dim, packed=packed, gpu=gpu)
+    splits = {
+        max(1, min(cdiv(waves * gpu.num_cores, batch * kv_heads), cdiv(slots, ROWS)))
+        for waves in (1, 2, 4, 8)
+    }
+    return [chosen] + [
+        dataclasses.replace(chosen, block_kv=block_kv, num_splits=num_splits, num_stages=stages)
+        for block_kv, num_splits, stages in itertools.product(
+            (ROWS,) if packed else (ROWS, 2 * ROWS), sorted(splits), (2, 3, 4)
+        )
+    ]
+
+
+def attention_candidates(chosen: AttentionTiles, *, packed: bool = False) -> list[AttentionTiles]:
+    """Return tile sizes to time for a chunk, those that were chosen first.
+
+    Some of them take more shared memory than there is, and do not compile.
+    """
+    sizes = (ROWS,) if packed else (ROWS, 2 * ROWS)
+    found = itertools.product(sizes, sizes, (2, 3, 4))
+    return [chosen] + [
+        AttentionTiles(
+            block_q=block_q,
+            block_kv=block_kv,
+            num_warps=4 * (block_q // ROWS + 1),
+            num_stages=stages,
+        )
+        for block_q, block_kv, stages in found
+    ]
+
+
+def sequence_candidates(chosen: ForwardBackwardTiles) -> list[ForwardBackwardTiles]:
+    """Return tile sizes to time for a sequence, those that were chosen first."""
+    return [
+        dataclasses.replace(chosen, forward=forward)
+        for forward in attention_candidates(chosen.forward)
+    ]
+
+
 def decode_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | None:
     """Return why the decode kernel cannot read a cache; None if it can."""
     group = q.shape[1] // k.shape[1]
@@ -58,7 +105,7 @@ def decode_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | 
 def packed_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | None:
     """Return why packed numbers cannot be read; None if they can, or are not packed."""
     for x in (k, v):
-        if isinstance(x, Packed) and (x.layout.bits == 2 or reader.of(x, q).columns < 16):
+        if isinstance(x, Packed) and reader.of(x, q).columns not in reader.PIECES:
             reason = f"Mosaic kernels do not read {x.layout.bits} bits of head_dim {x.shape[3]}"
             return Refusal(reason=reason)
     return None

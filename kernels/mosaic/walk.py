@@ -7,7 +7,7 @@ The map of a program, which owns block_q queries of one head:
                             out = shrink * out + weights v (wgmma)
     the last                loads the queries, then tile after tile of keys and values (TMA)
 
-    shared memory                  holds                            barriers
+    shared memory (scratch.py)     holds                            barriers
     q_s  [block_q, head_dim]       queries; at the end the output   q_full: they are loaded
     k_s  [stages, block_kv, ..]    tiles of keys                    k_full, k_free per stage: it is
     v_s  [stages, block_kv, ..]    tiles of values                  loaded; all have read it
@@ -35,10 +35,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 
 from kernels import compat, online_softmax
-from kernels.mosaic.work import ALIGNED, ROWS, Shape, Work
+from kernels.mosaic import scratch
+from kernels.mosaic.work import ROWS, Shape, Work
 
 _LOADER_REGISTERS, _WORKER_REGISTERS = 40, 232
 
@@ -62,52 +62,18 @@ def call(
       out_type: of output and lse.
       interpret: whether to run on a CPU.
     """
-    plgpu = compat.mosaic()
-    workers, stages, dtype = shape.workers, shape.num_stages, shape.dtype
-
-    def matrix(*sizes: int, dtype: DTypeLike = dtype, columns: int = shape.reader.columns):
-        swizzle = plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize)
-        layout = (plgpu.TilingTransform((ALIGNED, columns)), swizzle)
-        return plgpu.SMEM(sizes, dtype, transforms=layout)
-
-    def staged():
-        return tuple(
-            matrix(stages, *sizes) if is_matrix else plgpu.SMEM((stages, *sizes), of)
-            for sizes, of, is_matrix in stored
-        )
-
-    stored = shape.reader.stored(shape.block_kv)
-
-    scratch = {
-        "q_s": matrix(workers, ROWS, shape.head_dim),
-        "k_s": staged(),
-        "v_s": staged(),
-        "p_s": matrix(workers, ROWS, shape.block_kv),
-        "lse_s": plgpu.SMEM((workers, ROWS), jnp.float32),
-        "q_full": plgpu.Barrier(num_barriers=workers),
-    }
-    for x in "kv":
-        scratch[f"{x}_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=len(stored))
-        scratch[f"{x}_free"] = plgpu.Barrier(num_barriers=stages, num_arrivals=workers)
-    if out_type[0].dtype != dtype:
-        scratch["out_s"] = matrix(
-            workers, ROWS, shape.head_dim, dtype=out_type[0].dtype, columns=32
-        )
-    if len(stored) > 1:
-        for x in "kv":
-            scratch[f"unpacked_{x}"] = matrix(shape.block_kv, shape.head_dim)
     return compat.mosaic_call(
         functools.partial(_kernel, plan=plan, shape=shape),
         name=name,
         grid=grid,
-        num_threads=workers + 1,
+        num_threads=shape.workers + 1,
         out_type=out_type,
-        scratch_types=scratch,
+        scratch_types=scratch.of(shape, out_type[0].dtype),
         interpret=interpret,
     )
 
 
-def _kernel(*refs, plan: Callable[..., Work], shape: Shape, **scratch):
+def _kernel(*refs, plan: Callable[..., Work], shape: Shape, **rooms):
     plgpu = compat.mosaic()
     warpgroup, work = lax.axis_index("warpgroup"), plan(*refs)
 
@@ -115,13 +81,13 @@ def _kernel(*refs, plan: Callable[..., Work], shape: Shape, **scratch):
     def _():
         if shape.workers > 1:
             plgpu.set_max_registers(_WORKER_REGISTERS, action="increase")
-        _multiply(warpgroup, work, shape, **scratch)
+        _multiply(warpgroup, work, shape, **rooms)
 
     @pl.when(warpgroup == shape.workers)
     def _():
         if shape.workers > 1:
             plgpu.set_max_registers(_LOADER_REGISTERS, action="decrease")
-        _load(work, shape, **scratch)
+        _load(work, shape, **rooms)
 
 
 def _load(work, shape, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free, **_):
@@ -132,13 +98,16 @@ def _load(work, shape, *, q_s, k_s, v_s, q_full, k_full, v_full, k_free, v_free,
 
     def load(index, count, tiles):
         stage = lax.rem(count, jnp.int32(shape.num_stages))
-        both = ((tiles.keys, k_s, k_full, k_free), (tiles.values, v_s, v_full, v_free))
-        for refs, to, full, free in both:
+        keys = (shape.keys, tiles.keys, k_s, k_full, k_free)
+        values = (shape.values, tiles.values, v_s, v_full, v_free)
+        for reader, refs, rooms, full, free in (keys, values):
             pl.when(count >= shape.num_stages)(
                 functools.partial(plgpu.barrier_wait, free.at[stage])
             )
-            for ref, room in zip(refs, to, strict=True):
-                plgpu.copy_gmem_to_smem(tiles.tile(ref, index), room.at[stage], full.at[stage])
+            for x, ref, room in zip(reader.stored(shape.block_kv), refs, rooms, strict=True):
+                tile = tiles.tile(ref, index, x.slots)
+                for to in x.places(room.at[stage]):
+                    plgpu.copy_gmem_to_smem(tile, to, full.at[stage])
         return count + 1
 
     count = jnp.int32(0)
@@ -169,7 +138,7 @@ def _multiply(
         count, maximum, total, summed = carry
         stage = lax.rem(count, jnp.int32(shape.num_stages))
         plgpu.barrier_wait(k_full.at[stage])
-        keys = shape.reader.matrix(k_s, stage, unpacked_k)
+        keys = shape.keys.matrix(k_s, stage, unpacked_k)
         scores = product(q, keys.T, shape.block_kv) * shape.softmax_scale
         plgpu.barrier_arrive(k_free.at[stage])
         if mask is not None:
@@ -181,7 +150,7 @@ def _multiply(
         p[...] = weights.astype(shape.dtype)
         plgpu.commit_smem()
         plgpu.barrier_wait(v_full.at[stage])
-        seen = product(p, shape.reader.matrix(v_s, stage, unpacked_v), shape.head_dim)
+        seen = product(p, shape.values.matrix(v_s, stage, unpacked_v), shape.head_dim)
         plgpu.barrier_arrive(v_free.at[stage])
         summed = summed * lax.broadcast_in_dim(shrink, summed.shape, [0]) + seen
         return count + 1, maximum, total, summed

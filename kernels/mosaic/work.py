@@ -52,8 +52,13 @@ class Shape:
     num_stages: int
     head_dim: int
     dtype: DTypeLike  # of queries
-    reader: Reader
+    keys: Reader
+    values: Reader
     softmax_scale: float
+
+    @property
+    def packed(self) -> bool:
+        return isinstance(self.keys, reader.Unpacking)
 
     @classmethod
     def of(
@@ -62,6 +67,7 @@ class Shape:
         block_q: int,
         q: Array,
         k: Array | Packed,
+        v: Array | Packed,
         softmax_scale: float,
     ) -> "Shape":
         """Return the sizes for some tiles.
@@ -69,8 +75,9 @@ class Shape:
         Raises:
           ValueError: the tiles are not those of warpgroups.
         """
-        most = ROWS if isinstance(k, Packed) else 2 * ROWS  # one warpgroup unpacks a tile
-        if block_q % ROWS or not ROWS <= block_q <= most or tiles.block_kv % ROWS:
+        # One warpgroup unpacks a tile, which is a block of 2 bits.
+        sizes = (ROWS,) if isinstance(k, Packed) else (ROWS, 2 * ROWS)
+        if block_q not in sizes or tiles.block_kv not in sizes:
             raise ValueError(f"{tiles} have not 64 or, unpacked, 128 queries by 64 or 128 keys")
         return cls(
             workers=block_q // ROWS,
@@ -78,7 +85,8 @@ class Shape:
             num_stages=tiles.num_stages,
             head_dim=q.shape[-1],
             dtype=q.dtype,
-            reader=reader.of(k, q),
+            keys=reader.of(k, q),
+            values=reader.of(v, q),
             softmax_scale=softmax_scale,
         )
 
@@ -92,6 +100,15 @@ def name(op: str, k: Array | Packed, pages: Pages | None) -> str:
     """Return the name of a kernel."""
     packed, paged = "_packed" * isinstance(k, Packed), "_paged" * (pages is not None)
     return f"{op}{packed}{paged}_mosaic"
+
+
+def cached(x: Array | Packed) -> list[Array]:
+    """Return what is stored of cached keys or values, as inputs of a kernel.
+
+    Scales by channel are 16 bytes long anyway.
+    """
+    by_channel = isinstance(x, Packed) and x.layout.by == "channel"
+    return [y if by_channel else aligned(y, axis=2) for y in reader.arrays(x)]
 
 
 def aligned(x: Array, *, axis: int) -> Array:

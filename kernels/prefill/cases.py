@@ -12,6 +12,7 @@ from kernels.case import Cost, Piece, per_row
 from kernels.dispatch import Implementation
 from kernels.equivalent import Call, Equivalent, UnsuitableError, tokens_first
 from kernels.gpu import Gpu
+from kernels.mosaic import tiles as mosaic_tiles
 from kernels.prefill.api import prefill_attention
 from kernels.prefill.heuristic import choose_tiles
 from kernels.tiles import LONG_WALKS, AttentionTiles
@@ -62,6 +63,14 @@ class PrefillCase(CachedCase):
 
     def other_tiles(self, *, gpu: Gpu) -> list[AttentionTiles]:
         return self.only_suitable(LONG_WALKS, self.tiles(gpu=gpu).block_kv)
+
+    def mosaic_tiles(self, *, gpu: Gpu) -> list[AttentionTiles]:
+        del gpu
+        packed = self.bits is not None
+        chosen = mosaic_tiles.for_attention(
+            length=self.length, head_dim=self.head_dim, packed=packed
+        )
+        return mosaic_tiles.attention_candidates(chosen, packed=packed)
 
     def cost(self) -> Cost:
         seen = [np.maximum(start + 1 + np.arange(self.length), 0) for start in self.starts]

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels import masks
-from kernels.mosaic import reader, source, walk, work
+from kernels.mosaic import source, walk, work
 from kernels.packed import Packed
 from kernels.pages import Pages, num_slots
 from kernels.tile_io import cdiv
@@ -50,12 +50,11 @@ def prefill_attention(
         slots=num_slots(k, pages),
         tiles=tiles,
     )
-    stored = [work.aligned(x, axis=2) for y in (k, v) for x in reader.arrays(y)]
     return attend(
         plan,
         q,
-        k,
-        (starts.astype(jnp.int32), *table, *stored),
+        (k, v),
+        (starts.astype(jnp.int32), *table, *work.cached(k), *work.cached(v)),
         name=work.name("duo_prefill", k, pages),
         softmax_scale=softmax_scale,
         tiles=tiles,
@@ -66,7 +65,7 @@ def prefill_attention(
 def attend(
     plan: Callable[..., work.Work],
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Array | Packed,
+    kv: tuple[Array | Packed, Array | Packed],
     operands: tuple[Array, ...],
     *,
     name: str,
@@ -76,7 +75,7 @@ def attend(
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """Run a plan, of refs of q, the operands, output and lse, for all blocks of queries.
 
-    `k` tells the format of keys and values.
+    `kv` tells the formats of keys and values.
     """
     batch, length, num_q_heads, _ = q.shape
     num_blocks = cdiv(length, tiles.block_q)
@@ -85,7 +84,7 @@ def attend(
         plan,
         name=name,
         grid={"row": batch, "head": num_q_heads, "block": num_blocks},
-        shape=work.Shape.of(tiles, tiles.block_q, q, k, softmax_scale),
+        shape=work.Shape.of(tiles, tiles.block_q, q, *kv, softmax_scale),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((batch, num_q_heads, num_blocks * tiles.block_q), jnp.float32),
@@ -131,7 +130,7 @@ def plan_causal(
     last = lse.shape[2] // block_q - 1
     first_row = (last - lax.axis_index("block")) * block_q
     first_position = starts[row] + first_row
-    tile = tile_of(*table, row, lax.div(head, group), block_kv)
+    tile = tile_of(*table, row, lax.div(head, group))
 
     def visible(rows, positions):
         return masks.causal_pairs(first_position + rows, positions) & (positions < slots)

@@ -94,7 +94,7 @@ def _streaming_attention(
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     sizes = {"sink_size": sink_size, "recent_size": recent_size, "softmax_scale": softmax_scale}
 
-    def run_triton(interpret: bool):
+    def by_triton(q, k, v, interpret: bool = False):
         chosen = tiles or choose_tiles(
             length=q.shape[1], head_dim=q.shape[3], dtype=q.dtype, gpu=compat.tile_gpu()
         )
@@ -113,13 +113,15 @@ def _streaming_attention(
         if past is not None:
             return kernel(q, k, v, past)
         if implementation == "auto":
-            kernel = gradient.by(functools.partial(xla.streaming_attention, **sizes), kernel)
+            by_xla = functools.partial(xla.streaming_attention, **sizes)
+            kernel = gradient.for_auto(kernel, triton=by_triton, xla=by_xla)
         return kernel(q, k, v)
 
     return dispatch(
         implementation,
+        op="streaming",
         xla=lambda: xla.streaming_attention(q, k, v, past=past, **sizes),
-        triton=run_triton,
+        triton=functools.partial(by_triton, q, k, v),
         refusal=limits.refusal(q, k, v, *(past.buffers() if past is not None else ())),
         mosaic=run_mosaic,
         mosaic_refusal=limits.mosaic_refusal(q),

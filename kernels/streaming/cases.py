@@ -14,6 +14,7 @@ from kernels.case import AttentionCase, Cost, per_row, to_numpy
 from kernels.dispatch import Implementation
 from kernels.equivalent import Call, Equivalent
 from kernels.gpu import Gpu
+from kernels.mosaic import tiles as mosaic_tiles
 from kernels.streaming.api import streaming_attention
 from kernels.streaming.heuristic import choose_tiles
 from kernels.streaming.past import Past
@@ -80,6 +81,13 @@ class StreamingCase(AttentionCase):
         part = "backward" if self.gradient else "forward"
         chosen = self.tiles(gpu=gpu)
         return [dataclasses.replace(chosen, **{part: tiles}) for tiles in SHORT_WALKS]
+
+    def mosaic_tiles(self, *, gpu: Gpu) -> list[ForwardBackwardTiles]:
+        del gpu
+        chosen = mosaic_tiles.for_sequence(
+            length=self.length, head_dim=self.head_dim, window=self.recent_size
+        )
+        return mosaic_tiles.sequence_candidates(chosen)
 
     def cost(self) -> Cost:
         starts = np.array(self.lengths or (0,) * self.batch)

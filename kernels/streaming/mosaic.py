@@ -49,7 +49,7 @@ def streaming_attention(
     return attend(
         plan,
         q,
-        k,
+        (k, v),
         (past.lengths.astype(jnp.int32), *(work.aligned(x, axis=1) for x in (k, v)), *cached),
         name="duo_streaming_mosaic",
         softmax_scale=options.softmax_scale,
@@ -92,7 +92,7 @@ def _plan(
             return seen & (positions >= sink_size) if window else seen  # sinks count once
 
         return work.Range(
-            tile=tile_of(row, kv_head, block_kv),
+            tile=tile_of(row, kv_head),
             keys=refs[:1],
             values=refs[1:],
             first=lax.div(first, block_kv),

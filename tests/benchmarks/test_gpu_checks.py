@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 
 from benchmarks.gpu import arrays, checks, rivals
 from benchmarks.gpu.settings import real
+from kernels.all_cases import served_by_mosaic
 from kernels.decode.cases import DecodeCase
 from kernels.equivalent import UnsuitableError
 from kernels.full.cases import FullCase
@@ -182,3 +183,5 @@ def test_tile_sizes_to_try_begin_with_the_ops_own_and_differ(op):
         found = case.candidates(gpu=H200)
         assert found[0] == case.tiles(gpu=H200)
         assert len(set(found)) == len(found) >= 10
+        found = case.candidates(gpu=H200, mosaic=True)
+        assert len(set(found)) == len(found) >= 3 * served_by_mosaic(case)

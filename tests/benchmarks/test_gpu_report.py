@@ -8,9 +8,10 @@ import time
 import pytest
 
 from benchmarks import gpu_report
-from benchmarks.gpu import block_sweep, models, rivals, summary, tables, targets
+from benchmarks.gpu import block_sweep, models, mosaic, rivals, summary, tables, targets
 from benchmarks.gpu.settings import DECODE_500K, FULL_32K, STREAMING_32K, packed_name, smoke
 from benchmarks.gpu.tables import Stage
+from kernels import dispatch
 from tests.benchmarks.gpu_tables import new_table
 from tests.processes import without_plugin_log
 
@@ -37,6 +38,10 @@ def test_smoke_run_writes_every_table(tmp_path, monkeypatch, capsys):
     for row in found["kernels"]["rows"]:
         assert row["flops_per_second"] == pytest.approx(row["flops"] / row["seconds"]["median"])
         assert set(row["rivals"]) == set(rivals.TIMERS)
+        assert row["mosaic"]["speedup"] == pytest.approx(
+            row["seconds"]["median"] / row["mosaic"]["seconds"]["median"]
+        )
+    assert [row["name"] for row in found["checks"]["rows"]][-1] == "mosaic, streaming: odd length"
     duo = [row for row in found["serving"]["rows"] if row["name"] == "duo"]
     duo.sort(key=lambda row: row["what"])
     assert [row.get("context", row.get("length")) for row in duo] == [64, 32, 32]
@@ -48,7 +53,7 @@ def test_smoke_run_writes_every_table(tmp_path, monkeypatch, capsys):
     printed = out.splitlines()
     printed = printed[next(i for i, line in enumerate(printed) if line.startswith("SMOKE")) :]
     assert len(printed) <= 40
-    assert "checks: 3 passed, 0 failed, 0 not reached" in out
+    assert "checks: 4 passed, 0 failed, 0 not reached" in out
     for bits, floor in ((8, 4488 / 1584), (4, 4488 / 1056), (2, 4488 / 693)):
         line = next(x for x in printed if f"500K, int{bits} KV: " in x)
         assert float(line.split("floor ")[1].split("x")[0]) == pytest.approx(floor, abs=0.01)
@@ -60,7 +65,10 @@ def test_smoke_run_writes_every_table(tmp_path, monkeypatch, capsys):
 def test_a_sweep_writes_the_best_of_what_it_tried(tmp_path):
     table = new_table(tmp_path)
     block_sweep.run(smoke(), table)
-    assert len(table.rows) == 6
+    assert [row["name"] for row in table.rows if row["name"].startswith("mosaic")] == [
+        f"mosaic, prefill: {FULL_32K}"
+    ]
+    assert len(table.rows) == 7
     for row in table.rows:
         assert row["best"]["seconds"] <= row["default"]["seconds"]
 
@@ -77,7 +85,7 @@ def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys, monk
         "tiny duo, decode at 64", "tiny full, decode at 64",
     ]  # fmt: skip
     assert found["status"] == "out of time"
-    assert "checks: 0 passed, 0 failed, 3 not reached" in capsys.readouterr().out
+    assert "checks: 0 passed, 0 failed, 4 not reached" in capsys.readouterr().out
 
 
 def test_a_real_run_needs_a_gpu_and_says_so():
@@ -158,10 +166,13 @@ def test_targets_are_judged_by_what_was_measured(tmp_path):
             of_ceiling=ceiling, **row,
         )  # fmt: skip
 
-    add("decode", "long", 1.0, copy=0.86)
-    add("decode", "longer", 1.0, copy=0.84)
+    add("decode", "long", 1.0, copy=0.86, mosaic={"of_ceiling": {"copy": 0.93}})
+    add("decode", "longer", 1.0, copy=0.84, mosaic={"of_ceiling": {"copy": 0.91}})
     add("decode", "a ring", 1.0, num_bytes=1e6, copy=0.1)
-    add("prefill", FULL_32K, 1.0, rivals={"jax.nn cudnn": {"ours_is_faster_by": 0.7}})
+    add(
+        "prefill", FULL_32K, 1.0, rivals={"jax.nn cudnn": {"ours_is_faster_by": 0.7}},
+        mosaic={"flops_per_second": 4.4e14},
+    )  # fmt: skip
     add("streaming", STREAMING_32K, 0.05)
     add("decode", DECODE_500K, 0.006, num_bytes=1e6)
     add("decode_packed", packed_name(4), 0.003, num_bytes=4e5)
@@ -182,4 +193,22 @@ def test_targets_are_judged_by_what_was_measured(tmp_path):
         ("met", 2.6 / 2.7),
     ]
     assert judged("NVIDIA H200")[1] == ("reported", 0.7)
-    assert set(judged("NVIDIA H200")[6:]) == {("not measured", None)}
+    assert judged("NVIDIA H200")[4:6] == [("met", 0.91), ("not met", 440.0)]
+    assert judged("NVIDIA H200")[6:8] == judged("NVIDIA A100-SXM4-80GB")[4:6]
+    assert set(judged("NVIDIA H200")[8:]) == {("not measured", None)}
+
+
+def test_auto_may_take_mosaic_for_what_is_faster_in_every_case_of_a_hopper():
+    def timed(op, speedup):
+        return {"op": op, "mosaic": {"speedup": speedup}}
+
+    rows = [timed("decode", 1.3), timed("decode", 1.1), timed("full", 1.3), timed("full", 1.01)]
+    rows += [{"op": "merge", "mosaic": {"skipped": "no kernel"}}, {"name": "x", "failed": "y"}]
+    result = {"smoke": False, "hardware": "NVIDIA H200, 16 cores", "rows": rows}
+    assert mosaic.faster_ops(result) == {"decode"}
+    for other in (None, {**result, "smoke": True}, {**result, "hardware": "NVIDIA A100"}):
+        assert mosaic.faster_ops(other) == set()
+
+
+def test_auto_follows_the_committed_run():
+    assert mosaic.faster_ops(mosaic.committed()) == dispatch.MOSAIC_IS_FASTER
