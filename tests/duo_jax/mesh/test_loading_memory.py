@@ -18,19 +18,19 @@ import pytest
 from convert import __main__ as convert
 from tests import models
 
-# 143 MB, of which 34 MB are the embedding, the largest tensor.
+# 88 MB, of which 34 MB are the embedding, the largest tensor.
 RAW = models.llama(
     vocab_size=16_384,
     hidden_size=512,
     intermediate_size=1536,
-    num_hidden_layers=8,
+    num_hidden_layers=4,
     num_attention_heads=8,
     num_key_value_heads=8,
     head_dim=64,
     tie_word_embeddings=True,
 )
 LARGEST = 16_384 * 512 * 4
-BESIDE = 40e6  # what programs and threads take, and libraries keep
+BESIDE = 24e6  # what programs and threads take, and libraries keep
 # What is freed goes back to the system, and is not counted.
 EXACT = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
 
@@ -50,7 +50,7 @@ def _measure(folder: pathlib.Path) -> dict[str, int]:
     from duo_jax.mesh.devices import make_mesh
 
     mesh = make_mesh(jax.devices())
-    heads = np.arange(8)[None] % 2 == np.ones((8, 1))  # in another order than in the files
+    heads = np.arange(8)[None] % 2 == np.ones((4, 1))  # in another order than in the files
     weight_files = open_weights(folder)  # imports what it needs
     before = most = _anonymous()
     done = threading.Event()
@@ -89,12 +89,12 @@ def load(folder: pathlib.Path) -> dict[str, int]:
 
 
 def check(found: dict[str, int]) -> None:
-    assert 140e6 < found["held"] < 145e6
-    print(found)
+    assert 85e6 < found["held"] < 90e6
     assert found["grew"] < found["held"] + LARGEST + BESIDE, found
     assert found["stays"] < found["held"] + BESIDE, found
 
 
+@pytest.mark.slow
 def test_safetensors_are_loaded_in_parts(folder):
     check(load(folder))
 
