@@ -110,8 +110,8 @@ def _attend_token(
     both, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=full, ring=ring)
     if cut:  # to each device its heads, of all devices
         parts = jax.lax.all_to_all(jnp.stack(jnp.split(both, num, axis=2)), MODEL, 0, 0)
-    else:
-        parts = jax.lax.all_gather(both, MODEL)
+    else:  # a group of one device has no one to ask
+        parts = jax.lax.all_gather(both, MODEL) if num > 1 else both[None]
     return merge_lse(parts[..., :-1], parts[..., -1])[0].astype(dtype), cache
 
 
