@@ -106,31 +106,6 @@ def test_a_server_answers_what_one_device_does():
     assert answer["choices"][0]["text"] == model(1).generate(PROMPTS[:1], max_new_tokens=12)[0]
 
 
-@pytest.mark.parametrize(
-    ("number", "keep_by", "kv"),
-    [
-        (8, "snapkv", "model"),
-        pytest.param(8, "kvzip", "model", marks=pytest.mark.slow),
-        pytest.param(2, "kvzip", "int8", marks=pytest.mark.slow),
-    ],
-)
-def test_tokens_are_evicted_as_on_one_device(tmp_path, number, keep_by, kv):
-    text = "The third passkey to the vault is charlie lima. " * 9
-    texts, bytes_ = [], []
-    for devices in (1, number):
-        book = model(devices, keep=0.5, keep_by=keep_by, kv=kv).conversation()
-        book.append(text)
-        texts.append([book.generate(" What is it?", max_new_tokens=8)])
-        cache = book.session.cache
-        bytes_.append((np.asarray(cache.kept).tolist(), cache.nbytes))
-        book.save(tmp_path / str(devices))
-        texts[-1].append(book.generate(" And the first?", max_new_tokens=8))
-    assert texts[0] == texts[1]
-    assert bytes_[0] == bytes_[1]
-    again = model(number, keep=0.5, keep_by=keep_by, kv=kv).load_conversation(tmp_path / "1")
-    assert again.generate(" And the first?", max_new_tokens=8) == texts[0][1]
-
-
 @pytest.mark.slow
 def test_perplexity_is_that_of_one_device():
     tokens = np.arange(2, 200) % 50 + 2
