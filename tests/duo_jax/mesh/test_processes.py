@@ -121,12 +121,11 @@ def test_a_process_that_is_alone_on_its_host_gets_all_gpus(monkeypatch, environm
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    recoverable = jax.config.read("jax_enable_recoverability")
     try:
         with pytest.raises(InputError, match="do not find each other: not here"):
             cluster.ClusterFlags(coordinator="auto").joined().__enter__()
     finally:
-        jax.config.update("jax_enable_recoverability", recoverable)
+        jax.config.update("jax_enable_recoverability", False)  # as before
     assert given[0]["local_device_ids"] == ([] if alone else None)
 
 
