@@ -158,7 +158,11 @@ def _attend_chunk(
         out, lse = _merged_own_tokens(out, lse, num)
         if cache.votes is not None:
             lse = jax.lax.all_gather(lse, MODEL, axis=1, tiled=True)
-            voted = {"kept": layer_input.kept, "num_tokens": num_tokens, "voters": voters}
+            voted: dict[str, Any] = {
+                "kept": layer_input.kept,
+                "num_tokens": num_tokens,
+                "voters": voters,
+            }
             cache = count_votes(cache, q, lse, **voted, device=device, num_devices=num)
         return out, cache
 

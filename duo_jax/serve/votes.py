@@ -13,7 +13,7 @@ one by one, and nothing as large as the cache is made.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +53,11 @@ def count_votes(
     """
     assert cache.votes is not None
     before, length = cache.votes[..., 0], q.shape[1]
-    place = {"kept": kept, "num_tokens": num_tokens, "stripe": (device, num_devices)}
+    place: dict[str, Any] = {
+        "kept": kept,
+        "num_tokens": num_tokens,
+        "stripe": (device, num_devices),
+    }
     if voters == "latest":
         count = min(LATEST, length)
         at = num_tokens[:, None] - count + jnp.arange(count, dtype=num_tokens.dtype)[None, :]
