@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from duo_jax.checkpoints.orbax_checkpoint import nested, orbax_path, quiet_orbax, stored_shapes
+from duo_jax.checkpoints.orbax_checkpoint import nested, orbax_path, stored_shapes
+from duo_jax.checkpoints.quiet_orbax import quiet_orbax
 from duo_jax.checkpoints.tensor_info import cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.checkpoints.weights import WeightFiles, read_array

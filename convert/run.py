@@ -12,7 +12,7 @@ from tqdm import tqdm
 from convert import checkpoint_writer, gguf_metadata, huggingface_writer, other_files
 from convert.config import ConvertConfig
 from convert.pickled_files import PickledFiles
-from duo_jax.checkpoints import gguf, pretrained
+from duo_jax.checkpoints import gguf, placed, pretrained
 from duo_jax.checkpoints.orbax_checkpoint import (
     MARKER_FILE,
     PARAMS_FOLDER,
@@ -69,7 +69,7 @@ def convert(flags: ConvertConfig) -> None:
         left_out = []
         if gguf.is_gguf(source):
             stored = {weight_files.dtype(tensor) for tensor in tensors}
-            gguf_metadata.write(source, folder, dtype=pretrained.common_dtype(stored).name)
+            gguf_metadata.write(source, folder, dtype=placed.common_dtype(stored).name)
         else:
             left_out = other_files.copy(source, folder)
         if dtype is not None:

@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 from msgspec import Meta
 
 from duo_jax import files
-from duo_jax.checkpoints.orbax_checkpoint import orbax_path, quiet_orbax
+from duo_jax.checkpoints.orbax_checkpoint import orbax_path
+from duo_jax.checkpoints.quiet_orbax import quiet_orbax
 from duo_jax.cli import workdir
 from duo_jax.errors import InputError, cut
 from duo_jax.process import signals

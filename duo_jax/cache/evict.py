@@ -13,9 +13,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Shaped
 
+from duo_jax.cache import stripes
 from duo_jax.cache.state import Cache, KVCache, LayerCache
+from duo_jax.mesh.devices import DATA, MODEL, AnyMesh, num_parts
 
 # SnapKV (arXiv 2404.14469, section 5.3): the votes of neighbours are pooled, so that a token brings
 # its surroundings along; the latest tokens, which voted, all stay.
@@ -27,6 +30,7 @@ def evict(cache: Cache, keep: Sequence[int], *, slots: int) -> Cache:
     """Return a cache that holds `keep[b]` tokens of row b in each full cache.
 
     Layers are made one by one; if the caller holds the cache no more, so are the old ones freed.
+    Of several devices that share it, each gathers a layer's tokens from all, and takes its own.
 
     Args:
       cache: its full caches have votes; used up.
@@ -34,13 +38,14 @@ def evict(cache: Cache, keep: Sequence[int], *, slots: int) -> Cache:
       slots: of the new buffers, at least the largest of `keep`.
     """
     before, after = cache.kept, jnp.array(np.asarray(keep), jnp.int32)
-    layers, lengths = list(cache.layers), cache.lengths
+    layers, lengths, mesh = list(cache.layers), cache.lengths, cache.mesh
+    slots = -(-slots // num_parts(mesh)) * num_parts(mesh)
     del cache
     for number, layer in enumerate(layers):
-        full = tuple(_compacted(part, before, after, slots=slots) for part in layer.full)
+        full = tuple(_compacted(part, before, after, slots=slots, mesh=mesh) for part in layer.full)
         layers[number] = LayerCache(full=full, streaming=layer.streaming)
         del layer
-    return Cache(layers=tuple(layers), lengths=lengths, kept=after)
+    return Cache(layers=tuple(layers), lengths=lengths, kept=after, mesh=mesh)
 
 
 def without_votes(cache: Cache) -> Cache:
@@ -56,17 +61,55 @@ def without_votes(cache: Cache) -> Cache:
     return dataclasses.replace(cache, layers=tuple(layers))
 
 
-@functools.partial(jax.jit, static_argnames="slots")
+@functools.partial(jax.jit, static_argnames=("slots", "mesh"))
 def _compacted(
-    part: KVCache, kept: Int[Array, " batch"], keep: Int[Array, " batch"], *, slots: int
+    part: KVCache,
+    kept: Int[Array, " batch"],
+    keep: Int[Array, " batch"],
+    *,
+    slots: int,
+    mesh: AnyMesh | None,
 ) -> KVCache:
     """Return the chosen tokens of every head, in buffers of `slots`."""
     assert part.votes is not None
-    ranked = jnp.argsort(-_pooled(part.votes[..., 0], kept), axis=-1, stable=True)[..., :slots]
+    if mesh is None:
+        at = _chosen(part.votes, kept, keep, slots=slots)
+        return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, at, axis=2), part)
+    rows, specs = PartitionSpec(DATA), jax.tree.map(lambda _: stripes.FULL, part)
+    local = functools.partial(_compacted_stripe, slots=slots, num=num_parts(mesh))
+    some = jax.shard_map(
+        local, mesh=mesh, in_specs=(specs, rows, rows), out_specs=specs, check_vma=False
+    )
+    return some(part, kept, keep)
+
+
+def _compacted_stripe(
+    part: KVCache, kept: Int[Array, " batch"], keep: Int[Array, " batch"], *, slots: int, num: int
+) -> KVCache:
+    """Return those of the chosen tokens that one of several devices holds from now on."""
+
+    def in_order(leaf: Shaped[Array, "batch kv_heads slots _"]) -> Array:
+        every = jax.lax.all_gather(leaf, MODEL, axis=3)
+        return every.reshape(*leaf.shape[:2], -1, leaf.shape[3])
+
+    assert part.votes is not None
+    at = _chosen(in_order(part.votes), kept, keep, slots=slots)
+    own = at.reshape(*at.shape[:2], -1, num, 1)[:, :, :, jax.lax.axis_index(MODEL)]
+    return jax.tree.map(lambda leaf: jnp.take_along_axis(in_order(leaf), own, axis=2), part)
+
+
+def _chosen(
+    votes: Float[Array, "batch kv_heads slots 1"],
+    kept: Int[Array, " batch"],
+    keep: Int[Array, " batch"],
+    *,
+    slots: int,
+) -> Int[Array, "batch kv_heads _ 1"]:
+    """Return the slots of the tokens that stay, in order; then any, up to `slots`."""
+    ranked = jnp.argsort(-_pooled(votes[..., 0], kept), axis=-1, stable=True)[..., :slots]
     chosen = jnp.arange(ranked.shape[-1])[None, None, :] < keep[:, None, None]
-    at = jnp.sort(jnp.where(chosen, ranked, part.slots), axis=-1)
-    at = jnp.minimum(at, part.slots - 1)[..., None]
-    return jax.tree.map(lambda leaf: jnp.take_along_axis(leaf, at, axis=2), part)
+    at = jnp.sort(jnp.where(chosen, ranked, votes.shape[2]), axis=-1)
+    return jnp.minimum(at, votes.shape[2] - 1)[..., None]
 
 
 def _pooled(

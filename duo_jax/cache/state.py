@@ -157,7 +157,7 @@ def init_cache(
       num_pages: makes full caches pools of so many pages. Default: no pages; every row has
         `max_len` slots of its own.
       page_size: slots of a page.
-      mesh: devices that share the cache, in other formats than "int2" and without votes.
+      mesh: devices that share the cache, in other formats than "int2".
 
     Raises:
       InputError: as `check_kv_format`; groups of devices cannot share the rows evenly.
@@ -189,7 +189,6 @@ def empty(
     """Return what `init_cache` does, all of it on one device."""
     kv_format = check_kv_format(config, kv)
     assert not ((votes or mesh) and kv_format == "int2")
-    assert not (votes and mesh)
     architecture, slots = config.architecture, _whole_blocks(max_len, kv_format, num_parts(mesh))
     rows, pages = batch_size, None
     if num_pages is not None:

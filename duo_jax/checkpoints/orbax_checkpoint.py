@@ -13,24 +13,22 @@ layers/0/self_attn/q_proj/kernel to layers/31/self_attn/q_proj/kernel. A quantis
 (duo_jax.model.quantised_weights) is stored as two arrays, kernel/values and kernel/scales.
 """
 
-import asyncio
-import contextlib
-import logging
 import pathlib
-import sys
-import threading
-import warnings
-from collections.abc import Iterator
 from typing import Any, get_args
 
+import jax
 import msgspec
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from duo_jax.checkpoints import tensor_info, tensor_names
+from duo_jax.checkpoints.quiet_orbax import quiet_orbax
 from duo_jax.checkpoints.tensor_info import DTYPES, TensorInfo
 from duo_jax.checkpoints.tensor_names import Path, Tensor
 from duo_jax.errors import InputError, quoted
 from duo_jax.files import absolute, check_folder, exists
+from duo_jax.mesh import weights as mesh_weights
+from duo_jax.mesh.devices import fetched
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_weights import (
     QuantisedKernel,
@@ -49,8 +47,6 @@ PARAMS_FOLDER = "params"
 FORMAT = "duo_jax checkpoint"
 VERSION = 1
 QUANTISED_VERSION = 2  # readers that predate quantised weights refuse it
-_COMPLAINING = ("absl", "asyncio")  # loggers, of what is raised as well
-_LONGEST_WAIT = 30.0  # seconds for orbax' threads to end after an error
 
 
 class _Marker(msgspec.Struct):
@@ -106,29 +102,56 @@ class CheckpointFiles:
         return np.dtype(self._metadata[first].dtype)
 
     def read(self, tensor: Tensor) -> np.ndarray | QuantisedKernel:
-        parts = [self._read(path) for path in stored_shapes(tensor, self.format)]
+        return self._joined(
+            [np.asarray(self._read(path)) for path in stored_shapes(tensor, self.format)]
+        )
+
+    def read_onto(self, mesh: Mesh, tensor: Tensor) -> jax.Array | QuantisedKernel:
+        """Read one tensor straight onto devices: each process reads what belongs to its own.
+
+        Args:
+          mesh: the devices, which share it as duo_jax.mesh.weights says.
+          tensor: in the type that it is stored in; all processes must ask for it.
+
+        Raises:
+          InputError: it is damaged.
+        """
+        parts = []
+        for path, shape in stored_shapes(tensor, self.format).items():
+            end = path[len(stored_path(tensor)) :]
+            cut = mesh_weights.spec(mesh, (*tensor.path, *end), shape)
+            parts.append(self._read(path, NamedSharding(mesh, cut)))
+        return self._joined(parts)
+
+    def _joined(self, parts: list[Any]) -> Any:
+        """Return the arrays that a tensor is stored as, as one."""
         if len(parts) == 1:
             return parts[0]
         values, scales = parts
         return QuantisedKernel(values=values, scales=scales, format=self.format)
 
-    def _read(self, path: Path) -> np.ndarray:
+    def _read(self, path: Path, where: NamedSharding | None = None) -> Any:
         from orbax.checkpoint.experimental import v1 as ocp
 
+        target = self._metadata[path]
+        if where is not None:
+            target = jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=where)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         try:
             with quiet_orbax(), context:
-                leaf = ocp.load(str(self._path), nested({path: self._metadata[path]}))
+                leaf = ocp.load(str(self._path), nested({path: target}))
         except Exception as error:  # orbax and tensorstore have no common error for damaged files
             raise self._damaged(error) from None
         for key in path:
             leaf = leaf[key]
-        array, name = np.asarray(leaf), "/".join(path)
+        name = "/".join(path)
         # tensorstore checks only what describes arrays.
-        if self._digests is not None and self._digests.get(name) != checksums.of_array(array):
+        if self._digests is not None and self._digests.get(name) != checksums.of_array(
+            fetched(leaf)
+        ):
             raise InputError(f"{self._path} is damaged: {name} is not what was written")
-        return array
+        return leaf
 
     def _read_metadata(self) -> dict[Path, Any]:
         from orbax.checkpoint.experimental import v1 as ocp  # takes a second to import
@@ -151,50 +174,6 @@ class CheckpointFiles:
     def _damaged(self, error: Exception) -> InputError:
         signals.check()  # which orbax may have turned into this error
         return InputError(f"{self._path} is damaged ({type(error).__name__}: {str(error)[:200]})")
-
-
-@contextlib.contextmanager
-def quiet_orbax() -> Iterator[None]:
-    """Keep orbax from printing errors that it also raises, and from working on after one.
-
-    It logs warnings and tracebacks, its threads also after the block has failed: they are waited
-    for. It ends its event loops at the first error of many; tasks that are left would go on
-    writing, and complain that their loop is closed. So its loops end when their tasks have.
-    """
-    before = set(threading.enumerate())
-    levels = {logging.getLogger(name): logging.getLogger(name).level for name in _COMPLAINING}
-    modules = [sys.modules[name] for name in ("asyncio", "uvloop") if name in sys.modules]
-    makers = [module.new_event_loop for module in modules]
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL)
-    for module in modules:
-        vars(module)["new_event_loop"] = _PatientLoop
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-            yield
-    except Exception:
-        for thread in set(threading.enumerate()) - before:
-            if type(thread).__module__.startswith("orbax."):
-                thread.join(_LONGEST_WAIT)
-        raise
-    finally:
-        for module, maker in zip(modules, makers, strict=True):
-            vars(module)["new_event_loop"] = maker
-        for logger, level in levels.items():
-            logger.setLevel(level)
-
-
-class _PatientLoop(asyncio.SelectorEventLoop):
-    """An event loop that closes when its tasks have ended, with whatever errors."""
-
-    def close(self) -> None:
-        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-            ended, _ = self.run_until_complete(asyncio.wait(tasks, timeout=_LONGEST_WAIT))
-            for task in ended:
-                if not task.cancelled():
-                    task.exception()  # asyncio logs one that nobody has asked for
-        super().close()
 
 
 def is_checkpoint(folder: pathlib.Path) -> bool:

@@ -11,7 +11,6 @@ import pathlib
 import re
 from typing import Any, get_args
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -21,10 +20,11 @@ from tqdm import tqdm
 from duo_jax.checkpoints import gguf, tokenizer_files
 from duo_jax.checkpoints.folder_kinds import refuse_what_is_no_model
 from duo_jax.checkpoints.orbax_checkpoint import nested
+from duo_jax.checkpoints.placed import common_dtype, placed_leaf, read_onto
 from duo_jax.checkpoints.safetensors_files import has_safetensors
 from duo_jax.checkpoints.tensor_info import copy_cast
 from duo_jax.checkpoints.tensor_names import Path, Tensor
-from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_weights, read_array
+from duo_jax.checkpoints.weights import WeightFiles, load_architecture, open_weights
 from duo_jax.errors import InputError
 from duo_jax.files import exists, is_file, is_folder
 from duo_jax.heads import split
@@ -138,7 +138,7 @@ def load_params(
     for tensor in weight_files.tensors:
         parts.setdefault(tensor.path, []).append(tensor)
     # The array is handed over, so that a leaf is on the device before the next one is read.
-    return nested({p: _placed_leaf(weight_files, ts, dtype, mesh) for p, ts in parts.items()})
+    return nested({p: placed_leaf(weight_files, ts, dtype, mesh) for p, ts in parts.items()})
 
 
 def load_split_params(
@@ -152,7 +152,8 @@ def load_split_params(
     """Load all parameters in serving form: one dict per layer, retrieval heads first.
 
     Loads tensor by tensor, so host memory peaks at about one tensor beyond what the device holds.
-    Each of several devices gets its part of the tensor from the host, and nothing else.
+    Each of several devices gets its part of the tensor, and nothing else; where a converted
+    checkpoint has the wanted type, each process reads only the parts of its own devices.
 
     Args:
       model: a Hugging Face folder, a converted checkpoint or a GGUF file; or one that is open.
@@ -185,12 +186,15 @@ def load_split_params(
     layers: list[dict[Path, Any]] = [{} for _ in heads]
     bar = tqdm(weight_files.tensors, desc="weights", unit="tensor", leave=False, disable=None)
     for tensor in bar:
-        leaf = weight_files.read(tensor)
-        if not quantised(tensor):
-            assert isinstance(leaf, np.ndarray), f"{tensor.name} is stored quantised"
-            array = np.empty(tensor.shape, np.dtype(dtype))
-            copy_cast(array, leaf, tensor.name)
-            leaf = array
+        wanted = None if quantised(tensor) else np.dtype(dtype)
+        leaf = read_onto(mesh, weight_files, tensor, wanted)
+        if leaf is None:
+            leaf = weight_files.read(tensor)
+            if wanted is not None:
+                assert isinstance(leaf, np.ndarray), f"{tensor.name} is stored quantised"
+                array = np.empty(tensor.shape, wanted)
+                copy_cast(array, leaf, tensor.name)
+                leaf = array
         if tensor.layer is not None:
             leaf = split.reorder(
                 weight_files.architecture, tensor.path[-2:], leaf, heads[tensor.layer]
@@ -228,34 +232,6 @@ def _quantised(tensor: Tensor, leaf: split.Leaf, weight_format: WeightFormat) ->
     return quantise(
         np.asarray(leaf), module=tensor.path[-2], weight_format=weight_format, name=tensor.name
     )
-
-
-def _placed_leaf(
-    weight_files: WeightFiles, parts: list[Tensor], dtype: DTypeLike | None, mesh: Mesh | None
-) -> jax.Array:
-    """Read one leaf of the tree, its layers stacked, and move it to where it belongs."""
-    path = parts[0].path
-    if mesh is None or parts[0].layer is None:
-        return mesh_weights.put(mesh, path, _read_leaf(weight_files, parts, dtype))
-    leaves = (_read_leaf(weight_files, [part], dtype)[0] for part in parts)
-    return mesh_weights.stacked(mesh, path, leaves, number=len(parts))
-
-
-def _read_leaf(
-    weight_files: WeightFiles, parts: list[Tensor], dtype: DTypeLike | None
-) -> np.ndarray:
-    """Read one leaf of the tree, its layers stacked."""
-    if dtype is None:
-        dtype = common_dtype({weight_files.dtype(tensor) for tensor in parts})
-    leaf = np.empty((len(parts), *parts[0].shape), np.dtype(dtype))
-    for i, tensor in enumerate(parts):
-        copy_cast(leaf[i], read_array(weight_files, tensor), tensor.name)
-    return leaf if parts[0].layer is not None else leaf[0]
-
-
-def common_dtype(stored: set[np.dtype]) -> np.dtype:
-    """Return the one type in a set, else float32, which holds the values of every other exactly."""
-    return stored.pop() if len(stored) == 1 else np.dtype(np.float32)
 
 
 def _download(name: str, patterns: list[str]) -> pathlib.Path:

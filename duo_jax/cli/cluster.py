@@ -72,9 +72,9 @@ class ClusterFlags:
         if self.coordinator is None:
             yield
             return
-        where: dict[str, Any] = {}
+        where: dict[str, Any] = {"local_device_ids": [] if _alone_on_host() else None}
         if self.coordinator != AUTO:
-            where = {
+            where |= {
                 "coordinator_address": self.coordinator,
                 "num_processes": self.num_processes,
                 "process_id": self.process_id,
@@ -115,6 +115,17 @@ class ClusterFlags:
             except OSError as error:
                 raise InputError(f"the first process cannot be reached: {error}") from None
         return watch
+
+
+def _alone_on_host() -> bool:
+    """Whether a cluster's environment tells of one process for each host, which has all its GPUs.
+
+    Where there are several, jax gives each of them one GPU.
+    """
+    slurm = [os.environ.get(name) for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES")]
+    if None not in slurm:
+        return slurm[0] == slurm[1]
+    return os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def _short(error: Exception) -> str:

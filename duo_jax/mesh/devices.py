@@ -154,9 +154,14 @@ def on_one(tree: Tree, mesh: Mesh | None) -> Tree:
 
 def fetched(x: Shaped[Array | np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     """Return an array on the host, also where other processes hold parts of it: all must call."""
-    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+    if not isinstance(x, jax.Array) or x.is_fully_replicated:
         return np.asarray(x)
-    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    if not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    whole = np.empty(x.shape, x.dtype)
+    for part in x.addressable_shards:  # np.asarray(x) would stay in memory as long as x
+        whole[part.index] = np.asarray(part.data)
+    return whole
 
 
 def replicated(x: Tree, mesh: AnyMesh | None) -> Tree:

@@ -83,29 +83,38 @@ def shardings(
 
 
 def put(mesh: Mesh | None, path: tuple[str, ...], leaf: Any, *, stacked: bool = False) -> Any:
-    """Move a parameter from the host to the devices, to each its part; wait until it is there.
+    """Move a parameter to the devices, to each its part; wait until it is there.
 
     Args:
       mesh: the devices; None: the default one.
       path: as in `spec`.
-      leaf: a numpy array, or a quantised kernel of such; every process has all of it.
+      leaf: a numpy array, of which every process has all, or one that is on these devices already,
+        however it is cut; or a quantised kernel of such.
       stacked: as in `spec`.
     """
     if mesh is None:
         return jax.block_until_ready(jax.device_put(leaf))
     where = shardings(mesh, leaf, within=path, stacked=stacked)
-    return jax.block_until_ready(jax.tree.map(from_host, leaf, where))
+    return jax.block_until_ready(jax.tree.map(_put, leaf, where))
+
+
+def _put(x: Shaped[Array | np.ndarray, "..."], where: NamedSharding) -> Shaped[Array, "..."]:
+    return jax.device_put(x, where) if isinstance(x, jax.Array) else from_host(x, where)
 
 
 def stacked(
-    mesh: Mesh, path: tuple[str, ...], leaves: Iterable[Shaped[np.ndarray, "..."]], *, number: int
+    mesh: Mesh,
+    path: tuple[str, ...],
+    leaves: Iterable[Shaped[Array | np.ndarray, "..."]],
+    *,
+    number: int,
 ) -> Shaped[Array, "..."]:
     """Stack a parameter of all layers, layer by layer: no device has more than one of them twice.
 
     Args:
       mesh: the devices.
       path: of the parameter.
-      leaves: of every layer, on the host, of one shape and type.
+      leaves: of every layer, as in `put`, of one shape and type.
       number: of layers.
     """
     whole = None

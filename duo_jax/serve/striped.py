@@ -28,7 +28,7 @@ from duo_jax.cache import KVCache, LayerCache, stripes, update
 from duo_jax.heads.split import DuoConfig
 from duo_jax.mesh.devices import DATA, MODEL
 from duo_jax.serve.attention import LayerInput, NewKV, PrefillMode, Queries, by_part, rings_first
-from duo_jax.serve.votes import Voters
+from duo_jax.serve.votes import Voters, count_votes
 from kernels import (
     Implementation,
     Past,
@@ -52,14 +52,13 @@ def attend(
     implementation: Implementation,
 ) -> tuple[Queries, LayerCache]:
     """Do what `duo_jax.serve.attention.attend` does, for a cache on several devices."""
-    del voters  # such a cache has no votes
     mesh, length = layer_input.mesh, q.shape[1]
     assert mesh is not None
     num = mesh.shape[MODEL]
     if length == 1:
         local = functools.partial(_attend_token, num=num, config=config)
     else:
-        local = functools.partial(_attend_chunk, num=num, config=config, mode=mode)
+        local = functools.partial(_attend_chunk, num=num, config=config, mode=mode, voters=voters)
         missing = -length % num  # padding, as at the end of a row
         q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
     by_heads, specs = [_heads(x, num) for x in (q, k, v)], stripes.specs(layer_input)
@@ -111,8 +110,8 @@ def _attend_token(
     both, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=full, ring=ring)
     if cut:  # to each device its heads, of all devices
         parts = jax.lax.all_to_all(jnp.stack(jnp.split(both, num, axis=2)), MODEL, 0, 0)
-    else:
-        parts = jax.lax.all_gather(both, MODEL)
+    else:  # a group of one device has no one to ask
+        parts = jax.lax.all_gather(both, MODEL) if num > 1 else both[None]
     return merge_lse(parts[..., :-1], parts[..., -1])[0].astype(dtype), cache
 
 
@@ -125,6 +124,7 @@ def _attend_chunk(
     num: int,
     config: DuoConfig,
     mode: PrefillMode,
+    voters: Voters,
     implementation: Implementation,
 ) -> tuple[Float[Array, "batch length some_q_heads head_dim"], LayerCache]:
     """Attend with a chunk of a multiple of `num` tokens, on one device."""
@@ -155,7 +155,16 @@ def _attend_chunk(
         )
         q = jax.lax.all_gather(q, MODEL, axis=1, tiled=True)
         out, lse = _prefill(q, cache, layer_input.kept, num=num, **paged, **options)
-        return _merged_own_tokens(out, lse, num), cache
+        out, lse = _merged_own_tokens(out, lse, num)
+        if cache.votes is not None:
+            lse = jax.lax.all_gather(lse, MODEL, axis=1, tiled=True)
+            voted: dict[str, Any] = {
+                "kept": layer_input.kept,
+                "num_tokens": num_tokens,
+                "voters": voters,
+            }
+            cache = count_votes(cache, q, lse, **voted, device=device, num_devices=num)
+        return out, cache
 
     def ring_exact(q, k, v, cache):
         after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
@@ -242,13 +251,13 @@ def _prefill(
 
 def _merged_own_tokens(
     out: Queries, lse: Float[Array, "batch length q_heads"], num: int
-) -> Float[Array, "batch _ q_heads head_dim"]:
-    """Return the output of this device's share of a chunk, merged over all devices."""
+) -> tuple[Float[Array, "batch _ q_heads head_dim"], Float[Array, "batch _ q_heads"]]:
+    """Return output and log-sum-exp of this device's share of a chunk, merged over all devices."""
 
     def exchanged(x: Array) -> Array:
         return jax.lax.all_to_all(jnp.stack(jnp.split(x, num, axis=1)), MODEL, 0, 0)
 
-    return merge_lse(exchanged(out), exchanged(lse))[0]
+    return merge_lse(exchanged(out), exchanged(lse))
 
 
 def _past_of(first: Int[Array, ""], past: Past, k: NewKV, v: NewKV) -> Past:

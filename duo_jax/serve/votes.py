@@ -13,7 +13,7 @@ one by one, and nothing as large as the cache is made.
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +36,32 @@ def count_votes(
     kept: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
     voters: Voters,
+    device: Int[Array, ""] | int = 0,
+    num_devices: int = 1,
 ) -> KVCache:
     """Return the cache with the votes of a chunk that has been appended to it.
 
     Args:
-      cache: full cache with votes.
+      cache: full cache with votes; of several devices, what one holds (duo_jax.cache.stripes).
       q: the chunk's queries, rotated.
-      lse: log-sum-exp of their attention to the cache.
-      kept: slots that were filled before the chunk.
+      lse: log-sum-exp of their attention to the cache, to that of all devices.
+      kept: slots that were filled before the chunk, on all devices.
       num_tokens: tokens of the chunk that count, per row.
       voters: who votes.
+      device: which of the devices that share the cache.
+      num_devices: how many they are.
     """
     assert cache.votes is not None
     before, length = cache.votes[..., 0], q.shape[1]
+    place: dict[str, Any] = {
+        "kept": kept,
+        "num_tokens": num_tokens,
+        "stripe": (device, num_devices),
+    }
     if voters == "latest":
         count = min(LATEST, length)
         at = num_tokens[:, None] - count + jnp.arange(count, dtype=num_tokens.dtype)[None, :]
-        voted = _votes(cache, q, lse, at, kept=kept, num_tokens=num_tokens, highest=False)
+        voted = _votes(cache, q, lse, at, **place, highest=False)
         old = 1 - jnp.minimum(num_tokens, LATEST).astype(before.dtype) / LATEST
         votes = old[:, None, None] * before + voted
     else:
@@ -60,7 +69,7 @@ def count_votes(
         def raised(number, votes):
             at = number * _QUERIES + jnp.arange(_QUERIES, dtype=num_tokens.dtype)[None, :]
             at = jnp.broadcast_to(at, (q.shape[0], _QUERIES))
-            voted = _votes(cache, q, lse, at, kept=kept, num_tokens=num_tokens, highest=True)
+            voted = _votes(cache, q, lse, at, **place, highest=True)
             return jnp.maximum(votes, voted)
 
         votes = jax.lax.fori_loop(0, -(-length // _QUERIES), raised, before)
@@ -75,6 +84,7 @@ def _votes(
     *,
     kept: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
+    stripe: tuple[Int[Array, ""] | int, int],
     highest: bool,
 ) -> Float[Array, "batch kv_heads slots"]:
     """Return the votes of some of a chunk's tokens: their sum, or the highest of any query head."""
@@ -92,7 +102,7 @@ def _votes(
         first = jnp.minimum(number * block, slots - block)
         keys = packed.read_slots(cache.keys, first, block, q.dtype)
         scores = jnp.einsum("btkgh,bksh->btkgs", q, keys, preferred_element_type=jnp.float32)
-        slot = first + jnp.arange(block, dtype=ends.dtype)
+        slot = (first + jnp.arange(block, dtype=ends.dtype)) * stripe[1] + stripe[0]
         visible = counts[..., None] & (slot[None, None, :] < ends[..., None])
         exponent = scores * head_dim**-0.5 - lse[..., None]
         weights = jnp.exp(jnp.where(visible[:, :, None, None, :], exponent, -jnp.inf))

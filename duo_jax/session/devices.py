@@ -52,13 +52,11 @@ def choose(
     return devices.automatic(architecture, needed)
 
 
-def check_formats(mesh: Mesh | None, *, kv: str, keep: float) -> None:
+def check_format(mesh: Mesh | None, kv: str) -> None:
     """Refuse caches that several devices cannot share.
 
     Raises:
-      InputError: names what they cannot.
+      InputError: it is their format.
     """
     if mesh is not None and kv == "int2":
         raise InputError('several devices cannot share caches in "int2"; "int4" they can')
-    if mesh is not None and keep < 1:
-        raise InputError("several devices cannot share caches that evict tokens: leave keep at 1")

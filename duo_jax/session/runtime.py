@@ -51,7 +51,7 @@ class Runtime:
         argument("keep_by", self.keep_by, KeepBy)
         if self.keep < 1 and kv_format == "int2":
             raise InputError('"int2" packs 64 tokens together: none of them can be evicted')
-        devices.check_formats(self.mesh, kv=kv_format, keep=self.keep)
+        devices.check_format(self.mesh, kv_format)
         if self.keep < 1 and self.keep_by == "kvzip" and self.instruction is None:
             raise InputError('"kvzip" needs an instruction to repeat the text')
 

@@ -15,6 +15,7 @@ from duo_jax.evaluate.compression import chai
 from duo_jax.evaluate.eviction.prompt import read
 from duo_jax.evaluate.results.forced import pad
 from duo_jax.heads.attention_profile import attention_profile
+from duo_jax.mesh import devices
 from duo_jax.session.runtime import Runtime
 from kernels import Implementation
 
@@ -42,15 +43,17 @@ def profile(
     implementation: Implementation,
 ) -> Float[np.ndarray, "layers kv_heads"]:
     """Return the attention profile."""
-    params = pretrained.load_params(pretrained.resolve(model), dtype=split.runtime.dtype)
-    return attention_profile(
-        split.config.architecture,
-        params,
-        [sampler.sample(i, length=length) for i in range(samples)],
-        sink_size=split.config.sink_size,
-        recent_size=split.config.recent_size,
-        implementation=implementation,
-    )
+    mesh = split.runtime.mesh
+    params = pretrained.load_params(pretrained.resolve(model), dtype=split.runtime.dtype, mesh=mesh)
+    with devices.within(mesh):
+        return attention_profile(
+            split.config.architecture,
+            params,
+            [sampler.sample(i, length=length) for i in range(samples)],
+            sink_size=split.config.sink_size,
+            recent_size=split.config.recent_size,
+            implementation=implementation,
+        )
 
 
 def clustering_losses(
@@ -60,5 +63,6 @@ def clustering_losses(
     texts = [sampler.plain_text(i).tokens[: chai.FIRST] for i in range(samples)]
     noting = chai.CHAI(clusters=())
     rows = pad(texts, max(text.size for text in texts))
-    prompt = read(full.config, full.params, *rows, window=1, noting=noting)
+    with devices.within(full.mesh):
+        prompt = read(full.config, full.params, *rows, window=1, noting=noting)
     return chai.losses(np.asarray(prompt.noted))

@@ -11,6 +11,7 @@ import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
@@ -24,6 +25,7 @@ from duo_jax.evaluate.results.forced import score
 from duo_jax.heads.pattern import choose_retrieval_heads
 from duo_jax.heads.reconstruction import Instruction
 from duo_jax.heads.split import duo_config, reorder_layer
+from duo_jax.mesh import weights
 from duo_jax.session.runtime import Runtime
 
 Method = Literal[
@@ -292,10 +294,13 @@ def split_runtime(
         reorder_layer(architecture, layer, row)
         for layer, row in zip(full.params["layers"], heads, strict=True)
     )
+    params = {**full.params, "layers": layers}
+    if full.mesh is not None:  # each device gets its part of what has another order now
+        params = jax.device_put(params, weights.shardings(full.mesh, params))
     return dataclasses.replace(
         full,
         config=duo_config(architecture, heads, sink_size=sizes[0], recent_size=sizes[1]),
-        params={**full.params, "layers": layers},
+        params=params,
     )
 
 

@@ -16,6 +16,7 @@ from duo_jax.evaluate.eviction.policy import Budget, Policy, Rereads
 from duo_jax.evaluate.eviction.prompt import read
 from duo_jax.evaluate.results.forced import Forced, pad
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh import devices
 from duo_jax.model.llama import Params
 from duo_jax.serve.teacher_forcing import decode_given
 from duo_jax.session.runtime import Runtime
@@ -55,14 +56,15 @@ def predict(
     """
     padded, lengths = pad(texts, length)
     given, counts = pad(tails, room)
-    prompt = read(
-        runtime.config,
-        runtime.params,
-        padded,
-        lengths,
-        window=policy.window,
-        implementation=runtime.implementation,
-    )
+    with devices.within(runtime.mesh):
+        prompt = read(
+            runtime.config,
+            runtime.params,
+            padded,
+            lengths,
+            window=policy.window,
+            implementation=runtime.implementation,
+        )
     if isinstance(policy, Rereads):
         scores = policy.reread(runtime, padded, lengths)
         prompt = dataclasses.replace(prompt, received=scores)

@@ -11,6 +11,8 @@ TASK = "--num-passkeys 2 --passkey-words 2"
 RUNS = {
     "passkeys": f"--lengths 256 --samples 2 --batch 2 --kv int8 {TASK}",
     "perplexity": "--length 256 --samples 1 --sparsities 0.5",
+    "compare": f"--length 256 --samples 2 --batch 2 --profile-samples 1 --random-seeds 1 {TASK} "
+    "--tasks needle --budgets 0.5 --methods duo H2O KVzip ThinK",
 }
 
 

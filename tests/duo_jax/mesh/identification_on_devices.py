@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convert import __main__ as convert
 from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints.orbax_checkpoint import MARKER_FILE, CheckpointFiles
+from duo_jax.errors import InputError
 from duo_jax.heads.pattern import load_pattern
 from duo_jax.mesh import devices, weights
 from duo_jax.model.hf_config import parse_config
+from duo_jax.schema import checksums
 from tests import models
 from tests.params import random_params
 from train import attribution, budget, masks, optimisation
@@ -29,6 +33,7 @@ RAW = models.llama(
     num_hidden_layers=2,
 )
 CONFIG = parse_config(RAW)
+WIDE = RAW | {"hidden_size": 1024, "intermediate_size": 1024}  # groups of int4 lie on a device each
 METHODS = {
     "optimise": (optimisation, "distillation", "teacher"),
     "optimise, self": (optimisation, "distillation", "self"),
@@ -135,6 +140,44 @@ def test_parameters_arrive_in_parts_and_are_the_same(tmp_path):
     for one, part, where in zip(*map(jax.tree.leaves, (whole, parts, expected)), strict=True):
         np.testing.assert_array_equal(one, part)
         assert part.sharding.is_equivalent_to(where, part.ndim)
+
+
+@pytest.mark.parametrize(
+    ("stored", "served"),
+    [
+        ("model", "model"),
+        pytest.param("int8", "w8a8", marks=pytest.mark.slow),
+        pytest.param("int4", "int4", marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_is_restored_where_it_belongs(tmp_path, monkeypatch, stored, served):
+    folder, converted = models.write_hf(tmp_path / "model", WIDE), tmp_path / "converted"
+    convert.main([str(folder), str(converted), "--weights", stored])
+    heads = np.array([[False, True] * 4, [True] * 3 + [False] * 5])
+    mesh = devices.make_mesh(jax.devices())
+    whole = pretrained.load_split_params(converted, heads, weights=served)
+    stacked = pretrained.load_params(converted) if stored == "model" else None
+    monkeypatch.delattr(CheckpointFiles, "read")  # which has all of a tensor on the host
+    found = [(whole, pretrained.load_split_params(converted, heads, weights=served, mesh=mesh))]
+    if stacked is not None:
+        found.append((stacked, pretrained.load_params(converted, mesh=mesh)))
+    for expected, params in found:
+        places = weights.shardings(mesh, expected, stacked=expected is stacked)
+        for one, part, where in zip(*map(jax.tree.leaves, (expected, params, places)), strict=True):
+            np.testing.assert_array_equal(np.asarray(one), np.asarray(part))
+            assert part.sharding.is_equivalent_to(where, part.ndim)
+
+
+def test_damage_is_found_where_a_checkpoint_is_restored(tmp_path):
+    folder, converted = models.write_hf(tmp_path / "model", RAW), tmp_path / "converted"
+    convert.main([str(folder), str(converted)])
+    values, _ = checksums.read_sealed(converted / MARKER_FILE)
+    name = "layers/1/mlp/up_proj/kernel"
+    values["digests"][name] = "0" * 32
+    (converted / MARKER_FILE).write_text(checksums.seal(values) + "\n")
+    mesh = devices.make_mesh(jax.devices())
+    with pytest.raises(InputError, match=f"is damaged: {name} is not what was written"):
+        pretrained.load_params(converted, mesh=mesh)
 
 
 ARGS = ["--min-length", "200", "--max-length", "256", "--num-lengths", "2", "--num-passkeys", "2"]

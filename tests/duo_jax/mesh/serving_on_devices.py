@@ -300,6 +300,16 @@ def test_a_layer_decodes_with_four_messages():
     }
 
 
+def test_groups_of_one_device_send_no_messages():
+    mesh = make_mesh(jax.devices(), data=8)
+    duo, params = split(SMALL, "model", "float32")
+    placed = jax.device_put(params, weights.shardings(mesh, params))
+    cache = init_cache(duo, batch_size=8, max_len=64, mesh=mesh)
+    inputs = jax.device_put(jnp.zeros(8, jnp.int32), devices.place(mesh, devices.DATA))
+    program = PROGRAMS["decode"].lower(duo, placed, cache, inputs).compile()
+    assert not any(collectives(program).values()), collectives(program)
+
+
 def test_numbers_that_cannot_share_a_model_are_refused():
     assert devices.possible(CONFIG, 8) == [1, 2, 4, 8]
     with pytest.raises(devices.InputError, match=r"^3 devices .* possible: 1, 2, 4, 8$"):

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 FILES = [
-    f"{name}_on_devices.py" for name in ("serving", "sessions", "identification", "evaluations")
+    f"{name}_on_devices.py"
+    for name in ("serving", "eviction", "sessions", "identification", "evaluations")
 ]
 
 

@@ -8,28 +8,53 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from duo_jax import generate
+from duo_jax.cli import cluster
+from duo_jax.errors import InputError
+from duo_jax.evaluate import __main__ as evaluate
+from duo_jax.server import __main__ as server
 from tests.processes import without_plugin_log
+from train.identify import __main__ as identify
 
 pytestmark = pytest.mark.skipif(
     os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices"
 )
 
 
-def start(*words: str) -> list[subprocess.Popen[str]]:
+def slurm(rank: int, port: int) -> dict[str, str]:
+    """What SLURM tells the processes of a job step: here two, on two hosts that are one."""
+    return {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": "0",
+        "JAX_COORDINATOR_PORT": str(port),
+    }
+
+
+def start(*words: str, auto: bool = False) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"
     # Of the log of jax' own service nothing is ours.
     environment = os.environ | {"XLA_FLAGS": flags, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    command = [sys.executable, "-m", "duo_jax.generate", "--coordinator", f"localhost:{port}"]
+    command = [sys.executable, "-m", "duo_jax.generate", *words, "--coordinator"]
+
+    def place(rank: int) -> list[str]:
+        if auto:
+            return ["auto"]
+        return [f"localhost:{port}", "--num-processes", "2", "--process-id", str(rank)]
+
     return [
         subprocess.Popen(
-            [*command, "--num-processes", "2", "--process-id", str(rank), *words],
-            env=environment,
+            [*command, *place(rank)],
+            env=environment | (slurm(rank, port) if auto else {}),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -54,9 +79,10 @@ def test_two_processes_write_what_one_does(tmp_path, capsys):
         assert len(sizes) == 1
 
 
+# The processes find each other by what a cluster tells them: no further two need to be started.
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_the_end_of_one_process_ends_the_other_with_a_line(victim):
-    both = start("--max-new-tokens", "150", "--temperature", "0")
+    both = start("--max-new-tokens", "150", "--temperature", "0", auto=True)
     assert both[0].stdout is not None
     written = ""
     while not written.endswith("Passkey"):  # the first word of the answer
@@ -71,6 +97,54 @@ def test_the_end_of_one_process_ends_the_other_with_a_line(victim):
     lines = without_plugin_log(err).splitlines()
     assert lines[-1].startswith("error: another process was lost")
     assert not any("Traceback" in line for line in lines), err
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_NTASKS": "16", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+    ],
+)
+def test_a_process_that_is_alone_on_its_host_gets_all_gpus(monkeypatch, environment, alone):
+    given: list[dict] = []
+
+    def initialize(**where):
+        given.append(where)
+        raise RuntimeError("not here")
+
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "OMPI_COMM_WORLD_LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    try:
+        with pytest.raises(InputError, match="do not find each other: not here"):
+            cluster.ClusterFlags(coordinator="auto").joined().__enter__()
+    finally:
+        jax.config.update("jax_enable_recoverability", False)  # as before
+    assert given[0]["local_device_ids"] == ([] if alone else None)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        (evaluate, ["passkeys"]),
+        (identify, []),
+        (server, []),
+    ],
+)
+def test_commands_of_one_process_refuse_others_in_a_line(module, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        module.main([*words, "--coordinator", "host:1"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert error.startswith("error: ")
+    assert "--coordinator" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

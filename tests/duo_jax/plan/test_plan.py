@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from benchmarks import mesh_budgets
 from duo_jax.cache import cache_bytes
 from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.heads.split import DuoConfig
@@ -438,41 +437,3 @@ def test_the_pages_example_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(args)
     assert capsys.readouterr().out == printed
-
-
-# Several GPUs.
-
-
-@pytest.mark.parametrize(
-    ("name", "weights", "kv", "context"),
-    [
-        ("Llama-3-70B, 50%: chunk of 32,000, the last of 3,000,000", "model", "model", 3_000_000),
-        (
-            "Llama-3-70B, 50%, int8 weights, int4 KV: chunk of 32,000, the last of 13,000,000",
-            "int8",
-            "int4",
-            13_000_000,
-        ),
-        ("Llama-3-8B, 50%: chunk of 32,000, the last of 9,500,000", "model", "model", 9_500_000),
-    ],
-)
-def test_the_estimate_for_eight_gpus_is_what_was_compiled(name, weights, kv, context):
-    results = (ROOT / "benchmarks/results/mesh_budgets.json").read_text(encoding="utf-8")
-    peak = json.loads(results)["programs"][name]["peak"]
-    workload = Workload(config=mesh_budgets.SERVING[name].config, chunk=32_000, devices=8)
-    found = estimate(workload, Setting(duo=True, weights=weights, kv=kv)).parts(context)
-    assert found.total == pytest.approx(peak, rel=0.02)
-
-
-def test_several_gpus_are_planned_by_name(capsys):
-    main(["--devices", "8", "--gpu", "24"])
-    printed = capsys.readouterr().out
-    assert "8 x a GPU of 24 GB: 24.0 GB of memory each" in printed
-    assert "a step also waits for 18 messages between them" in printed
-    assert "int2" not in printed
-
-
-def test_a_number_of_gpus_that_cannot_share_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        main(["--devices", "3"])
-    assert "possible: 1, 2, 4, 8, 16, 32, 64" in capsys.readouterr().err
