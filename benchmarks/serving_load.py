@@ -31,7 +31,7 @@ from duo_jax.schema.kinds import Count, Fraction
 FULL, SPLIT, COLD, OTHER = "full", "split", "split, no prefix reuse", "transformers serve"
 _PAGE = 64
 _SNAPSHOTS = 16
-_ANSWER = 32  # tokens of a request that is to fit
+_ANSWER = 256  # tokens of a request that is to fit; none ends before the last one has begun
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,8 +152,9 @@ def _fit_at_once(model: api.DuoModel, flags: ServingLoadFlags) -> dict[str, int]
     prompt = tuple(range(3, 3 + length - _ANSWER))
     for _ in range(rows + 1):
         served.submit(Request(prompt=prompt, max_tokens=_ANSWER, ignore_eos=True), _ignore)
+    patience = 2 + -(-length // served.sizes.prefill_chunk)  # a prompt is read before the next one
     most, steps = 0, 0
-    while steps < 3:  # without another that could begin
+    while steps < patience:  # without another that could begin
         served.step()
         running = served.stats().running
         steps, most = (0, running) if running > most else (steps + 1, most)
