@@ -61,7 +61,7 @@ def png(result: dict[str, Any]) -> bytes:
                 _draw(axes, method, [point for point in found if point.method == method])
             axes.set_title("\n".join([task, *about["in_words"].split("; ")]), fontsize=9)
             axes.set_xlabel("KV bytes, measured, of full caches")
-            axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+            axes.xaxis.set_major_formatter(PercentFormatter(1.0))
             if score == "exact":
                 axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
                 axes.set_ylim(-0.03, 1.05)
