@@ -9,7 +9,6 @@ import functools
 import itertools
 import json
 import pathlib
-from typing import get_args
 
 import jax
 import pytest
@@ -26,7 +25,7 @@ from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 from kernels.tiles import AttentionTiles, ForwardBackwardTiles
 
-TARGETS = get_args(aot.Target)
+TARGETS = ("a100", "h200")  # an H100 takes the same code as an H200
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 # The hardest of every op; the slow tests compile the whole grid.
