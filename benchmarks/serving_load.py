@@ -149,9 +149,10 @@ def _fit_at_once(model: api.DuoModel, flags: ServingLoadFlags) -> dict[str, int]
         snapshots=0,
         prefix_reuse=False,
     )
-    prompt = tuple(range(3, 3 + length - _ANSWER))
+    answer = min(_ANSWER, length // 2)
+    prompt = tuple(range(3, 3 + length - answer))
     for _ in range(rows + 1):
-        served.submit(Request(prompt=prompt, max_tokens=_ANSWER, ignore_eos=True), _ignore)
+        served.submit(Request(prompt=prompt, max_tokens=answer, ignore_eos=True), _ignore)
     patience = 2 + -(-length // served.sizes.prefill_chunk)  # a prompt is read before the next one
     most, steps = 0, 0
     while steps < patience:  # without another that could begin

@@ -7,6 +7,7 @@ from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Headline
 from benchmarks.gpu.settings import DECODE_500K, FULL_32K, STREAMING_32K, packed_name
 from benchmarks.gpu.tables import Table
 from kernels.cached_case import LAYOUTS
+from kernels.gpu import Gpu
 
 _LONG = 10_000_000  # bytes: decode cases that read less are bound by their launch
 _OF_FLOOR = 0.95
@@ -89,7 +90,7 @@ def judge(tables: dict[str, Table], *, hardware: str) -> list[Target]:
             value=next((x.speedup for x in packed_speedups(tables) if x.bits == 4), None),
         ),
     ]
-    if "H100" in hardware or "H200" in hardware:
+    if Gpu(kind=hardware, num_cores=1).is_hopper:
         found += [
             Target(
                 what="Mosaic: decode attention, fraction of the measured copy bandwidth (likewise)",

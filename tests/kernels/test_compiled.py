@@ -25,7 +25,6 @@ from kernels.prefill.cases import PrefillCase
 from kernels.streaming.cases import StreamingCase
 from kernels.tiles import AttentionTiles, ForwardBackwardTiles
 
-TARGETS = ("a100", "h200")  # an H100 takes the same code as an H200
 HEAD_DIMS = (64, 80, 96, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 # The hardest of every op; the slow tests compile the whole grid.
@@ -111,18 +110,18 @@ def compiled_before(target: str) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", compiled.TARGETS)
 @pytest.mark.parametrize("op", CASES)
 def test_named_cases_compile_without_spilling(compiler, op, target):
     """Each case for one target: nearly all of the time goes into lowering."""
     names = [f"{op}: {name}" for name, case in CASES[op].items() if case.compile_only]
-    names = names[TARGETS.index(target) :: len(TARGETS)]
+    names = names[compiled.TARGETS.index(target) :: len(compiled.TARGETS)]
     assert names
     assert complaints(compiler, target, names, compiled_before(target)) == {}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", compiled.TARGETS)
 @pytest.mark.parametrize("op", CASES)
 def test_named_cases_compile_again(compiler, op, target):
     assert complaints(compiler, target, [f"{op}: {name}" for name in CASES[op]]) == {}
@@ -133,7 +132,7 @@ def test_a_selection_of_head_dims_and_dtypes_compiles_without_spilling(compiler)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", compiled.TARGETS)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim_and_dtype_compiles_without_spilling(compiler, head_dim, target):
     names = [name for name in grid() if f": {head_dim} x" in name]

@@ -11,11 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.evaluate.compression.method import Compressed, Compression, New
 from duo_jax.evaluate.eviction.decode import through_layers
-from duo_jax.evaluate.eviction.prompt import read
+from duo_jax.evaluate.eviction.prompt import read_with
 from duo_jax.evaluate.eviction.runner import Predicted
 from duo_jax.evaluate.results.forced import Forced, pad
 from duo_jax.heads.split import DuoConfig
-from duo_jax.mesh import devices
 from duo_jax.model.llama import Params
 from duo_jax.serve.teacher_forcing import decode_given
 from duo_jax.session.runtime import Runtime
@@ -42,16 +41,7 @@ def predict(
     """
     padded, lengths = pad(texts, length)
     given, counts = pad(tails, room)
-    with devices.within(runtime.mesh):
-        prompt = read(
-            runtime.config,
-            runtime.params,
-            padded,
-            lengths,
-            window=method.window,
-            noting=method,
-            implementation=runtime.implementation,
-        )
+    prompt = read_with(runtime, padded, lengths, window=method.window, noting=method)
     first = np.asarray(prompt.logits)
     cache = method.compress(runtime.config.architecture, prompt, room=room)
     del prompt

@@ -15,8 +15,10 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from duo_jax import serve
 from duo_jax.evaluate.eviction.cache import Prompt
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh import devices
 from duo_jax.model import llama, rope
 from duo_jax.model.llama import Params
+from duo_jax.session.runtime import Runtime
 from kernels import Implementation, full_attention
 from kernels.precision import accumulator
 
@@ -35,6 +37,27 @@ class Noting(Protocol):
     ) -> Float[Array, "batch ..."]:
         """Return what is kept of a layer, see Prompt.noted."""
         ...
+
+
+def read_with(
+    runtime: Runtime,
+    tokens: Int[Array, "batch length"],
+    lengths: Int[Array, " batch"],
+    *,
+    window: int | None,
+    noting: Noting | None = None,
+) -> Prompt:
+    """Do what `read` does with a model that is loaded, on its devices."""
+    with devices.within(runtime.mesh):
+        return read(
+            runtime.config,
+            runtime.params,
+            tokens,
+            lengths,
+            window=window,
+            noting=noting,
+            implementation=runtime.implementation,
+        )
 
 
 @functools.partial(jax.jit, static_argnames=("config", "window", "noting", "implementation"))

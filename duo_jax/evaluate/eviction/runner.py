@@ -13,10 +13,9 @@ from jaxtyping import Array, Bool, Float, Int
 from duo_jax.evaluate.eviction.cache import Pool, Prompt, compress
 from duo_jax.evaluate.eviction.decode import decode
 from duo_jax.evaluate.eviction.policy import Budget, Policy, Rereads
-from duo_jax.evaluate.eviction.prompt import read
+from duo_jax.evaluate.eviction.prompt import read_with
 from duo_jax.evaluate.results.forced import Forced, pad
 from duo_jax.heads.split import DuoConfig
-from duo_jax.mesh import devices
 from duo_jax.model.llama import Params
 from duo_jax.serve.teacher_forcing import decode_given
 from duo_jax.session.runtime import Runtime
@@ -56,15 +55,7 @@ def predict(
     """
     padded, lengths = pad(texts, length)
     given, counts = pad(tails, room)
-    with devices.within(runtime.mesh):
-        prompt = read(
-            runtime.config,
-            runtime.params,
-            padded,
-            lengths,
-            window=policy.window,
-            implementation=runtime.implementation,
-        )
+    prompt = read_with(runtime, padded, lengths, window=policy.window)
     if isinstance(policy, Rereads):
         scores = policy.reread(runtime, padded, lengths)
         prompt = dataclasses.replace(prompt, received=scores)
