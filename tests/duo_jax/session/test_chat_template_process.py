@@ -1,6 +1,7 @@
 """The process that renders chat templates: one, quick to start, and nothing is left of it."""
 
 import ast
+import contextlib
 import os
 import pathlib
 import signal
@@ -34,11 +35,11 @@ def show(renderer: Renderer, template: str, content: str = "Hi") -> str:
 
 def children() -> set[int]:
     """Return this process's children, zombies too."""
-    return {
-        int(child)
-        for task in pathlib.Path("/proc/self/task").iterdir()
-        for child in (task / "children").read_text().split()
-    }
+    found: set[int] = set()
+    for task in pathlib.Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread, which has ended since
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
 
 
 def alive(process: int) -> bool:
