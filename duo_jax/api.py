@@ -68,7 +68,7 @@ def load(
       model: a Hugging Face folder, a GGUF file, a hub name, a converted checkpoint, or "demo".
       pattern: a pattern or its folder; "none" is the model as published, every head with a full
         cache. Default: the model's own pattern, or one that ships with duo_jax for this model
-        (found by its shape and norms, whatever its name and format).
+        (found by its weights, whatever its name and format).
       sparsity: fraction of streaming heads, in [0, 1]; default 0.5.
       threshold: instead of a sparsity, the gate above which a head is a retrieval head.
       sink_size: first tokens that a streaming head keeps; default: the pattern's.

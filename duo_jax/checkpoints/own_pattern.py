@@ -2,26 +2,36 @@
 
 A model's own pattern lies in the subfolder "pattern" of its folder. Patterns that ship lie in
 duo_jax/patterns, with the presets they were made and measured with, and belong to published models,
-which people keep under any name and in many formats. So a model is known by a fingerprint: its
-shape, and the digest of all its norms, which every format keeps as they are (GGUF files of any
-type, 8- and 4-bit checkpoints), while another model of the same shape has others.
+which people keep under any name and in many formats. So a model is known by its weights, twice:
+
+- a fingerprint: a digest of its shape, its rotary embedding and all its norms, which every format
+  keeps as they are (GGUF files of any type, 8- and 4-bit checkpoints);
+- a sketch of its projections, one number for each q_proj and v_proj: the sum of all weights, each
+  with a fixed random sign, over the root of their number. Rounding to 4 bits moves it by a tenth,
+  as much as the weights; another model with the same norms has another sketch. What was trained a
+  little further with frozen norms, as with a LoRA, passes if it moved the weights no more.
 """
 
+import dataclasses
 import importlib.resources
 import json
 import pathlib
 
 import ml_dtypes
+import numpy as np
 
 from duo_jax import files
 from duo_jax.checkpoints.weights import WeightFiles, has_weights, open_weights, read_array
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import load_pattern
 from duo_jax.model.config import ModelConfig
+from duo_jax.model.quantised_weights import QuantisedKernel, dequantise
 from duo_jax.schema import checksums
 
 OWN = "pattern"  # a folder in a model's folder
-FINGERPRINT = "model_fingerprint"  # a key in the config.json of a pattern that ships
+FINGERPRINT, SKETCH = "model_fingerprint", "model_sketch"  # in config.json of one that ships
+_SKETCHED = ("q_proj", "v_proj")
+_MOST_MOVED = 0.25  # of a sketch, relative; 4-bit formats move it by .07 to .12
 _SHAPE = (
     "vocab_size",
     "embed_size",
@@ -55,8 +65,10 @@ def find_pattern(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Pat
 
 
 def fingerprint(weight_files: WeightFiles) -> str:
-    """Return what tells a model from others, whatever its format: a digest of shape and norms."""
-    shape = json.dumps([getattr(weight_files.architecture, name) for name in _SHAPE])
+    """Return a digest of what every format of a model keeps: shape, rotary embedding, norms."""
+    architecture = weight_files.architecture
+    shape = [getattr(architecture, name) for name in _SHAPE]
+    said = json.dumps([shape, dataclasses.asdict(architecture.rope)])
     # Published weights are bfloat16, or at least trained ones differ in it; a cast to another type
     # must not hide a model.
     norms = [
@@ -64,7 +76,29 @@ def fingerprint(weight_files: WeightFiles) -> str:
         for tensor in weight_files.tensors
         if tensor.path[-1] == "scale"
     ]
-    return checksums.of_bytes(b"".join([shape.encode(), *norms]))
+    return checksums.of_bytes(b"".join([said.encode(), *norms]))
+
+
+def sketch(weight_files: WeightFiles) -> list[float]:
+    """Return the signed sums of a model's projections, in the order of its tensors."""
+    sums = []
+    for tensor in weight_files.tensors:
+        if tensor.path[-1] == "kernel" and tensor.path[-2] in _SKETCHED:
+            stored = weight_files.read(tensor)
+            if isinstance(stored, QuantisedKernel):
+                stored = dequantise(stored)
+            weights = np.asarray(stored, np.float32).ravel()
+            # numpy promises the same raw bits for ever, though not the same random numbers.
+            words = np.random.Philox(key=0).random_raw(-(-weights.size // 64))
+            minus = np.unpackbits(words.view(np.uint8), count=weights.size).astype(bool)
+            total = weights.sum(dtype=np.float64) - 2 * weights[minus].sum(dtype=np.float64)
+            sums.append(float(total) / weights.size**0.5)
+    return sums
+
+
+def ships(pattern: pathlib.Path) -> bool:
+    """Whether a pattern folder is one that ships with duo_jax."""
+    return pattern in shipped_patterns()
 
 
 def shipped_patterns() -> list[pathlib.Path]:
@@ -80,5 +114,12 @@ def find_shipped(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Pat
     fitting = {path: pattern for path, pattern in loaded.items() if pattern.gates.shape == gates}
     if not fitting or not has_weights(folder):
         return None
-    found = fingerprint(open_weights(folder))
-    return next((path for path, p in fitting.items() if p.extra[FINGERPRINT] == found), None)
+    weight_files = open_weights(folder)
+    found = fingerprint(weight_files)
+    for path, pattern in fitting.items():
+        if pattern.extra[FINGERPRINT] == found:
+            known = np.array(pattern.extra[SKETCH])
+            moved = np.linalg.norm(np.array(sketch(weight_files)) - known)
+            if moved <= _MOST_MOVED * np.linalg.norm(known):
+                return path
+    return None

@@ -70,6 +70,8 @@ def resolve(name: str | pathlib.Path, *, allow_pickle: bool = False) -> pathlib.
         raise InputError(
             f"{path} is a file; a model is a folder or a hub name such as org/name, or a GGUF file"
         )
+    if not str(name):
+        raise InputError("the model's name is empty: what should have printed it may have failed")
     if not _HUB_NAME.fullmatch(str(name)):
         raise InputError(
             f"no such model: {str(name)!r} is neither a folder nor a hub name such as org/name, "

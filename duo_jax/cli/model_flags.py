@@ -8,7 +8,7 @@ import jax
 
 from duo_jax.api import DuoModel, load
 from duo_jax.cache import KVFormat
-from duo_jax.checkpoints import pretrained
+from duo_jax.checkpoints import own_pattern, pretrained
 from duo_jax.mesh.devices import described
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.schema.check import check_fields
@@ -86,6 +86,12 @@ class ModelFlags:
         """
         flags = {field.name: getattr(self, field.name) for field in dataclasses.fields(ModelFlags)}
         flags |= changes
+        if flags["pattern"] is None:
+            folder = pretrained.resolve(flags["model"])
+            found = own_pattern.find_pattern(folder, pretrained.load_config(folder))
+            if own_pattern.ships(found):
+                print(f"[heads: the pattern of {found.name} that ships]", file=sys.stderr)
+            flags["pattern"] = str(found)
         model = load(sink_size=flags.pop("sink"), recent_size=flags.pop("recent"), **flags)
         if len(jax.devices()) > 1:
             print(f"[on {described(model.runtime.mesh)}]", file=sys.stderr)

@@ -118,6 +118,8 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     for key in ("rms_norm_eps", "max_position_embeddings"):
         if read.get(key) is None:
             read.pop(key, None)
+    for key in ("rope_scaling", "rope_parameters"):
+        read[key] = read.get(key) or None  # transformers takes [] and "" as absent too
     config = convert(_DEFAULTS[family] | read, _Config, "config.json")
     if config.hidden_act not in (None, "silu", "swish"):  # two names of one function
         raise InputError(

@@ -35,6 +35,7 @@ _OPTIONS = (  # numbers, under the same names in RopeConfig
     "mscale",
     "mscale_all_dim",
 )
+_NEEDED = {"llama3": ("low_freq_factor", "high_freq_factor")}
 _DEFAULT_THETA = 10_000.0
 
 
@@ -84,6 +85,8 @@ def parse_rope(config: RopeKeys) -> RopeConfig:
         )
     rope = convert(settings, _Rope, f"config.json, {name}")
     kind = rope.rope_type or rope.type or "default"
+    if settings.get("rope_type", kind) is None and rope.type is None and rope.factor is not None:
+        raise InputError(f"config.json: {name} has a factor, but its rope_type is null")
     if kind not in get_args(RopeKind):
         raise InputError(
             f"rope type {quoted(kind)} is not supported; supported: {', '.join(get_args(RopeKind))}"
@@ -102,6 +105,9 @@ def parse_rope(config: RopeKeys) -> RopeConfig:
     if rope.factor is None and kind != "yarn":
         raise InputError(f"rope type {kind!r} needs a factor")
     given = {option: getattr(rope, option) for option in _OPTIONS}
+    for option in _NEEDED.get(kind, ()):
+        if given[option] is None:
+            raise InputError(f"rope type {kind!r} needs a {option}")
     return RopeConfig(
         kind=cast(RopeKind, kind),
         theta=theta,
@@ -119,10 +125,9 @@ def rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
         raw["factor"] = rope.factor
     if rope.kind in ("llama3", "yarn"):
         raw["original_max_position_embeddings"] = rope.original_max_positions
-    needed = {"llama3": ("low_freq_factor", "high_freq_factor")}.get(rope.kind, ())
     for key in (*_OPTIONS, "truncate"):
         value = getattr(rope, key)
-        if key in needed or value != getattr(RopeConfig, key):
+        if key in _NEEDED.get(rope.kind, ()) or value != getattr(RopeConfig, key):
             raw[key] = value
     return raw
 

@@ -38,7 +38,7 @@ def write_text(
       InputError: as `Session.decode`.
     """
     if isinstance(stop, str):
-        stop = (stop,) if stop else ()
+        stop = (stop,)
     stop = argument("stop", stop, tuple[str, ...])
     rows = [
         Detokenizer(tokenization.tokenizer, context=tokens if continues else (), stop=stop)

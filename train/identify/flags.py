@@ -62,8 +62,8 @@ class IdentifyConfig:
     """Flags of the command. The defaults are the paper's, unless the model brings a preset."""
 
     model: str = "demo"
-    """A Hugging Face folder, a hub name such as org/name, a converted checkpoint, or "demo", the
-    model that ships with duo_jax."""
+    """A Hugging Face folder, a GGUF file, a hub name such as org/name, a converted checkpoint, or
+    "demo", the model that ships with duo_jax."""
     text: tuple[str, ...] = ()
     """Text to hide passkeys in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
     as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that

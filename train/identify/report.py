@@ -154,7 +154,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         ]
         lines += [
             f"{samples['count']} held-out samples of {samples['length']:,} tokens, "
-            f"{samples['passkeys']} passkeys of "
+            f"{samples['passkeys']} passkeys in all, of "
             f"{in_words(config['data']['words'], config['data']['passkey_words'])}; "
             f"haystack: {samples['haystack']}.",
             "",

@@ -23,6 +23,18 @@ _SIZES = {
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
 }
+# Numbers of other architectures that would change the result, and the values that change nothing.
+_WITHOUT_EFFECT = {
+    "attention.scale": (0.0,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "attention.causal": (True,),
+    "attn_logit_softcapping": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "logit_scale": (0.0, 1.0),
+}
 _SPECIAL_TOKENS = {
     "bos_token_id": "bos_token_id",
     "eos_token_id": "eos_token_id",
@@ -93,6 +105,9 @@ def hf_config(header: Header) -> dict[str, Any]:
                 f"{kind}.{name} is {quoted(value(name))}, which is supported only where it is the "
                 f"size of a head ({quoted(head_dim)})"
             )
+    for name, harmless in _WITHOUT_EFFECT.items():
+        if value(name, harmless[0]) not in harmless:
+            raise header.refused(f"{kind}.{name} {quoted(value(name))} is not supported")
     raw = sizes | {
         "architectures": [FAMILIES[kind]],
         "model_type": kind,

@@ -47,8 +47,9 @@ def rope_parameters(
       InputError: the scaling is not supported.
     """
     theta = value("rope.freq_base", 10_000.0)
-    scaling = value("rope.scaling.type", "none")
     factor = value("rope.scaling.factor", value("rope.scale_linear", 1.0))
+    # As llama.cpp has it: a factor alone is linear, and "none" beside a factor is none.
+    scaling = value("rope.scaling.type", "linear" if factor not in (0.0, 1.0) else "none")
     for name in _LONG_FACTORS:
         if name in header.tensors:
             raise header.refused(f"rope scaling 'longrope' ({name}) is not supported")
@@ -72,7 +73,7 @@ def rope_parameters(
         }
         given = {name: number for name, number in options.items() if number is not None}
         return {"rope_type": "yarn", "rope_theta": theta, "factor": factor, **given}
-    if factor != 1.0 and factor != 0.0:
+    if scaling == "linear" and factor not in (0.0, 1.0):
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
     return {"rope_type": "default", "rope_theta": theta}
 

@@ -77,6 +77,29 @@ def test_other_numbers_of_llama_3_are_found_again(tmp_path):
     assert found.original_max_positions == 1000
 
 
+@pytest.mark.parametrize(
+    ("scaling", "kind"), [("none", "default"), ("linear", "linear"), (None, "linear")]
+)
+def test_a_factor_counts_unless_its_type_is_none(tmp_path, scaling, kind):
+    def add(writer) -> None:
+        writer.add_rope_scaling_factor(2.0)
+        if scaling is not None:
+            writer.add_rope_scaling_type(gguf.RopeScalingType(scaling))
+
+    gguf_files.write(tmp_path / "model.gguf", LLAMA, change=add)
+    assert read_config(tmp_path / "model.gguf").rope.kind == kind
+
+
+def test_numbers_that_llama_does_not_have_are_refused(tmp_path):
+    gguf_files.write(
+        tmp_path / "model.gguf",
+        LLAMA,
+        change=lambda writer: writer.add_float32("llama.attn_logit_softcapping", 50.0),
+    )
+    with pytest.raises(InputError, match=r"llama\.attn_logit_softcapping 50\.0 is not supported"):
+        read_config(tmp_path / "model.gguf")
+
+
 def of_every_type(kind) -> np.ndarray:
     """Return bytes of 3 rows of 256 numbers, with scales that are finite in most types."""
     block, size = gguf.GGML_QUANT_SIZES[kind]

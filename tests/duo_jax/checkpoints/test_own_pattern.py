@@ -1,5 +1,7 @@
 """Which pattern a model has for which nobody named one."""
 
+import json
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from convert.__main__ import main as convert
 from duo_jax.checkpoints import own_pattern
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.cli import presets
+from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern
 from duo_jax.model.hf_config import read_config
@@ -43,7 +46,11 @@ def folder(tmp_path):
 def shipped(folder, tmp_path, monkeypatch):
     """Let a pattern for that model ship."""
     pattern = tmp_path / "patterns" / "known"
-    extra = {own_pattern.FINGERPRINT: own_pattern.fingerprint(open_weights(folder))}
+    weight_files = open_weights(folder)
+    extra = {
+        own_pattern.FINGERPRINT: own_pattern.fingerprint(weight_files),
+        own_pattern.SKETCH: own_pattern.sketch(weight_files),
+    }
     save_pattern(Pattern(gates=GATES, sink_size=4, recent_size=8, extra=extra), pattern)
     monkeypatch.setattr(own_pattern, "shipped_patterns", lambda: [pattern])
     return pattern
@@ -65,14 +72,39 @@ def test_a_model_is_known_by_its_weights(folder):
 @pytest.mark.parametrize("words", [[], ["--weights", "int4"], ["--dtype", "float16"]])
 def test_in_every_format(folder, shipped, tmp_path, words):
     convert([*words, str(folder), str(tmp_path / "converted")])
-    found = own_pattern.fingerprint(open_weights(tmp_path / "converted"))
-    assert found == load_pattern(shipped).extra[own_pattern.FINGERPRINT]
+    converted = tmp_path / "converted"
+    assert own_pattern.find_pattern(converted, read_config(converted)) == shipped
 
 
 def test_other_weights_are_another_model(folder):
     change(folder, "model.layers.1.input_layernorm.weight", 7)
     with pytest.raises(InputError, match="has no pattern of its own"):
         duo_jax.load(folder)
+
+
+@pytest.mark.parametrize("module", ["q_proj", "v_proj"])
+def test_other_projections_are_another_model(folder, module):
+    """Norms are often frozen, or all ones."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: -x if module in name else x for name, x in tensors.items()}, file)
+    with pytest.raises(InputError, match="has no pattern of its own"):
+        duo_jax.load(folder)
+
+
+def test_another_rope_is_another_model(folder):
+    raw = json.loads((folder / "config.json").read_text())
+    raw["rope_parameters"]["rope_theta"] *= 2
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match="has no pattern of its own"):
+        duo_jax.load(folder)
+
+
+def test_a_command_says_so(folder, shipped, capsys):
+    ModelFlags(model=str(folder)).load()
+    assert capsys.readouterr().err == "[heads: the pattern of known that ships]\n"
+    ModelFlags(model=str(folder), pattern=str(shipped)).load()
+    assert capsys.readouterr().err == ""
 
 
 def test_a_name_says_nothing(tmp_path):
@@ -106,6 +138,7 @@ def test_presets_lie_beside_a_pattern_that_ships(folder, shipped):
 )
 def test_patterns_that_ship_say_where_they_come_from(pattern):
     loaded = load_pattern(pattern)
-    assert set(loaded.extra) >= {own_pattern.FINGERPRINT, "model_name", "method", "num_steps"}
+    known_by = {own_pattern.FINGERPRINT, own_pattern.SKETCH}
+    assert set(loaded.extra) >= known_by | {"model_name", "method", "num_steps"}
     assert (pattern / "identify.json").exists()
     assert (pattern / "README.md").exists()

@@ -324,7 +324,12 @@ def test_a_hub_name_is_its_snapshot_in_the_cache(hub_cache, folder):
     assert pretrained.load_tokenizer(found)("world")["input_ids"] == [2]
 
 
-@pytest.mark.parametrize("name", ["", "nothing", "/no/such/folder", "a/b/c", "a b/c", "../x"])
+def test_a_name_that_a_failed_command_left_empty():
+    with pytest.raises(InputError, match="the model's name is empty"):
+        pretrained.resolve("")
+
+
+@pytest.mark.parametrize("name", ["nothing", "/no/such/folder", "a/b/c", "a b/c", "../x"])
 def test_what_is_neither_folder_nor_hub_name(name):
     with pytest.raises(InputError, match=r"no such model: .*is neither a folder nor a hub name"):
         pretrained.resolve(name)

@@ -54,6 +54,8 @@ ROPE = {
         RopeConfig(kind="linear", factor=2.0),
     ),
     "an empty rope_scaling does not count": (in_parameters(YARN, rope_scaling={}), yarn()),
+    "a list that is empty does not count": (in_parameters(YARN, rope_scaling=[]), yarn()),
+    "nor does an empty text": ({"rope_scaling": "", "rope_parameters": None}, RopeConfig()),
     "a base within counts before one beside": (
         in_parameters(YARN | {"rope_theta": 5e5}, rope_theta=1e6),
         yarn(theta=5e5),
@@ -167,6 +169,14 @@ ROPE_REFUSED = {
     "llama3 without a factor": (
         in_parameters({**LLAMA3, "factor": None}),
         "type 'llama3' needs a factor",
+    ),
+    "llama3 without its frequencies": (
+        in_parameters({"rope_type": "llama3", "factor": 8.0}),
+        "type 'llama3' needs a low_freq_factor",
+    ),
+    "a factor of no type": (
+        {"rope_scaling": {"rope_type": None, "factor": 2.0}},
+        "rope_scaling has a factor, but its rope_type is null",
     ),
     "longrope": (
         in_parameters({"rope_type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}),
