@@ -6,10 +6,10 @@ which people keep under any name and in many formats. So a model is known by its
 
 - a fingerprint: a digest of its shape, its rotary embedding and all its norms, which every format
   keeps as they are (GGUF files of any type, 8- and 4-bit checkpoints);
-- a sketch of its projections, one number for each q_proj and v_proj: the sum of all weights, each
-  with a fixed random sign, over the root of their number. Rounding to 4 bits moves it by a tenth,
-  as much as the weights; another model with the same norms has another sketch. What was trained a
-  little further with frozen norms, as with a LoRA, passes if it moved the weights no more.
+- a sketch of its projections, four numbers for each q_proj and v_proj: the sum of a quarter of the
+  weights, each with a fixed random sign, over the root of their number. Rounding to 4 bits moves it
+  by a tenth, as much as the weights; another model with the same norms has another sketch. What
+  was trained a little further with frozen norms, as with a LoRA, passes if it moved them no more.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from duo_jax.schema import checksums
 
 OWN = "pattern"  # a folder in a model's folder
 FINGERPRINT, SKETCH = "model_fingerprint", "model_sketch"  # in config.json of one that ships
-_SKETCHED = ("q_proj", "v_proj")
+_SKETCHED, _PARTS = ("q_proj", "v_proj"), 4
 _MOST_MOVED = 0.25  # of a sketch, relative; 4-bit formats move it by .07 to .12
 _SHAPE = (
     "vocab_size",
@@ -91,8 +91,9 @@ def sketch(weight_files: WeightFiles) -> list[float]:
             # numpy promises the same raw bits for ever, though not the same random numbers.
             words = np.random.Philox(key=0).random_raw(-(-weights.size // 64))
             minus = np.unpackbits(words.view(np.uint8), count=weights.size).astype(bool)
-            total = weights.sum(dtype=np.float64) - 2 * weights[minus].sum(dtype=np.float64)
-            sums.append(float(total) / weights.size**0.5)
+            signed = np.where(minus, -weights, weights)
+            parts = np.array_split(signed, _PARTS)
+            sums += [float(part.sum(dtype=np.float64)) / part.size**0.5 for part in parts]
     return sums
 
 
@@ -118,8 +119,9 @@ def find_shipped(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Pat
     found = fingerprint(weight_files)
     for path, pattern in fitting.items():
         if pattern.extra[FINGERPRINT] == found:
-            known = np.array(pattern.extra[SKETCH])
-            moved = np.linalg.norm(np.array(sketch(weight_files)) - known)
-            if moved <= _MOST_MOVED * np.linalg.norm(known):
+            known = np.array(pattern.extra[SKETCH]).reshape(-1, len(_SKETCHED), _PARTS)
+            moved = np.array(sketch(weight_files)).reshape(known.shape) - known
+            lengths = np.linalg.norm([moved, known], axis=(1, 3))  # by projection
+            if (lengths[0] <= _MOST_MOVED * lengths[1]).all():
                 return path
     return None
