@@ -20,13 +20,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("PJRT_NPROC", "1")
 # Tiny programs spend their time in the compiler: less of it without its last optimisations, with a
-# program in one piece instead of 32, and a third of the rest by the older way to machine code,
-# which jax 0.12 does not have (an unknown flag ends the process).
+# program in one piece instead of 32, without a schedule for several cores, and a third of the rest
+# by the older way to machine code, which jax 0.12 does not have (an unknown flag ends the process).
 # Not for a GPU, where kernels that are not optimised spill, and would not be what is served.
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault(
         "XLA_FLAGS",
         "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 "
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false "
         + ("--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
     )
 

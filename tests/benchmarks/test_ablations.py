@@ -15,6 +15,7 @@ from train.identify.flags import default_config
 from train.identify.run import identify
 from train.retrieval_test import RetrievalTest
 
+pytestmark = pytest.mark.slow  # learns gates of every method, with several seeds
 PRESET = {
     "sink": 4,
     "recent": 12,
@@ -66,6 +67,7 @@ def result(model, tmp_path_factory):
     return json.loads(out.read_text()), out
 
 
+@pytest.mark.slow
 def test_methods_are_tested_with_their_own_heads(result):
     rows, gates = result[0]["methods"], result[0]["gates"]
     assert [(r["method"], r["sparsity"]) for r in rows] == [
@@ -85,6 +87,7 @@ def test_methods_are_tested_with_their_own_heads(result):
     assert len(set(seeds)) == 6
 
 
+@pytest.mark.slow
 def test_gates_are_those_of_the_identification_command(result, model, tmp_path):
     gates = result[0]["gates"]
     for method in ("optimise", "profile"):
@@ -96,6 +99,7 @@ def test_gates_are_those_of_the_identification_command(result, model, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_windows_have_the_same_number_of_slots(result):
     rows = result[0]["windows"]
     learned = np.array(result[0]["gates"]["optimise"][0])

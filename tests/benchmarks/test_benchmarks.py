@@ -22,6 +22,7 @@ def test_operations_are_those_of_the_visible_pairs():
     assert count["linear"] == 2 * 50 * weights * model.num_layers
 
 
+@pytest.mark.slow
 def test_smallest_run_writes_json_and_picture(tmp_path, capsys):
     flags = identify.IdentifyFlags(
         lengths=(128, 256), embed=64, q_heads=2, kv_heads=1, repeats=1, out=tmp_path / "cost"

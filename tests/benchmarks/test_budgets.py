@@ -75,6 +75,7 @@ def test_llama_3_is_identified_on_one_gpu(compiler, length, budget):
     assert compiled(compiler, name)["peak"] <= budget
 
 
+@pytest.mark.slow
 def test_a_gradient_through_full_attention_needs_no_scores(compiler):
     """In blocks of XLA's it takes 94 GB; and no output of the teacher is kept."""
     peak = compiled(compiler, "Llama-3-8B: identification step, self mixing, at 96,000")["peak"]
@@ -82,7 +83,8 @@ def test_a_gradient_through_full_attention_needs_no_scores(compiler):
     assert peak < compiled(compiler, "Llama-3-8B: identification step at 96,000")["peak"]
 
 
-@pytest.mark.parametrize("step", ["masks", pytest.param("attribution", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["masks", "attribution"])
 def test_a_gradient_of_the_next_token_loss_fits_with_much_room(compiler, step):
     """The output projection is kept once. A copy for each block of logits made it 93 GB."""
     assert compiled(compiler, f"Llama-3-8B: {step} step at 32,000")["peak"] <= 32e9
@@ -95,7 +97,8 @@ def test_steps_that_differentiate_full_attention_take_seconds_on_one_gpu():
     assert 5 < operations / GPUS["a100-80g"].flops < 10
 
 
-@pytest.mark.parametrize("kv", ["int4", pytest.param("int2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["int4", "int2"])
 def test_the_longest_chunk_fits_and_ten_percent_more_does_not(compiler, kv):
     fits, too_long = (
         next(name for name in reversed(names) if f"{kv} KV: chunk" in name)

@@ -149,6 +149,7 @@ COMMANDS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
 @pytest.mark.parametrize(
     "module", ["benchmarks.compiled", pytest.param("benchmarks.budgets", marks=pytest.mark.slow)]

@@ -182,6 +182,7 @@ def test_smallest_decode_run(tmp_path, capsys):
     assert "kvpress is skipped: there is no no/such/python" in out
 
 
+@pytest.mark.slow
 def test_smallest_run_of_cache_formats(tmp_path, capsys):
     config = decode.DecodeFlags(
         kv_contexts=(600,), kv=("bf16", "int4"), layers=1, embed=64, q_heads=8, sink=16,
@@ -208,6 +209,7 @@ def test_smallest_run_of_cache_formats(tmp_path, capsys):
     assert not (tmp_path / "decode.json").exists()
 
 
+@pytest.mark.slow
 def test_smallest_prefill_run(tmp_path, capsys):
     config = prefill.PrefillFlags(
         lengths=(100,), chunk=64, geometries=("mha",), layers=1, embed=64, q_heads=4, sink=4,
@@ -224,6 +226,7 @@ def test_smallest_prefill_run(tmp_path, capsys):
     assert "| mha | 100 | duo 25% |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @needs_torch
 def test_transformers_answers_with_times_and_live_bytes(tmp_path):
     model = small_model()

@@ -15,6 +15,7 @@ def model(tmp_path):
     return str(folder)
 
 
+@pytest.mark.slow
 def test_a_cold_and_a_warm_run(model, capsys, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")  # so that compiling takes its time
     flags = first_token.FirstTokenFlags(

@@ -16,6 +16,7 @@ from tests.benchmarks.gpu_tables import new_table
 from tests.processes import without_plugin_log
 
 
+@pytest.mark.slow
 def test_smoke_run_writes_every_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
     assert gpu_report.main(gpu_report._parse(["--smoke"]), began=time.monotonic()) == 0

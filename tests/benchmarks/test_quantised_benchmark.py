@@ -20,6 +20,7 @@ TINY = QuantisedFlags(
 )
 
 
+@pytest.mark.slow
 def test_passkeys_count_as_in_training():
     folder = pretrained.resolve("demo")
     pattern = load_pattern(folder / "pattern")
@@ -52,6 +53,7 @@ def test_passkeys_count_as_in_training():
     assert len(found.logits) == sum(s.tokens.size - s.tail_start for s in test.samples)
 
 
+@pytest.mark.slow
 def test_smallest_run_compares_every_setting_with_the_model_itself(tmp_path, capsys):
     config = dataclasses.replace(TINY, samples=2, out=tmp_path / "some" / "quantised.json")
     quantised.main(config)

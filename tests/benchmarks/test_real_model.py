@@ -74,6 +74,7 @@ def started(monkeypatch) -> list[list[str]]:
     return seen
 
 
+@pytest.mark.slow
 def test_steps_are_run_once_collected_and_shown(model, tmp_path, started):
     real_model.main(flags(model, tmp_path))
     assert [words[0] for words in started] == ["perplexity"] * 2 + ["passkeys"] * 2 + ["needle"] * 2

@@ -93,6 +93,7 @@ def test_ours_and_transformers_say_the_same_and_read_as_much(cache):
     assert ours.step_bytes(100) == theirs.step_bytes(100)
 
 
+@pytest.mark.slow
 def test_warming_up_compiles_all_that_is_timed(caplog):
     ours = Duo(DEMO | {"pattern": "random", "sparsity": 0.5, "sink_size": 4, "recent_size": 8})
     ours.warm_up(PROMPT, 6)
@@ -134,6 +135,7 @@ def test_a_contender_answers_line_by_line(monkeypatch, capsys):
     assert generated["prefill_seconds"] > 0 <= generated["decode_seconds"]
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_process_and_names_what_is_not_there(tmp_path, capsys, monkeypatch):
     everything = real_speed.contenders
     monkeypatch.setattr(

@@ -79,6 +79,7 @@ def test_config_json_says_what_transformers_needs(tmp_path):
     assert settings["eos_token_id"] == [config["eos_token_id"]]
 
 
+@pytest.mark.slow
 def test_host_memory_is_a_few_tensors_not_the_model(tmp_path):
     """24 equal tensors of 4M numbers, which take 16 MB as float32 and 403 MB in all.
 

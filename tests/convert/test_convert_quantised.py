@@ -55,6 +55,7 @@ def test_formats_of_what_is_stored(folders):
     assert open_weights(folders / "model").format == original.format == "model"
 
 
+@pytest.mark.slow
 def test_quantised_checkpoints_are_smaller(folders):
     def size(name):
         weights = open_weights(folders / name)

@@ -127,6 +127,7 @@ def test_table_of_formats_is_that_of_the_committed_run():
     assert {row["kv"] for row in result["rows"]} == set(get_args(KVFormat))
 
 
+@pytest.mark.slow
 def test_table_of_weights_is_what_its_benchmark_finds():
     flags = logits_error.LogitsErrorFlags()
     errors = logits_error.by_weights(flags.model, flags.formats)

@@ -128,6 +128,7 @@ def test_gradients_of_attention_over_caches_are_refused(op, is_packed):
         jax.grad(loss)(q)
 
 
+@pytest.mark.slow
 def test_xla_has_the_derivatives_that_the_messages_promise():
     xla = functools.partial(streaming, implementation="xla")
     for derivative in (

@@ -84,6 +84,7 @@ def test_a_pattern_keeps_the_target_in_the_order_of_credit():
     assert (half > 0.5).sum() == 2
 
 
+@pytest.mark.slow
 def test_the_demo_models_retrieval_heads_have_the_most_credit():
     """The four that training found are among five of 16; at random that is 1 case in 364."""
     folder = pretrained.resolve(pretrained.DEMO)

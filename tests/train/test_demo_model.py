@@ -144,6 +144,7 @@ def uninterrupted(tmp_path_factory, little_text):  # noqa: ARG001
     return config
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, uninterrupted):
     config = dataclasses.replace(FLAGS, workdir=str(tmp_path / "run"))
     train_step = run.train_step
@@ -171,6 +172,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch, uninterrup
     assert [m["stage"] for m in metrics] == [1] * 3 + [2] * 5
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(uninterrupted):
     changed = dataclasses.replace(
         uninterrupted, filler_weight=0.1, output=uninterrupted.folder().with_name("other")
@@ -179,6 +181,7 @@ def test_another_configuration_is_refused(uninterrupted):
         train(changed)
 
 
+@pytest.mark.slow
 def test_a_finished_model_is_not_overwritten(uninterrupted):
     with pytest.raises(InputError, match="exists already"):
         train(uninterrupted)

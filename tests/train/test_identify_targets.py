@@ -52,6 +52,7 @@ def whole(request, given, tmp_path_factory):
     return flags, *search(flags, given, tmp_path_factory.mktemp("runs") / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", ["masks"], indirect=True)
 def test_a_killed_search_resumes_to_the_same_bits(whole, given, tmp_path, monkeypatch):
     flags, expected, expected_metrics = whole

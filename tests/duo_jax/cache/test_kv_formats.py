@@ -95,6 +95,7 @@ def test_fewer_bits_err_more_and_take_less(params, tokens):
     assert sizes[0] > 2.5 * sizes[1] > 3 * sizes[2]
 
 
+@pytest.mark.slow
 # int8 and int4 differ from int2 in kernels.packed, and have no ring of the latest tokens.
 @pytest.mark.parametrize("kv", [pytest.param("int4", marks=pytest.mark.slow), "int2"])
 def test_kernels_serve_the_same_tokens(kv, params, tokens):

@@ -53,7 +53,7 @@ def read_dense(tokens, kv, dtype, implementation):
     ("kv", "implementation"),
     [
         pytest.param("bf16", "xla", marks=pytest.mark.slow),  # its tolerance is the widest
-        ("int4", "xla"),
+        pytest.param("int4", "xla", marks=pytest.mark.slow),  # int2 has blocks beside
         ("int2", "xla"),
         ("model", "interpret"),
     ],

@@ -42,7 +42,7 @@ def test_a_request_gets_what_it_would_get_alone(model, expected, order):
     assert served.stats().preempted == 0
 
 
-@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("reuse", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_preempted_requests_get_the_same(model, expected, reuse):
     """There are pages for one long text and a bit."""
     served = make(model, cache_tokens=320, prefix_reuse=reuse)

@@ -66,6 +66,7 @@ def test_prefixes_are_forgotten_where_pages_or_snapshots_run_out(model):
     assert last.cached == 64
 
 
+@pytest.mark.slow
 # int2 has all that int4 has, and blocks and a ring of the latest tokens.
 @pytest.mark.parametrize("kv", [pytest.param("int4", marks=pytest.mark.slow), "int2"])
 def test_packed_caches_are_shared_and_preempted_too(kv):

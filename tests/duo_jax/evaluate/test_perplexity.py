@@ -142,6 +142,7 @@ def test_texts_are_of_one_document_where_it_is_long_enough(folder):
     assert "number" in tokenizer.decode(joined)
 
 
+@pytest.mark.slow
 def test_the_demo_is_read_worse_by_streaming_heads_only(tmp_path):
     """Its pattern's retrieval heads are for passkeys; plain text needs few of them."""
     flags = ["--length", "512", "--samples", "4", "--sparsities", "0.5"]

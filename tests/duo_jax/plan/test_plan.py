@@ -213,6 +213,7 @@ FLAGS = {
 }
 
 
+@pytest.mark.usefixtures("unhooked")
 def test_every_flag_changes_the_plan(printed):
     plans = {name: printed(*flags).split("\n\n", 1)[1] for name, flags in FLAGS.items()}
     plans["none"] = printed().split("\n\n", 1)[1]
@@ -399,6 +400,7 @@ def test_gpus_are_those_that_programs_are_compiled_for():
 # The picture.
 
 
+@pytest.mark.usefixtures("unhooked")
 def test_a_picture_is_written_when_it_is_complete(printed, tmp_path):
     file = tmp_path / "plan.png"
     assert f"written: {file}" in printed("--png", str(file))
@@ -421,6 +423,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(model, tmp_path, capsys):
 # The documentation.
 
 
+@pytest.mark.usefixtures("unhooked")
 def test_the_pages_example_prints_what_it_says(tmp_path, monkeypatch, capsys):
     if not PUBLISHED.is_dir():
         pytest.skip("the published patterns are not here")

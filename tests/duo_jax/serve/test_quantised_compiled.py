@@ -43,7 +43,7 @@ def promised(weights: str, layers: int = 1) -> int:
 
 
 @pytest.mark.parametrize(  # w8a8 stores what int8 does
-    "weights", ["int8", pytest.param("w8a8", marks=pytest.mark.slow), "int4"]
+    "weights", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "w8a8")), "int4"]
 )
 def test_a_decode_step_needs_the_promised_bytes_and_no_dequantised_matrix(compiler, weights):
     memory, plain = compiled(compiler, weights), compiled(compiler, "model")

@@ -349,6 +349,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_rows_can_be_sharded_over_devices():
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags}

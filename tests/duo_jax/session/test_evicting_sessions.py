@@ -203,6 +203,7 @@ def demo_samples():
     return [sampler.sample(number, length=768) for number in range(2)]
 
 
+@pytest.mark.slow
 def test_kvzip_keeps_what_later_questions_ask_for(demo_samples):
     """Half the heads stream, and the others keep a quarter; the latest tokens ask for nothing."""
     found, cache_bytes = {}, {}
