@@ -67,9 +67,8 @@ def test_llama_3_without_duo_attention_does_not_fit():
     assert budgets.SERVING["Llama-3-8B, full caches: decode at 1,000,000"].held() > 1.5 * BUDGET
 
 
-@pytest.mark.parametrize(
-    ("length", "budget"), [pytest.param(32_000, 45e9, marks=pytest.mark.slow), (96_000, BUDGET)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("length", "budget"), [(32_000, 45e9), (96_000, BUDGET)])
 def test_llama_3_is_identified_on_one_gpu(compiler, length, budget):
     name = f"Llama-3-8B: identification step at {length:,}"
     assert compiled(compiler, name)["peak"] <= budget
@@ -110,6 +109,7 @@ def test_the_longest_chunk_fits_and_ten_percent_more_does_not(compiler, kv):
     assert budgets.SERVING[too_long].held() + workspace > BUDGET
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", [pytest.param("int4", marks=pytest.mark.slow), "int2"])
 def test_nothing_as_large_as_a_dequantised_cache_is_ever_in_memory(compiler, kv):
     """Of one head's keys, even; in the last layer but one, whose heads all retrieve."""

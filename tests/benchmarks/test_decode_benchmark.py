@@ -118,6 +118,7 @@ def test_same_seed_gives_the_same_files_and_a_second_call_reuses_them(tmp_path):
     assert (first / "model.safetensors").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 @needs_torch
 def test_folder_is_the_same_model_here_and_in_transformers(tmp_path):
     import torch
@@ -155,6 +156,7 @@ def test_every_reading_starts_at_the_beginning(tmp_path):
         np.testing.assert_array_equal(first, second)
 
 
+@pytest.mark.slow
 def test_smallest_decode_run(tmp_path, capsys):
     config = decode.DecodeFlags(
         contexts=(600,), geometries=("gqa",), layers=1, embed=64, q_heads=32, sink=16, recent=32,

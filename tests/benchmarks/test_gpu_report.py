@@ -63,6 +63,7 @@ def test_smoke_run_writes_every_table(tmp_path, monkeypatch, capsys):
         assert target["status"] in line
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_the_best_of_what_it_tried(tmp_path):
     table = new_table(tmp_path)
     block_sweep.run(smoke(), table)

@@ -111,6 +111,7 @@ def test_steps_are_run_once_collected_and_shown(model, tmp_path, started):
     assert [words[0] for words in started] == ["needle"]  # full caches depend on no pattern
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_is_named_after_the_others_are_run(model, tmp_path, started, capsys):
     sizes = dataclasses.replace(SIZES, perplexity_length=9_000)
     with pytest.raises(real_model.InputError, match="failed: perplexity-full, "):

@@ -218,7 +218,11 @@ def test_a_destination_within_the_model_folder(tmp_path):
     assert again == {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
+@pytest.mark.parametrize(
+    "to_hf",
+    [[], pytest.param(["--to-hf"], marks=pytest.mark.slow)],
+    ids=["checkpoint", "hf"],
+)
 def test_a_converted_demo_model_evaluates_as_the_original(tmp_path, to_hf):
     main([*to_hf, "demo", str(tmp_path / "converted")])
     results = []

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from duo_jax.errors import InputError
 
 REFUSED = object()
-_MOST_SECONDS = 2.0  # of processor time: other processes must not fail a test
+_MOST_SECONDS = 4.0  # of processor time, of which a machine that others use too takes twice as much
 _MOST_MEMORY = 300 << 20  # bytes, above the size of the input
 _LONGEST_MESSAGE = 2_200  # characters
 # A quick pass in every run of the tests, a thorough one among the slow tests. Inputs repeat from

@@ -107,7 +107,7 @@ def test_chosen_heads_compute_one_term_each():
     assert " conditional(" in program
 
 
-@pytest.mark.parametrize("mixing", ["teacher", "self"])
+@pytest.mark.parametrize("mixing", [pytest.param("teacher", marks=pytest.mark.slow), "self"])
 def test_gradient_equals_central_differences_in_float64(mixing):
     with jax.enable_x64(True):
         config, params = model()

@@ -117,6 +117,7 @@ def test_another_models_pattern_is_no_warm_start(given, tmp_path):
         training.warm_start(flags, architecture)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", ["attribute"], indirect=True)
 def test_a_target_of_several_is_a_run_of_its_own(tiny_model, tmp_path, whole):
     """It is that of the target alone, to the same bits; and all files are there."""

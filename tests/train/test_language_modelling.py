@@ -96,7 +96,7 @@ def test_padding_and_the_start_of_the_tail_do_not_count():
     assert loss(gates, last) != expected
 
 
-@pytest.mark.parametrize("mixing", ["teacher", "self"])
+@pytest.mark.parametrize("mixing", [pytest.param("teacher", marks=pytest.mark.slow), "self"])
 def test_gradient_equals_central_differences_in_float64(mixing):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), model()[1])

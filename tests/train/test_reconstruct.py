@@ -71,6 +71,7 @@ def test_scores_are_reported_drawn_and_served(finished, tiny_model):
     assert model.config.num_retrieval_heads == 2
 
 
+@pytest.mark.slow
 def test_interrupted_reconstruction_resumes_to_the_same_bits(
     finished, tiny_model, tmp_path, monkeypatch
 ):

@@ -70,7 +70,7 @@ def weights_of(queries, keys):
     return weights / weights.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("kv", ["model", "int8", "int4"])
+@pytest.mark.parametrize("kv", ["model", pytest.param("int8", marks=pytest.mark.slow), "int4"])
 @pytest.mark.parametrize("voters", ["latest", "all"])
 def test_votes_are_attention_weights(voters, kv):
     cache, read_rows = read([(100, (100, 70)), (50, (50, 40))], voters, kv)

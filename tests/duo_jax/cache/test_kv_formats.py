@@ -72,7 +72,7 @@ def relative(x, reference) -> float:
 SLACK = {"bf16": 1e-2, "int8": 1e-3, "int4": 1e-2, "int2": 2e-2}
 
 
-@pytest.mark.parametrize("kv", ["bf16", "int2"])
+@pytest.mark.parametrize("kv", [pytest.param("bf16", marks=pytest.mark.slow), "int2"])
 def test_how_a_text_is_cut_does_not_matter(kv, params, tokens):
     """Prefill in chunks, then token by token, rows of different lengths: as in one go.
 
@@ -97,7 +97,7 @@ def test_fewer_bits_err_more_and_take_less(params, tokens):
 
 @pytest.mark.slow
 # int8 and int4 differ from int2 in kernels.packed, and have no ring of the latest tokens.
-@pytest.mark.parametrize("kv", [pytest.param("int4", marks=pytest.mark.slow), "int2"])
+@pytest.mark.parametrize("kv", ["int4", "int2"])
 def test_kernels_serve_the_same_tokens(kv, params, tokens):
     cuts = [64, 64, 1, 1]
     expected, _ = read(params, tokens, kv, cuts)
@@ -217,7 +217,7 @@ def test_bytes_are_those_of_the_formula_and_of_what_a_grown_cache_takes(kv):
 
 
 @pytest.mark.parametrize(  # test_cache_files.py saves and loads int4
-    "kv", ["bf16", pytest.param("int4", marks=pytest.mark.slow), "int2"]
+    "kv", [*(pytest.param(kv, marks=pytest.mark.slow) for kv in ("bf16", "int4")), "int2"]
 )
 def test_a_grown_or_saved_cache_goes_on_to_the_bit(kv, params, tokens, tmp_path):
     def session():

@@ -55,7 +55,8 @@ def read_dense(tokens, kv, dtype, implementation):
         pytest.param("bf16", "xla", marks=pytest.mark.slow),  # its tolerance is the widest
         pytest.param("int4", "xla", marks=pytest.mark.slow),  # int2 has blocks beside
         ("int2", "xla"),
-        ("model", "interpret"),
+        ("model", "xla"),
+        pytest.param("model", "interpret", marks=pytest.mark.slow),
     ],
 )
 def test_rows_of_pages_equal_caches_of_their_own(kv, implementation):

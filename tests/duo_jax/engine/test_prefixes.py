@@ -68,7 +68,7 @@ def test_prefixes_are_forgotten_where_pages_or_snapshots_run_out(model):
 
 @pytest.mark.slow
 # int2 has all that int4 has, and blocks and a ring of the latest tokens.
-@pytest.mark.parametrize("kv", [pytest.param("int4", marks=pytest.mark.slow), "int2"])
+@pytest.mark.parametrize("kv", ["int4", "int2"])
 def test_packed_caches_are_shared_and_preempted_too(kv):
     model = duo_jax.load(half_demo(), sink_size=4, recent_size=12, kv=kv)
     narrow, wide = make(model, cache_tokens=320), make(model)
@@ -83,7 +83,7 @@ def test_packed_caches_are_shared_and_preempted_too(kv):
         np.testing.assert_allclose(starts, starts[0], atol=0.1)
 
 
-@pytest.mark.parametrize("kv", ["model", "int2"])
+@pytest.mark.parametrize("kv", ["model", pytest.param("int2", marks=pytest.mark.slow)])
 def test_a_saved_text_can_be_pinned(kv, tmp_path):
     """It stays while others come and go, and gives what reading it gives."""
     model = duo_jax.load(half_demo(), sink_size=4, recent_size=12, kv=kv)

@@ -48,7 +48,12 @@ def decoded(model, tokens) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("kv", "sparsity", "chunk"),
-    [("model", 0.5, 64), ("int4", 0.0, 8192), ("int2", 0.5, 64), ("int2", 0.5, 128)],
+    [
+        ("model", 0.5, 64),
+        ("int4", 0.0, 8192),
+        ("int2", 0.5, 64),
+        pytest.param("int2", 0.5, 128, marks=pytest.mark.slow),
+    ],
 )
 def test_chunks_are_read_as_the_caches_would_serve_each_token(folder, chunk, kv, sparsity):
     model = duo_jax.load(folder, sparsity=sparsity, kv=kv, prefill_chunk=chunk)

@@ -113,6 +113,7 @@ def test_ragged_chunks_and_decoding_equal_one_device(number):
     check(number, **PLAIN)
 
 
+@pytest.mark.slow
 def test_groups_of_devices_share_the_rows():
     check(4, groups=2, config=SMALL, **PLAIN)
 
@@ -120,9 +121,11 @@ def test_groups_of_devices_share_the_rows():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mode": "chunk"},
+        pytest.param({"mode": "chunk"}, marks=pytest.mark.slow),
         {"implementation": "interpret"},
-        {"kv": "int4", "weight_format": "int8", "dtype": "float64"},
+        pytest.param(
+            {"kv": "int4", "weight_format": "int8", "dtype": "float64"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["prefill by chunks", "our kernels", "packed"],
 )
@@ -153,9 +156,10 @@ def test_quantised_weights_equal_one_device(number, weight_format):
     check(number, **PLAIN | {"weight_format": weight_format, "dtype": "float64"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("q_heads", "kv_heads"),
-    [pytest.param(4, 2, marks=pytest.mark.slow), (8, 4)],
+    [(4, 2), (8, 4)],
     ids=["none", "queries only"],
 )
 def test_heads_that_cannot_be_shared_are_on_every_device(q_heads, kv_heads):

@@ -72,6 +72,7 @@ def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers):
         assert conversation.session.timing.prefill_tokens < 20  # the text itself was not read again
 
 
+@pytest.mark.slow
 def test_an_engine_serves_what_one_device_does(tmp_path):
     text = "The third passkey to the vault is charlie lima. " * 9
     asked = [text + " What is it?", "Once upon a time", text + " And the first?"]

@@ -11,6 +11,7 @@ import time
 import jax
 import pytest
 
+from convert import __main__ as convert
 from duo_jax import generate
 from duo_jax.cli import cluster
 from duo_jax.errors import InputError
@@ -63,8 +64,13 @@ def start(*words: str, auto: bool = False) -> list[subprocess.Popen[str]]:
     ]
 
 
-def test_two_processes_write_what_one_does(tmp_path, capsys):
+# Each process reads its parts of a checkpoint, and checks what it read together with the other.
+@pytest.mark.parametrize("stored", ["hf", pytest.param("checkpoint", marks=pytest.mark.slow)])
+def test_two_processes_write_what_one_does(tmp_path, capsys, stored):
     words = ["--max-new-tokens", "8", "--save-cache", str(tmp_path / "two")]
+    if stored == "checkpoint":
+        convert.main(["demo", str(tmp_path / "checkpoint")])
+        words += ["--model", str(tmp_path / "checkpoint")]
     found = [process.communicate(timeout=240) for process in start(*words)]
     one = ["--max-new-tokens", "8", "--save-cache", str(tmp_path / "one"), "--devices", "1"]
     generate.main(one)

@@ -263,7 +263,7 @@ def test_unusual_sizes(sink, recent):
         np.testing.assert_allclose(logits, expected[:, position], atol=2e-5)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 def test_half_precision_errs_at_most_twice_as_much_as_the_plain_model(dtype):
     """Against the same rounded weights in float32; the plain model sets the scale."""
     rounded = random_params(ONE_LAYER, dtype=dtype)

@@ -53,6 +53,7 @@ def chunks(url):
                 yield json.loads(line[6:])
 
 
+@pytest.mark.slow
 def test_a_server_that_is_terminated_lets_a_stream_end_and_ends_with_0():
     with running() as (process, url):
         stream = chunks(url)
