@@ -127,6 +127,19 @@ def _resident_bytes() -> float:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.fixture(scope="module")
+def unhooked_file() -> Iterator[None]:
+    """Call functions as a user does, who has no checker of type hints in front of them.
+
+    The checker takes a tenth of the time of what is traced. Hints are checked where functions are
+    tested, not again where whole commands run.
+    """
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
 @pytest.fixture
 def signals_of_a_terminal() -> Iterator[None]:
     """Have signals end this process and those that it starts, also after `&` and nohup.

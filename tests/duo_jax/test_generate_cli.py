@@ -22,7 +22,7 @@ from tests import models
 from tests.duo_jax.test_api import GATES, TEMPLATE, TEXT, VOCAB
 from tests.processes import without_plugin_log
 
-pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
+pytestmark = pytest.mark.usefixtures("unhooked_file", "signals_of_a_terminal")
 # A range so long that a decode can be interrupted in the middle; one layer, which compiles faster.
 RAW = models.llama(
     vocab_size=VOCAB, num_attention_heads=8, num_key_value_heads=8, head_dim=8,

@@ -27,7 +27,7 @@ from train.identify.training import step_config
 from train.loss import StepConfig
 from train.retrieval_test import RetrievalScores
 
-pytestmark = pytest.mark.usefixtures("little_text")
+pytestmark = pytest.mark.usefixtures("unhooked_file", "little_text")
 
 ROOT = pathlib.Path(__file__).parents[2]
 MEASURES = ("tokens", "nll", "kl")

@@ -17,7 +17,7 @@ from train.identify import profile as profile_module
 from train.identify.__main__ import main
 from train.identify.batches import batch_of_one
 
-pytestmark = pytest.mark.usefixtures("little_text")
+pytestmark = pytest.mark.usefixtures("unhooked_file", "little_text")
 
 PROFILE_FLAGS = (
     "--method profile --profile-samples 5 --checkpoint-every 2 --dtype float32 --sink 4 "

@@ -11,6 +11,11 @@ from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _as_users_run_them(unhooked_file: None) -> None:
+    del unhooked_file
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> pathlib.Path:
     """Write a model that some of the fixture's texts are too long for."""

@@ -21,6 +21,11 @@ from tests.duo_jax.server.template import TEMPLATE
 from tests.half_demo import half_demo
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _as_users_run_them(unhooked_file: None) -> None:
+    del unhooked_file
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Served:
     """A running server."""
