@@ -70,7 +70,7 @@ def test_it_imports_jinja2_and_the_standard_library_alone():
 
 @only_linux
 def test_one_process_serves_until_a_template_goes_too_far(capfd):
-    hasty = Renderer(Bounds(seconds=0.5))
+    hasty = Renderer(Bounds(seconds=3.0))
     before = children()
     show(hasty, "a")
     (first,) = children() - before
