@@ -67,7 +67,6 @@ def result(model, tmp_path_factory):
     return json.loads(out.read_text()), out
 
 
-@pytest.mark.slow
 def test_methods_are_tested_with_their_own_heads(result):
     rows, gates = result[0]["methods"], result[0]["gates"]
     assert [(r["method"], r["sparsity"]) for r in rows] == [
@@ -87,7 +86,6 @@ def test_methods_are_tested_with_their_own_heads(result):
     assert len(set(seeds)) == 6
 
 
-@pytest.mark.slow
 def test_gates_are_those_of_the_identification_command(result, model, tmp_path):
     gates = result[0]["gates"]
     for method in ("optimise", "profile"):
@@ -99,7 +97,6 @@ def test_gates_are_those_of_the_identification_command(result, model, tmp_path):
         )
 
 
-@pytest.mark.slow
 def test_windows_have_the_same_number_of_slots(result):
     rows = result[0]["windows"]
     learned = np.array(result[0]["gates"]["optimise"][0])

@@ -110,7 +110,7 @@ def test_the_longest_chunk_fits_and_ten_percent_more_does_not(compiler, kv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv", [pytest.param("int4", marks=pytest.mark.slow), "int2"])
+@pytest.mark.parametrize("kv", ["int4", "int2"])
 def test_nothing_as_large_as_a_dequantised_cache_is_ever_in_memory(compiler, kv):
     """Of one head's keys, even; in the last layer but one, whose heads all retrieve."""
     name = next(name for name in reversed(QUANTISED) if f"{kv} KV: decode" in name)

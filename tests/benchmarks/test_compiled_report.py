@@ -151,9 +151,7 @@ COMMANDS = {
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
-@pytest.mark.parametrize(
-    "module", ["benchmarks.compiled", pytest.param("benchmarks.budgets", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("module", ["benchmarks.compiled", "benchmarks.budgets"])
 def test_commands_need_no_environment_variable(module, tmp_path):
     """That jax stays on the CPU is theirs to say: a newcomer does not."""
     environment = {name: x for name, x in os.environ.items() if name != "JAX_PLATFORMS"}

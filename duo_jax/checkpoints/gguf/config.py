@@ -23,7 +23,7 @@ _SIZES = {
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
 }
-# Numbers of other architectures that would change the result, and the values that change nothing.
+# Numbers that are not read and would change the result, and the values that change nothing.
 _WITHOUT_EFFECT = {
     "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
@@ -34,6 +34,10 @@ _WITHOUT_EFFECT = {
     "embedding_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
     "logit_scale": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+    "rope.scaling.yarn_attn_factor": (1.0, -1.0),
+    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
+    "rope.scaling.yarn_log_multiplier": (0.0,),
 }
 _SPECIAL_TOKENS = {
     "bos_token_id": "bos_token_id",
@@ -118,7 +122,7 @@ def hf_config(header: Header) -> dict[str, Any]:
         "rms_norm_eps": eps,
         "tie_word_embeddings": "output.weight" not in tensors,
         "num_local_experts": value("expert_count", 0),
-        "rope_parameters": rope_parameters(header, kind, head_dim, value),
+        "rope_parameters": rope_parameters(header, head_dim, value),
     }
     if kind == "llama":
         raw["attention_bias"] = "blk.0.attn_q.bias" in tensors

@@ -23,23 +23,13 @@ _LONG_FACTORS = ("rope_factors_long.weight", "rope_factors_short.weight")
 _TOLERANCE = 1e-4  # relative
 _USUAL_LOW, _USUAL_HIGH = 1.0, 4.0  # of every published model
 _USUAL_ORIGINALS = (8192,)
-# Numbers that would change the result, and the values that change nothing.
-_WITHOUT_EFFECT = {
-    "rope.scaling.attn_factor": (1.0,),
-    "rope.scaling.yarn_attn_factor": (1.0, -1.0),
-    "rope.scaling.yarn_ext_factor": (1.0, -1.0),
-    "rope.scaling.yarn_log_multiplier": (0.0,),
-}
 
 
-def rope_parameters(
-    header: Header, kind: str, head_dim: Any, value: Callable[..., Any]
-) -> dict[str, Any]:
+def rope_parameters(header: Header, head_dim: Any, value: Callable[..., Any]) -> dict[str, Any]:
     """Return rope_parameters.
 
     Args:
       header: the file's.
-      kind: its architecture.
       head_dim: the size of a head.
       value: returns an entry of the architecture by name, or its default.
 
@@ -53,9 +43,6 @@ def rope_parameters(
     for name in _LONG_FACTORS:
         if name in header.tensors:
             raise header.refused(f"rope scaling 'longrope' ({name}) is not supported")
-    for name, harmless in _WITHOUT_EFFECT.items():
-        if value(name, harmless[0]) not in harmless:
-            raise header.refused(f"{kind}.{name} {quoted(value(name))} is not supported")
     if scaling not in ("none", "linear", "yarn"):
         raise header.refused(
             f"rope scaling {quoted(scaling)} is not supported; supported: none, linear, yarn, and "
