@@ -29,8 +29,8 @@ from benchmarks.quality import head_choices_report as report
 from benchmarks.quality.head_choices_flags import HeadChoicesFlags, default
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
-from duo_jax.checkpoints.own_pattern import find_pattern
 from duo_jax.cli import presets
+from duo_jax.cli.pattern import find_pattern
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError

@@ -127,8 +127,7 @@ def _resident_bytes() -> float:
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.fixture(scope="module")
-def unhooked_file() -> Iterator[None]:
+def _unhooked() -> Iterator[None]:
     """Call functions as a user does, who has no checker of type hints in front of them.
 
     The checker takes a tenth of the time of what is traced. Hints are checked where functions are
@@ -138,6 +137,10 @@ def unhooked_file() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+unhooked = pytest.fixture(_unhooked)
+unhooked_file = pytest.fixture(_unhooked, scope="module")
 
 
 @pytest.fixture

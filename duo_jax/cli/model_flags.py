@@ -8,7 +8,8 @@ import jax
 
 from duo_jax.api import DuoModel, load
 from duo_jax.cache import KVFormat
-from duo_jax.checkpoints import own_pattern, pretrained
+from duo_jax.checkpoints import pretrained
+from duo_jax.cli.pattern import find_pattern
 from duo_jax.mesh.devices import described
 from duo_jax.model.quantised_weights import WeightFormat
 from duo_jax.schema.check import check_fields
@@ -88,10 +89,7 @@ class ModelFlags:
         flags |= changes
         if flags["pattern"] is None:
             folder = pretrained.resolve(flags["model"])
-            found = own_pattern.find_pattern(folder, pretrained.load_config(folder))
-            if own_pattern.ships(found):
-                print(f"[heads: the pattern of {found.name} that ships]", file=sys.stderr)
-            flags["pattern"] = str(found)
+            flags["pattern"] = str(find_pattern(folder, pretrained.load_config(folder)))
         model = load(sink_size=flags.pop("sink"), recent_size=flags.pop("recent"), **flags)
         if len(jax.devices()) > 1:
             print(f"[on {described(model.runtime.mesh)}]", file=sys.stderr)

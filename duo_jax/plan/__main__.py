@@ -16,7 +16,7 @@ from tqdm import tqdm
 from duo_jax import cli, files
 from duo_jax.cache import KVFormat
 from duo_jax.checkpoints import gguf, pretrained
-from duo_jax.checkpoints.own_pattern import find_pattern
+from duo_jax.cli.pattern import find_pattern
 from duo_jax.errors import InputError
 from duo_jax.heads.choose import split_heads
 from duo_jax.mesh.devices import possible

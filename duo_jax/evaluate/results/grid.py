@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 from duo_jax.api import DuoModel
 from duo_jax.checkpoints import pretrained
-from duo_jax.checkpoints.own_pattern import find_pattern
 from duo_jax.cli import presets
 from duo_jax.cli.model_flags import ModelFlags
+from duo_jax.cli.pattern import find_pattern
 from duo_jax.data.documents import split_held_out
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results.rows import Rows

@@ -18,7 +18,6 @@ from duo_jax.evaluate.perplexity.command import bucket_bounds
 from duo_jax.evaluate.perplexity.texts import stretches
 from duo_jax.heads.pattern import Pattern, save_pattern
 
-pytestmark = pytest.mark.usefixtures("unhooked")
 LENGTH = 300
 FLAGS = ["--length", str(LENGTH), "--samples", "2", "--sparsities", "0.5", "--kv-formats", "int4"]
 
