@@ -18,7 +18,8 @@ _HEAD = """\
 
 Written from the files in `{folder}`; do not edit it. A real pretrained model on a CPU, so there
 are few texts: ± is two standard errors over texts, which is 0 where all texts agree and then says
-less than it seems to. One command measures all of it, and goes on where it was stopped:
+less than it seems to. One command measures all of it, and goes on where it was stopped; it needs
+`pip install '.[eval]'`. For another model name other folders (`--results`, `--work`, `--page`):
 
 <!-- takes minutes -->
 ```bash

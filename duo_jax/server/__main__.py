@@ -19,8 +19,8 @@ _DESCRIPTION = """\
 Serve a split model to many clients, with the HTTP interface of OpenAI: /v1/chat/completions,
 /v1/completions, /v1/models; and a page to chat with it at /.
 
-Needs the extra "server": pip install "duo_jax[server]". Ctrl-C or SIGTERM takes no more requests,
-lets those that run end, and ends with code 0; a second one ends at once.
+Needs the extra "server": pip install "duo_jax[server]". On Ctrl-C or SIGTERM it refuses new
+requests, gives running ones time to finish, and exits with code 0; a second signal exits at once.
 """
 _EXTRA = ("fastapi", "uvicorn", "llguidance", "prometheus_client")
 

@@ -48,7 +48,7 @@ class ServerFlags(ModelFlags):
     page_size: Count = 64
     """Tokens of a page of the cache, a power of two from 64 on."""
     queue: Count = 256
-    """Requests that may wait; those that come then are refused (429)."""
+    """Requests that may wait; further ones are refused (429)."""
     prefix_reuse: bool = True
     """Keep the caches of prompts, for later ones that begin alike."""
     snapshots: Size = 32

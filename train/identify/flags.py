@@ -75,7 +75,7 @@ class IdentifyConfig:
     """How to find retrieval heads.
     optimise: learn gates by distillation on passkeys, the paper's method.
     budget: learn gates whose mean is --target-sparsity's at every step, on how far the answers are
-    from those of full attention. On SmolLM2 better heads from no more steps.
+    from those of full attention. On SmolLM2 it found better heads than optimise in as many steps.
     masks: learn masks that are 0 or 1 at --target-sparsity on next-token loss (PruLong).
     attribute: integrate the gradient of the answers' likelihood along the gates, from all 1 to
     their mean at --target-sparsity; no training.
@@ -91,8 +91,8 @@ class IdentifyConfig:
     """What --method masks predicts. text: every token of plain text. passkeys: the answers. both:
     by turns."""
     init: str | None = None
-    """A pattern folder to start from, for --method budget and masks: its order of heads is worth
-    ten steps, or a small lead."""
+    """A pattern folder to start from, for --method budget and masks: its order of heads counts
+    as ten steps (budget) or as a small head start (masks)."""
 
     num_steps: Count | None = None
     """Optimisation steps, one sample each. Default: 2,000; of --method budget, 100; of --method
