@@ -9,6 +9,7 @@ place of a text, from where it can be read on.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -91,13 +92,39 @@ def copy_page(layers: Layers, source: Row, target: Row) -> Layers:
         page = jax.lax.dynamic_slice_in_dim(pool, source, 1, axis=0)
         return jax.lax.dynamic_update_slice_in_dim(pool, page, target, axis=0)
 
-    def copied(part: KVCache) -> KVCache:
+    return _map_pools(copy, layers)
+
+
+def clear_row(layers: Layers, row: Row) -> Layers:
+    """Write zeros into a row of the rings."""
+
+    def clear(ring: Array) -> Array:
+        zeros = jnp.zeros((1, *ring.shape[1:]), ring.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(ring, zeros, row, axis=0)
+
+    return with_rings(layers, jax.tree.map(clear, rings_of(layers)))
+
+
+def clear_page(layers: Layers, page: Row) -> Layers:
+    """Write zeros into a page, in every pool."""
+
+    def clear(pool: Array) -> Array:
+        zeros = jnp.zeros((1, *pool.shape[1:]), pool.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(pool, zeros, page, axis=0)
+
+    return _map_pools(clear, layers)
+
+
+def _map_pools(change: Callable[[Array], Array], layers: Layers) -> Layers:
+    """Return the layers with another version of every pool of pages."""
+
+    def changed(part: KVCache) -> KVCache:
         return dataclasses.replace(
-            part, keys=jax.tree.map(copy, part.keys), values=jax.tree.map(copy, part.values)
+            part, keys=jax.tree.map(change, part.keys), values=jax.tree.map(change, part.values)
         )
 
     return tuple(
-        dataclasses.replace(layer, full=tuple(map(copied, layer.full))) for layer in layers
+        dataclasses.replace(layer, full=tuple(map(changed, layer.full))) for layer in layers
     )
 
 

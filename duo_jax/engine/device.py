@@ -200,6 +200,12 @@ class Device:
         """Copy a page over another."""
         self._layers = rows.copy_page(self._layers, np.int32(source), np.int32(target))
 
+    def clear_text(self, numbers: Sequence[int], row: int) -> None:
+        """Write zeros into pages, and into the rings of a row."""
+        self._layers = rows.clear_row(self._layers, np.int32(row))
+        for number in numbers:
+            self._layers = rows.clear_page(self._layers, np.int32(number))
+
     def adopt(self, cache: Cache, numbers: Sequence[int], row: int) -> None:
         """Copy a text's own cache into pages and a row."""
         places = (np.asarray(numbers, np.int32), np.int32(row))

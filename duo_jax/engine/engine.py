@@ -112,6 +112,7 @@ class Engine:
         self._full_page_bytes, _ = bytes_of(runtime, page_size=self.sizes.page_size, full=True)
         self._scheduler = Scheduler(runtime, self.sizes, reuse=prefix_reuse)
         self._tickets = itertools.count()
+        self._pinned: list[pathlib.Path] = []
         self._changed = threading.Condition()
         # Guarded by it:
         self._new: list[Text] = []
@@ -185,6 +186,11 @@ class Engine:
           InputError: the folder cannot be used, or there is too little room beside a request of
             `max_len` tokens.
         """
+        length = self._pin(pathlib.Path(folder))
+        self._pinned.append(pathlib.Path(folder))
+        return length
+
+    def _pin(self, folder: pathlib.Path) -> int:
         session = self.model.load_conversation(folder).session
         assert session.cache is not None
         [length] = session.cache.lengths.tolist()
@@ -218,6 +224,7 @@ class Engine:
             traceback.print_exc()
             print("error: a step failed; all requests were ended", file=sys.stderr)
             scheduler.fail("the server failed in the middle of this request")
+            self._pin_again()
         with self._changed:
             self._idle = not (scheduler.texts or self._new)
             if self._idle:
@@ -282,6 +289,14 @@ class Engine:
     def check(self) -> None:
         """Assert that the engine's books are in order; for tests."""
         self._scheduler.check()
+
+    def _pin_again(self) -> None:
+        """Read what was pinned into caches that are empty after a failure."""
+        for folder in self._pinned:
+            try:
+                self._pin(folder)
+            except InputError as error:
+                print(f"error: {error}; it is no longer kept", file=sys.stderr)
 
     def _check(self, request: Request) -> None:
         """Refuse a request that could never be served.

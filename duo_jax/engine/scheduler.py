@@ -24,6 +24,7 @@ from duo_jax.serve.row_sampling import RowSettings, Sampled, no_settings
 from duo_jax.session.runtime import Runtime
 
 _WIDTHS = (64, 256)  # of a chunk that is short; every width is a program
+_OVERFLOW = "numbers of the model became infinite or undefined in this text; float32 has more room"
 
 
 class Scheduler:
@@ -121,6 +122,7 @@ class Scheduler:
             assert text.row == row
             assert text.held == len(text.tokens) - 1
             assert self._page_count(text.held) <= len(text.pages)
+            assert set(self._table[row]) <= set(text.pages)
 
     # Reading
 
@@ -147,6 +149,9 @@ class Scheduler:
         )
         self.counts["prompt_tokens"] += end - start
         text.held = end
+        if not np.isfinite(np.asarray(logits)).all():
+            self._spoiled(text)
+            return True
         if scores is not None:
             _add_prompt_scores(text, start, scores)
         if end < total:
@@ -187,12 +192,15 @@ class Scheduler:
             self._restore(text, prefix)
         self.waiting.popleft()
         self.reading = text
-        if not text.begun:
-            text.cached_tokens = text.held
+        if not text.begun:  # read again, it finds what it has left itself
+            before = text.held if text.cached_tokens is None else text.cached_tokens
+            text.cached_tokens = min(text.held, before)
         self.counts["cached_tokens"] += text.held
         last = (len(text.tokens) - 1) // size * size
         parting = min(self.prefixes.parting(text.digests), last) if reuse else 0
         text.borders = sorted({parting, last} if self._reuse else ())
+        # Beyond them, where masked tokens are read, are numbers of its own, not of who came before.
+        self._table[row] = text.pages[-1]
         self._table[row, : len(text.pages)] = text.pages
         self._set(text)
         return True
@@ -279,6 +287,9 @@ class Scheduler:
 
     def _wrote(self, text: Text, sampled: Sampled, at: int) -> None:
         """Append the token drawn at a place to a text; it leaves if it ends with it."""
+        if not sampled.finite[at]:
+            self._spoiled(text)
+            return
         token, logprob = int(sampled.tokens[at]), None
         if text.request.logprobs is not None:
             ranked = zip(sampled.top_tokens[at].tolist(), sampled.top[at].tolist(), strict=True)
@@ -353,6 +364,18 @@ class Scheduler:
         if text.row is not None:
             self._keep(text)
             self._leave(text)
+
+    def _spoiled(self, text: Text) -> None:
+        """End a text whose numbers overflowed, and leave none of them to those that come later.
+
+        Masked tokens are multiplied by 0, which makes nothing of any number but of NaN.
+        """
+        assert text.row is not None
+        own = [page for page in text.pages if self.pool.holders[page] == 1]
+        self._device.clear_text(own, text.row)
+        self.counts["finished"] += 1
+        self._leave(text)
+        text.end("error", _OVERFLOW)
 
     def _leave(self, text: Text) -> None:
         """Free what a text holds."""

@@ -27,7 +27,7 @@ class Text:
     held: int = 0  # tokens whose keys and values are in the cache
     row: int | None = None
     pages: list[int] = dataclasses.field(default_factory=list)
-    cached_tokens: int = 0
+    cached_tokens: int | None = None  # None: not yet known
     prompt_logprobs: list[TokenLogprob | None] = dataclasses.field(default_factory=list)
     begun: bool = False  # an update was sent
     allowed: Int32[np.ndarray, " words"] | None = None  # by a grammar, next
@@ -57,6 +57,8 @@ class Text:
             self.finish_reason = "length"
         if self.finish_reason is not None:
             text += self.detokenizer.finish()
+            if self.detokenizer.stopped:  # by what was held back
+                self.finish_reason = "stop"
         elif request.token_filter is not None:
             request.token_filter.accept(token)
             self.allowed = request.token_filter.allowed()
@@ -82,7 +84,7 @@ class Text:
                 tokens=tokens,
                 logprobs=logprobs,
                 prompt_logprobs=tuple(self.prompt_logprobs) if scored else None,
-                cached_tokens=self.cached_tokens,
+                cached_tokens=self.cached_tokens or 0,
                 finish_reason=self.finish_reason,
                 error=error,
             )

@@ -68,6 +68,7 @@ class Sampled:
     """The tokens drawn. Log-probabilities are the model's own; zeros where no row wants them."""
 
     tokens: Int[Array, " batch"]
+    finite: Bool[Array, " batch"]  # all logits of the row
     logprobs: Float[Array, " batch"]
     top: Float[Array, "batch most"]
     top_tokens: Int[Array, "batch most"]
@@ -166,7 +167,9 @@ def sample_rows(
         )
 
     history = jax.lax.cond(jnp.any(active & penalised), remember, lambda x: x, history)
-    return Sampled(tokens=tokens, logprobs=logprobs, top=top, top_tokens=which), history
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    sampled = Sampled(tokens=tokens, finite=finite, logprobs=logprobs, top=top, top_tokens=which)
+    return sampled, history
 
 
 def _changed(

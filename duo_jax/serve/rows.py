@@ -26,6 +26,8 @@ _PLACES = 64  # whose logits exist at a time, where those of all places are look
 
 copy_row = jax.jit(pages.copy_row, donate_argnums=0)
 copy_page = jax.jit(pages.copy_page, donate_argnums=0)
+clear_row = jax.jit(pages.clear_row, donate_argnums=0)
+clear_page = jax.jit(pages.clear_page, donate_argnums=0)
 
 
 @functools.partial(

@@ -109,7 +109,9 @@ class _Answer:
     def _prompt_logprobs(self, index: int, logprobs: Any) -> list[TextLogprobs]:
         if self._body.logprobs is None:
             return []
-        return [self._spellers[index].prompt(self._replies.requests[index].prompt, logprobs)]
+        request = self._replies.requests[index]
+        alone = request.max_tokens == 0
+        return [self._spellers[index].prompt(request.prompt, logprobs, last=alone)]
 
 
 def _choice(index: int, text: str, logprobs: TextLogprobs | None, reason: Any) -> TextChoice:

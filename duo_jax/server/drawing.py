@@ -47,6 +47,7 @@ def requests(
         "skip_special_tokens": body.skip_special_tokens is not False,
         **more,
     }
+    filter_ = json_filter(body.response_format, service.vocabulary)
     made = []
     for prompt in prompts:
         # Negative seeds, which OpenAI's clients may send, count from the end.
@@ -57,7 +58,7 @@ def requests(
                 max_tokens=room(prompt, max_tokens, service.engine.max_len),
                 seed=seed,
                 choice=choice,
-                token_filter=json_filter(body.response_format, service.vocabulary),
+                token_filter=None if filter_ is None else filter_.copy(),
                 **same,
             )
             for choice in range(n)

@@ -19,8 +19,12 @@ class JsonFilter:
     """Allows the tokens that go on with a JSON value (`duo_jax.engine.request.TokenFilter`)."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self._matcher = matcher
+        self._matcher, self._vocab_size = matcher, vocab_size
         self._allowed = bits.allocate_token_bitmask(1, vocab_size)
+
+    def copy(self) -> "JsonFilter":
+        """Return a filter for another answer, from the same place on."""
+        return JsonFilter(self._matcher.deep_copy(), self._vocab_size)
 
     def allowed(self) -> Int32[np.ndarray, " words"]:
         """Return a bit per token."""
@@ -32,7 +36,8 @@ class JsonFilter:
     def accept(self, token: int) -> None:
         """Go on by a token."""
         if not self._matcher.is_stopped() and not self._matcher.consume_token(token):
-            raise RuntimeError(f"token {token} does not fit the grammar")
+            why = self._matcher.get_error() or f"token {token} does not fit"
+            raise RuntimeError(f"the grammar failed: {why}")
 
 
 def json_filter(asked: ResponseFormat | None, vocabulary: Vocabulary) -> JsonFilter | None:
@@ -57,7 +62,10 @@ def json_filter(asked: ResponseFormat | None, vocabulary: Vocabulary) -> JsonFil
         said = matcher.get_error() if matcher.is_error() else None
         found = JsonFilter(matcher, vocabulary.size)
         if said is None:
-            found.allowed()  # some schemas are refused here only
+            # Some schemas are refused here only, others at the first token.
+            bytes_ = found.allowed().view(np.uint8)
+            for token in np.flatnonzero(np.unpackbits(bytes_, bitorder="little"))[:1]:
+                found.copy().accept(int(token))
     except (ValueError, RecursionError, RuntimeError) as error:
         said = str(error)
     if said is not None:

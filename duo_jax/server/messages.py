@@ -1,5 +1,6 @@
 """From the messages of a chat to tokens, by the model's chat template."""
 
+import json
 from typing import Any
 
 from duo_jax.errors import InputError
@@ -55,4 +56,20 @@ def _plain(message: Message, where: str) -> dict[str, Any]:
         raise ApiError(400, f"{where} has no content", param="messages")
     # OpenAI's newer name, which templates do not know.
     role = "system" if role == "developer" else role
-    return {**(message.model_extra or {}), "role": role, "content": content or ""}
+    more = dict(message.model_extra or {})
+    if isinstance(calls := more.get("tool_calls"), list):
+        more["tool_calls"] = [_with_arguments(call) for call in calls]
+    return {**more, "role": role, "content": content or ""}
+
+
+def _with_arguments(call: Any) -> Any:
+    """Return a call with its arguments as an object, as templates expect them, not as JSON."""
+    match call:
+        case {"function": {"arguments": str() as text} as function}:
+            try:
+                arguments = json.loads(text)
+            except (ValueError, RecursionError):
+                return call
+            if isinstance(arguments, dict):
+                return {**call, "function": {**function, "arguments": arguments}}
+    return call

@@ -6,20 +6,37 @@ to a model. Those that would change an answer, and cannot, are named and refused
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from duo_jax.engine.request import MOST_LOGPROBS
 
 _INT32 = 2**31 - 1
 _MOST_TEXTS = 2048
 _MOST_STOPS = 64
+_MOST_BIASES = 4096
 
 Token = Annotated[int, Field(ge=0, le=_INT32)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+# Long lists stop at their first wrong element: an error for each would take seconds and gigabytes.
+Tokens = Annotated[list[Token], Field(min_length=1, fail_fast=True)]
+Tools = Annotated[list[dict[str, Any]], Field(fail_fast=True)]
+
+
+def _few(biases: Any) -> Any:
+    """Refuse too many before each is looked at."""
+    if isinstance(biases, dict) and len(biases) > _MOST_BIASES:
+        raise ValueError(f"{len(biases):,} tokens are too many; at most {_MOST_BIASES:,} can be")
+    return biases
+
+
+Biases = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(max_length=_MOST_BIASES),
+    BeforeValidator(_few),
+]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Logprobs = Annotated[int, Field(ge=0, le=MOST_LOGPROBS)]
 NewTokens = Annotated[int, Field(ge=0, le=_INT32)]
-Messages = Annotated[list["Message"], Field(min_length=1, max_length=100_000)]
+Messages = Annotated[list["Message"], Field(min_length=1, max_length=100_000, fail_fast=True)]
 
 
 class Body(BaseModel):
@@ -75,7 +92,7 @@ class Generation(Body):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: Biases | None = None
     """Token numbers, as texts, and what is added to their logits."""
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS)] | None = None
@@ -118,14 +135,14 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     role: Annotated[str, Field(min_length=1)]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
 
 class Chat(Body):
     """A chat, and how it is written out."""
 
     messages: Messages
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
     """Open the assistant's turn; default: yes, unless the final message is continued."""
     continue_final_message: bool | None = None
@@ -145,7 +162,7 @@ class ChatBody(Chat, Generation):
     tool_choice: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
     function_call: Any = None
-    modalities: list[str] | None = None
+    modalities: Any = None
     audio: Any = None
 
 
@@ -155,7 +172,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     add_special_tokens: bool = True
     messages: Messages | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -165,4 +182,4 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """A body of /detokenize."""
 
-    tokens: list[Token]
+    tokens: Annotated[list[Token], Field(fail_fast=True)]

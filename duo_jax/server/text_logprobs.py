@@ -33,10 +33,13 @@ class Speller:
         self._offset = 0
 
     def prompt(
-        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+        self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob | None], *, last: bool
     ) -> TextLogprobs:
-        """Return the entries of the prompt, whose tokens come first."""
-        return self._entries([self._text.push([token]) for token in tokens], logprobs)
+        """Return the entries of the prompt, whose tokens come first; and last, if none follow."""
+        texts = [self._text.push([token]) for token in tokens]
+        if last and texts:
+            texts[-1] += self._text.finish()
+        return self._entries(texts, logprobs)
 
     def written(
         self, tokens: Sequence[int], logprobs: Sequence[TokenLogprob], *, last: bool

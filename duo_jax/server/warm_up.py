@@ -21,17 +21,21 @@ def warm_up(engine: Engine) -> None:
 
     # As long as a chunk of a prompt can be, for each of the programs that read some.
     lengths = {min(length, sizes.max_len - 1) for length in (64, 256, sizes.prefill_chunk)}
-    for length in sorted(lengths):
-        engine.submit(_request(length, 1), updates.append)
+    for token, length in enumerate(sorted(lengths)):  # none begins as one before, which is kept
+        engine.submit(_request(length, 1, token), updates.append)
         while engine.step():
             pass
     # Penalties and biases have a history.
     engine.submit(dataclasses.replace(_request(1, 1), presence_penalty=0.1), updates.append)
+    while engine.step():
+        pass
     # One after the other joins, until every row is taken.
     for _ in range(sizes.max_requests):
         request = _request(1, min(sizes.max_requests + 2, sizes.max_len - 1))
         engine.submit(request, updates.append)
         engine.step()
+        if engine.stats().waiting:  # there are no pages for more
+            break
     while engine.step():
         pass
     for update in updates:
@@ -39,5 +43,5 @@ def warm_up(engine: Engine) -> None:
             raise RuntimeError(f"the engine fails: {update.error}")
 
 
-def _request(length: int, max_tokens: int) -> Request:
-    return Request(prompt=(0,) * length, max_tokens=max_tokens, ignore_eos=True)
+def _request(length: int, max_tokens: int, token: int = 0) -> Request:
+    return Request(prompt=(token,) * length, max_tokens=max_tokens, ignore_eos=True)

@@ -55,6 +55,16 @@ def test_texts_with_a_common_beginning_share_it_from_the_second_on(model):
     assert [answer.cached for answer in answers] == [0, 0, 128]
 
 
+def test_a_prompt_that_is_read_twice_does_not_count_what_it_left_itself(model):
+    """It gives up its pages for an older text, but for one that is kept, and finds this again."""
+    served = make(model, max_requests=2, cache_tokens=384, prefill_chunk=1)
+    older = Request(prompt=(5,), max_tokens=150, ignore_eos=True)
+    _, new = run(served, older, Request(prompt=tuple(range(20, 220)), max_tokens=2))
+    stats = served.stats()
+    assert (stats.preempted, stats.cached_tokens) == (1, 128)
+    assert new.cached == 0
+
+
 def test_prefixes_are_forgotten_where_pages_or_snapshots_run_out(model):
     served = make(model, snapshots=2, cache_tokens=512)
     for start in range(2, 12):
@@ -103,6 +113,10 @@ def test_a_saved_text_can_be_pinned(kv, tmp_path):
         run(served, Request(prompt=tuple(range(start, start + 200)), max_tokens=2))
     assert run(served, asked)[0].cached >= length
     assert served.pin(tmp_path / "book") == length  # it is there already
+    decode, served._scheduler._device.decode = served._scheduler._device.decode, None
+    assert run(served, asked)[0].reason == "error"  # a step fails, and all caches are emptied
+    served._scheduler._device.decode = decode
+    assert run(served, asked)[0].cached == length
     narrow = make(model, max_len=320, cache_tokens=320 + 64)
     with pytest.raises(InputError, match="tokens do not fit beside a request of 320"):
         narrow.pin(tmp_path / "book")

@@ -4,8 +4,11 @@ import importlib.metadata
 import json
 
 import openai
+import pydantic
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+
+from duo_jax.server.schema import ChatBody, CompletionBody, DetokenizeBody
 
 TEXT = "Passkey first function arguments"
 
@@ -59,6 +62,29 @@ def test_a_body_that_is_damaged_is_refused(http, what):
     answer = http.post("/v1/completions", content=BODIES[what], headers=headers)
     assert answer.status_code == 400
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+
+
+MANY = 20_000
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (CompletionBody, {"prompt": [1.5] * MANY}),
+        (CompletionBody, {"prompt": "a", "stop_token_ids": [""] * MANY}),
+        (CompletionBody, {"prompt": "a", "logit_bias": {str(i): "x" for i in range(MANY)}}),
+        (ChatBody, {"messages": [0] * MANY}),
+        (ChatBody, {"messages": [{"role": "user", "content": [0] * MANY}]}),
+        (ChatBody, {"messages": [{"role": "user", "content": ""}], "tools": [0] * MANY}),
+        (DetokenizeBody, {"tokens": [""] * MANY}),
+    ],
+    ids=lambda x: x.__name__ if isinstance(x, type) else list(x)[-1],
+)
+def test_a_body_with_many_faults_is_refused_at_the_first(body, fields):
+    """An error for each would take seconds and gigabytes, while all others wait."""
+    with pytest.raises(pydantic.ValidationError) as error:
+        body.model_validate(fields)
+    assert error.value.error_count() < 5000
 
 
 def test_a_body_must_say_that_it_is_json(http):

@@ -85,7 +85,7 @@ def test_a_tool_that_must_be_called_is_refused(ask):
 
 
 def test_calls_of_tools_and_their_results_may_be_in_a_chat(rendered):
-    call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": "{}"}}
+    call = {"id": "1", "type": "function", "function": {"name": "look_up", "arguments": '{"a": 1}'}}
     found = rendered(
         messages=[
             *MESSAGES,
@@ -93,7 +93,10 @@ def test_calls_of_tools_and_their_results_may_be_in_a_chat(rendered):
             {"role": "tool", "tool_call_id": "1", "content": "nothing"},
         ]
     )
-    assert found == RENDERED.removesuffix("assistant:") + "assistant: \ntool: nothing\nassistant:"
+    assert (
+        found
+        == RENDERED.removesuffix("assistant:") + 'assistant: {"a": 1}\ntool: nothing\nassistant:'
+    )
 
 
 def test_a_message_of_the_assistant_can_be_continued(ask, client, rendered):
@@ -182,8 +185,13 @@ def test_an_answer_follows_a_json_schema(ask):
 
 @pytest.mark.parametrize(
     "schema",
-    [{"type": "number", "multipleOf": "x"}, {"not": {"type": "string"}}, {"$ref": "#"}],
-    ids=str,
+    [
+        {"type": "number", "multipleOf": "x"},
+        {"not": {"type": "string"}},
+        {"$ref": "#"},
+        {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(3000)}},
+    ],
+    ids=["a number that is none", "not", "itself", "3,000 properties"],
 )
 def test_a_schema_that_cannot_be_followed_is_refused(ask, schema):
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}

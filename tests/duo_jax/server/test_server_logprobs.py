@@ -42,7 +42,13 @@ def test_a_token_that_ends_the_text_is_no_part_of_it(served, settings, text):
 
 def test_an_answer_goes_on_where_an_echoed_prompt_ends(served):
     spell = speller(served, echo=True)
-    prompt = spell.prompt([0, 500], [None, *logprobs([500])])
+    prompt = spell.prompt([0, 500], [None, *logprobs([500])], last=False)
     answer = spell.written([500], logprobs([500]), last=True)
     assert (prompt.tokens, prompt.text_offset) == (["", "gument"], [0, 0])
     assert (answer.tokens, answer.text_offset) == (["gument"], [6])
+
+
+def test_a_character_that_a_prompt_alone_cuts_off_stands_with_its_last_token(served, model):
+    tokens = model.tokenizer("a你", add_special_tokens=False)["input_ids"][:-1]
+    found = speller(served, echo=True).prompt(tokens, logprobs(tokens), last=True)
+    assert "".join(found.tokens) == model.tokenizer.decode(tokens) == "a\N{REPLACEMENT CHARACTER}"

@@ -43,6 +43,21 @@ def test_nothing_is_compiled_later(engine):
     assert programs() == warm
 
 
+def test_few_pages_and_a_short_queue_do_not_stop_it_and_chunks_of_any_size_are_read(model):
+    sizes = {"max_requests": 8, "max_len": 600, "cache_tokens": 640, "prefill_chunk": 512}
+    engine, widths = Engine(model, queue=2, **sizes), set()
+    prefill = engine._scheduler._device.prefill
+
+    def seen(*args, width, **more):
+        widths.add(width)
+        return prefill(*args, width=width, **more)
+
+    engine._scheduler._device.prefill = seen
+    warm_up(engine)
+    assert widths == {64, 256, 512}
+    assert engine.stats().waiting == 0
+
+
 def test_what_it_did_is_not_counted(engine):
     service = Service(Settings(name="demo", root="demo"), lambda: engine)
     warm_up(engine)
