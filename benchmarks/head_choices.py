@@ -31,10 +31,9 @@ from duo_jax import files
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli import presets
 from duo_jax.cli.pattern import find_pattern
-from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.documents import load_documents, split_held_out, text_digest
 from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.errors import InputError
-from duo_jax.evaluate.results.grid import text_digest
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.pattern import (
     Pattern,

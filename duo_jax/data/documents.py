@@ -5,6 +5,7 @@ installation carries (about 465 KB; it differs a little between Python versions)
 """
 
 import codecs
+import hashlib
 import io
 import itertools
 import os
@@ -60,6 +61,12 @@ def load_documents(sources: Sequence[str]) -> list[str]:
     if not documents:
         raise InputError(f"no text found in {', '.join(sources)}")
     return documents
+
+
+def text_digest(documents: Sequence[str]) -> str:
+    """Return a digest of documents, and of which of them are held out."""
+    split = itertools.chain.from_iterable(split_held_out(documents))
+    return hashlib.sha256("\0".join(split).encode("utf-8", "replace")).hexdigest()
 
 
 def split_held_out(documents: Sequence[str]) -> tuple[list[str], list[str]]:

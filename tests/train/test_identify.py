@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from duo_jax.checkpoints import pretrained
 from duo_jax.data.passkeys import PasskeyConfig
@@ -204,6 +205,29 @@ def test_another_configuration_is_refused_by_name(finished, tiny_model, capsys):
     assert "data.passkey_words was 4, is 5" in error
     assert error.count("\n") == 1
     assert gates_bytes(finished) == before
+
+
+@pytest.mark.parametrize("what", ["text", "weights"])
+def test_a_run_belongs_to_what_its_files_hold(tiny_model, tmp_path, capsys, what):
+    """They have the names of those that the run began with, and hold something else."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("Grass is green. The sky is blue.\n" * 400)
+    flags = ["--text", str(text), "--num-steps", "1", "--eval-samples", "0"]
+    run(model, tmp_path / "run", *flags)
+    if what == "text":
+        text.write_text("Grass is blue. The sky is green.\n" * 400)
+    else:
+        weights = load_file(model / "model.safetensors")
+        weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+        save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        run(model, tmp_path / "run", *flags)
+    assert exit_.value.code == 2
+    said = capsys.readouterr()
+    assert f"another configuration ({what}_digest was" in said.err
+    assert said.out == ""
 
 
 def test_preset_of_the_model_becomes_the_default(tmp_path):

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from duo_jax import files
 from duo_jax.checkpoints.pretrained import load_tokenizer
 from duo_jax.cli.workdir import check as check_workdir
-from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.documents import load_documents, split_held_out, text_digest
 from duo_jax.errors import InputError
 from duo_jax.model.config import ModelConfig
 from train.demo_model import curriculum, export, retrieval
@@ -41,7 +41,10 @@ def train_demo_model(
       InputError: a folder cannot be used, or the training does not learn to retrieve.
     """
     path, output = pathlib.Path(flags.workdir), flags.folder()
+    documents = load_documents([])
+    training_text, held_out_text = split_held_out(documents)
     settings = dataclasses.asdict(flags) | {
+        "text_digest": text_digest(documents),  # that of this Python
         "model": dataclasses.asdict(architecture),
         "curriculum": [dataclasses.asdict(stage) for stage in stages],
     }
@@ -53,7 +56,6 @@ def train_demo_model(
             f"test length {max(flags.test_lengths):,} is beyond the model's range of "
             f"{architecture.max_positions:,} tokens"
         )
-    training_text, held_out_text = split_held_out(load_documents([]))
     with contextlib.closing(WorkDir(path, settings, operational=_OPERATIONAL)) as workdir:
         with files.new_folder(path / "tokenizer", replace=True) as folder:
             write_tokenizer(

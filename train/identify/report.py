@@ -15,7 +15,7 @@ from duo_jax.heads.pattern import Pattern, choose_retrieval_heads, random_heads
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
 from duo_jax.reports import machine, markdown
-from duo_jax.reports.statistics import standard_error
+from duo_jax.reports.statistics import standard_error, with_error
 from train.retrieval_test import RetrievalScores, RetrievalTest
 
 _FEW = 0.1  # of the passkeys: what the model itself finds less of tells nothing about its heads
@@ -181,7 +181,8 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def _exact(row: dict[str, Any]) -> str:
     """Write exact retrieval, with two standard errors, and the range of several runs."""
-    error = f" ± {200 * row['accuracy_error']:.1f}" if "accuracy_error" in row else ""
+    error = row.get("accuracy_error")
+    error = "" if error is None else f" ± {200 * error:.1f}"
     spread = ""
     if row["runs"] > 1:
         spread = f" (mean of {row['runs']}: {row['lowest']:.1%} to {row['highest']:.1%})"
@@ -193,8 +194,11 @@ def _measure(row: dict[str, Any], name: str) -> str:
     if row[name] is None:
         return "-"
     if name == "tokens":
-        return f"{row[name]:.1%} ± {200 * row[f'{name}_error']:.1f}"
-    return f"{row[name]:.3f} ± {2 * row[f'{name}_error']:.3f}"
+        mean, scale, digits = f"{row[name]:.1%}", 200, 1
+    else:
+        mean, scale, digits = f"{row[name]:.3f}", 2, 3
+    error = row[f"{name}_error"]
+    return mean if error is None else with_error(mean, scale * error, digits=digits)
 
 
 def _how(config: dict[str, Any]) -> str:
@@ -283,6 +287,7 @@ def _means(scores: Sequence[RetrievalScores]) -> dict[str, float | None]:
     return means
 
 
-def _error(values: Sequence[Float[np.ndarray, "samples passkeys"]]) -> float:
+def _error(values: Sequence[Float[np.ndarray, "samples passkeys"]]) -> float | None:
     """Return the standard error over samples: a sample's passkeys, and all runs, are averaged."""
-    return standard_error(np.mean(values, axis=(0, 2)))
+    error = standard_error(np.mean(values, axis=(0, 2)))
+    return None if np.isnan(error) else error  # of one sample, which JSON has no nan for

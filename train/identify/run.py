@@ -16,13 +16,15 @@ from jaxtyping import Float
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli.workdir import check as check_workdir
-from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.documents import load_documents, split_held_out, text_digest
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.mesh import devices
 from duo_jax.model import llama
 from duo_jax.model.config import ModelConfig
+from duo_jax.schema import checksums
+from duo_jax.session.runtime import digest_of
 from duo_jax.session.tokenization import load_tokenization
 from train.identify import plots, profile, reconstruct, report, training
 from train.identify.flags import IdentifyConfig, default_config
@@ -40,6 +42,7 @@ _VALUES = {  # of heads that were not learned, in pictures
 
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard", "devices")
+_WEIGHTS = "weights_digest"  # among the settings
 
 
 def identify(flags: IdentifyConfig) -> None:
@@ -71,9 +74,10 @@ def identify(flags: IdentifyConfig) -> None:
             f"max_length {flags.data.max_length:,} is beyond the model's range of "
             f"{architecture.max_positions:,} tokens; lower --max-length"
         )
-    training.warm_start(flags, architecture)
+    start = training.warm_start(flags, architecture)
     tokenizer = pretrained.load_tokenizer(folder)
-    training_text, held_out_text = split_held_out(load_documents(flags.text))
+    documents = load_documents(flags.text)
+    training_text, held_out_text = split_held_out(documents)
     chat = _chat_form(folder) if flags.chats else None
     sampler = PasskeySampler(flags.data, tokenizer, training_text, seed=flags.seed, chat=chat)
     if sampler.largest_token >= architecture.vocab_size:
@@ -81,17 +85,23 @@ def identify(flags: IdentifyConfig) -> None:
             f"the tokenizer makes token {sampler.largest_token:,}, the model has "
             f"{architecture.vocab_size:,}; do they belong together?"
         )
-    check_workdir(flags.folder(), flags, operational=_OPERATIONAL)
-    report_file = flags.folder() / "report.md"
-    if files.exists(report_file):
-        print(files.read_text(report_file))
-        print(f"This run was complete already; all of it is in {flags.folder()}")
-        return
+    settings = dataclasses.asdict(flags) | {
+        "text_digest": text_digest(documents),
+        "init_digest": None if start is None else checksums.of_bytes(start.tobytes()),
+    }
+    check_workdir(flags.folder(), settings, operational=(*_OPERATIONAL, _WEIGHTS))
     mesh = _devices(flags, architecture)
     if len(jax.devices()) > 1:
         print(f"[on {devices.described(mesh)}]", file=sys.stderr)
     with devices.within(mesh):
         params = pretrained.load_params(folder, dtype=jnp.dtype(flags.dtype), mesh=mesh)
+        settings[_WEIGHTS] = digest_of(params)
+        check_workdir(flags.folder(), settings, operational=_OPERATIONAL)
+        report_file = flags.folder() / "report.md"
+        if files.exists(report_file):
+            print(files.read_text(report_file))
+            print(f"This run was complete already; all of it is in {flags.folder()}")
+            return
         test, itself = None, None
         if flags.eval_samples:
             test = RetrievalTest(
@@ -104,7 +114,7 @@ def identify(flags: IdentifyConfig) -> None:
                 implementation=flags.implementation,
             )
         with contextlib.closing(
-            WorkDir(flags.folder(), flags, operational=_OPERATIONAL)
+            WorkDir(flags.folder(), settings, operational=_OPERATIONAL)
         ) as workdir:
             if test is not None:
                 itself = test.scores(

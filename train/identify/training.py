@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
@@ -58,10 +59,10 @@ def train(
         state, metrics = update(on_all(state, mesh), params, batch_of_one(sample, length))
         state = on_one(state, mesh)  # a checkpoint does not depend on the number of devices
         values = {name: float(value) for name, value in metrics.items()}
-        if not np.isfinite(values["loss"]):
+        if not np.isfinite(values["loss"]) or not _is_finite(state):
             raise InputError(
-                f"the loss is not finite at step {index} ({values['loss']}); if the model is "
-                "float16 or bfloat16, try --dtype float32"
+                f"the loss or its gradient is not finite at step {index} (loss {values['loss']}); "
+                "if the model is float16 or bfloat16, try --dtype float32"
             )
         if board is not None:
             for name, value in values.items():
@@ -82,6 +83,12 @@ def train(
         shown=("loss", "mean_gate"),
     )
     return _gates(on_one(state, mesh), step), seconds
+
+
+def _is_finite(state: State) -> bool:
+    """Whether no number of a state is infinite or undefined."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return all(np.isfinite(leaf).all() for leaf in jax.device_get(leaves))
 
 
 def sample_of_step(flags: IdentifyConfig, sampler: PasskeySampler, index: int) -> Sample:

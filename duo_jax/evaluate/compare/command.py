@@ -150,10 +150,12 @@ def compare(flags: CompareConfig) -> None:
         )
         for name in flags.tasks
     }
+    sink, recent = split.config.sink_size, split.config.recent_size
     full = flags.load(pattern=NO_PATTERN, sink=None, recent=None)
     identity = grid.identity(flags, full, documents)
     identity = {k: v for k, v in identity.items() if k not in _ROW_CHOICE}
-    rows = Rows(flags.folder(), identity | {"gates": pattern.gates.tolist()}, kind=StoredRow)
+    identity |= {"gates": pattern.gates.tolist(), "sizes": [sink, recent]}
+    rows = Rows(flags.folder(), identity, kind=StoredRow)
     sampler = functools.partial(
         calibration.training_sampler,
         *(flags.data, split, documents),
@@ -176,8 +178,8 @@ def compare(flags: CompareConfig) -> None:
         runtime=full.runtime,
         gates=pattern.clipped(),
         profile=np.array(rows[_PROFILE_ROW]["scores"]),
-        sink=split.config.sink_size,
-        recent=split.config.recent_size,
+        sink=sink,
+        recent=recent,
         special=tuple(split.tokenizer.all_special_ids),
         punctuation=methods.punctuation_tokens(split.tokenizer),
         clustering_losses=np.array(rows[_CHAI_ROW]["scores"] if _CHAI_ROW in rows else [[]]),

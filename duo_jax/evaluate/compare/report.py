@@ -10,7 +10,7 @@ from duo_jax.evaluate.compare import plot
 from duo_jax.evaluate.compare.points import Point, differences, measured, points
 from duo_jax.evaluate.results import describe
 from duo_jax.evaluate.results.result_json import to_json
-from duo_jax.reports import markdown
+from duo_jax.reports import markdown, statistics
 
 _SCORES = {
     "exact": "exact retrieval",
@@ -84,12 +84,13 @@ def _cell(point: Point | None, score: str) -> str:
         return "does not fit"
     if point.mean is None:
         return "-"
-    spread = f"± {_number(2 * point.error, score)}"
-    if point.spread is not None:
+    mean = _number(point.mean, score) + ("" if score in _NATS else "%")
+    if point.spread is None:
+        mean = _with_error(mean, point.error, score)
+    else:
         lowest, highest = point.spread
-        spread = f"({_number(lowest, score)} to {_number(highest, score)})"
-    unit = "" if score in _NATS else "%"
-    return f"{_number(point.mean, score)}{unit} {spread} [{point.share:.1%}]"
+        mean += f" ({_number(lowest, score)} to {_number(highest, score)})"
+    return f"{mean} [{point.share:.1%}]"
 
 
 def _compared(found: Sequence[Point], score: str) -> list[str]:
@@ -97,13 +98,19 @@ def _compared(found: Sequence[Point], score: str) -> list[str]:
     lines = []
     for other in dict.fromkeys(point.method for point in found):
         parts = [
-            f"{_number(change, score, '+')} ± {_number(2 * error, score)} at {budget:.0%}"
+            f"{_with_error(_number(change, score, '+'), error, score)} at {budget:.0%}"
             for budget, change, error in differences(found, "duo", other)
         ]
         if parts:
             unit = "nats" if score in _NATS else "points"
             lines.append(f"- duo minus {other}, {unit}: {', '.join(parts)}")
     return lines
+
+
+def _with_error(mean: str, error: float, score: str) -> str:
+    """Write two standard errors behind a mean, where there are enough texts to know them."""
+    digits, scale = (3, 2) if score in _NATS else (1, 200)
+    return statistics.with_error(mean, scale * error, digits=digits)
 
 
 def _number(value: float, score: str, sign: str = "") -> str:

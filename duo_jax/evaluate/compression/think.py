@@ -106,8 +106,9 @@ class ThinK:
 @functools.partial(jax.jit, static_argnames=("think", "room"))
 def _compress(think: ThinK, prompt: Prompt, *, room: int) -> Compressed:
     shape = prompt.received.shape
-    votes = window_votes(prompt, window=think.window, kernel=think.kernel)
-    kept = highest(votes, min(think.tokens, shape[-1]))
+    count = min(think.tokens, shape[-1])
+    votes = window_votes(prompt, window=think.window, kernel=think.kernel, count=count)
+    kept = highest(votes, count)
     position = jnp.arange(shape[-1])[None]
     size = min(think.window, think.tokens)
     latest = kept & (position >= (prompt.lengths - size)[:, None])[:, None, None]

@@ -41,7 +41,7 @@ class HeadKV(SnapKV):
         sizes = jnp.broadcast_to(
             jnp.asarray(self.budgets(prompt, budget))[None], prompt.keys.shape[:3]
         )
-        scores = window_votes(prompt, window=self.window, kernel=self.kernel)
+        scores = window_votes(prompt, window=self.window, kernel=self.kernel, count=sizes)
         return Selection(kept=highest(scores, sizes), sizes=sizes + budget.room)
 
     def longest(self, prompt: Prompt, budget: Budget) -> int:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from duo_jax.evaluate.eviction.cache import Prompt
 from duo_jax.evaluate.eviction.policy import (
@@ -41,8 +41,9 @@ class SnapKV:
     def select(self, prompt: Prompt, budget: Budget) -> Selection:
         """Keep the observation window and the tokens that it votes for."""
         sizes = equal_sizes(prompt, budget)
-        scores = window_votes(prompt, window=self.window, kernel=self.kernel)
-        return Selection(kept=highest(scores, sizes - budget.room), sizes=sizes)
+        count = sizes - budget.room
+        scores = window_votes(prompt, window=self.window, kernel=self.kernel, count=count)
+        return Selection(kept=highest(scores, count), sizes=sizes)
 
     def longest(self, prompt: Prompt, budget: Budget) -> int:
         """Return the share of a head."""
@@ -55,11 +56,15 @@ class SnapKV:
 
 
 def window_votes(
-    prompt: Prompt, *, window: int, kernel: int
+    prompt: Prompt, *, window: int, kernel: int, count: Int[Array, "*#heads"] | int
 ) -> Float[Array, "batch layers kv_heads length"]:
-    """Return the pooled votes, inf for the window itself and -inf for padding."""
-    positions = jnp.arange(prompt.tokens.shape[1])
-    observed = (positions[None] < (prompt.lengths - window)[:, None])[:, None, None]
+    """Return the pooled votes, inf for the window itself and -inf for padding.
+
+    Where a head keeps fewer tokens than the window, its `count` latest ones are inf.
+    """
+    positions = jnp.arange(prompt.tokens.shape[1])[None, None, None]
+    latest = jnp.clip(count, 0, window)
+    observed = positions < (prompt.lengths[:, None, None] - latest)[..., None]
     votes = jnp.where(observed, prompt.received, 0)
     votes = jax.lax.reduce_window(
         votes, -jnp.inf, jax.lax.max, (1, 1, 1, kernel), (1, 1, 1, 1), "SAME"

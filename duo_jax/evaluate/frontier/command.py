@@ -58,6 +58,10 @@ def evaluate(flags: FrontierConfig) -> None:
     """
     documents = load_documents(flags.text)
     pattern = grid.pattern_of(flags)
+    if pattern is not None:
+        sizes = {"sink_size": flags.sink, "recent_size": flags.recent}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        pattern = dataclasses.replace(pattern, **given)
     settings = flags.settings()
     if pattern is None and any(setting.sparsity for setting in settings):
         raise InputError(
@@ -79,10 +83,10 @@ def evaluate(flags: FrontierConfig) -> None:
     identity = grid.identity(flags, full, documents)
     identity = {k: v for k, v in identity.items() if k not in _ROW_CHOICE}
     gates = None if pattern is None else pattern.gates.tolist()
-    identity |= {"gates": gates, "keep_by": flags.keep_by}
+    identity |= {"gates": gates, "sizes": _sizes(pattern), "keep_by": flags.keep_by}
     rows = Rows(flags.folder(), identity, kind=StoredRow)
 
-    as_served = functools.partial(_served, full.runtime, pattern, flags)
+    as_served = functools.partial(_served, full.runtime, pattern)
     batch = min(flags.batch, flags.samples)
     full_caches = functools.cache(lambda name: _predict(as_served(search.FULL), tasks[name], batch))
     measure = functools.partial(_measure, tasks=tasks, batch=batch, full_caches=full_caches)
@@ -100,12 +104,12 @@ def evaluate(flags: FrontierConfig) -> None:
     described = describe.settings(flags, full)
     for name in ("retrieval_heads", "sparsity", "kv", "keep"):  # which differ between settings
         described.pop(name, None)
-    if pattern is not None:
-        described |= {"sink": pattern.sink_size, "recent": pattern.recent_size}
+    described |= _sizes(pattern)
     result = {
         "command": machine.command("duo_jax.evaluate"),
         **described,
         "keep_by": flags.keep_by,
+        "load": _chosen(flags),
         **data,
         "budgets": sorted(flags.budgets, reverse=True),
         "tasks": {
@@ -125,16 +129,28 @@ def evaluate(flags: FrontierConfig) -> None:
     report.write(flags.folder(), TASK, result, points, skipped)
 
 
-def _served(
-    full: Runtime, pattern: Pattern | None, flags: FrontierConfig, setting: Setting
-) -> Runtime:
+def _sizes(pattern: Pattern | None) -> dict[str, int]:
+    return {} if pattern is None else {"sink": pattern.sink_size, "recent": pattern.recent_size}
+
+
+def _chosen(flags: FrontierConfig) -> dict[str, Any]:
+    """Return the arguments of duo_jax.load that settings do not have and flags do."""
+    given = {
+        "sink_size": flags.sink,
+        "recent_size": flags.recent,
+        "dtype": flags.dtype,
+        "weights": None if flags.weights == "model" else flags.weights,
+        "prefill_mode": None if flags.prefill_mode == "exact" else flags.prefill_mode,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _served(full: Runtime, pattern: Pattern | None, setting: Setting) -> Runtime:
     """Return the model as a setting has it; weights that keep their order are shared."""
     found = full
     if pattern is not None and setting.sparsity:
         heads = choose_retrieval_heads(pattern.clipped(), sparsity=setting.sparsity)
-        sink = pattern.sink_size if flags.sink is None else flags.sink
-        recent = pattern.recent_size if flags.recent is None else flags.recent
-        found = split_runtime(full, heads, (sink, recent))
+        found = split_runtime(full, heads, (pattern.sink_size, pattern.recent_size))
     return dataclasses.replace(found, kv_format=setting.kv, keep=setting.keep)
 
 

@@ -89,9 +89,8 @@ def _of_budget(result: dict[str, Any], points: Sequence[Point], budget: float) -
             continue
         change = best.nll - single.nll
         yield (
-            f"- minus {single.setting.name} ({single.share:.1%}): NLL {change.mean():+.3f} ± "
-            f"{2 * statistics.standard_error(change):.3f}, exact "
-            f"{100 * (best.exact - single.exact).mean():+.1f} points"
+            f"- minus {single.setting.name} ({single.share:.1%}): NLL {statistics.change(change)}, "
+            f"exact {100 * (best.exact - single.exact).mean():+.1f} points"
         )
 
 
@@ -107,6 +106,8 @@ def _load(result: dict[str, Any], point: Point) -> str:
     arguments |= point.setting.formats()
     if point.setting.keep < 1:
         arguments["keep_by"] = result["keep_by"]
+    sizes = () if point.setting.sparsity else ("sink_size", "recent_size")
+    arguments |= {name: value for name, value in result["load"].items() if name not in sizes}
     words = [f"{result['model']!r}", *(f"{name}={value!r}" for name, value in arguments.items())]
     return f"duo_jax.load({', '.join(words)})".replace("'", '"')
 

@@ -99,4 +99,5 @@ def _saves_no_more(one: Setting, other: Setting) -> bool:
 
 def _better(one: Point, other: Point) -> bool:
     change = other.nll - one.nll
-    return bool(change.mean() > max(_LEAST, 2 * standard_error(change)))
+    # Of one text the error is not known, and nothing is more than nan.
+    return bool(change.mean() > np.maximum(_LEAST, 2 * standard_error(change)))

@@ -119,4 +119,4 @@ def _over_tokens(result: Mapping[str, Any], values: Values) -> Float[np.ndarray,
 
 
 def _change(values: Float[np.ndarray, " texts"]) -> str:
-    return f"{np.mean(values):+.3f} ± {2 * statistics.standard_error(values):.3f}"
+    return statistics.change(values)

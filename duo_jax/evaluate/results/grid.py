@@ -7,7 +7,6 @@ models: the model as published ("full"), the split one ("duo"), and one with eve
 
 import dataclasses
 import functools
-import hashlib
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +20,12 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.cli import presets
 from duo_jax.cli.model_flags import ModelFlags
 from duo_jax.cli.pattern import find_pattern
-from duo_jax.data.documents import split_held_out
+from duo_jax.data.documents import text_digest
 from duo_jax.errors import InputError
 from duo_jax.evaluate.results.rows import Rows
 from duo_jax.heads.choose import NO_PATTERN
 from duo_jax.heads.pattern import Pattern, check_fits, load_pattern
+from duo_jax.heads.split import DuoConfig
 from duo_jax.schema.kinds import Count, Few, Many, Seed
 
 PRESET_FILE = "evaluate.json"
@@ -86,7 +86,8 @@ class GridFlags(ModelFlags):
     batch: Few = 1
     """Texts read at a time; more is faster and takes more memory."""
     full: bool = True
-    """Also measure the model as published, every head with a full cache."""
+    """Also measure the model with a full cache for every head, in the model's own format, with the
+    same --weights."""
     all_streaming: bool = False
     """Also measure the model with every head streaming, to show what the retrieval heads add."""
     seed: Seed = 0
@@ -154,7 +155,7 @@ def models(flags: GridFlags, split: DuoModel) -> dict[str, Callable[[], DuoModel
         return {FULL: lambda: split}
     found = {DUO: lambda: split}
     if flags.full:
-        as_published: dict[str, Any] = {"pattern": NO_PATTERN, "keep": 1.0}
+        as_published: dict[str, Any] = {"pattern": NO_PATTERN, "keep": 1.0, "kv": "model"}
         as_published |= dict.fromkeys(("sparsity", "threshold", "sink", "recent"))
         found = {FULL: functools.partial(flags.load, **as_published), **found}
     if flags.all_streaming:
@@ -217,6 +218,16 @@ def identity(flags: ModelFlags, model: DuoModel, documents: Sequence[str]) -> di
     return found | {
         "weights_digest": model.runtime.weights_digest,
         "text_digest": text_digest(documents),
+        "split": _split(model.config),
+    }
+
+
+def _split(config: DuoConfig) -> dict[str, Any]:
+    """Return what of a split neither flags nor weights say."""
+    return {
+        "retrieval_heads": list(config.retrieval_counts),
+        "sink_size": config.sink_size,
+        "recent_size": config.recent_size,
     }
 
 
@@ -233,12 +244,6 @@ def pattern_of(flags: ModelFlags) -> Pattern | None:
     pattern = load_pattern(flags.pattern or find_pattern(folder, architecture))
     check_fits(pattern, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads)
     return pattern
-
-
-def text_digest(documents: Sequence[str]) -> str:
-    """Return a digest of documents, and of which of them are held out."""
-    split = itertools.chain.from_iterable(split_held_out(documents))
-    return hashlib.sha256("\0".join(split).encode("utf-8", "replace")).hexdigest()
 
 
 def default(config_type: type[Flags], task: str, args: Sequence[str] | None) -> Flags:

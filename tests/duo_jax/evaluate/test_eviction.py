@@ -358,6 +358,12 @@ def test_snapkv_keeps_the_window_and_neighbourhoods_of_what_it_sees():
     assert np.asarray(keep(policy, step)).all()  # decoding only appends
 
 
+@pytest.mark.parametrize("policy", [eviction.SnapKV(), eviction.HeadKV(importance=((1.0, 1.0),))])
+def test_with_less_room_than_the_window_its_latest_tokens_stay(policy):
+    chosen = select(policy, prompt_of(np.zeros((1, 2, 100))), Budget(slots=40, room=0))
+    assert [positions_of(head) for head in chosen.kept[0, 0]] == [[*range(80, 100)]] * 2
+
+
 def test_snapkv_votes_are_of_the_text_before_padding():
     scores = np.zeros((1, 1, 12))
     scores[0, 0, 2] = 1.0

@@ -96,6 +96,23 @@ def test_the_line_to_paste_loads_the_setting(finished):
     assert (workdir / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_one_text_shows_no_setting_to_be_worse():
+    """Its error is not known."""
+    points = [point(1.0, 0.1), point(0.5, 1.0, sparsity=0.5), point(0.2, 0.1, kv="int4")]
+    assert search.why_skip(Setting(sparsity=0.75, kv="int8"), 0.3, points) is None
+    result = {"budgets": [0.6], "model": "M", "pattern": "P", "keep_by": "kvzip", "load": {}}
+    text = report.to_markdown(result, points, [])
+    assert "nan" not in text
+    assert "±" not in text
+
+
+def test_sizes_are_those_that_were_asked_for(folder, tmp_path):
+    some = ["--sparsities", "0.5", "--kv-formats", "--keeps", "--sink", "2", "--recent", "20"]
+    result = run(folder, tmp_path / "frontier", *some, "--samples", "1")
+    assert (result["sink"], result["recent"]) == (2, 20)
+    assert result["load"] == {"sink_size": 2, "recent_size": 20}
+
+
 def test_a_setting_that_can_only_be_worse_is_not_measured():
     half, eighth = point(0.5, 1.0, 1.1, sparsity=0.5), point(0.2, 0.5, 0.6, kv="int4")
     points = [point(1.0, 0.1, 0.1), half, eighth]
@@ -135,8 +152,12 @@ def test_the_best_of_a_budget_and_of_each_axis():
     names = [p.setting.name for p in search.singles(points, 0.4)]
     assert names == ["int4", "20% of tokens"]  # the split alone does not fit
     result = {"budgets": [0.4, 0.1], "model": "M", "pattern": "P", "keep_by": "kvzip"}
+    result["load"] = {"sink_size": 4, "weights": "int8"}
     text = report.to_markdown(result, points, [])
-    assert 'duo_jax.load("M", pattern="P", sparsity=0.5, kv="int8")' in text
+    assert (
+        'duo_jax.load("M", pattern="P", sparsity=0.5, kv="int8", sink_size=4, weights="int8")'
+        in text
+    )
     assert "minus int4 (30.0%): NLL -0.600" in text
     assert "nothing fits; the smallest setting that was measured is 20% of tokens, 20.0%" in text
 

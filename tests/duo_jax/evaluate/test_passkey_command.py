@@ -54,11 +54,28 @@ def test_rows_are_those_of_served_retrieval(finished, folder):
         assert row["depth"] == pytest.approx(depth, abs=0.05)
 
 
+def test_the_reference_has_full_caches_in_the_models_own_format(finished):
+    _, result = finished
+    sizes = {row["caches"]: row["cache_bytes"] for row in result["rows"]}
+    assert sizes["duo"] < sizes["full"] / 2  # fewer heads, in bf16 instead of float32
+
+
+def test_a_pattern_that_is_another_now_is_another_run(folder, tmp_path, capsys):
+    model = shutil.copytree(folder, tmp_path / "model")
+    run(model, tmp_path / "run", "--samples", "1")
+    file = model / "pattern/config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"recent_size": settings["recent_size"] - 1}))
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "run", "--samples", "1")
+    assert "another configuration (split.recent_size was" in capsys.readouterr().err
+
+
 def test_divergence_is_that_of_the_distributions_on_the_answers(finished, folder):
     """Against logits of the whole text, read at once with every head's own mask."""
     _, result = finished
     data = PasskeyConfig(num_passkeys=3, passkey_words=4, min_length=1, max_length=256)
-    full, duo = (duo_jax.load(folder, kv="bf16", pattern=p) for p in ("none", None))
+    full, duo = duo_jax.load(folder, pattern="none"), duo_jax.load(folder, kv="bf16")
     _, held_out = split_held_out(load_documents(()))
     sample = PasskeySampler(data, duo.tokenizer, held_out, seed=0, stream=2).sample(1, length=256)
     log_r, log_p = (log_probabilities(model, sample.tokens) for model in (full, duo))
