@@ -186,8 +186,10 @@ class Engine:
           InputError: the folder cannot be used, or there is too little room beside a request of
             `max_len` tokens.
         """
-        length = self._pin(pathlib.Path(folder))
-        self._pinned.append(pathlib.Path(folder))
+        folder = pathlib.Path(folder)
+        length = self._pin(folder)
+        if folder not in self._pinned:
+            self._pinned.append(folder)
         return length
 
     def _pin(self, folder: pathlib.Path) -> int:
