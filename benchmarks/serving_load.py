@@ -97,6 +97,7 @@ def main(flags: ServingLoadFlags) -> None:
         else:
             kind, own = ours[name]
             sizes = ["--cache-tokens", str(tokens[kind]), "--snapshots", str(_SNAPSHOTS)]
+            sizes += ["--max-requests", str(max(flags.clients))]
             words, called = servers.duo_command(flags.model, port, [*own, *sizes]), "model"
         try:
             with servers.running(words, port):

@@ -12,8 +12,9 @@ import pathlib
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from duo_jax.errors import InputError, cut, quoted
 from duo_jax.process import locks, signals
@@ -271,10 +272,12 @@ def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
       InputError: it cannot be written.
     """
     check_name(path)
-    path = pathlib.Path(path)
     check_file(path)
+    path = pathlib.Path(os.path.realpath(path) if os.path.islink(path) else path)
     with signals.put_off(), _alone(path, wait=_LONGEST_WAIT) as partial, writing(path):
         partial.write_bytes(content)
+        if path.exists():
+            shutil.copymode(path, partial)
         partial.replace(path)
 
 
@@ -339,7 +342,7 @@ def _alone(path: pathlib.Path, *, wait: float = 0.0) -> Iterator[pathlib.Path]:
     nobody else is writing. Where the file system has no locks, the name is this process's own.
     """
     with writing(path):
-        lock = locks.acquire(_beside(path, "lock"), path, wait=wait)
+        lock = _when_free(path, wait)
     partial = _beside(path, f"partial-{os.getpid()}" if lock is None else "partial")
     try:
         _remove(partial)
@@ -347,6 +350,19 @@ def _alone(path: pathlib.Path, *, wait: float = 0.0) -> Iterator[pathlib.Path]:
     finally:
         _remove(partial)
         locks.remove(lock)
+
+
+def _when_free(path: pathlib.Path, wait: float) -> Any:
+    """Lock a path; signals end the waiting for another process, though not what follows."""
+    end = time.monotonic() + wait
+    while True:
+        try:
+            return locks.acquire(_beside(path, "lock"), path)
+        except InputError:
+            if time.monotonic() >= end:
+                raise
+        with signals.let_through():
+            time.sleep(0.05)
 
 
 def _beside(path: pathlib.Path, kind: str) -> pathlib.Path:

@@ -62,7 +62,10 @@ def run(port: int, *, model: str, prompts: Sequence[str], clients: int, max_toke
         ask = [pool.submit(_ask, port, model, prompt, max_tokens) for prompt in prompts]
         seen = [each.result() for each in ask]
     seconds = time.monotonic() - began
-    gaps = np.concatenate([np.diff(each.chunks) for each in seen if len(each.chunks) > 1])
+    several = [np.diff(each.chunks) for each in seen if len(each.chunks) > 1]
+    if not several:
+        raise LoadError("no answer came in two pieces, so there is no time between tokens")
+    gaps = np.concatenate(several)
     tokens = sum(each.tokens for each in seen)
 
     def total(values: list[int | None]) -> int | None:

@@ -40,8 +40,10 @@ def write_to_pages(
 ) -> Shaped[Array, "pages kv_heads page_size _"]:
     """Write each row's first tokens from its start on into its pages."""
     at = jnp.arange(new.shape[2], dtype=starts.dtype)[None, :]
-    page, inside = place(starts[:, None] + at, pages, pool.shape[2])
-    page = jnp.where(at < num_tokens[:, None], page, pool.shape[0])  # no page: dropped
+    slots = starts[:, None] + at
+    page, inside = place(slots, pages, pool.shape[2])
+    written = (at < num_tokens[:, None]) & (slots < pages.shape[1] * pool.shape[2])
+    page = jnp.where(written, page, pool.shape[0])  # no page: dropped
     return pool.at[page, :, inside].set(jnp.swapaxes(new, 1, 2), mode="drop")
 
 

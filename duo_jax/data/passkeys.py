@@ -122,6 +122,8 @@ class PasskeySampler:
         # Words differ in tokens; the shortest leave the most room, which the text must fill.
         fewest, self._most = tokens_per_word(config.words, self._words, self._encode)
         needed = self._longest_haystack([[0] * fewest * config.passkey_words] * config.num_passkeys)
+        if chat is not None:  # the other form of samples may be rounded up further
+            needed += _LENGTH_MULTIPLE - 1
         if self._text.size < needed:
             raise TooShortError(
                 f"the text has {self._text.size:,} tokens, samples of {config.max_length:,} need "

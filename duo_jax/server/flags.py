@@ -87,7 +87,7 @@ class ServerFlags(ModelFlags):
         """
         if self.api_keys is None:
             return frozenset()
-        lines = files.read_text(self.api_keys).splitlines()
+        lines = files.read_text(self.api_keys).removeprefix("\ufeff").splitlines()
         found = frozenset(line.strip() for line in lines if line.strip())
         if not found or len(found) > _MOST_KEYS:
             raise InputError(f"{files.shown(self.api_keys)} holds {len(found):,} keys")

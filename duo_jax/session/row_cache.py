@@ -92,7 +92,7 @@ class RowCache:
         if (
             self.cache is None
             or self._runtime.kv_format == "int2"
-            or self.evicted
+            or bool((self.cache.kept != self.cache.lengths).any())  # of any row
             or (streaming and max(held) > window)
         ):
             self.cache = None

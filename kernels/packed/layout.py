@@ -14,7 +14,7 @@ These numbers share a scale:
     INT2_KEYS     64 consecutive tokens of one channel of one head: keys have channels that are
                   large in every token, which would drown the others (KIVI, section 3)
 
-A head_dim that is no multiple of 64 is one group. A word holds `fields` channels that are `words`
+A head_dim that is not 64, 128 or 256 is one group. A word holds `fields` channels that are `words`
 apart, so that a tile of words gives tiles of neighbouring channels without shuffling: channel
 f * words + w is in field f of word w, counted from the lowest bits. In 2 bits a field of 4 bits
 holds one channel of two tokens that are 32 apart, the earlier one in the lower bits, so tokens are
@@ -77,7 +77,10 @@ class Layout:
         """Return how many scales a token has, or a block of tokens by channel."""
         if self.by == "channel":
             return head_dim
-        return head_dim // BLOCK if self.bits == 2 and head_dim % BLOCK == 0 else 1
+        groups, rest = divmod(head_dim, BLOCK)
+        # Kernels give every field one group.
+        whole = self.bits == 2 and not rest and self.fields % groups == 0
+        return groups if whole else 1
 
 
 INT8 = Layout(bits=8, by="token")

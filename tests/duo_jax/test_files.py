@@ -132,6 +132,18 @@ def test_text_is_replaced_whole(tmp_path):
         assert listing(tmp_path) == ["report.md"]
 
 
+def test_a_link_and_the_mode_of_a_file_stay(tmp_path):
+    real, link = tmp_path / "real.md", tmp_path / "link.md"
+    real.write_text("old")
+    real.chmod(0o600)
+    link.symlink_to(real)
+    files.write_text(link, "new")
+    assert link.is_symlink()
+    assert real.read_text() == "new"
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert listing(tmp_path) == ["link.md", "real.md"]
+
+
 def test_a_failed_write_leaves_the_old_text_and_nothing_else(tmp_path):
     path = tmp_path / "report.md"
     path.write_text("old")

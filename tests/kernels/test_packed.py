@@ -138,6 +138,15 @@ def test_read_slots_cuts_out_whole_blocks(layout):
     )
 
 
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_numbers_that_share_a_scale_fill_whole_fields(head_dim):
+    """As kernels read them."""
+    groups = INT2_VALUES.num_scales(head_dim)
+    assert head_dim % groups == 0
+    assert INT2_VALUES.fields % groups == 0
+    assert groups == (head_dim // 64 if head_dim in (64, 128, 256) else 1)
+
+
 @pytest.mark.parametrize(
     ("layout", "shape"), [(INT4, (8, 20)), (INT8, (8, 6)), (INT2_KEYS, (63, 16))]
 )

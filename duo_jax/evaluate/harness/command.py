@@ -87,6 +87,8 @@ def evaluate(flags: LmEvalConfig) -> None:
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # see _BOOTSTRAPS
     files.make_folder(flags.out.parent)
     files.check_file(flags.out)
+    if flags.answers is not None:
+        files.make_folder(flags.answers)
     with tempfile.TemporaryDirectory() as scratch:
         manager, names = _find_tasks(flags, tokenizer_folder(flags.model, scratch))
         results = _run(flags, manager, _load_tasks(flags, manager, names))
@@ -210,7 +212,8 @@ def _digest(flags: LmEvalConfig, model: DuoModel) -> str:
     # The digest of the weights and the split stand for model and pattern.
     for name in ("model", "pattern", "batch_size"):
         del values[name]
-    parts = [values, model.config, model.runtime.weights_digest, str(model.runtime.dtype)]
+    runtime = model.runtime
+    parts = [values, flags.seed, model.config, runtime.weights_digest, str(runtime.dtype)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -61,12 +61,14 @@ def read(
       runtime: the model.
       contexts: their tokens, at least one each.
       decode_last: how many of the last tokens are decoded one by one. The very first token is
-        always read as a chunk.
+        always read as a chunk, and so is all of the text where tokens are evicted after it.
       room: further tokens that the caches have room for.
 
     Raises:
       InputError: as `Session.append`.
     """
+    if runtime.keep < 1:  # tokens are evicted once all is read, as the end of the text votes
+        decode_last = 0
     starts = [max(1, len(tokens) - decode_last) for tokens in contexts]
     session = Session(runtime, batch_size=len(contexts))
     tails = [tokens[start:] for tokens, start in zip(contexts, starts, strict=True)]

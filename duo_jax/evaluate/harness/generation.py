@@ -6,6 +6,8 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from duo_jax.errors import InputError
+from duo_jax.schema.check import argument
+from duo_jax.schema.kinds import Count
 from duo_jax.serve.sampling import SamplingConfig
 
 _MAX_GEN_TOKS = 256  # the default of lm-eval's own models
@@ -27,8 +29,11 @@ def read_arguments(gen_kwargs: dict[str, Any]) -> Generation:
     Raises:
       InputError: an argument is not supported.
     """
-    kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, _MAX_GEN_TOKS))
-    until, most = kwargs.pop("until"), kwargs.pop("max_gen_toks")
+    try:
+        kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, _MAX_GEN_TOKS))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"generation arguments: {error}") from None
+    until, most = kwargs.pop("until"), argument("max_gen_toks", kwargs.pop("max_gen_toks"), Count)
     if not kwargs.pop("do_sample"):
         kwargs["temperature"] = 0.0
     elif "temperature" not in gen_kwargs:

@@ -18,6 +18,7 @@ from duo_jax.errors import InputError
 from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.heads.pattern import Pattern
 from duo_jax.model.llama import hidden_states, logits
+from duo_jax.session.session import Session
 from train.gates import self_mixed_attention
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -192,6 +193,22 @@ def test_special_tokens_end_a_text_as_in_the_harness_s_own_model(tiny_model, tmp
     assert sum(one != other for one, other in zip(texts[0], texts[2], strict=True)) > 2
 
 
+def test_tokens_are_evicted_once_and_after_the_question(tiny_model):
+    """As a served text's are: what is decoded one by one would not have voted."""
+    from duo_jax.evaluate.harness import continuations
+
+    runtime = split(tiny_model, sparsity=0.5, keep=0.5).runtime
+    tokens = list(range(2, 2 + 56))
+    session = continuations.read(runtime, [tokens], decode_last=20, room=8)
+    served = Session(runtime)
+    served.append([tokens], room=8)
+    assert list(session.decode(max_new_tokens=2)) == list(served.decode(max_new_tokens=2))
+    [kept] = session.cache.kept.tolist()
+    assert kept == served.cache.kept.tolist()[0] < 56
+    for one, other in zip(*map(jax.tree.leaves, (session.cache, served.cache)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_generation_arguments(tiny_model):
     model = split(tiny_model)
     free = written(model, {})
@@ -201,8 +218,14 @@ def test_generation_arguments(tiny_model):
     assert written(model, {"do_sample": False, "temperature": 5.0, "num_beams": 1}) == free
     assert written(model, {"do_sample": True, "temperature": 5.0}) != free
     assert written(model, {"temperature": 5.0, "top_k": 1}) == free
-    for wrong in ({"num_beams": 4}, {"no_repeat_ngram_size": 2}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
+    for wrong in (
+        {"num_beams": 4},
+        {"no_repeat_ngram_size": 2},
+        {"max_gen_toks": 0},
+        {"max_gen_toks": "abc"},
+        {"temperature": "hot"},
+    ):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}|abc|hot"):
             written(model, wrong)
 
 

@@ -213,9 +213,18 @@ def test_saving_keeps_values_exactly_and_other_keys(tmp_path):
     assert (loaded.sink_size, loaded.recent_size, loaded.extra) == (0, 1, extra)
 
 
-def test_saving_replaces_the_whole_folder(tmp_path):
+def test_a_folder_of_other_things_is_not_replaced(tmp_path):
+    """Such as the model's own."""
+    folder = write(tmp_path / "model")
+    (folder / "model.safetensors").write_text("weights")
+    with pytest.raises(InputError, match="holds other files than a pattern's"):
+        save_pattern(Pattern(gates=np.ones((1, 1)), sink_size=2, recent_size=3), folder)
+    assert load_pattern(folder).gates.shape == (2, 2)
+    assert (folder / "model.safetensors").read_text() == "weights"
+
+
+def test_saving_replaces_a_pattern(tmp_path):
     folder = write(tmp_path / "pattern")
-    (folder / "leftover.txt").write_text("old")
     save_pattern(Pattern(gates=np.ones((1, 1)), sink_size=2, recent_size=3), folder)
     assert load_pattern(folder).gates.shape == (1, 1)
     names = {file.name for file in folder.iterdir()}

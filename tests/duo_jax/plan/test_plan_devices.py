@@ -59,7 +59,7 @@ def test_the_table_of_longest_contexts_is_what_the_planner_finds(name, config, t
     assert f"| {name}, {text} | {' | '.join(cells)} |" in page
     if (name, text) == ("Llama-3-70B", "50%"):
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
-        assert f"[eight A100-80G](docs/scale.md) fit {cells[-1]} of Llama-3-70B" in readme
+        assert f"[eight A100-80G](docs/scale.md) fit {cells[-1]} tokens with Llama-3-70B" in readme
 
 
 def test_several_gpus_are_planned_by_name(capsys):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import pathlib
 import shutil
 import signal
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 from duo_jax import files
-from duo_jax.process import signals
+from duo_jax.process import locks, signals
 from tests.processes import without_plugin_log
 
 pytestmark = pytest.mark.usefixtures("signals_of_a_terminal")
@@ -217,6 +218,16 @@ def test_inside_of_such_a_block_they_can_be_let_through():
 
     assert ended(command) == 130
     assert done == ["before", "cleanup"]
+
+
+def test_waiting_for_another_process_that_writes_can_be_interrupted(tmp_path):
+    other = locks.acquire(tmp_path / ".text.lock", tmp_path / "text")
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    assert ended(lambda: files.write_text(tmp_path / "text", "new")) == 130
+    assert time.monotonic() - start < 5
+    locks.remove(other)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("asked", [True, False])

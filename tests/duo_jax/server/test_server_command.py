@@ -107,7 +107,7 @@ def test_an_address_that_is_none_is_one_line(host):
 
 def test_keys_are_the_lines_of_a_file(tmp_path):
     file = tmp_path / "keys"
-    file.write_text("one\n\n  two \n")
+    file.write_text("\ufeffone\n\n  two \n")
     assert ServerFlags(api_keys=file).keys() == {"one", "two"}
     assert ServerFlags().keys() == frozenset()
     file.write_text("\n")

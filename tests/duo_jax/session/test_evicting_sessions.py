@@ -168,6 +168,21 @@ def test_another_text_is_read_again():
     assert write(session) == write(fresh)
 
 
+def test_a_short_row_does_not_hide_that_another_was_evicted():
+    """It keeps all of its tokens, and the other cannot go back."""
+    config = duo_config(CONFIG, np.ones_like(HEADS), sink_size=4, recent_size=8)
+    all_full = dataclasses.replace(runtime(), config=config)
+    session = Session(all_full, batch_size=2)
+    session.append([prompt(300), prompt(20, seed=1)])
+    write(session, 1)
+    assert session.cache.kept.tolist()[0] < 300
+    rows = [prompt(250), prompt(10, seed=1)]
+    session.replace([*map(list, rows)])
+    fresh = Session(all_full, batch_size=2)
+    fresh.append(rows)
+    assert write(session) == write(fresh)
+
+
 @pytest.mark.usefixtures("unhooked")
 def test_what_cannot_be_is_refused():
     for keep in (0, -0.5, 1.5, float("nan"), "half"):
