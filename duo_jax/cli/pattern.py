@@ -1,5 +1,6 @@
 """The pattern of a model for which a command line names none."""
 
+import functools
 import pathlib
 import sys
 
@@ -19,5 +20,11 @@ def find_pattern(folder: pathlib.Path, architecture: ModelConfig) -> pathlib.Pat
     """
     found = own_pattern.find_pattern(folder, architecture)
     if own_pattern.ships(found):
-        print(f"[heads: the pattern of {found.name} that ships]", file=sys.stderr)
+        _say(f"[heads: the pattern of {found.name} that ships]")
     return found
+
+
+@functools.cache
+def _say(line: str) -> None:
+    """Print a line the first time; a command may look for the pattern of several loads."""
+    print(line, file=sys.stderr)

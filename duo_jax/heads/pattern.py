@@ -97,10 +97,8 @@ def save_pattern(pattern: Pattern, folder: str | pathlib.Path) -> None:
     config = json.dumps(dict(pattern.extra) | sizes, indent=2)
     if len(config) > MAX_BYTES:
         raise InputError(f"extra takes {len(config):,} bytes as JSON, more than {MAX_BYTES:,}")
-    with files.reading(folder):
-        others = files.is_folder(folder) and {path.name for path in pathlib.Path(folder).iterdir()}
-    if others and not others <= {_GATES_FILE, _CONFIG_FILE}:
-        raise InputError(f"{folder} holds other files than a pattern's; choose another folder")
+    otherwise = "holds other files than a pattern's; choose another folder"
+    files.check_holds_only(folder, {_GATES_FILE, _CONFIG_FILE}, otherwise)
     with files.new_folder(folder, replace=True) as partial:
         (partial / _GATES_FILE).write_text(text.getvalue(), encoding="utf-8")
         (partial / _CONFIG_FILE).write_text(config, encoding="utf-8")

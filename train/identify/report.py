@@ -181,12 +181,12 @@ def to_markdown(report: dict[str, Any]) -> str:
 
 def _exact(row: dict[str, Any]) -> str:
     """Write exact retrieval, with two standard errors, and the range of several runs."""
-    error = row.get("accuracy_error")
-    error = "" if error is None else f" ± {200 * error:.1f}"
-    spread = ""
+    mean, error, spread = f"{row['accuracy']:.1%}", row.get("accuracy_error"), ""
+    if error is not None:
+        mean = with_error(mean, 200 * error, digits=1)
     if row["runs"] > 1:
         spread = f" (mean of {row['runs']}: {row['lowest']:.1%} to {row['highest']:.1%})"
-    return f"{row['accuracy']:.1%}{error}{spread}"
+    return f"{mean}{spread}"
 
 
 def _measure(row: dict[str, Any], name: str) -> str:
