@@ -11,16 +11,16 @@ import collections
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Array, Bool, Float
 
 from duo_jax.cache import Cache
 from duo_jax.engine.device import Device, PromptScores
 from duo_jax.engine.page_pool import PagePool
 from duo_jax.engine.prefixes import Prefix, Prefixes, digests_of
 from duo_jax.engine.request import FinishReason, TokenLogprob
+from duo_jax.engine.rows import Rows
 from duo_jax.engine.sizes import Sizes
 from duo_jax.engine.text import Text
-from duo_jax.serve.row_sampling import RowSettings, Sampled, no_settings
+from duo_jax.serve.row_sampling import Sampled
 from duo_jax.session.runtime import Runtime
 
 _WIDTHS = (64, 256)  # of a chunk that is short; every width is a program
@@ -57,11 +57,7 @@ class Scheduler:
         snapshots = range(sizes.max_requests, sizes.max_requests + sizes.snapshots)
         self.pool = PagePool(sizes.num_pages)
         self.prefixes = Prefixes(self.pool, snapshots, sizes.page_size)
-        most_pages = -(-sizes.max_len // sizes.page_size)
-        self._table = np.zeros((sizes.max_requests, most_pages), np.int32)
-        self._settings = no_settings(sizes.max_requests)
-        everything = self._device.everything_allowed
-        self._allowed = np.tile(everything, (sizes.max_requests, 1))
+        self._rows = Rows(self._device, sizes)
 
     @property
     def texts(self) -> list[Text]:
@@ -122,7 +118,7 @@ class Scheduler:
             assert text.row == row
             assert text.held == len(text.tokens) - 1
             assert self._page_count(text.held) <= len(text.pages)
-            assert set(self._table[row]) <= set(text.pages)
+            assert set(self._rows.table[row]) <= set(text.pages)
 
     # Reading
 
@@ -144,7 +140,7 @@ class Scheduler:
             width=self._width(end - start),
             start=start,
             total=total,
-            table=self._table[text.row],
+            table=self._rows.table[text.row],
             targets=text.tokens[start + 1 : end + 1] if scored else None,
         )
         self.counts["prompt_tokens"] += end - start
@@ -165,7 +161,7 @@ class Scheduler:
             return True
         self.running[text.row] = text
         one = slice(text.row, text.row + 1)
-        sampled = self._sample(logits, one, np.ones(1, bool))
+        sampled = self._rows.sample(logits, one, np.ones(1, bool), self.running)
         self._wrote(text, sampled, 0)
         return True
 
@@ -199,10 +195,7 @@ class Scheduler:
         last = (len(text.tokens) - 1) // size * size
         parting = min(self.prefixes.parting(text.digests), last) if reuse else 0
         text.borders = sorted({parting, last} if self._reuse else ())
-        # Beyond them, where masked tokens are read, are numbers of its own, not of who came before.
-        self._table[row] = text.pages[-1]
-        self._table[row, : len(text.pages)] = text.pages
-        self._set(text)
+        self._rows.begin(text)
         return True
 
     def _pages_for(self, text: Text, prefix: Prefix | None) -> list[int] | None:
@@ -257,10 +250,10 @@ class Scheduler:
         active = np.zeros(rows, bool)
         for row, text in self.running.items():
             tokens[row], lengths[row], active[row] = text.tokens[-1], text.held, True
-        logits = self._device.decode(tokens, lengths, active, self._table[:rows])
+        logits = self._device.decode(tokens, lengths, active, self._rows.table[:rows])
         for text in self.running.values():
             text.held += 1
-        sampled = self._sample(logits, slice(0, rows), active)
+        sampled = self._rows.sample(logits, slice(0, rows), active, self.running)
         for row, text in list(self.running.items()):
             self._wrote(text, sampled, row)
         return True
@@ -275,8 +268,7 @@ class Scheduler:
                     return
                 continue
             [page] = self.pool.take(1)
-            self._table[text.row, len(text.pages)] = page
-            text.pages.append(page)
+            self._rows.add_page(text, page)
 
     def _preempt(self, text: Text) -> None:
         """Let a text wait again; what it has written will be read like its prompt."""
@@ -306,40 +298,7 @@ class Scheduler:
         if text.finish_reason is not None:
             self._finish(text)
 
-    def _sample(
-        self, logits: Float[Array, "batch vocab"], rows: slice, active: Bool[np.ndarray, " batch"]
-    ) -> Sampled:
-        """Draw a token for the texts of some rows."""
-        for row in range(rows.start, rows.stop):
-            text = self.running.get(row)
-            if text is not None:
-                self._settings.position[row] = text.held
-                if text.allowed is not None:
-                    self._allowed[row] = text.allowed
-        settings = RowSettings(**{k: v[rows] for k, v in vars(self._settings).items()})
-        return self._device.sample(logits, rows.start, settings, active, self._allowed[rows])
-
     # Rows
-
-    def _set(self, text: Text) -> None:
-        """Write a text's settings and history into its row."""
-        request, s, row = text.request, self._settings, text.row
-        assert row is not None
-        sampling = request.sampling
-        s.temperature[row] = sampling.temperature
-        s.top_k[row] = min(sampling.top_k or 0, self._device.vocab_size)
-        s.top_p[row] = 1.0 if sampling.top_p is None else sampling.top_p
-        s.min_p[row] = sampling.min_p or 0.0
-        s.repetition_penalty[row] = sampling.repetition_penalty or 1.0
-        s.presence_penalty[row] = request.presence_penalty
-        s.frequency_penalty[row] = request.frequency_penalty
-        s.biased[row] = bool(request.logit_bias)
-        s.filtered[row] = request.token_filter is not None
-        s.logprobs[row] = request.logprobs is not None
-        s.seed[row], s.choice[row] = request.seed, request.choice
-        if text.has_history:
-            written = text.tokens[len(request.prompt) :]
-            self._device.begin_history(row, text.tokens, written, dict(request.logit_bias))
 
     def _close_gaps(self) -> None:
         """Move the last running text to a free row before it, where fewer rows then do."""
@@ -349,13 +308,7 @@ class Scheduler:
         needed = next(b for b in buckets if b >= len(self.running))
         if free is None or next(b for b in buckets if b > last) == needed:
             return
-        text = self.running[last]
-        self._device.copy_row(last, free, history=True)
-        self._table[free] = self._table[last]
-        for array in vars(self._settings).values():
-            array[free] = array[last]
-        self._allowed[free] = self._allowed[last]
-        text.row = free
+        self._rows.move(self.running[last], free)
         self.running = {t.row: t for t in self.running.values() if t.row is not None}
 
     def _finish(self, text: Text) -> None:
