@@ -140,5 +140,6 @@ def _discard_stdout() -> None:
 def _unboxed(text: str) -> str:
     """Reduce tyro's boxed complaint to what it says, without the excerpt of the help below it."""
     rows = [re.sub(r"[\u2500-\u257f]|-{5,}", " ", line).strip() for line in text.splitlines()]
-    rows = " ".join(row or "\n" for row in rows[1:]).strip().split("\n")
-    return rows[0].strip()
+    said = "\n".join(rows[1:]).strip().split("\n\n")[0]
+    said = re.sub(r"(?<=\d,)\n(?=\d{3}\b)", "", said)  # lines are also broken within 1,000
+    return " ".join(said.split())

@@ -45,6 +45,10 @@ class Stats:
     preempted: int
     cache_bytes: int  # of the pages and rings in use
     full_cache_bytes: int  # of as many tokens, if every head had a full cache
+    page_tokens: int
+    page_bytes: int
+    full_page_bytes: int  # if every head had a full cache
+    ring_bytes: int  # of one request
 
 
 class Engine:
@@ -286,6 +290,10 @@ class Engine:
             preempted=counts["preempted"],
             cache_bytes=used * self._page_bytes + running * self._ring_bytes,
             full_cache_bytes=used * self._full_page_bytes,
+            page_tokens=self.sizes.page_size,
+            page_bytes=self._page_bytes,
+            full_page_bytes=self._full_page_bytes,
+            ring_bytes=self._ring_bytes,
         )
 
     def check(self) -> None:

@@ -61,7 +61,8 @@ def choose_sizes(
         the model's, at most 1,024.
 
     Raises:
-      InputError: an argument cannot be used, or a request of `max_len` would not fit.
+      InputError: an argument cannot be used, or a request of `max_len` would not fit, or is beyond
+        the model's range.
     """
     max_requests = argument("max_requests", max_requests, Count)
     snapshots = argument("snapshots", snapshots, Size)
@@ -74,7 +75,11 @@ def choose_sizes(
     chunk = min(runtime.prefill_chunk, 1024) if prefill_chunk is None else prefill_chunk
     in_range = runtime.config.architecture.max_positions
     if max_len is not None:
-        max_len = min(argument("max_len", max_len, Count), in_range)
+        max_len = argument("max_len", max_len, Count)
+        if max_len > in_range:
+            raise InputError(
+                f"max_len {max_len:,} is beyond the model's range of {in_range:,} tokens"
+            )
     if cache_tokens is None:
         most = max_requests * (max_len or in_range)
         rows = max_requests + snapshots

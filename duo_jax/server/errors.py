@@ -133,4 +133,5 @@ async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     path = [str(part) for part in first["loc"] if part != "body"]
     name = path[0] if path else None
     same = [e["msg"] for e in found if [str(p) for p in e["loc"]][1:2] == path[:1]]
-    return respond(400, f"{name or 'the body'}: {'; or '.join(dict.fromkeys(same))[:500]}", name)
+    where = ".".join(path) if len(same) == 1 else name
+    return respond(400, f"{where or 'the body'}: {'; or '.join(dict.fromkeys(same))[:500]}", name)

@@ -33,7 +33,8 @@ class ServerFlags(ModelFlags):
     port: Annotated[int, Meta(ge=0, le=65_535)] = 8000
     """Port; 0: any that is free."""
     api_keys: pathlib.Path | None = None
-    """File with the keys that clients may use, one a line. Default: no key is needed."""
+    """File with the keys that clients may use, one a line; lines that begin with # are comments.
+    Default: no key is needed."""
     served_model_name: str | None = None
     """Name of the model for clients. Default: the last part of --model."""
 
@@ -88,7 +89,8 @@ class ServerFlags(ModelFlags):
         if self.api_keys is None:
             return frozenset()
         lines = files.read_text(self.api_keys).removeprefix("\ufeff").splitlines()
-        found = frozenset(line.strip() for line in lines if line.strip())
+        stripped = (line.strip() for line in lines)
+        found = frozenset(line for line in stripped if line and not line.startswith("#"))
         if not found or len(found) > _MOST_KEYS:
             raise InputError(f"{files.shown(self.api_keys)} holds {len(found):,} keys")
         return found

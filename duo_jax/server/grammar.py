@@ -69,6 +69,7 @@ def json_filter(asked: ResponseFormat | None, vocabulary: Vocabulary) -> JsonFil
     except (ValueError, RecursionError, RuntimeError) as error:
         said = str(error)
     if said is not None:
-        message = f"the JSON schema cannot be followed: {' '.join(said.split())[:300]}"
+        said = " ".join(said.partition("<state>")[0].split())  # of the library, for its authors
+        message = f"the JSON schema cannot be followed: {said[:300]}"
         raise ApiError(422, message, param="response_format", code="unsupported_schema")
     return found

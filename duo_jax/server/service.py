@@ -164,6 +164,7 @@ class Service:
             engine = self._make_engine()
             self._vocabulary = Vocabulary(engine.model)
             self._engine = engine
+            _ = self.fingerprint  # reads all weights, which is not for the event loop to wait for
             self.metrics.begin()
             if self.status == "loading":
                 self.status = "ready"

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +23,7 @@ from duo_jax.server.warm_up import warm_up
 
 _KEEP_ALIVE = 65  # seconds: longer than the minute after which proxies give up connections
 _LAST_SECONDS = 5  # for answers on their way, once the engine has ended
+_SAME_SIGNAL = 0.3  # seconds; `timeout` and others send it to us and to the group that we are in
 
 
 class Server(uvicorn.Server):
@@ -30,6 +33,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._service, self._drain_seconds = service, drain_seconds
         self._draining = False
+        self._signalled = -math.inf
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -62,6 +66,10 @@ class Server(uvicorn.Server):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         del frame
+        now = time.monotonic()
+        if now - self._signalled < _SAME_SIGNAL:
+            return
+        self._signalled = now
         if self._draining:
             _tell(b"ended at once\n")
             os._exit(128 + number)

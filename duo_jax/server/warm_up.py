@@ -29,6 +29,10 @@ def warm_up(engine: Engine) -> None:
     engine.submit(dataclasses.replace(_request(1, 1), presence_penalty=0.1), updates.append)
     while engine.step():
         pass
+    # One goes on after what was kept of another, within its last page.
+    engine.submit(_request(min(3, sizes.max_len - 1), 1), updates.append)
+    while engine.step():
+        pass
     # One after the other joins, until every row is taken.
     for _ in range(sizes.max_requests):
         request = _request(1, min(sizes.max_requests + 2, sizes.max_len - 1))

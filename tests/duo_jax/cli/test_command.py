@@ -14,6 +14,8 @@ import kernels
 from duo_jax import cli
 from duo_jax.errors import InputError
 
+THOUSANDS = " to".join(["1,000"] * 40)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Flags:
@@ -25,6 +27,8 @@ class Flags:
     def __post_init__(self) -> None:
         if self.number < 0:
             raise InputError("number must not be negative")
+        if self.number == 10:
+            raise InputError(THOUSANDS)
 
 
 def run(main, *args: str) -> None:
@@ -82,6 +86,7 @@ def gpu_wanted(_: Flags) -> None:
         (refuse, [], "two lines"),
         (refuse, ["--number", "-1"], "number must not be negative"),
         (refuse, ["--numer", "1"], "(see python -m test --help)"),
+        (refuse, ["--number", "10"], THOUSANDS + " (see"),  # in lines, some of which end in "1,"
         (too_large_for_a_kernel, [], "4,294,967,296 elements; offsets inside a kernel end at"),
         (gpu_wanted, [], "implementation='triton' needs an NVIDIA GPU"),
     ],

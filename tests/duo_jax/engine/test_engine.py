@@ -260,6 +260,7 @@ def test_what_cannot_be_served_is_refused_at_once(model):
         ({"cache_tokens": 300}, "does not fit into a cache of 256 tokens"),
         ({"page_size": 96}, "page_size 96 is not a power of two"),
         ({"max_requests": 0}, "max_requests 0"),
+        ({"max_len": 1025}, "max_len 1,025 is beyond the model's range of 1,024 tokens"),
         ({"prefix_reuse": "no"}, "prefix_reuse 'no'"),
     ]:
         with pytest.raises(InputError, match=message):

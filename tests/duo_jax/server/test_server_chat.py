@@ -198,6 +198,13 @@ def test_a_schema_that_cannot_be_followed_is_refused(ask, schema):
     with pytest.raises(openai.UnprocessableEntityError) as error:
         ask(response_format=form)
     assert error.value.code == "unsupported_schema"
+    assert "compute_time" not in str(error.value)
+
+
+def test_a_field_that_a_message_lacks_is_named(ask):
+    with pytest.raises(openai.BadRequestError, match=r"messages\.1\.role: Field required") as error:
+        ask(messages=[{"role": "user", "content": "a"}, {"content": "b"}])
+    assert error.value.param == "messages"
 
 
 def test_what_the_template_refuses_is_refused(ask):

@@ -21,6 +21,7 @@ def run(engine, *requests):
     while engine.step():
         pass
     assert sum(update.finish_reason == "length" for update in updates) == len(requests)
+    return [token for update in updates for token in update.tokens]
 
 
 def programs():
@@ -38,8 +39,11 @@ def test_nothing_is_compiled_later(engine):
         Request(prompt=tuple(range(2, 2 + length)), max_tokens=tokens, ignore_eos=True)
         for length, tokens in ((1, 4), (63, 9), (64, 1), (65, 5), (255, 3), (290, 6), (2, 40))
     ]
-    run(engine, requests[0])
+    first = run(engine, requests[0])
     run(engine, *requests)
+    held = engine.stats().cached_tokens
+    run(engine, Request(prompt=(*requests[0].prompt, *first, 9, 9), max_tokens=1, ignore_eos=True))
+    assert engine.stats().cached_tokens - held == 4  # within a page, which is copied
     assert programs() == warm
 
 
