@@ -67,13 +67,14 @@ def start(*words: str, auto: bool = False) -> list[subprocess.Popen[str]]:
 # Each process reads its parts of a checkpoint, and checks what it read together with the other.
 @pytest.mark.parametrize("stored", ["hf", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_two_processes_write_what_one_does(tmp_path, capsys, stored):
-    words = ["--max-new-tokens", "8", "--save-cache", str(tmp_path / "two")]
+    words = ["--max-new-tokens", "8"]
     if stored == "checkpoint":
         convert.main(["demo", str(tmp_path / "checkpoint")])
         words += ["--model", str(tmp_path / "checkpoint")]
-    found = [process.communicate(timeout=240) for process in start(*words)]
-    one = ["--max-new-tokens", "8", "--save-cache", str(tmp_path / "one"), "--devices", "1"]
-    generate.main(one)
+    both = start(*words, "--save-cache", str(tmp_path / "two"))
+    found = [process.communicate(timeout=240) for process in both]
+    capsys.readouterr()
+    generate.main([*words, "--save-cache", str(tmp_path / "one"), "--devices", "1"])
     printed = capsys.readouterr()
     assert [out for out, _ in found] == [printed.out, ""]
     for _, err in found:
