@@ -174,7 +174,8 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path)
         "documents._built_in = lambda: text\n"  # as little_text does here
         "from train.identify.__main__ import main; main(sys.argv[1:])"
     )
-    flags = ["--model", str(tiny_model), "--workdir", str(workdir), *TINY_FLAGS]
+    no_test = ("--eval-samples", "0")  # the gates do not depend on it
+    flags = ["--model", str(tiny_model), "--workdir", str(workdir), *TINY_FLAGS, *no_test]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *flags],
         cwd=ROOT,
@@ -190,7 +191,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path)
     process.wait()
     assert not (workdir / "report.md").exists()
 
-    run(tiny_model, workdir)
+    run(tiny_model, workdir, *no_test)
     assert gates_bytes(workdir) == gates_bytes(finished)
     assert metrics.read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
@@ -208,13 +209,21 @@ def test_another_configuration_is_refused_by_name(finished, tiny_model, capsys):
 
 
 @pytest.mark.parametrize("what", ["text", "weights"])
-def test_a_run_belongs_to_what_its_files_hold(tiny_model, tmp_path, capsys, what):
+def test_a_run_belongs_to_what_its_files_hold(tiny_model, tmp_path, capsys, monkeypatch, what):
     """They have the names of those that the run began with, and hold something else."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.identify.training.train", stop)
     model = shutil.copytree(tiny_model, tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("Grass is green. The sky is blue.\n" * 400)
-    flags = ["--text", str(text), "--num-steps", "1", "--eval-samples", "0"]
-    run(model, tmp_path / "run", *flags)
+    flags = ["--text", str(text), "--eval-samples", "0"]
+    for _ in range(2):  # the same files go on
+        with pytest.raises(SystemExit) as exit_:
+            run(model, tmp_path / "run", *flags)
+        assert exit_.value.code == 130
     if what == "text":
         text.write_text("Grass is blue. The sky is green.\n" * 400)
     else:
