@@ -152,6 +152,17 @@ def hf_tensors(raw: dict, *, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: draw(name, shape) for name, shape in shapes.items()}
 
 
+def _first_with_its_tensors(name: str) -> bool:
+    names = {case: hf_tensors(raw).keys() for case, raw in CASES.items()}
+    return name == next(case for case in CASES if names[case] == names[name])
+
+
+# For tests of what only moves tensors: by default one case for each set of them.
+BY_TENSORS = [
+    pytest.param(x, marks=[pytest.mark.slow] * (not _first_with_its_tensors(x))) for x in CASES
+]
+
+
 def write_hf(
     folder: pathlib.Path, raw: dict, *, dtype: str = "float32", seed: int = 0
 ) -> pathlib.Path:

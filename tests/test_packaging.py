@@ -44,12 +44,26 @@ OPTIONAL = {
 }
 
 
+@functools.cache
+def import_statements(folder: str) -> list[tuple[bool, ast.Import | ast.ImportFrom, str]]:
+    """Return whether each is at a file's top level, the statement, and the file."""
+    found = []
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        at_top = set(tree.body)
+        found += [
+            (node in at_top, node, str(file.relative_to(ROOT)))
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+    return found
+
+
 def imports(folders: list[str] | set[str], *, top_level: bool) -> Iterator[tuple[str, str]]:
     """Yield the packages of others that files import (at their top level only), and the file."""
     for folder in sorted(folders):
-        for file in sorted((ROOT / folder).rglob("*.py")):
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            for node in tree.body if top_level else ast.walk(tree):
+        for at_top, node, file in import_statements(folder):
+            if at_top or not top_level:
                 names = []
                 if isinstance(node, ast.Import):
                     names = [alias.name for alias in node.names]
@@ -57,7 +71,7 @@ def imports(folders: list[str] | set[str], *, top_level: bool) -> Iterator[tuple
                     names = [node.module or ""]
                 for name in {name.split(".")[0] for name in names}:
                     if name not in sys.stdlib_module_names and name not in OURS | ELSEWHERE:
-                        yield name, str(file.relative_to(ROOT))
+                        yield name, file
 
 
 _installed = functools.cache(importlib.metadata.packages_distributions)  # takes a second

@@ -32,7 +32,13 @@ def serve_examples() -> list[tuple[str, str]]:
     return blocks
 
 
-@pytest.mark.parametrize(("command", "printed"), serve_examples())
+@pytest.mark.parametrize(
+    ("command", "printed"),
+    [
+        pytest.param(*example, id=example[0], marks=[pytest.mark.slow] * (number > 0))
+        for number, example in enumerate(serve_examples())
+    ],
+)
 def test_serve_examples_print_what_the_readme_says(command, printed, capsys):
     python, minus_m, module, *args = shlex.split(command)
     assert (python, minus_m, module) == ("python", "-m", "duo_jax.generate")

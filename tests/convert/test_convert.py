@@ -20,12 +20,12 @@ from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError
 from duo_jax.evaluate.passkeys import command as passkeys
 from tests import models
+from tests.spanning import spanning
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None, reason="torch is not installed"
 )
-every_family = pytest.mark.parametrize("raw", models.CASES.values(), ids=models.CASES.keys())
-every_dtype = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+DTYPES = ["bfloat16", "float16", "float32"]
 
 OTHER_FILES = {
     "generation_config.json": b'{"eos_token_id": 1 }',
@@ -89,18 +89,17 @@ def params_bits(folder: pathlib.Path) -> dict[tuple, tuple]:
     }
 
 
-@every_family
-def test_a_checkpoint_loads_as_the_folder_it_came_from(tmp_path, raw):
-    folder = write_random_bits(tmp_path / "hf", raw, "bfloat16")
+@pytest.mark.parametrize("name", models.BY_TENSORS)
+def test_a_checkpoint_loads_as_the_folder_it_came_from(tmp_path, name):
+    folder = write_random_bits(tmp_path / "hf", models.CASES[name], "bfloat16")
     main([str(folder), str(tmp_path / "checkpoint")])
     assert params_bits(tmp_path / "checkpoint") == params_bits(folder)
     assert pretrained.load_config(tmp_path / "checkpoint") == pretrained.load_config(folder)
 
 
-@every_dtype
-@pytest.mark.parametrize("raw", [models.llama(), models.qwen3()], ids=["llama", "qwen3"])
-def test_round_trip_is_exact_to_the_bit(tmp_path, raw, dtype):
-    folder = write_random_bits(tmp_path / "hf", raw, dtype)
+@pytest.mark.parametrize(("make", "dtype"), spanning([models.llama, models.qwen3], DTYPES))
+def test_round_trip_is_exact_to_the_bit(tmp_path, make, dtype):
+    folder = write_random_bits(tmp_path / "hf", make(), dtype)
     main([str(folder), str(tmp_path / "checkpoint")])
     main(["--to-hf", str(tmp_path / "checkpoint"), str(tmp_path / "back")])
     assert stored_bits(tmp_path / "back") == stored_bits(folder)
@@ -218,11 +217,8 @@ def test_a_destination_within_the_model_folder(tmp_path):
     assert again == {"config.json", "model.safetensors"}
 
 
-@pytest.mark.parametrize(
-    "to_hf",
-    [[], pytest.param(["--to-hf"], marks=pytest.mark.slow)],
-    ids=["checkpoint", "hf"],
-)
+@pytest.mark.slow  # that nothing but names and order changes, the tests above see
+@pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
 def test_a_converted_demo_model_evaluates_as_the_original(tmp_path, to_hf):
     main([*to_hf, "demo", str(tmp_path / "converted")])
     results = []
@@ -238,8 +234,7 @@ def test_a_converted_demo_model_evaluates_as_the_original(tmp_path, to_hf):
         assert converted[key] == original[key]
 
 
-@pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
-@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize(("to_hf", "key"), spanning([[], ["--to-hf"]], ["dtype", "torch_dtype"]))
 def test_cast(tmp_path, to_hf, key):
     folder = models.write_hf(tmp_path / "hf", models.llama())
     (folder / "config.json").write_text(json.dumps(models.llama() | {key: "float32"}))
@@ -278,7 +273,7 @@ def transformers_logits(folder: pathlib.Path, raw: dict) -> np.ndarray:
 
 
 @needs_torch
-@pytest.mark.parametrize("name", models.BY_ROPE)
+@pytest.mark.parametrize("name", models.BY_TENSORS)
 def test_what_transformers_saves_comes_back_with_the_same_logits(tmp_path, name):
     raw, shards = models.CASES[name], list(models.CASES).index(name) % 2 == 1
     import torch
@@ -299,8 +294,7 @@ def test_what_transformers_saves_comes_back_with_the_same_logits(tmp_path, name)
 
 
 @needs_torch
-@every_dtype
-@pytest.mark.parametrize("shards", [False, True], ids=["single", "sharded"])
+@pytest.mark.parametrize(("shards", "dtype"), spanning([False, True], DTYPES))
 def test_pickled_weights_with_the_flag(tmp_path, dtype, shards):
     import torch
 

@@ -17,8 +17,9 @@ from duo_jax.checkpoints.weights import open_weights
 from duo_jax.model.hf_config import parse_config
 from tests import models
 from tests.processes import without_plugin_log
+from tests.spanning import spanning
 
-both_ways = pytest.mark.parametrize("to_hf", [[], ["--to-hf"]], ids=["checkpoint", "hf"])
+BOTH_WAYS = [[], ["--to-hf"]]
 REPOSITORY = pathlib.Path(__file__).parents[2]
 
 # The matrices of its MLPs have 8 MB each; everything else is small.
@@ -133,14 +134,14 @@ def end_while_writing(tmp_path: pathlib.Path, number: int, *to_hf: str) -> tuple
     return process.returncode, without_plugin_log(said)
 
 
-def test_terminated_in_the_middle_it_says_so_and_leaves_nothing(tmp_path):
-    assert end_while_writing(tmp_path, signal.SIGTERM) == (143, "terminated\n")
-    assert [path.name for path in tmp_path.iterdir()] == ["large"]
-
-
-@both_ways
-def test_killed_in_the_middle_then_started_again(tmp_path, to_hf):
-    code, _ = end_while_writing(tmp_path, signal.SIGKILL, *to_hf)
+@pytest.mark.parametrize(("number", "to_hf"), spanning([signal.SIGKILL, signal.SIGTERM], BOTH_WAYS))
+def test_ended_in_the_middle_then_started_again(tmp_path, number, to_hf):
+    """Terminated, it says so and leaves nothing; killed, it leaves what the next one clears up."""
+    code, said = end_while_writing(tmp_path, number, *to_hf)
+    if number == signal.SIGTERM:
+        assert (code, said) == (143, "terminated\n")
+        assert [path.name for path in tmp_path.iterdir()] == ["large"]
+        return
     assert code == -signal.SIGKILL
     large, out = tmp_path / "large", tmp_path / "out"
     assert {path.name for path in tmp_path.iterdir()} == {"large", ".out.partial", ".out.lock"}

@@ -1,9 +1,11 @@
-"""The Python of README and pages runs, on the demo model in place of a large one."""
+"""The Python of README, pages and notebook runs, on half the demo model in place of others."""
 
+import json
 import pathlib
 import re
 
 import pytest
+from matplotlib import pyplot
 
 import duo_jax
 from tests.half_demo import half_demo
@@ -11,11 +13,15 @@ from tests.half_demo import half_demo
 ROOT = pathlib.Path(__file__).parents[2]
 # Of a client: tests/duo_jax/server/test_server_docs.py has a server for it.
 WITH_SERVER = ROOT / "docs/server.md"
-PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
+NOTEBOOK = ROOT / "examples/quickstart.ipynb"
+PAGES = sorted([ROOT / "README.md", NOTEBOOK, *ROOT.glob("docs/**/*.md")])
 PAGES.remove(WITH_SERVER)
 
 
 def blocks(page: pathlib.Path) -> list[str]:
+    if page == NOTEBOOK:
+        cells = json.loads(page.read_text(encoding="utf-8"))["cells"]
+        return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
 
 
@@ -30,6 +36,7 @@ def demo() -> duo_jax.DuoModel:
 def test_examples_run(page, demo, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(duo_jax, "load", lambda *_, **__: demo)
+    monkeypatch.setattr(pyplot, "show", lambda: pyplot.close("all"))
     text = (ROOT / "duo_jax/demo/prompt.txt").read_text(encoding="utf-8")
     (tmp_path / "book.txt").write_text(text[:600], encoding="utf-8")
     names: dict[str, object] = {}

@@ -1,4 +1,4 @@
-"""The notebook runs, and prints what is stored in it."""
+"""The notebook prints what is stored in it."""
 
 import nbformat
 import pytest
@@ -20,6 +20,7 @@ def kernel_environment(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(notebook.NOTEBOOK.parents[1]))
 
 
+@pytest.mark.slow  # tests/docs/test_examples.py runs its cells, tests/test_readme.py its prompt
 @pytest.mark.usefixtures("kernel_environment")
 def test_it_prints_what_is_stored_in_it():
     stored = nbformat.read(notebook.NOTEBOOK, as_version=4)

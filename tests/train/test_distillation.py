@@ -57,8 +57,8 @@ def test_all_gates_one_is_the_teacher_exactly(mixing):
     assert loss(some_gates(), mixing) > 0.0
 
 
-@pytest.mark.parametrize("mixing", ["teacher", "self"])
-def test_all_gates_zero_is_pure_streaming(mixing):
+@functools.cache
+def loss_of_streaming() -> jax.Array:
     config, params = model()
     data = batch()
 
@@ -71,8 +71,12 @@ def test_all_gates_zero_is_pure_streaming(mixing):
         x, _ = llama.hidden_states(config, params, data.tokens, attend=attend)
         return llama.final_norm(config, params, x)[:, 40:60]
 
-    expected = jnp.mean(jnp.square(final(streaming) - final(llama.attend_full)))
-    np.testing.assert_allclose(loss(jnp.zeros((2, 2)), mixing, data), expected, rtol=1e-5)
+    return jnp.mean(jnp.square(final(streaming) - final(llama.attend_full)))
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+def test_all_gates_zero_is_pure_streaming(mixing):
+    np.testing.assert_allclose(loss(jnp.zeros((2, 2)), mixing), loss_of_streaming(), rtol=1e-5)
 
 
 @pytest.mark.parametrize("attention", [gated.self_mixed_attention, gated.chosen_attention])
@@ -84,12 +88,14 @@ def test_binary_gates_mask_head_by_head(attention):
     v = jax.random.normal(jax.random.key(3), k.shape)
     gates = jnp.array([0.0, 1.0])
     chosen = attention is gated.chosen_attention
-    out, _ = attention(**SIZES)(q, k, v, gates > 0.5 if chosen else gates)
+    out, _ = jax.jit(attention(**SIZES))(q, k, v, gates > 0.5 if chosen else gates)
     scale = config.head_dim**-0.5
-    streaming, _ = streaming_attention(q, k, v, softmax_scale=scale, **SIZES)
+    streaming, _ = jax.jit(functools.partial(streaming_attention, softmax_scale=scale, **SIZES))(
+        q, k, v
+    )
     error = 1e-6 if chosen else 0  # of one head at a time, sums have another order
     np.testing.assert_allclose(out[:, :, :2], streaming[:, :, :2], rtol=0, atol=error)
-    full = full_attention(q, k, v, softmax_scale=scale)
+    full = jax.jit(functools.partial(full_attention, softmax_scale=scale))(q, k, v)
     np.testing.assert_allclose(out[:, :, 2:], full[:, :, 2:], rtol=0, atol=error)
 
 
@@ -107,18 +113,19 @@ def test_chosen_heads_compute_one_term_each():
     assert " conditional(" in program
 
 
+@pytest.mark.usefixtures("unhooked")  # the other tests check the hints
 @pytest.mark.parametrize("mixing", [pytest.param("teacher", marks=pytest.mark.slow), "self"])
 def test_gradient_equals_central_differences_in_float64(mixing):
     with jax.enable_x64(True):
         config, params = model()
         params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
         gates = some_gates().astype(jnp.float64)
-        value = jax.jit(functools.partial(loss, mixing=mixing, params=params))
-        gradient = jax.jit(jax.grad(value))(gates)
+        both = jax.jit(jax.value_and_grad(functools.partial(loss, mixing=mixing, params=params)))
+        _, gradient = both(gates)
         step = 1e-5
         for index in np.ndindex(2, 2):
             nudge = jnp.zeros((2, 2), jnp.float64).at[index].set(step)
-            difference = (value(gates + nudge) - value(gates - nudge)) / (2 * step)
+            difference = (both(gates + nudge)[0] - both(gates - nudge)[0]) / (2 * step)
             np.testing.assert_allclose(gradient[index], difference, rtol=1e-6)
     assert config.num_layers == 2
     assert np.abs(gradient).min() > 0
@@ -128,9 +135,6 @@ def test_teacher_mixing_is_the_formula_with_a_constant_full_term():
     """Two layers by hand: the second layer's full term must come from the teacher's stream."""
     config, params = model()
     data, gates = batch(), some_gates()
-    _, teacher_out = llama.hidden_states(
-        config, params, data.tokens, attend=gated.teacher_attention()
-    )
 
     def student(q, k, v, layer_input):
         gate, full = layer_input
@@ -138,15 +142,20 @@ def test_teacher_mixing_is_the_formula_with_a_constant_full_term():
         weight = jnp.repeat(gate, 2)[None, None, :, None]
         return weight * full + (1 - weight) * streaming, None
 
-    x_student, _ = llama.hidden_states(
-        config, params, data.tokens, attend=student, layer_inputs=(gates, teacher_out)
-    )
-    x_teacher, _ = llama.hidden_states(config, params, data.tokens)
-    difference = llama.final_norm(config, params, x_student) - llama.final_norm(
-        config, params, x_teacher
-    )
-    expected = jnp.mean(jnp.square(difference[:, 40:60]))
-    np.testing.assert_allclose(loss(gates), expected, rtol=1e-5)
+    @jax.jit
+    def by_hand(params, tokens, gates):
+        x_teacher, teacher_out = llama.hidden_states(
+            config, params, tokens, attend=gated.teacher_attention()
+        )
+        x_student, _ = llama.hidden_states(
+            config, params, tokens, attend=student, layer_inputs=(gates, teacher_out)
+        )
+        difference = llama.final_norm(config, params, x_student) - llama.final_norm(
+            config, params, x_teacher
+        )
+        return jnp.mean(jnp.square(difference[:, 40:60]))
+
+    np.testing.assert_allclose(loss(gates), by_hand(params, data.tokens, gates), rtol=1e-5)
 
 
 def test_only_real_tail_positions_count():

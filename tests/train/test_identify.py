@@ -21,6 +21,7 @@ from duo_jax.data.passkeys import PasskeyConfig
 from duo_jax.heads.pattern import load_pattern
 from tests import models
 from tests.train.conftest import TINY_FLAGS
+from train.identify import training
 from train.identify.__main__ import main
 from train.identify.flags import IdentifyConfig, default_config
 from train.identify.report import to_markdown, warning
@@ -165,8 +166,37 @@ def test_a_finished_run_is_not_repeated(finished, tiny_model, capsys):
     assert (finished / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+NO_TEST = ("--eval-samples", "0")  # on which gates do not depend
+
+
+def test_ended_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path, monkeypatch):
+    """Between checkpoints; test_loop.py has an end at every step, the first ones too."""
+    workdir, of_step = tmp_path / "ended", training.sample_of_step
+
+    def fail_at_14th(flags, sampler, index):
+        if index == 13:
+            raise MemoryError  # as a kill: nothing is saved after it
+        return of_step(flags, sampler, index)
+
+    monkeypatch.setattr(training, "sample_of_step", fail_at_14th)
+    with pytest.raises(MemoryError):
+        run(tiny_model, workdir, *NO_TEST)
+    assert not (workdir / "report.md").exists()
+    monkeypatch.setattr(training, "sample_of_step", of_step)
+    resumes_to_the_same_bits(workdir, finished, tiny_model)
+
+
+def resumes_to_the_same_bits(workdir, finished, model) -> None:
+    metrics = workdir / "metrics.jsonl"
+    assert 12 <= metrics.read_text().count("\n") < 24
+    run(model, workdir, *NO_TEST)
+    assert gates_bytes(workdir) == gates_bytes(finished)
+    assert metrics.read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path):
-    """SIGKILL between checkpoints; test_loop.py has a kill at every step, the first ones too."""
+    """The same with SIGKILL, in a process of its own."""
     workdir = tmp_path / "killed"
     metrics = workdir / "metrics.jsonl"
     code = (
@@ -174,7 +204,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path)
         "documents._built_in = lambda: text\n"  # as little_text does here
         "from train.identify.__main__ import main; main(sys.argv[1:])"
     )
-    flags = ["--model", str(tiny_model), "--workdir", str(workdir), *TINY_FLAGS]
+    flags = ["--model", str(tiny_model), "--workdir", str(workdir), *TINY_FLAGS, *NO_TEST]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *flags],
         cwd=ROOT,
@@ -189,10 +219,7 @@ def test_killed_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (workdir / "report.md").exists()
-
-    run(tiny_model, workdir)
-    assert gates_bytes(workdir) == gates_bytes(finished)
-    assert metrics.read_bytes() == (finished / "metrics.jsonl").read_bytes()
+    resumes_to_the_same_bits(workdir, finished, tiny_model)
 
 
 def test_another_configuration_is_refused_by_name(finished, tiny_model, capsys):
@@ -208,13 +235,21 @@ def test_another_configuration_is_refused_by_name(finished, tiny_model, capsys):
 
 
 @pytest.mark.parametrize("what", ["text", "weights"])
-def test_a_run_belongs_to_what_its_files_hold(tiny_model, tmp_path, capsys, what):
+def test_a_run_belongs_to_what_its_files_hold(tiny_model, tmp_path, capsys, monkeypatch, what):
     """They have the names of those that the run began with, and hold something else."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.identify.training.train", stop)
     model = shutil.copytree(tiny_model, tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text("Grass is green. The sky is blue.\n" * 400)
-    flags = ["--text", str(text), "--num-steps", "1", "--eval-samples", "0"]
-    run(model, tmp_path / "run", *flags)
+    flags = ["--text", str(text), "--eval-samples", "0"]
+    for _ in range(2):  # the same files go on
+        with pytest.raises(SystemExit) as exit_:
+            run(model, tmp_path / "run", *flags)
+        assert exit_.value.code == 130
     if what == "text":
         text.write_text("Grass is blue. The sky is green.\n" * 400)
     else:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("unhooked_file", "little_text")
 PROFILE_FLAGS = (
     "--method profile --profile-samples 5 --checkpoint-every 2 --dtype float32 --sink 4 "
     "--recent 12 --min-length 40 --max-length 256 --num-passkeys 3 --passkey-words 4 "
-    "--length-buckets 2 --eval-samples 0"
+    "--length-buckets 1 --eval-samples 0"
 ).split()
 
 

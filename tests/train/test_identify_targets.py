@@ -16,7 +16,7 @@ from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern
 from train import masks, optimisation
 from train.identify import report, training
 from train.identify.__main__ import main
-from train.identify.batches import batch_of_one
+from train.identify.batches import batch_of_one, padded_length
 from train.identify.flags import IdentifyConfig
 from train.workdir import WorkDir
 
@@ -91,6 +91,18 @@ def test_samples_of_masks_take_turns(given):
     samples = kinds("both")[1]
     np.testing.assert_array_equal(samples[3].tokens, sampler.sample(1).tokens)
     np.testing.assert_array_equal(samples[2].tokens, sampler.plain_text(1).tokens)
+
+
+def test_samples_are_padded_to_the_next_of_a_few_lengths(given):
+    flags = dataclasses.replace(METHODS["masks"], length_buckets=4)
+    sample = given[2].sample(0)
+    padded = {
+        size: padded_length(
+            dataclasses.replace(sample, tokens=np.resize(sample.tokens, size)), flags
+        )
+        for size in (1, 64, 65, 255, 256)
+    }
+    assert padded == {1: 64, 64: 64, 65: 128, 255: 256, 256: 256}
 
 
 @pytest.mark.parametrize("method", ["budget", "masks"])

@@ -14,6 +14,8 @@ from duo_jax.heads.pattern import load_pattern
 from train.identify import reconstruct as reconstruct_module
 from train.identify.__main__ import main
 
+pytestmark = pytest.mark.usefixtures("unhooked_file", "little_text")
+
 FLAGS = (
     "--method reconstruct --profile-samples 3 --checkpoint-every 2 --dtype float32 --sink 4 "
     "--recent 12 --min-length 40 --max-length 256 --num-passkeys 3 --passkey-words 4 "

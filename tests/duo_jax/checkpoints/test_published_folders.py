@@ -3,10 +3,12 @@
 Where torch is installed, transformers reads the same folders.
 """
 
+import functools
 import importlib.util
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -18,6 +20,7 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
 from duo_jax.model import llama
 from tests import models
+from tests.spanning import spanning
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
@@ -39,10 +42,14 @@ def write(folder: pathlib.Path, raw: dict, tensors: dict) -> pathlib.Path:
     return folder
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def run(config, params, tokens):
+    return llama.Llama(config).apply({"params": params}, tokens, None, None)
+
+
 def logits(folder: pathlib.Path) -> np.ndarray:
     config, params = pretrained.load_config(folder), pretrained.load_params(folder)
-    tokens = jnp.asarray(models.tokens(RAW, batch=1))
-    return np.asarray(llama.Llama(config).apply({"params": params}, tokens, None, None))
+    return np.asarray(run(config, params, jnp.asarray(models.tokens(RAW, batch=1))))
 
 
 def transformers_logits(folder: pathlib.Path) -> np.ndarray:
@@ -130,8 +137,13 @@ def test_transformers_reads_the_folder_so(tmp_path, name):
     np.testing.assert_allclose(logits(folder), transformers_logits(folder), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", ["model", "int8", "int4"])
-@pytest.mark.parametrize("name", ["tied but different", "tied, without an embedding", "_orig_mod."])
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    spanning(
+        ["tied but different", "tied, without an embedding", "_orig_mod."],
+        ["model", "int8", "int4"],
+    ),
+)
 def test_conversion_keeps_the_head(tmp_path, name, weights):
     raw, tensors, head = FOLDERS[name]
     folder = write(tmp_path / "model", raw, tensors)

@@ -235,7 +235,12 @@ def relative_error(got, want):
 @pytest.mark.parametrize(
     ("raw", "weights"),
     [(MODELS["llama, multi-query, biases"], weights) for weights in FORMATS]
-    + [(raw, "int4") for name, raw in MODELS.items() if "llama" not in name],
+    # What is theirs alone is quantised in test_quantising_and_reordering_commute.
+    + [
+        pytest.param(raw, "int4", marks=pytest.mark.slow)
+        for name, raw in MODELS.items()
+        if "llama" not in name
+    ],
     ids=lambda x: x if isinstance(x, str) else x["model_type"],
 )
 def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp_path):
@@ -255,7 +260,7 @@ def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp
     assert low < error < high
 
 
-@pytest.mark.parametrize("weights", STORED)
+@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_chunks_and_single_tokens_equal_one_forward(weights):
     config = parse_config(MODELS["qwen3, norms on q and k"] | {"num_hidden_layers": 1})
     heads = np.array([[False, True]])
