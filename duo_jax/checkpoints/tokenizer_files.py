@@ -57,7 +57,7 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
         _check_sentencepiece(model)
     # Without PyTorch, transformers warns that it has no models; only its tokenizers are used here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast  # takes seconds to import
+    from transformers import PreTrainedTokenizerFast  # takes seconds to import
 
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -65,6 +65,8 @@ def load_tokenizer(folder: pathlib.Path) -> Any:
             if as_it_is or sentencepiece:
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder), **local)
             else:
+                from transformers import AutoTokenizer  # imports PyTorch where there is one
+
                 config = tokenizer_config(folder)
                 tokenizer = AutoTokenizer.from_pretrained(str(folder), config=config, **local)
             _drop_empty_special_tokens(tokenizer)
