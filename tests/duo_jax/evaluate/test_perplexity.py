@@ -18,6 +18,7 @@ from duo_jax.evaluate.perplexity.command import bucket_bounds
 from duo_jax.evaluate.perplexity.texts import stretches
 from duo_jax.heads.pattern import Pattern, save_pattern
 
+pytestmark = pytest.mark.usefixtures("little_text")
 LENGTH = 300
 FLAGS = ["--length", str(LENGTH), "--samples", "2", "--sparsities", "0.5", "--kv-formats", "int4"]
 
@@ -48,10 +49,11 @@ def decoded(model, tokens) -> np.ndarray:
 @pytest.mark.parametrize(
     ("kv", "sparsity", "chunk"),
     [
-        ("model", 0.5, 64),
-        ("int4", 0.0, 8192),
         ("int2", 0.5, 64),
-        pytest.param("int2", 0.5, 128, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)  # the next test reads int4, decoded too
+            for case in (("model", 0.5, 64), ("int4", 0.0, 8192), ("int2", 0.5, 128))
+        ),
     ],
 )
 def test_chunks_are_read_as_the_caches_would_serve_each_token(folder, chunk, kv, sparsity):
