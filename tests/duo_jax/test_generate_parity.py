@@ -65,6 +65,7 @@ def test_all_retrieval_equals_transformers(tmp_path, name):
     assert write(plain, generate.prompts(raw)).tolist() == golden()[f"{name}/plain"].tolist()
 
 
+@pytest.mark.slow  # test_unusual_sizes in test_serve.py compares the logits
 def test_streaming_heads_with_room_for_everything_equal_transformers(tmp_path):
     name = "llama, dynamic rope"
     raw = models.CASES[name]

@@ -71,8 +71,17 @@ def weights_of(queries, keys):
     return weights / weights.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("kv", ["model", pytest.param("int8", marks=pytest.mark.slow), "int4"])
-@pytest.mark.parametrize("voters", ["latest", "all"])
+@pytest.mark.parametrize(
+    ("voters", "kv"),
+    [
+        ("latest", "model"),
+        ("all", "int4"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("latest", "int8"), ("latest", "int4"), ("all", "model"), ("all", "int8"))
+        ),
+    ],
+)
 def test_votes_are_attention_weights(voters, kv):
     cache, read_rows = read([(100, (100, 70)), (50, (50, 40))], voters, kv)
     part = cache.layers[0].full[0]

@@ -44,8 +44,11 @@ def run(model: pathlib.Path, workdir: pathlib.Path, *more: str) -> dict:
 SOME = "duo,random heads,H2O"  # heads that stream, and tokens that are evicted
 
 
+# By default test_eviction.py alone compares methods that have the whole budget with full caches.
 @pytest.fixture(
-    scope="module", params=[SOME, pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"]
+    scope="module",
+    params=[(SOME, "0.6"), pytest.param(("", "0.6,1.0"), marks=pytest.mark.slow)],
+    ids=["some", "all"],
 )
 def finished(request, model, tmp_path_factory):
     """Return work folder and result of a whole comparison, what was predicted beside each row."""
@@ -58,8 +61,9 @@ def finished(request, model, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Task, "score", score)
-        methods = ["--methods", request.param] if request.param else []
-        result = run(model, workdir, "--budgets", "0.6,1.0", "--tasks", "passkeys", *methods)
+        names, budgets = request.param
+        methods = ["--methods", names] if names else []
+        result = run(model, workdir, "--budgets", budgets, "--tasks", "passkeys", *methods)
     measured = [row for row in result["rows"] if "reason" not in row]
     for row, rows in zip(measured, predicted, strict=True):
         row["predicted"] = np.concatenate(rows)

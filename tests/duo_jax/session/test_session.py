@@ -73,6 +73,7 @@ def greedy_by_forwards(runtime, tokens, count):
     return tokens[-count:]
 
 
+@pytest.mark.slow  # test_generate_parity.py compares what is greedy with transformers
 def test_greedy_equals_repeated_forwards(runtime):
     tokens = prompt(21)
     assert read_and_write(runtime, tokens, max_new_tokens=6) == [
@@ -220,6 +221,7 @@ def test_an_interrupted_step_is_made_up_for(runtime, monkeypatch):
     assert write(session) == after
 
 
+@pytest.mark.slow  # test_few_programs.py counts the shapes, test_sampling.py what options trace
 def test_one_compilation_serves_a_length_bucket(runtime):
     def traces():
         return row_cache._prefill._cache_size(), decoding.decode_segment._cache_size()
