@@ -100,6 +100,10 @@ ROPE_ONLY = ["llama-3, grouped queries", "llama-3.1, scaled rope", "llama, linea
 ROPE_ONLY += ["mistral, no window"]
 # For tests of what does not ask how it turns: by default without them.
 BY_ROPE = [pytest.param(x, marks=[pytest.mark.slow] * (x in ROPE_ONLY)) for x in CASES]
+# What serving tells apart: norms, biases, tied embeddings, a rope that depends on the length read.
+# By default for tests that serve: test_parity.py compares the logits of every family.
+SERVED = ["qwen3, norms on q and k", "qwen2.5, biases, yarn", "llama, dynamic rope"]
+BY_SERVING = [pytest.param(x, marks=[pytest.mark.slow] * (x not in SERVED)) for x in CASES]
 LENGTH = 45  # beyond the original range of the scaled cases
 
 

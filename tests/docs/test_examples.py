@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot
 
 import duo_jax
-from tests.half_demo import half_demo
+from tests.small_demo import small_demo
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Of a client: tests/duo_jax/server/test_server_docs.py has a server for it.
@@ -27,7 +27,7 @@ def blocks(page: pathlib.Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo() -> duo_jax.DuoModel:
-    return duo_jax.load(half_demo(), sparsity=0.5)
+    return duo_jax.load(small_demo(), sparsity=0.5)
 
 
 @pytest.mark.parametrize(

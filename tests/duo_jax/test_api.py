@@ -22,8 +22,12 @@ from duo_jax.session.runtime import Runtime
 from tests import models
 
 VOCAB = 400
-RAW = models.llama(vocab_size=VOCAB, num_key_value_heads=4, max_position_embeddings=256)
-GATES = np.array([[0.9, 0.2, 0.4, 0.1], [0.3, 0.8, 0.7, 0.6]])
+# One layer compiles faster; test_sparsity_or_threshold_decides has two.
+RAW = models.llama(
+    vocab_size=VOCAB, num_attention_heads=8, num_key_value_heads=8, head_dim=8,
+    num_hidden_layers=1, max_position_embeddings=256,
+)  # fmt: skip
+GATES = np.array([[0.9, 0.2, 0.4, 0.1, 0.3, 0.8, 0.7, 0.6]])
 PATTERN = Pattern(gates=GATES, sink_size=4, recent_size=8)
 TEXT = "Here is a long text with passkeys hidden in it. Remember them. Take note: alpha bravo. "
 TEMPLATE = (
@@ -91,24 +95,35 @@ def test_the_version_is_that_of_the_package(monkeypatch, installed):
 
 
 def test_a_folder_brings_its_own_pattern(model):
-    assert heads_of(model) == (1, 3)  # the four highest gates of eight
+    assert heads_of(model) == (4,)  # the highest gates of eight
     assert (model.config.sink_size, model.config.recent_size) == (4, 8)
     assert model.runtime.dtype == np.float32
 
 
 def test_a_pattern_may_be_a_folder_or_an_object(model, folder, tmp_path):
-    save_pattern(Pattern(gates=GATES[::-1], sink_size=2, recent_size=9), tmp_path / "other")
+    all_alike = Pattern(gates=np.full((1, 8), 0.5), sink_size=2, recent_size=9)
+    save_pattern(all_alike, tmp_path / "other")
     other = duo_jax.load(folder, pattern=tmp_path / "other")
-    assert heads_of(other) == (3, 1)
     assert (other.config.sink_size, other.config.recent_size) == (2, 9)
     assert duo_jax.load(folder, pattern=str(tmp_path / "other")).config == other.config
     assert duo_jax.load(folder, pattern=PATTERN).config == model.config
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory) -> pathlib.Path:
+    raw = models.llama(vocab_size=VOCAB, num_key_value_heads=4)
+    folder = models.write_hf(tmp_path_factory.mktemp("model") / "two", raw)
+    models.write_tokenizer(folder, vocab_size=VOCAB)
+    pattern = Pattern(gates=GATES.reshape(2, 4), sink_size=4, recent_size=8)
+    save_pattern(pattern, folder / "pattern")
+    return folder
 
 
 @pytest.mark.parametrize(
     ("choice", "heads"),
     [
         ({"sparsity": 0.0}, (4, 4)),
+        ({}, (1, 3)),  # the four highest gates of eight
         ({"sparsity": 0.25}, (2, 4)),
         ({"sparsity": 1.0}, (0, 0)),
         ({"threshold": 0.65}, (1, 2)),
@@ -117,8 +132,8 @@ def test_a_pattern_may_be_a_folder_or_an_object(model, folder, tmp_path):
         ({"pattern": "none", "sparsity": 0.0}, (4, 4)),
     ],
 )
-def test_sparsity_or_threshold_decides(folder, choice, heads):
-    assert heads_of(duo_jax.load(folder, **choice)) == heads
+def test_sparsity_or_threshold_decides(two_layers, choice, heads):
+    assert heads_of(duo_jax.load(two_layers, **choice)) == heads
 
 
 @pytest.mark.parametrize("sizes", [{"sink_size": 1}, {"recent_size": 3}])
@@ -128,15 +143,17 @@ def test_sink_and_recent_override_the_pattern(model, folder, sizes):
     assert other.config == dataclasses.replace(model.config, **sizes)
 
 
-def test_the_prefill_chunk_matters_to_chunk_mode_only(folder, text):
-    settings = {"max_new_tokens": 30}
+def test_the_prefill_chunk_matters_to_chunk_mode_only(folder, model):
+    def text(model):
+        return model.generate([TEXT + "Take note."], max_new_tokens=30)
+
     whole = duo_jax.load(folder)
     assert whole.runtime.prefill_chunk == 8192
-    assert whole.generate([TEXT], **settings) == [text]
+    assert text(whole) == text(model)
     chunks = duo_jax.load(folder, prefill_chunk=16, prefill_mode="chunk")
-    assert chunks.generate([TEXT], **settings) != [text]
+    assert text(chunks) != text(model)
     one_chunk = duo_jax.load(folder, prefill_mode="chunk")
-    assert one_chunk.generate([TEXT], **settings) != chunks.generate([TEXT], **settings)
+    assert text(one_chunk) != text(chunks)
 
 
 def test_dtype_is_that_of_weights_and_cache(folder):
@@ -191,8 +208,8 @@ def test_split_parameters_are_those_of_split_params(tmp_path, name):
         ({"sparsity": 1.5}, r"sparsity 1.5 is not a number from 0 to 1"),
         ({"pattern": "/nowhere"}, "/nowhere/.* does not exist"),
         (
-            {"pattern": Pattern(gates=GATES[:1], sink_size=4, recent_size=8)},
-            "pattern has 1 layers x 4 KV heads, the model has 2 x 4",
+            {"pattern": Pattern(gates=GATES[:, :4], sink_size=4, recent_size=8)},
+            "pattern has 1 layers x 4 KV heads, the model has 1 x 8",
         ),
         ({"sink_size": -1}, "sink_size -1 is not"),
         ({"recent_size": 0}, "recent_size 0 is not"),

@@ -50,8 +50,22 @@ def test_our_own_packages_are_accepted(site, tmp_path):
     assert importing(site, cwd=tmp_path) == "ImportError: nothing was refused"
 
 
-@pytest.mark.parametrize("file", marked_files())
-@pytest.mark.parametrize("content", ["x = 1\n", None], ids=["overwritten", "removed"])
+OVERWRITTEN, REMOVED = "x = 1\n", None
+
+
+@pytest.mark.parametrize(
+    ("content", "file"),
+    [  # by default each file in one of the ways
+        pytest.param(
+            content,
+            file,
+            id=f"{'removed' if content is REMOVED else 'overwritten'}-{file}",
+            marks=[pytest.mark.slow] * ((number % 2 == 0) == (content is REMOVED)),
+        )
+        for number, file in enumerate(marked_files())
+        for content in (OVERWRITTEN, REMOVED)
+    ],
+)
 def test_a_file_that_another_package_overwrote_or_took_along(site, tmp_path, file, content):
     (site / file).unlink()
     if content is not None:

@@ -24,7 +24,6 @@ from tests.golden import generate
 pytestmark = pytest.mark.core
 HAS_TORCH = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
-every_case = pytest.mark.parametrize("name", models.CASES.keys())
 ROUNDING = 1e-4  # ten times what the logits of test_parity.py may differ by, which are about 1
 
 
@@ -54,26 +53,19 @@ def all_heads(raw: dict) -> np.ndarray:
     return np.ones((raw["num_hidden_layers"], raw["num_key_value_heads"]), bool)
 
 
-@every_case
+@pytest.mark.parametrize("name", models.CASES)
 def test_no_choice_hangs_on_rounding(name):
     assert golden()[f"{name}/lead"] > ROUNDING
 
 
-# By default what sessions tell apart: norms, biases, tied embeddings, the length of the prompt.
-# test_parity.py compares the logits of every family, test_serve.py those of its split form.
-SERVED = ["qwen3, norms on q and k", "qwen2.5, biases, yarn", "llama, dynamic rope"]
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=[pytest.mark.slow] * (x not in SERVED)) for x in models.CASES],
-)
+@pytest.mark.parametrize("name", models.BY_SERVING)
 def test_all_retrieval_equals_transformers(tmp_path, name):
     raw = models.CASES[name]
     plain = runtime(models.write_hf(tmp_path, raw), all_heads(raw))
     assert write(plain, generate.prompts(raw)).tolist() == golden()[f"{name}/plain"].tolist()
 
 
+@pytest.mark.slow  # test_unusual_sizes in test_serve.py compares the logits
 def test_streaming_heads_with_room_for_everything_equal_transformers(tmp_path):
     name = "llama, dynamic rope"
     raw = models.CASES[name]
@@ -95,7 +87,7 @@ def test_repetition_penalty_equals_transformers(tmp_path):
 
 
 @needs_torch
-@every_case
+@pytest.mark.parametrize("name", models.BY_SERVING)
 def test_the_golden_file_is_what_transformers_writes(tmp_path, name):
     raw = models.CASES[name]
     theirs = generate.transformers_greedy(models.write_hf(tmp_path, raw), raw)
@@ -109,7 +101,7 @@ def test_texts_equal_those_of_transformers(tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    raw = models.llama(vocab_size=400)
+    raw = models.llama(vocab_size=400, num_hidden_layers=1)
     folder = models.write_tokenizer(models.write_hf(tmp_path, raw), vocab_size=400)
     model = duo_jax.load(folder, pattern="none", prefill_chunk=16)
     prompts = ["Take note: the passkey is", "alpha bravo charlie delta echo foxtrot golf hotel"]
@@ -131,7 +123,7 @@ def test_texts_equal_those_of_transformers(tmp_path):
         assert len(new) < 24 or prompt != prompts[0]
         new = new[:-1] if new[-1] in (1, stop) else new
         expected.append(model.tokenizer.decode(new, skip_special_tokens=True))
-    gates = Pattern(gates=np.zeros((2, 2)), sink_size=128, recent_size=256)
+    gates = Pattern(gates=np.zeros((1, 2)), sink_size=128, recent_size=256)
     for pattern in ("none", gates):
         settings = {} if pattern == "none" else {"sparsity": 0.0}
         model = duo_jax.load(folder, pattern=pattern, prefill_chunk=16, **settings)

@@ -34,23 +34,27 @@ def small_buffers(monkeypatch):
     monkeypatch.setattr(address_limit, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
 
 
-def logits_after(implementation: str):
+def logits_after(implementation: str, *, grows: bool):
+    """Read 21 tokens, in one go or with a cache that grows before the last of them."""
     weights = split_params(CONFIG, random_params(CONFIG), HEADS)
     cache = init_cache(SPLIT, batch_size=1, max_len=MAX_LEN)
     tokens = jnp.asarray(models.tokens(RAW, batch=1, length=21))
     read = jax.jit(functools.partial(serve.prefill, SPLIT, implementation=implementation))
-    out, cache = read(weights, cache, tokens[:, :20], jnp.array([20]))
-    cache = grow(cache, max_len=MAX_LEN + 8)
-    more, cache = read(weights, cache, tokens[:, 20:], jnp.array([1]))
-    return np.stack([out, more]), cache
+    for part in (tokens[:, :20], tokens[:, 20:]) if grows else (tokens,):
+        logits, cache = read(weights, cache, part, jnp.array([part.shape[1]]))
+        if grows:
+            cache = grow(cache, max_len=MAX_LEN + 8)
+    return logits, cache
 
 
-@pytest.mark.parametrize("implementation", ["xla", "interpret"])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("xla", marks=pytest.mark.slow), "interpret"]
+)
 def test_several_buffers_give_what_one_gives(monkeypatch, implementation):
-    expected, cache = logits_after("xla")
+    expected, cache = logits_after("xla", grows=False)
     assert heads_per_buffer(cache) == [3]
     monkeypatch.setattr(address_limit, "MAX_ELEMENTS", 2 * MAX_LEN * CONFIG.head_dim)
-    logits, cache = logits_after(implementation)
+    logits, cache = logits_after(implementation, grows=True)
     assert heads_per_buffer(cache) == [1, 1, 1]  # it grew beyond two heads a buffer
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
@@ -62,18 +66,23 @@ def test_heads_are_shared_out_by_what_fits():
     assert heads_per_buffer(init_cache(SPLIT, batch_size=1, max_len=50)) == [3]
 
 
-def compile_a_layer_at_four_million_tokens() -> list[int]:
+def compile_a_layer_at_four_million_tokens(chunk: int) -> list[int]:
     """Compile a layer of Llama-3-8B whose heads all retrieve; return the sizes of its buffers."""
     architecture = shapes.model_config("gqa", layers=1)
     config = DuoConfig(architecture=architecture, retrieval_counts=(8,))
-    ahead_of_time.decode_step(config, target="h200", max_len=4_000_000)
-    ahead_of_time.prefill_chunk(config, target="h200", max_len=4_000_000, chunk=512)
+    if chunk:
+        ahead_of_time.prefill_chunk(config, target="h200", max_len=4_000_000, chunk=chunk)
+    else:
+        ahead_of_time.decode_step(config, target="h200", max_len=4_000_000)
     cache = cache_shapes(config, batch_size=1, max_len=4_000_000, dtype="bfloat16")
     return [leaf.size for leaf in jax.tree.leaves(cache.layers)]
 
 
-def test_a_layer_of_retrieval_heads_only_compiles_at_four_million_tokens(compiler):
-    sizes = compiler.call(compile_a_layer_at_four_million_tokens)
+@pytest.mark.parametrize(
+    "chunk", [0, pytest.param(512, marks=pytest.mark.slow)], ids=["decode", "prefill"]
+)
+def test_a_layer_of_retrieval_heads_only_compiles_at_four_million_tokens(compiler, chunk):
+    sizes = compiler.call(compile_a_layer_at_four_million_tokens, chunk)
     assert max(sizes) <= address_limit.MAX_ELEMENTS
     assert sum(sizes) > 3 * address_limit.MAX_ELEMENTS
 

@@ -26,8 +26,7 @@ RAW = models.llama(num_key_value_heads=4, num_attention_heads=8, num_hidden_laye
 CONFIG = dataclasses.replace(parse_config(RAW), max_positions=2048)
 HEADS = np.array([[1, 1, 0, 1]], bool)
 SPLIT = duo_config(CONFIG, HEADS, sink_size=4, recent_size=6)
-QUANTISED = ("int8", "int4", "int2")
-FORMATS = ("model", "bf16", *QUANTISED)
+FORMATS = ("model", "bf16", "int8", "int4", "int2")
 LENGTH = 210
 PIECES = [*[1] * 3, 64, 64, 64, *[1] * 15]  # across the blocks that "int2" packs, few programs
 
@@ -72,11 +71,12 @@ def relative(x, reference) -> float:
 SLACK = {"bf16": 1e-2, "int8": 1e-3, "int4": 1e-2, "int2": 2e-2}
 
 
-@pytest.mark.parametrize("kv", [pytest.param("bf16", marks=pytest.mark.slow), "int2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ["bf16", "int2"])
 def test_how_a_text_is_cut_does_not_matter(kv, params, tokens):
     """Prefill in chunks, then token by token, rows of different lengths: as in one go.
 
-    Of int8 and int4, test_tokens_are_seen_as_the_cache_holds_them sees it layer by layer.
+    In a layer by itself, tests below compare both with what a token sees by the definition.
     """
     whole, cache = read(params, tokens, kv, [LENGTH])
     parts, other = read(params, tokens, kv, PIECES)
@@ -163,12 +163,22 @@ def rounded(x, layout: packed.Layout):
 
 
 CUTS = {"at once": [LENGTH], "in pieces": PIECES}
-every_cut = pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS.keys())
+# By default two of the three are seen together, in every combination.
+SEEN = [
+    pytest.param(
+        4 * (heads == "retrieval"),
+        kv,
+        CUTS[cuts],
+        id=f"{heads}-{kv}-{cuts}",
+        marks=[pytest.mark.slow] * ((heads == "retrieval") ^ (kv == "int8") ^ (cuts == "at once")),
+    )
+    for heads in ("retrieval", "streaming")
+    for kv in ("int8", "int4")
+    for cuts in CUTS
+]
 
 
-@every_cut
-@pytest.mark.parametrize("kv", ["int8", "int4"])
-@pytest.mark.parametrize("retrieval", [4, 0], ids=["retrieval", "streaming"])
+@pytest.mark.parametrize(("retrieval", "kv", "cuts"), SEEN)
 def test_tokens_are_seen_as_the_cache_holds_them(retrieval, kv, cuts):
     q, k, v = draw_qkv()
     layout = {"int8": packed.INT8, "int4": packed.INT4}[kv]
@@ -183,7 +193,11 @@ def test_tokens_are_seen_as_the_cache_holds_them(retrieval, kv, cuts):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@every_cut
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param(CUTS["at once"], marks=pytest.mark.slow), CUTS["in pieces"]],
+    ids=["at once", "in pieces"],
+)
 def test_int2_sees_the_latest_64_tokens_exactly_and_older_ones_as_codes(cuts):
     q, k, v = draw_qkv()
     whole_blocks = [(0, 0), (0, -LENGTH % 64), (0, 0), (0, 0)]
@@ -216,9 +230,8 @@ def test_bytes_are_those_of_the_formula_and_of_what_a_grown_cache_takes(kv):
     assert grow(cache, max_len=300).nbytes == cache_bytes(SPLIT, max_len=300, **sizes)
 
 
-@pytest.mark.parametrize(  # test_cache_files.py saves and loads int4
-    "kv", [*(pytest.param(kv, marks=pytest.mark.slow) for kv in ("bf16", "int4")), "int2"]
-)
+@pytest.mark.slow  # test_cache_files.py saves and loads int4, test_cache.py grows every format
+@pytest.mark.parametrize("kv", ["bf16", "int4", "int2"])
 def test_a_grown_or_saved_cache_goes_on_to_the_bit(kv, params, tokens, tmp_path):
     def session():
         return Session(
@@ -243,18 +256,8 @@ def test_a_grown_or_saved_cache_goes_on_to_the_bit(kv, params, tokens, tmp_path)
     np.testing.assert_array_equal(loaded.snapshot().logits, expected)
 
 
-def test_a_saved_cache_of_another_format_is_refused(params, tokens, tmp_path):
-    def session(kv):
-        return Session(Runtime(config=SPLIT, params=params, kv_format=kv))
-
-    saved = session("int4")
-    saved.append([tokens[0, :20].tolist()], room=1)
-    cache_files.save(saved, tmp_path / "saved", extra={})
-    with pytest.raises(InputError, match=r"another KV format \(int4, here int8\); read the text"):
-        cache_files.load(session("int8"), tmp_path / "saved")
-
-
-@pytest.mark.parametrize("kv", QUANTISED)
+@pytest.mark.slow  # tests above compare each row with what it sees by the definition
+@pytest.mark.parametrize("kv", ["int8", "int4", "int2"])
 def test_rows_do_not_see_each_other(kv, params, tokens):
     expected, _ = read(params, tokens, kv, [64, 64, 1])
     other = tokens.copy()

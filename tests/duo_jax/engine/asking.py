@@ -1,4 +1,4 @@
-"""Requests to an engine of half of the demo model, and what comes back, for tests."""
+"""Requests to an engine of one layer of the demo model, and what comes back, for tests."""
 
 import dataclasses
 

@@ -7,7 +7,7 @@ import duo_jax
 from duo_jax import InputError
 from duo_jax.engine import Request
 from tests.duo_jax.engine.asking import LONG, make, request, run
-from tests.half_demo import half_demo
+from tests.small_demo import small_demo
 
 pytestmark = pytest.mark.usefixtures("unhooked")
 
@@ -80,7 +80,7 @@ def test_prefixes_are_forgotten_where_pages_or_snapshots_run_out(model):
 # int2 has all that int4 has, and blocks and a ring of the latest tokens.
 @pytest.mark.parametrize("kv", ["int4", "int2"])
 def test_packed_caches_are_shared_and_preempted_too(kv):
-    model = duo_jax.load(half_demo(), sink_size=4, recent_size=12, kv=kv)
+    model = duo_jax.load(small_demo(), sink_size=4, recent_size=12, prefill_chunk=64, kv=kv)
     narrow, wide = make(model, cache_tokens=320), make(model)
     texts = [LONG, LONG + " And", "Once upon a time"]
     asked = [request(model, prompt, max_tokens=60, logprobs=0) for prompt in texts]
@@ -96,11 +96,11 @@ def test_packed_caches_are_shared_and_preempted_too(kv):
 @pytest.mark.parametrize("kv", ["model", pytest.param("int2", marks=pytest.mark.slow)])
 def test_a_saved_text_can_be_pinned(kv, tmp_path):
     """It stays while others come and go, and gives what reading it gives."""
-    model = duo_jax.load(half_demo(), sink_size=4, recent_size=12, kv=kv)
+    model = duo_jax.load(small_demo(), sink_size=4, recent_size=12, prefill_chunk=64, kv=kv)
     book = model.conversation()
     book.append(LONG)
     book.save(tmp_path / "book")
-    served = make(model, max_len=320, cache_tokens=768)
+    served = make(model, max_len=320, cache_tokens=512)
     length = served.pin(tmp_path / "book")
     asked = Request(prompt=(*book.session.tokens[0], 5, 6, 7), max_tokens=10, logprobs=0)
     [answer] = run(served, asked)

@@ -19,7 +19,7 @@ def _as_users_run_them(unhooked_file: None) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> pathlib.Path:
     """Write a model that some of the fixture's texts are too long for."""
-    raw = models.llama(vocab_size=400, max_position_embeddings=64)
+    raw = models.llama(vocab_size=400, max_position_embeddings=64, num_hidden_layers=1)
     folder = models.write_hf(tmp_path_factory.mktemp("model"), raw)
     return models.write_tokenizer(folder, vocab_size=400)
 

@@ -18,6 +18,7 @@ from duo_jax.evaluate.compare.tasks import Task, make_task
 from duo_jax.heads.pattern import Pattern, save_pattern
 from tests import models
 
+pytestmark = pytest.mark.usefixtures("little_text")
 DATA = PasskeyTemplates(num_passkeys=2, passkey_words=2)
 FLAGS = (
     "--num-passkeys 2 --passkey-words 2 --samples 3 --batch 2 --length 320 --random-seeds 2 "
@@ -40,11 +41,14 @@ def run(model: pathlib.Path, workdir: pathlib.Path, *more: str) -> dict:
     return json.loads((workdir / "compare.json").read_text())
 
 
-SOME = "duo,profile heads,random heads,all-streaming,H2O,FastGen,ShadowKV"
+SOME = "duo,random heads,H2O"  # heads that stream, and tokens that are evicted
 
 
+# By default test_eviction.py alone compares methods that have the whole budget with full caches.
 @pytest.fixture(
-    scope="module", params=[SOME, pytest.param("", marks=pytest.mark.slow)], ids=["some", "all"]
+    scope="module",
+    params=[(SOME, "0.6"), pytest.param(("", "0.6,1.0"), marks=pytest.mark.slow)],
+    ids=["some", "all"],
 )
 def finished(request, model, tmp_path_factory):
     """Return work folder and result of a whole comparison, what was predicted beside each row."""
@@ -57,8 +61,9 @@ def finished(request, model, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Task, "score", score)
-        methods = ["--methods", request.param] if request.param else []
-        result = run(model, workdir, "--budgets", "0.6,1.0", "--tasks", "passkeys", *methods)
+        names, budgets = request.param
+        methods = ["--methods", names] if names else []
+        result = run(model, workdir, "--budgets", budgets, "--tasks", "passkeys", *methods)
     measured = [row for row in result["rows"] if "reason" not in row]
     for row, rows in zip(measured, predicted, strict=True):
         row["predicted"] = np.concatenate(rows)
@@ -77,7 +82,7 @@ def test_all_methods_stay_within_the_budget_and_use_it(finished):
     _, result = finished
     methods = {row["method"] for row in result["rows"]}
     assert methods >= {"full", *SOME.split(",")}
-    assert len(methods) in (8, 14)
+    assert len(methods) in (4, 14)
     (full,) = rows_of(result, method="full")
     assert full["cache_bytes"] == full["full_bytes"]
     for row in rows_of(result, budget=0.6):
@@ -138,18 +143,18 @@ def test_the_result_says_what_was_measured_and_with_what(finished):
     assert (result["sink"], result["recent"]) == (2, 6)
     (duo,) = rows_of(result, method="duo", budget=0.6)
     assert duo["setting"] == {"retrieval_heads": [1], "sink": 2, "recent": 6}
-    (streaming,) = rows_of(result, method="all-streaming", budget=0.6)
-    assert streaming["setting"]["sink"] == 4
-    assert streaming["setting"]["retrieval_heads"] == [0]
+    for streaming in rows_of(result, method="all-streaming", budget=0.6):
+        assert streaming["setting"]["sink"] == 4
+        assert streaming["setting"]["retrieval_heads"] == [0]
     (h2o,) = rows_of(result, method="H2O", budget=0.6)
     assert h2o["setting"]["recent_share"] == 0.5
     assert len(rows_of(result, method="random heads", budget=0.6)) == 2
-    (shadow,) = rows_of(result, method="ShadowKV", budget=0.6)
-    on_host = shadow["host_bytes"] / shadow["full_bytes"]
     table = (workdir / "compare.md").read_text()
     assert "| duo |" in table
-    assert f"- ShadowKV: bytes on the device; the host holds {on_host:.1%} of" in table
-    assert "duo minus profile heads" in table
+    assert "duo minus random heads" in table
+    for shadow in rows_of(result, method="ShadowKV", budget=0.6):
+        on_host = shadow["host_bytes"] / shadow["full_bytes"]
+        assert f"- ShadowKV: bytes on the device; the host holds {on_host:.1%} of" in table
     assert (workdir / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -167,7 +172,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_repeats_no_row(
         return original(known, task, method, budget, **options)
 
     monkeypatch.setattr(compare_methods, "measure", measure)
-    flags = ["--budgets", "0.6", "--tasks", "passkeys", "--methods", "duo,random heads,H2O,FastGen"]
+    flags = ["--budgets", "0.6", "--tasks", "passkeys", "--methods", "duo,random heads,H2O"]
     count = 4
     with pytest.raises(SystemExit):
         run(model, tmp_path / "run", *flags)
@@ -175,7 +180,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_repeats_no_row(
     count = 0
     result = run(model, tmp_path / "run", *flags)
     assert stopped_at in measured
-    assert len(set(measured)) == len(measured) == len(result["rows"]) == 6
+    assert len(set(measured)) == len(measured) == len(result["rows"]) == 5
     for row in result["rows"]:
         place = {name: row[name] for name in ("method", "budget", "draw")}
         (same,) = rows_of(whole, **place)
@@ -192,20 +197,21 @@ def test_another_configuration_is_refused_by_name(finished, model, capsys):
 
 def test_budgets_and_methods_may_be_added_to_a_finished_run(finished, model):
     workdir, whole = finished
-    result = run(model, workdir, "--tasks", "passkeys", "--methods", "duo", "--budgets", "0.1")
+    result = run(model, workdir, "--tasks", "passkeys", "--methods", "duo", "--budgets", "0.8")
     assert [row["method"] for row in result["rows"]] == ["full", "duo"]
     (full,) = rows_of(whole, method="full")
     assert result["rows"][0].items() <= full.items()
-    assert result["rows"][1]["setting"]["retrieval_heads"] == [0]
+    assert result["rows"][1]["setting"]["retrieval_heads"] == [1]
+    assert rows_of(whole, budget=0.8) == []
 
 
-@pytest.mark.parametrize("method", ["duo", "SnapKV"])
-def test_what_does_not_fit_is_said(finished, model, method):
+def test_what_does_not_fit_is_said(finished, model):
     workdir, _ = finished
-    flags = ["--tasks", "passkeys", "--methods", method, "--budgets", "0.01"]
-    result = run(model, workdir, *flags)
-    assert "take" in result["rows"][1]["reason"]
-    assert "does not fit" in to_markdown(result)
+    flags = ["--tasks", "passkeys", "--methods", "duo,SnapKV", "--budgets", "0.01"]
+    _, *rows = run(model, workdir, *flags)["rows"]
+    assert [row["method"] for row in rows] == ["duo", "SnapKV"]
+    assert all("take" in row["reason"] for row in rows)
+    assert "does not fit" in (workdir / "compare.md").read_text()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ LENGTH, ROOM = max(TEXTS), max(TAILS)
 @pytest.fixture(scope="module")
 def stacked(tmp_path_factory):
     """Return a random model of grouped queries: config and stacked parameters."""
-    raw = models.llama(num_hidden_layers=2)
+    raw = models.llama(num_hidden_layers=2)  # policies may tell layers apart
     folder = models.write_hf(tmp_path_factory.mktemp("model"), raw)
     return parse_config(raw), pretrained.load_params(folder)
 
@@ -200,7 +200,9 @@ class Recent:
         return step.held.positions > step.now[:, None, None] - step.sizes[..., None]
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (6, 9), (9, 3)])
+@pytest.mark.parametrize(
+    "sizes", [(6, 9), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 1), (9, 3)))]
+)
 def test_evicting_at_every_step_equals_attention_to_what_was_still_there(
     stacked, runtime, rows, sizes
 ):
@@ -209,7 +211,15 @@ def test_evicting_at_every_step_equals_attention_to_what_was_still_there(
     assert found.cache_bytes == 2 * sum(sizes) * runtime.config.architecture.head_dim * 2 * 4
 
 
-@pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
+def quickly(*names: str) -> list:
+    """Return every policy to be tried by name; others than these only by `-m slow`."""
+    return [
+        pytest.param(policy, id=policy.name, marks=[pytest.mark.slow] * (policy.name not in names))
+        for policy in policies()
+    ]
+
+
+@pytest.mark.parametrize("policy", quickly("H2O"))
 def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, policy):
     slots = 4 * (LENGTH + ROOM)
     found = predict(runtime, policy, rows, slots)
@@ -219,7 +229,7 @@ def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, polic
     assert found.text_bytes == pytest.approx(4 * np.mean(TEXTS) * head_dim * 2 * 4)
 
 
-@pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
+@pytest.mark.parametrize("policy", quickly("TOVA", "FastGen"))
 def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, policy):
     slots = 4 * (ROOM + 12)
     found = predict(runtime, policy, rows, slots)
@@ -462,7 +472,9 @@ def test_fastgen_gives_each_head_the_cheapest_policy_that_recovers_its_attention
     assert chosen.sizes[0, 0].tolist() == [len(head) for head in kept]
 
 
-@pytest.mark.parametrize("slots", [0, 5, 20, 40, 60, 100])
+@pytest.mark.parametrize(
+    "slots", [0, 40, 100, *(pytest.param(x, marks=pytest.mark.slow) for x in (5, 20, 60))]
+)
 def test_fastgen_takes_the_highest_threshold_that_fits(slots):
     prompt = prompt_of(_HEADS, tokens=_TOKENS)
     chosen = select(_FASTGEN, prompt, Budget(slots=slots, room=0))

@@ -12,22 +12,38 @@ from duo_jax.evaluate import __main__ as command
 from duo_jax.evaluate.compare import served
 from duo_jax.evaluate.frontier import report, search
 from duo_jax.evaluate.frontier.search import Point
-from duo_jax.evaluate.frontier.settings import Setting
+from duo_jax.evaluate.frontier.settings import FrontierConfig, Setting
 
+pytestmark = pytest.mark.usefixtures("little_text")
 FLAGS = ["--length", "256", "--samples", "2", "--batch", "2", "--num-passkeys", "2"]
 FLAGS += ["--passkey-words", "4", "--sparsities", "0.5", "--kv-formats", "int8", "--keeps", "0.5"]
+FLAGS += ["--sink", "2", "--recent", "20", "--keep-by", "snapkv"]
+EVERY = [(s, kv, k) for s in (0.0, 0.5) for kv in ("model", "int8") for k in (1.0, 0.5)]
+FEW = [EVERY[0], EVERY[1], EVERY[2], EVERY[4]]  # nothing changed, or one thing
 
 
-def run(folder, workdir, *more: str) -> dict:
-    command.main(["frontier", "--model", str(folder), "--workdir", str(workdir), *FLAGS, *more])
+def run(folder, workdir, *more: str, combinations=FEW) -> dict:
+    """Run the command, but have it measure these combinations alone."""
+    settings = [Setting(sparsity=s, kv=kv, keep=keep) for s, kv, keep in combinations]
+    words = ["frontier", "--model", str(folder), "--workdir", str(workdir), *FLAGS, *more]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrontierConfig, "settings", lambda _: settings)
+        command.main(words)
     return json.loads((workdir / "frontier.json").read_text())
 
 
+@pytest.fixture(
+    scope="module", params=[FEW, pytest.param(EVERY, marks=pytest.mark.slow)], ids=["few", "every"]
+)
+def combinations(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def finished(folder, tmp_path_factory):
+def finished(combinations, folder, tmp_path_factory):
     """Return work folder and result of a whole run."""
     workdir = tmp_path_factory.mktemp("runs") / "frontier"
-    return workdir, run(folder, workdir)
+    return workdir, run(folder, workdir, combinations=combinations)
 
 
 def point(share, *nll, **setting):
@@ -35,13 +51,16 @@ def point(share, *nll, **setting):
     return Point(setting=Setting(**setting), share=share, nll=nll, exact=np.exp(-nll))
 
 
-def test_all_combinations_are_measured_or_said_to_be_worse(finished):
+def test_all_combinations_are_settings():
+    flags = FrontierConfig(sparsities=(0.5,), kv_formats=("int8",), keeps=(0.5,))
+    assert [(each.sparsity, each.kv, each.keep) for each in flags.settings()] == EVERY
+
+
+def test_every_setting_is_measured_or_said_to_be_worse(finished, combinations):
     _, result = finished
     found = {(row["sparsity"], row["kv"], row["keep"]) for row in result["rows"]}
     found |= {(row["sparsity"], row["kv"], row["keep"]) for row in result["skipped"]}
-    assert found == {
-        (s, kv, keep) for s in (0, 0.5) for kv in ("model", "int8") for keep in (1, 0.5)
-    }
+    assert found == set(combinations)
 
 
 def test_bytes_are_measured_and_each_axis_saves_some(finished):
@@ -61,7 +80,9 @@ def test_bytes_are_measured_and_each_axis_saves_some(finished):
         assert size <= min(parts)
 
 
-def test_a_killed_run_goes_on_with_what_it_has(finished, folder, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_with_what_it_has(
+    finished, combinations, folder, tmp_path, monkeypatch
+):
     workdir, result = finished
     shutil.copytree(workdir, tmp_path / "copy")
     lines = (workdir / "rows.jsonl").read_text().splitlines(keepends=True)
@@ -71,7 +92,7 @@ def test_a_killed_run_goes_on_with_what_it_has(finished, folder, tmp_path, monke
     monkeypatch.setattr(
         served, "predict", lambda *args, **sizes: calls.append(args) or original(*args, **sizes)
     )
-    again = run(folder, tmp_path / "copy")
+    again = run(folder, tmp_path / "copy", combinations=combinations)
     assert again["rows"] == result["rows"]
     assert len(calls) == 2  # the row that was lost, and full caches, which it is compared with
 
@@ -79,8 +100,8 @@ def test_a_killed_run_goes_on_with_what_it_has(finished, folder, tmp_path, monke
 def test_rows_belong_to_the_way_of_eviction(finished, folder, capsys):
     workdir, _ = finished
     with pytest.raises(SystemExit):
-        run(folder, workdir, "--keep-by", "snapkv")
-    assert "keep_by was 'kvzip', is 'snapkv'" in capsys.readouterr().err
+        run(folder, workdir, "--keep-by", "kvzip")
+    assert "keep_by was 'snapkv', is 'kvzip'" in capsys.readouterr().err
 
 
 def test_the_line_to_paste_loads_the_setting(finished):
@@ -106,9 +127,8 @@ def test_one_text_shows_no_setting_to_be_worse():
     assert "±" not in text
 
 
-def test_sizes_are_those_that_were_asked_for(folder, tmp_path):
-    some = ["--sparsities", "0.5", "--kv-formats", "--keeps", "--sink", "2", "--recent", "20"]
-    result = run(folder, tmp_path / "frontier", *some, "--samples", "1")
+def test_sizes_are_those_that_were_asked_for(finished):
+    _, result = finished
     assert (result["sink"], result["recent"]) == (2, 20)
     assert result["load"] == {"sink_size": 2, "recent_size": 20}
 

@@ -1,5 +1,6 @@
 """Our model for lm-evaluation-harness, on tiny random models in float32."""
 
+import dataclasses
 import functools
 import importlib.util
 import pathlib
@@ -19,6 +20,7 @@ from duo_jax.evaluate.harness.flags import LmEvalFlags
 from duo_jax.heads.pattern import Pattern
 from duo_jax.model.llama import hidden_states, logits
 from duo_jax.session.session import Session
+from tests import models
 from train.gates import self_mixed_attention
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -29,7 +31,7 @@ needs_hf = pytest.mark.skipif(not HAS_HF, reason="lm-eval's hf model needs torch
 TASKS = pathlib.Path("tests/duo_jax/evaluate/lm_eval_tasks")
 NAMES = ["local_choose_passkey", "local_say_passkey", "local_texts"]
 CONTEXT = "Here is a long text with passkeys hidden in it. Remember them. The passkey is"
-GATES = Pattern(gates=np.zeros((2, 2)), sink_size=2, recent_size=4)
+GATES = Pattern(gates=np.zeros((1, 2)), sink_size=2, recent_size=4)
 
 
 @functools.cache
@@ -39,8 +41,9 @@ def plain(folder: pathlib.Path) -> DuoModel:
 
 
 @functools.cache
-def split(folder: pathlib.Path, *, sparsity: float = 1.0, **settings) -> DuoModel:
-    return load(folder, pattern=GATES, sparsity=sparsity, **({"prefill_chunk": 16} | settings))
+def split(folder: pathlib.Path, *, layers: int = 1, sparsity: float = 1.0, **settings) -> DuoModel:
+    pattern = dataclasses.replace(GATES, gates=np.zeros((layers, 2)))
+    return load(folder, pattern=pattern, sparsity=sparsity, **({"prefill_chunk": 16} | settings))
 
 
 def duo_lm(model: DuoModel, **flags):
@@ -68,18 +71,21 @@ def asked(lm) -> dict[str, list]:
 
 
 @needs_hf
-def test_equals_the_harness_s_own_model(tiny_model):
+@pytest.mark.parametrize(
+    ("sparsity", "decode_last"), [(0.0, 5), pytest.param(None, 50, marks=pytest.mark.slow)]
+)
+def test_equals_the_harness_s_own_model(tiny_model, sparsity, decode_last):
     """Options, texts and perplexities; contexts and texts that are too long; full caches."""
     from lm_eval.models.huggingface import HFLM
 
     theirs = asked(HFLM(pretrained=str(tiny_model), device="cpu", dtype="float32", batch_size=1))
-    for model, decode_last in ((plain(tiny_model), 50), (split(tiny_model, sparsity=0.0), 5)):
-        ours = asked(duo_lm(model, decode_last=decode_last, batch_size=4))
-        for name in NAMES:
-            assert len(ours[name]) == len(theirs[name]) == 4
-            for our, their in zip(ours[name], theirs[name], strict=True):
-                assert our["arguments"] == their["arguments"]
-                _assert_same(our["resps"], their["resps"])
+    model = plain(tiny_model) if sparsity is None else split(tiny_model, sparsity=sparsity)
+    ours = asked(duo_lm(model, decode_last=decode_last, batch_size=4))
+    for name in NAMES:
+        assert len(ours[name]) == len(theirs[name]) == 4
+        for our, their in zip(ours[name], theirs[name], strict=True):
+            assert our["arguments"] == their["arguments"]
+            _assert_same(our["resps"], their["resps"])
 
 
 def _assert_same(ours: list, theirs: list) -> None:
@@ -107,7 +113,7 @@ def masked_logprobs(folder: pathlib.Path, pairs: list[tuple[list[int], list[int]
             params,
             tokens,
             attend=self_mixed_attention(**sizes),
-            layer_inputs=jnp.zeros((2, 2)),
+            layer_inputs=jnp.zeros((1, 2)),
         )
         return jax.nn.log_softmax(logits(config, params, x))
 
@@ -143,9 +149,13 @@ def score(model: DuoModel, context: str, **flags) -> float:
     return logprob
 
 
-def test_what_is_decoded_sees_less_than_a_chunk(tiny_model):
-    chunk = split(tiny_model, prefill_mode="chunk", prefill_chunk=64)
-    exact = score(split(tiny_model), CONTEXT, decode_last=0)
+@pytest.mark.slow  # test_serve.py compares chunks that are seen whole with their mask
+def test_what_is_decoded_sees_less_than_a_chunk(tmp_path):
+    """What tokens before it have seen shows in a second layer."""
+    raw = models.llama(vocab_size=400, max_position_embeddings=64)
+    folder = models.write_tokenizer(models.write_hf(tmp_path, raw), vocab_size=400)
+    chunk = split(folder, layers=2, prefill_mode="chunk", prefill_chunk=64)
+    exact = score(split(folder, layers=2), CONTEXT, decode_last=0)
     assert score(chunk, CONTEXT, decode_last=63) == pytest.approx(exact, abs=2e-5)
     assert abs(score(chunk, CONTEXT, decode_last=0) - exact) > 0.01
     assert abs(score(chunk, CONTEXT, decode_last=2) - exact) > 0.01

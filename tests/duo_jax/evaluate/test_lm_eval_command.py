@@ -29,13 +29,13 @@ def test_results_say_what_they_were_measured_with(tiny_model, tmp_path, capsys, 
     assert result["n-samples"]["local_say_passkey"] == {"original": 4, "effective": 2}
     assert result["command"].startswith("python -m duo_jax.evaluate")
     said = result["duo_jax"]
-    expected = {"pattern": "none", "sparsity": 0.0, "retrieval_heads": [2, 2], "kv_heads": 2}
+    expected = {"pattern": "none", "sparsity": 0.0, "retrieval_heads": [2], "kv_heads": 2}
     expected |= {"kv": "model", "weights": "model", "prefill_mode": "exact", "prefill_chunk": 16}
     expected |= {"decode_last": 9, "truncate": "left", "batch_size": 1, "model": str(tiny_model)}
     assert {key: said[key] for key in expected} == expected
     assert {"hardware", "jax", "sink", "recent", "dtype"} <= set(said)
-    # 2 layers x 2 heads x (keys + values) x 8 channels x 4 bytes x 64 tokens, the model's range.
-    assert (said["cache_bytes_per_row"], said["cache_tokens_per_row"]) == (16384, 64)
+    # A layer x 2 heads x (keys + values) x 8 channels x 4 bytes x 64 tokens, the model's range.
+    assert (said["cache_bytes_per_row"], said["cache_tokens_per_row"]) == (8192, 64)
 
     # A second start asks the model nothing; another model, or another flag, does.
     from duo_jax.evaluate.harness.model import DuoLM

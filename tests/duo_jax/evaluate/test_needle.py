@@ -26,6 +26,9 @@ TEMPLATES = NeedleTemplates(
 )
 
 
+pytestmark = pytest.mark.usefixtures("little_text")
+
+
 @pytest.fixture(scope="module")
 def tokenization():
     return duo_jax.load("demo").tokenization
@@ -247,21 +250,16 @@ def test_a_killed_run_goes_on_and_repeats_no_cell(finished, folder, tmp_path, mo
 
 def test_a_model_brings_its_own_needle(folder, tmp_path):
     needle = SHORT | {"question": "\nWhat?"}
-    preset = {"needle": {"max_new_tokens": 3, "needle": needle}}
+    preset = {"needle": {"max_new_tokens": 6, "needle": needle}}
     (folder / "evaluate.json").write_text(json.dumps(preset))
     try:
         flags = [
-            "--lengths",
-            "60",
-            "--depths",
-            "0.5",
-            "--no-full",
-            "--workdir",
-            str(tmp_path / "a"),
+            *("--lengths", "96", "--depths", "0.5", "--no-full"),
+            *("--batch", "2", "--prefill-chunk", "32", "--workdir", str(tmp_path / "a")),
         ]
         command.main(["needle", "--model", str(folder), *flags])
         result = json.loads((tmp_path / "a" / "needle.json").read_text())
-        assert result["max_new_tokens"] == 3
+        assert result["max_new_tokens"] == 6
         config = json.loads((tmp_path / "a" / "config.json").read_text())
         assert config["needle"]["question"] == "\nWhat?"
         (folder / "evaluate.json").write_text('{"needle": {"no_such": 1}}')

@@ -17,6 +17,7 @@ from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.evaluate import __main__ as command
 from duo_jax.evaluate.passkeys import retrieval
 
+pytestmark = pytest.mark.usefixtures("little_text")
 TASK = ["--num-passkeys", "3", "--passkey-words", "4"]
 FLAGS = ["--lengths", "256", "--samples", "3", "--batch", "2", "--kv", "bf16", *TASK]
 
@@ -60,14 +61,16 @@ def test_the_reference_has_full_caches_in_the_models_own_format(finished):
     assert sizes["duo"] < sizes["full"] / 2  # fewer heads, in bf16 instead of float32
 
 
-def test_a_pattern_that_is_another_now_is_another_run(folder, tmp_path, capsys):
+def test_a_pattern_that_is_another_now_is_another_run(folder, tmp_path, capsys, monkeypatch):
     model = shutil.copytree(folder, tmp_path / "model")
-    run(model, tmp_path / "run", "--samples", "1")
+    monkeypatch.setattr(retrieval, "read", None)
+    with pytest.raises(TypeError):  # the run has begun
+        run(model, tmp_path / "run")
     file = model / "pattern/config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"recent_size": settings["recent_size"] - 1}))
     with pytest.raises(SystemExit):
-        run(model, tmp_path / "run", "--samples", "1")
+        run(model, tmp_path / "run")
     assert "another configuration (split.recent_size was" in capsys.readouterr().err
 
 
@@ -136,6 +139,7 @@ def test_rows_of_an_earlier_version_are_kept_and_said(finished, folder, tmp_path
     assert "| - | - |" in full
 
 
+@pytest.mark.slow  # what the words say is tested in test_needle.py and test_passkey_texts.py
 def test_passkeys_of_digits(folder, tmp_path):
     flags = "--lengths 400 --no-full --samples 1 --batch 1 --words digits --num-passkeys 2"
     where = ["--model", str(folder), "--workdir", str(tmp_path / "a")]

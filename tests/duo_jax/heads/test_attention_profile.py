@@ -34,19 +34,26 @@ def sample(seed: int = 0, *, length: int = 60, answers=((40, 44), (50, 53))) -> 
     return Sample(tokens=tokens, tail_start=38, answers=answers, depths=(0.5, 0.2))
 
 
-def by_hand(texts, *, sink_size: int, recent_size: int) -> np.ndarray:
-    """In float64, position by position, from the queries and keys of the model itself."""
-    config, params = model()
-
+@jax.jit
+def _noted(params, tokens):
     def attend(q, k, v, _):
         return llama.attend_full(q, k, v, None)[0], (q, k)
 
+    return llama.hidden_states(model()[0], params, tokens, attend=attend)[1]
+
+
+def queries_and_keys(tokens: np.ndarray) -> list[np.ndarray]:
+    """Return those of up to 128 tokens in every layer, in float64."""
+    padded = np.pad(tokens, (0, 128 - tokens.size))  # what follows changes nothing before it
+    return [np.asarray(x, np.float64)[:, 0] for x in _noted(model()[1], jnp.asarray(padded[None]))]
+
+
+def by_hand(texts, *, sink_size: int, recent_size: int) -> np.ndarray:
+    """In float64, position by position, from the queries and keys of the model itself."""
+    config, _ = model()
     profiles = []
     for text in texts:
-        _, (q, k) = llama.hidden_states(
-            config, params, jnp.asarray(text.tokens[None]), attend=attend
-        )
-        q, k = (np.asarray(x, np.float64)[:, 0] for x in (q, k))
+        q, k = queries_and_keys(text.tokens)
         positions = [i for start, stop in text.answers for i in range(start - 1, stop - 1)]
         profile = np.zeros((config.num_layers, config.num_q_heads))
         for layer, head in np.ndindex(profile.shape):

@@ -3,16 +3,13 @@
 import dataclasses
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from duo_jax.heads.reconstruction import Instruction, _chunk_size, head_scores, key_scores
 from duo_jax.heads.split import split_params
-from duo_jax.model import llama
 from tests import models
-from tests.duo_jax.heads.test_attention_profile import model
+from tests.duo_jax.heads.test_attention_profile import model, queries_and_keys
 
 WHOLE = 10 * (5, 6, 7)  # so long that the repetition takes two blocks of queries
 INSTRUCTION = Instruction(whole=WHOLE, part=(8, 9), begin=(10,))
@@ -30,17 +27,6 @@ def scores(**options):
     return key_scores(config, params, texts(), LENGTHS, instruction=INSTRUCTION, **options)
 
 
-def queries_and_keys(tokens):
-    config, params = model()
-
-    def attend(q, k, v, _):
-        return llama.attend_full(q, k, v, None)[0], (q, k)
-
-    forward = jax.jit(functools.partial(llama.hidden_states, config, attend=attend))
-    _, noted = forward(params, jnp.asarray(tokens[None]))
-    return (np.asarray(x, np.float64)[:, 0] for x in noted)
-
-
 def by_hand(row: int, *, chunk: int, sink_size: int = 0, recent_size: int = 0) -> np.ndarray:
     """In float64, query by query; each chunk's repetition behind the whole text by one forward."""
     config, _ = model()
@@ -50,7 +36,7 @@ def by_hand(row: int, *, chunk: int, sink_size: int = 0, recent_size: int = 0) -
     for start in range(0, length, chunk):
         told = [8, 9, *text[start - 8 : start]] if start else WHOLE
         tokens = np.array([*text, *told, 10, *text[start : start + chunk]], np.int32)
-        q, k = queries_and_keys(np.pad(tokens, (0, 128 - tokens.size)))
+        q, k = queries_and_keys(tokens)
         stop = min(start + chunk, length)
         for layer, head, t in np.ndindex(config.num_layers, config.num_q_heads, tokens.size):
             if t < length:

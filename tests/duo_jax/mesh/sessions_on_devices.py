@@ -17,7 +17,7 @@ from duo_jax.evaluate.perplexity.reading import read
 from duo_jax.server import serving
 from duo_jax.server.flags import ServerFlags
 from tests.duo_jax.server.conftest import serving_of, wait_for
-from tests.half_demo import half_demo
+from tests.small_demo import small_demo
 
 PROMPTS = ["Once upon a time", "In the beginning there was a word, and"]
 SEEDED = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 5}
@@ -25,7 +25,7 @@ SEEDED = {"temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 5
 
 @functools.cache
 def model(number: int, **options) -> duo_jax.DuoModel:
-    return duo_jax.load(half_demo(), devices=number, **options)
+    return duo_jax.load(small_demo(), devices=number, **options)
 
 
 @pytest.mark.parametrize(

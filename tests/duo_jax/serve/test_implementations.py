@@ -25,7 +25,6 @@ SERVED = dataclasses.replace(CONFIG, num_layers=1)
 HEADS = np.array([[0, 1, 0, 1]], bool)
 SPLIT = duo_config(SERVED, HEADS, sink_size=4, recent_size=6)
 LENGTHS = np.array([29, 3], np.int32)  # across the ring's wrap-around, and before it
-BOTH = pytest.mark.parametrize("mode", ["exact", "chunk"])
 
 
 @functools.cache
@@ -69,7 +68,8 @@ def written(implementation: str, mode: str):
     return np.asarray(last), np.asarray(new)
 
 
-@BOTH
+# tests/kernels compares what the modes call; a chunk seen whole needs fewer of its masks.
+@pytest.mark.parametrize("mode", ["exact", pytest.param("chunk", marks=pytest.mark.slow)])
 def test_serving_writes_the_same_greedy_tokens(mode):
     logits, tokens = written("interpret", mode)
     expected_logits, expected_tokens = written("xla", mode)
@@ -78,9 +78,8 @@ def test_serving_writes_the_same_greedy_tokens(mode):
     assert len(np.unique(tokens)) > 4  # not one token over and over
 
 
-def trained(implementation: str, mixing: str):
-    """Return the gates after three steps of identification."""
-    step = StepConfig(
+def step_of(implementation: str, mixing: str) -> StepConfig:
+    return StepConfig(
         num_steps=10,
         learning_rate=0.1,
         reg_weight=0.05,
@@ -91,21 +90,28 @@ def trained(implementation: str, mixing: str):
         tail_size=24,
         implementation=implementation,
     )
+
+
+def batch_of(seed: int) -> Batch:
+    return Batch(
+        tokens=jnp.asarray(models.tokens(RAW, batch=1, length=48, seed=seed)),
+        tail_start=jnp.array([26]),
+        total_length=jnp.array([46]),
+    )
+
+
+def trained(implementation: str, mixing: str):
+    """Return the gates after three steps of identification."""
+    step = step_of(implementation, mixing)
     run = jax.jit(functools.partial(train_step, architecture=CONFIG, step=step))
     state = init_state(CONFIG, step)
     for seed in range(3):
-        batch = Batch(
-            tokens=jnp.asarray(models.tokens(RAW, batch=1, length=48, seed=seed)),
-            tail_start=jnp.array([26]),
-            total_length=jnp.array([46]),
-        )
-        state, metrics = run(state, random_params(CONFIG), batch)
+        state, metrics = run(state, random_params(CONFIG), batch_of(seed))
     return np.asarray(state.gates), float(metrics["distillation"])
 
 
-@pytest.mark.parametrize(  # "self" has the gradients of both kernels, "teacher" of one
-    "mixing", [pytest.param("teacher", marks=pytest.mark.slow), "self"]
-)
+@pytest.mark.slow  # tests/kernels compares the gradients of every kernel with float64
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_identification_learns_the_same_gates(mixing):
     gates, loss = trained("interpret", mixing)
     expected, expected_loss = trained("xla", mixing)
@@ -125,19 +131,36 @@ def test_the_runtime_passes_its_choice_on():
         dataclasses.replace(runtime, implementation="triton")
 
 
-def test_loading_with_a_choice_uses_it(tmp_path, monkeypatch):
-    import duo_jax
-
-    used = []
+@pytest.fixture
+def used(monkeypatch) -> list[str]:
+    """Run XLA's version of every operation; return the list of those that were asked for."""
+    found = []
 
     def spy(implementation, **branches):
-        used.append(implementation)
+        found.append(implementation)
         return branches["xla"]()
+
+    for module in ("decode", "full", "prefill", "streaming"):
+        monkeypatch.setattr(f"kernels.{module}.api.dispatch", spy)
+    return found
+
+
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
+def test_identification_with_a_choice_uses_it(used, mixing):
+    step = step_of("interpret", mixing)
+    run = functools.partial(train_step, architecture=CONFIG, step=step)
+    arguments = init_state(CONFIG, step), random_params(CONFIG), batch_of(0)
+    used.clear()  # parameters are made by tracing the plain model
+    jax.eval_shape(run, *arguments)
+    assert set(used) == {"interpret"}
+    assert len(used) >= 2  # of retrieval and of streaming heads
+
+
+def test_loading_with_a_choice_uses_it(tmp_path, used):
+    import duo_jax
 
     folder = models.write_hf(tmp_path / "tiny", RAW | {"vocab_size": 400, "num_hidden_layers": 1})
     models.write_tokenizer(folder, vocab_size=400)
-    for module in ("decode", "prefill", "streaming"):
-        monkeypatch.setattr(f"kernels.{module}.api.dispatch", spy)
     model = duo_jax.load(folder, pattern="none", implementation="interpret")
     model.generate(["some words of a prompt"], max_new_tokens=2)
     assert set(used) == {"interpret"}

@@ -37,7 +37,7 @@ def trace(chunk: int, *, sink: int, recent: int, max_len: int, heads=HEADS, mode
 @pytest.mark.parametrize("mode", ["exact", "chunk"])
 @pytest.mark.usefixtures("unhooked")
 def test_prefill_does_not_grow(mode):
-    sizes = [(16, 4, 96, 512), (16, 4, 4000, 512), (512, 64, 96, 4096), (8192, 64, 4000, 8192)]
+    sizes = [(16, 4, 96, 512), (8192, 64, 4000, 8192)]
     counts = [
         len(list(operations(
             trace(chunk, sink=sink, recent=recent, max_len=max_len, mode=mode).jaxpr

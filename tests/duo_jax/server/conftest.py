@@ -1,4 +1,4 @@
-"""A server of half of the demo model, for every test of a worker, and OpenAI's own client."""
+"""A server of one layer of the demo model, for every test of a worker, and OpenAI's own client."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ from duo_jax.serve.sampling import SamplingConfig
 from duo_jax.server import serving
 from duo_jax.server.service import Service, Settings
 from tests.duo_jax.server.template import TEMPLATE
-from tests.half_demo import half_demo
+from tests.small_demo import small_demo
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -75,8 +75,8 @@ def wait_for(condition: Any, seconds: float = 20) -> None:
 
 @pytest.fixture(scope="session")
 def model() -> DuoModel:
-    """Return half of the demo model, with a chat template."""
-    loaded = duo_jax.load(half_demo())
+    """Return one layer of the demo model, with a chat template."""
+    loaded = duo_jax.load(small_demo(), prefill_chunk=64)
     loaded.tokenizer.chat_template = TEMPLATE
     return loaded
 

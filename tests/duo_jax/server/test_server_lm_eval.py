@@ -1,4 +1,8 @@
-"""lm-evaluation-harness over HTTP: what its own clients measure is what is measured in-process."""
+"""lm-evaluation-harness over HTTP: what its own clients measure is what is measured in-process.
+
+By default test_server_completions.py compares scores and texts with those in Python, and
+test_lm_eval.py those in Python with the harness's own model.
+"""
 
 import pytest
 
@@ -8,6 +12,7 @@ pytest.importorskip("tenacity", reason="its clients for servers are not installe
 from duo_jax.checkpoints import pretrained
 from duo_jax.evaluate.harness.flags import LmEvalFlags
 
+pytestmark = pytest.mark.slow
 PAIRS = [
     ("Passkey first function arguments.\nPasskey first", " function arguments"),
     ("Passkey first function arguments.\nPasskey first", " method called"),

@@ -27,6 +27,7 @@ DRAWN = [
 ]
 
 
+@pytest.mark.slow  # the engine alone is compared with dense caches in test_engine.py
 def test_a_mixed_load_replayed_one_by_one_is_the_same(served, model, monkeypatch):
     recorded, submit = [], served.engine.submit
 

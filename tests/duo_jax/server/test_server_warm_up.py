@@ -8,10 +8,13 @@ from duo_jax.serve import row_sampling, rows
 from duo_jax.server.service import Service, Settings
 from duo_jax.server.warm_up import warm_up
 
+# Few pages; the chunks of a prompt have up to three widths.
+SIZES = {"max_requests": 5, "max_len": 600, "cache_tokens": 640, "prefill_chunk": 512}
+
 
 @pytest.fixture
 def engine(model):
-    return Engine(model, max_requests=5, max_len=320, prefill_chunk=256)
+    return Engine(model, **SIZES)
 
 
 def run(engine, *requests):
@@ -30,36 +33,30 @@ def programs():
     return {name: f._cache_size() for name, f in found.items() if hasattr(f, "_cache_size")}
 
 
-def test_nothing_is_compiled_later(engine):
-    before = programs()
-    warm_up(engine)
-    warm = programs()
-    assert warm["decode_rows"] - before["decode_rows"] >= 1  # five rows: no other test has them
-    requests = [
-        Request(prompt=tuple(range(2, 2 + length)), max_tokens=tokens, ignore_eos=True)
-        for length, tokens in ((1, 4), (63, 9), (64, 1), (65, 5), (255, 3), (290, 6), (2, 40))
-    ]
-    first = run(engine, requests[0])
-    run(engine, *requests)
-    held = engine.stats().cached_tokens
-    run(engine, Request(prompt=(*requests[0].prompt, *first, 9, 9), max_tokens=1, ignore_eos=True))
-    assert engine.stats().cached_tokens - held == 4  # within a page, which is copied
-    assert programs() == warm
-
-
-def test_few_pages_and_a_short_queue_do_not_stop_it_and_chunks_of_any_size_are_read(model):
-    sizes = {"max_requests": 8, "max_len": 600, "cache_tokens": 640, "prefill_chunk": 512}
-    engine, widths = Engine(model, queue=2, **sizes), set()
-    prefill = engine._scheduler._device.prefill
+def test_nothing_is_compiled_later(engine, model):
+    """Though what was warmed up had a short queue; chunks of every width were read."""
+    before, short, widths = programs(), Engine(model, queue=2, **SIZES), set()
+    prefill = short._scheduler._device.prefill
 
     def seen(*args, width, **more):
         widths.add(width)
         return prefill(*args, width=width, **more)
 
-    engine._scheduler._device.prefill = seen
-    warm_up(engine)
+    short._scheduler._device.prefill = seen
+    warm_up(short)
     assert widths == {64, 256, 512}
-    assert engine.stats().waiting == 0
+    assert short.stats().waiting == 0
+    warm = programs()
+    assert warm["decode_rows"] - before["decode_rows"] >= 1  # five rows: no other test has them
+    requests = [
+        Request(prompt=tuple(range(2, 2 + length)), max_tokens=tokens, ignore_eos=True)
+        for length, tokens in ((1, 4), (63, 9), (64, 1), (65, 5), (255, 3), (590, 6), (2, 40))
+    ]
+    first = run(engine, requests[0])
+    run(engine, Request(prompt=(*requests[0].prompt, *first, 9, 9), max_tokens=1, ignore_eos=True))
+    assert engine.stats().cached_tokens == 4  # within a page, which is copied
+    run(engine, *requests)
+    assert programs() == warm
 
 
 def test_what_it_did_is_not_counted(engine):

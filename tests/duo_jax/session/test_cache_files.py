@@ -145,6 +145,7 @@ def test_only_filled_slots_are_stored(saved):
         ({"sink": 3}, r"another sink size \(4, here 3\)"),
         ({"recent": 9}, r"another recent size \(8, here 9\)"),
         ({"dtype": "bfloat16"}, r"another dtype \(float32, here bfloat16\)"),
+        ({"kv_format": "int8"}, r"another KV format \(model, here int8\); read the text"),
         ({"prefill_mode": "chunk"}, r"another prefill mode \(exact, here chunk\)"),
     ],
 )
@@ -319,9 +320,10 @@ def test_what_a_header_claims_is_refused_before_memory_is_taken(copy, monkeypatc
 @pytest.mark.parametrize(
     ("kv", "value"),
     [
-        ("model", np.nan),
-        pytest.param("int4", -np.inf, marks=pytest.mark.slow),
+        # With codes, and numbers as in "model" beside them.
         ("int2", np.nan),
+        pytest.param("model", np.nan, marks=pytest.mark.slow),
+        pytest.param("int4", -np.inf, marks=pytest.mark.slow),
     ],
 )
 def test_no_number_that_is_not_finite_is_loaded_or_saved(tmp_path, kv, value):

@@ -70,7 +70,7 @@ def test_it_imports_jinja2_and_the_standard_library_alone():
 
 @only_linux
 def test_one_process_serves_until_a_template_goes_too_far(capfd):
-    hasty = Renderer(Bounds(seconds=3.0))
+    hasty = Renderer(Bounds(seconds=1.0))
     before = children()
     show(hasty, "a")
     (first,) = children() - before
@@ -149,7 +149,12 @@ def test_threads_take_turns(renderer):
 @only_linux
 @pytest.mark.parametrize(
     ("template", "how"),
-    [("idle", signal.SIGKILL), (FOREVER, signal.SIGTERM), (FOREVER_IN_C, signal.SIGKILL)],
+    [
+        ("idle", signal.SIGTERM),
+        (FOREVER_IN_C, signal.SIGKILL),
+        pytest.param(FOREVER, signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param("idle", signal.SIGKILL, marks=pytest.mark.slow),
+    ],
 )
 def test_it_ends_with_its_parent(template, how):
     code = (

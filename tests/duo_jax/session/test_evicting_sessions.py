@@ -134,7 +134,7 @@ def test_an_interrupt_while_the_text_is_repeated_costs_the_cache_only(monkeypatc
     assert write(session) == write(fresh)
 
 
-@pytest.mark.parametrize("kv", ["model", "int4"])
+@pytest.mark.parametrize("kv", ["model", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_saved_cache_goes_on_bit_for_bit(tmp_path, kv):
     session = Session(runtime(kv_format=kv))
     session.append([prompt(300)])
@@ -232,6 +232,7 @@ def test_kvzip_keeps_what_later_questions_ask_for(demo_samples):
     assert cache_bytes["kvzip", 0.25] < 0.6 * cache_bytes["snapkv", 1.0]
 
 
+@pytest.mark.slow  # test_evict.py computes what is kept by the definition
 def test_snapkv_keeps_what_the_end_of_the_text_asks_for(demo_samples):
     model = duo_jax.load("demo", keep=0.25)
     for sample in demo_samples:
