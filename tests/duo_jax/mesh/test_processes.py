@@ -17,6 +17,7 @@ from duo_jax.cli import cluster
 from duo_jax.errors import InputError
 from duo_jax.evaluate import __main__ as evaluate
 from duo_jax.server import __main__ as server
+from tests.half_demo import half_demo
 from tests.processes import without_plugin_log
 from train.identify import __main__ as identify
 
@@ -67,12 +68,14 @@ def start(*words: str, auto: bool = False) -> list[subprocess.Popen[str]]:
 # Each process reads its parts of a checkpoint, and checks what it read together with the other.
 @pytest.mark.parametrize("stored", ["hf", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_two_processes_write_what_one_does(tmp_path, capsys, stored):
-    words = ["--max-new-tokens", "8", "--save-cache", str(tmp_path / "two")]
+    hf = stores = str(half_demo())
     if stored == "checkpoint":
-        convert.main(["demo", str(tmp_path / "checkpoint")])
-        words += ["--model", str(tmp_path / "checkpoint")]
-    found = [process.communicate(timeout=240) for process in start(*words)]
-    one = ["--max-new-tokens", "8", "--save-cache", str(tmp_path / "one"), "--devices", "1"]
+        stores = str(tmp_path / "checkpoint")
+        convert.main([hf, stores])
+    words = ["--prompt", "Once upon a time", "--max-new-tokens", "8"]
+    two = [*words, "--model", stores, "--save-cache", str(tmp_path / "two")]
+    found = [process.communicate(timeout=240) for process in start(*two)]
+    one = [*words, "--model", hf, "--save-cache", str(tmp_path / "one"), "--devices", "1"]
     generate.main(one)
     printed = capsys.readouterr()
     assert [out for out, _ in found] == [printed.out, ""]
