@@ -26,8 +26,8 @@ def of_layers(compiler: Compiler, name: str, first: int, end: int) -> dict:
 @pytest.mark.parametrize(
     ("name", "most", "workspace"),
     [
-        (DECODE, 77.5e9, 0.05e9),
-        pytest.param(CHUNK, 80e9, 4e9, marks=pytest.mark.slow),
+        pytest.param(DECODE, 77.5e9, 0.05e9, marks=pytest.mark.slow),
+        (CHUNK, 80e9, 4e9),  # whose messages are looked at below
         pytest.param(SMALL, BUDGET, 0.05e9, marks=pytest.mark.slow),
         pytest.param(SMALL_CHUNK, BUDGET, 4e9, marks=pytest.mark.slow),
     ],

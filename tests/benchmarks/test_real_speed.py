@@ -16,12 +16,12 @@ from benchmarks.contenders import answering
 from benchmarks.contenders.duo import Duo
 from benchmarks.contenders.report import REPORT
 from benchmarks.real_speed import RealSpeedFlags
-from duo_jax.checkpoints import pretrained
 from duo_jax.errors import InputError
+from tests.small_demo import small_demo
 
 COPY = 1e10
 PROMPT = list(range(40, 60))
-DEMO = {"model": str(pretrained.resolve("demo")), "pattern": "none"}
+DEMO = {"model": str(small_demo()), "pattern": "none"}
 
 
 class Answers:

@@ -3,11 +3,12 @@
 In every slot that no query sees, there are stale numbers. Compiling for GPUs (test_compiled.py) and
 running on one (test_gpu.py) are the next rungs.
 
-By default the largest case runs of every 16-bit dtype, width of a tile, and whether some columns of
-the tile are masked: kernels and the choice of tiles tell nothing else apart but lengths and groups,
-and those of AWKWARD show all of these in float32. Of every packed shape one format runs, another
-one for decoding than for prefill, which read packed tiles with the same code. Of awkward lengths
-those are slow that another case stands for. The slow tests run all.
+By default the largest cases run that show, of every op and its gradient, each 16-bit dtype, each
+width of a tile, and whether some columns of the tile are masked: kernels and the choice of tiles
+tell nothing else apart but lengths and groups, and those of AWKWARD show all of these in float32.
+Every packed shape runs in one format, decoding and prefill in turn, which read packed tiles with
+the same code. Of awkward lengths those are slow that another case stands for. The slow tests run
+all.
 """
 
 import functools
@@ -23,9 +24,15 @@ from kernels.tile_io import width
 SMALL = {name: case for name, case in named().items() if not case.compile_only}
 LENGTHS = named(AWKWARD)
 # Other cases stand for these: one token for three, one past the end of a window for one before it,
-# and those in half precision for a head_dim of 80.
+# those in half precision for a head_dim of 80, and gradients of odd length for those of short ones.
 SAID_ALREADY = ("three tokens", "one short", "one token less", "past two blocks", "g: head_dim 80")
-SAID_ALREADY += ("full: head_dim 80", "chunk, head_dim 80")
+SAID_ALREADY += ("full: head_dim 80", "chunk, head_dim 80", "gradient, one past", "gradient, 29")
+
+
+def is_said_already(name: str) -> bool:
+    """Say whether another case stands for one of awkward length: a chunk for a whole sequence."""
+    chunk = name.replace("streaming: ", "streaming: chunk, ")
+    return any(x in name for x in SAID_ALREADY) or (chunk != name and chunk in LENGTHS)
 
 
 def representatives() -> set[str]:
@@ -34,15 +41,18 @@ def representatives() -> set[str]:
     shapes = sorted({(case.dtype, case.head_dim) for case in packed.values()})
     chosen = {name for name in SMALL if name.startswith("merge")}
     for name, case in packed.items():
-        index = shapes.index((case.dtype, case.head_dim)) + ("decode" in name)
-        chosen |= {name} if case.bits == (2, 4, 8)[index % 3] else set()
-    largest = {}
-    for name, case in sorted(SMALL.items(), key=lambda item: item[1].cost().flops):
+        index = shapes.index((case.dtype, case.head_dim))
+        in_turn = name.startswith(("decode", "prefill")[index % 2])
+        chosen |= {name} if in_turn and case.bits == (2, 4, 8)[index % 3] else set()
+    shown = set()
+    for name, case in sorted(SMALL.items(), key=lambda item: -item[1].cost().flops):
         if name not in packed and case.dtype != "float32":
             columns = width(case.head_dim)
-            kind = (case.dtype, columns, columns == case.head_dim, case.gradient)
-            largest[name.partition(":")[0], kind] = name
-    return chosen | set(largest.values())
+            facts = (case.dtype, columns, f"masked: {columns != case.head_dim}")
+            new = {(name.partition(":")[0], case.gradient, fact) for fact in facts} - shown
+            shown |= new
+            chosen |= {name} if new else set()
+    return chosen
 
 
 DEFAULT = representatives()
@@ -124,7 +134,7 @@ def test_xla_matches_float64_and_the_kernel_matches_xla(case):
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * any(x in name for x in SAID_ALREADY))
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * is_said_already(name))
         for name, case in LENGTHS.items()
     ],
 )

@@ -22,6 +22,20 @@ CASES = {
 }
 
 
+def cases() -> list:
+    """Return every case with every implementation.
+
+    The kernels read a packed format with the same code for decoding and for prefill: by default
+    each does so for one of them.
+    """
+    again = ("decode, int8", "prefill, int4", "prefill, int2")
+    found = [pytest.param(name, "xla", id=f"{name}-xla") for name in CASES]
+    for name in CASES:
+        marks = [pytest.mark.slow] * (name in again)
+        found.append(pytest.param(name, "interpret", id=f"{name}-interpret", marks=marks))
+    return found
+
+
 def in_pages(cache, table, page_size):
     """Cut rows into pages, and put them where the table says, among others that hold anything."""
     slots, number = cache.shape[2], int(table.max()) + 2
@@ -38,8 +52,7 @@ def in_pages(cache, table, page_size):
     return jax.tree.map(cut, cache)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "interpret"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "implementation"), cases())
 def test_where_pages_lie_does_not_matter(name, implementation):
     case, page_size = CASES[name], 128 if "far apart" in name else 64
     q, k, v, integers = case.draw()

@@ -41,8 +41,14 @@ def assert_close(results, wanted, *, atol=5e-6, rtol=2e-5):
         np.testing.assert_allclose(got, want, atol=atol, rtol=rtol)
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 50])
-@pytest.mark.parametrize("block_kv", [16, 64])
+@pytest.mark.parametrize(
+    ("block_kv", "num_splits"),
+    [
+        pytest.param(block_kv, number, marks=[pytest.mark.slow] * (block_kv != quick))
+        for number, quick in {1: 16, 2: 64, 3: 16, 50: 64}.items()
+        for block_kv in (16, 64)
+    ],
+)
 def test_any_splits_and_tiles_give_the_same_decode(num_splits, block_kv):
     arguments = DECODE.draw()
     tiles = DecodeTiles(block_kv=block_kv, num_splits=num_splits, num_warps=4, num_stages=1)

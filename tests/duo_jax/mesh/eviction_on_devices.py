@@ -15,7 +15,7 @@ from duo_jax.mesh import weights
 from duo_jax.mesh.devices import make_mesh
 from duo_jax.serve.votes import Voters
 from tests import models
-from tests.duo_jax.mesh.serving_on_devices import RAW, SMALL, split
+from tests.duo_jax.mesh.serving_on_devices import ONE, RAW, split
 
 PREFILL = jax.jit(
     serve.prefill, static_argnames=("config", "voters", "implementation"), donate_argnames="cache"
@@ -30,7 +30,7 @@ def load(number: int, **options) -> duo_jax.DuoModel:
 
 @pytest.mark.parametrize("voters", ["latest", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_tokens_that_stay_are_those_of_one_device(voters: Voters):
-    duo, params = split(SMALL, "model", "float32")
+    duo, params = split(ONE, "model", "float32")
     tokens, found = jnp.asarray(models.tokens(RAW, batch=2, length=56)), []
     for mesh in (None, make_mesh(jax.devices())):
         placed = params if mesh is None else jax.device_put(params, weights.shardings(mesh, params))

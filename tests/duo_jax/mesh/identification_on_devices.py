@@ -19,6 +19,7 @@ from duo_jax.model.hf_config import parse_config
 from duo_jax.schema import checksums
 from tests import models
 from tests.params import random_params
+from tests.small_demo import small_demo
 from train import attribution, budget, masks, optimisation
 from train.distillation import Batch
 from train.identify import __main__ as command
@@ -32,7 +33,6 @@ RAW = models.llama(
     intermediate_size=96,
     num_hidden_layers=2,
 )
-CONFIG = parse_config(RAW)
 WIDE = RAW | {"hidden_size": 1024, "intermediate_size": 1024}  # groups of int4 lie on a device each
 METHODS = {
     "optimise": (optimisation, "distillation", "teacher"),
@@ -56,7 +56,8 @@ def batch() -> Batch:
 
 
 @functools.cache
-def after_three_steps(method: str, number: int, implementation: str):
+def after_three_steps(method: str, number: int, implementation: str, layers: int):
+    config = parse_config(RAW | {"num_hidden_layers": layers})
     module, objective, mixing = METHODS[method]
     step = StepConfig(
         num_steps=8,
@@ -71,24 +72,24 @@ def after_three_steps(method: str, number: int, implementation: str):
         implementation=implementation,
     )
     start = {"seed": 0} if module is masks else {}
-    state = module.init_state(CONFIG, *([] if module is attribution else [step]), **start)
-    params = random_params(CONFIG)
-    mesh = devices.mesh_of(CONFIG, number, by_heads=True)
+    state = module.init_state(config, *([] if module is attribution else [step]), **start)
+    params = random_params(config)
+    mesh = devices.mesh_of(config, number, by_heads=True)
     if mesh is not None:
         params = jax.device_put(params, weights.shardings(mesh, params, stacked=True))
-    update = jax.jit(functools.partial(module.train_step, architecture=CONFIG, step=step))
+    update = jax.jit(functools.partial(module.train_step, architecture=config, step=step))
     with devices.within(mesh):
         program = jax.make_jaxpr(update)(devices.on_all(state, mesh), params, batch())
         for _ in range(3):
             state, metrics = update(devices.on_all(state, mesh), params, batch())
             state = devices.on_one(state, mesh)
-    found = [np.asarray(x) for x in jax.tree.leaves(state) if x.shape == (2, 8)]
+    found = [np.asarray(x) for x in jax.tree.leaves(state) if x.shape == (layers, 8)]
     return found, float(metrics["loss"]), kernel_sizes(program.jaxpr)
 
 
-def check(method, number, implementation="xla"):
-    found, loss, _ = after_three_steps(method, number, implementation)
-    expected, one_loss, _ = after_three_steps(method, 1, implementation)
+def check(method, number, implementation, layers):
+    found, loss, _ = after_three_steps(method, number, implementation, layers)
+    expected, one_loss, _ = after_three_steps(method, 1, implementation, layers)
     assert found
     for mine, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-6, rtol=1e-5)
@@ -96,7 +97,7 @@ def check(method, number, implementation="xla"):
 
 
 def test_gates_of_our_kernels_are_those_of_one_device():
-    check("optimise", 8, "interpret")
+    check("optimise", 8, "interpret", layers=1)
 
 
 @pytest.mark.slow
@@ -104,11 +105,11 @@ def test_gates_of_our_kernels_are_those_of_one_device():
 @pytest.mark.parametrize("number", [2, 8])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_finds_what_one_device_does(method, number, implementation):
-    check(method, number, implementation)
+    check(method, number, implementation, layers=2)
 
 
 def test_a_device_computes_only_its_own_heads():
-    one, eight = (after_three_steps("optimise", n, "interpret")[2] for n in (1, 8))
+    one, eight = (after_three_steps("optimise", n, "interpret", 1)[2] for n in (1, 8))
     assert len(one) == len(eight) > 0
     for whole, part in zip(one, eight, strict=True):
         assert whole == 8 * part
@@ -151,7 +152,8 @@ def test_parameters_arrive_in_parts_and_are_the_same(tmp_path):
     ],
 )
 def test_a_checkpoint_is_restored_where_it_belongs(tmp_path, monkeypatch, stored, served):
-    folder, converted = models.write_hf(tmp_path / "model", WIDE), tmp_path / "converted"
+    raw = RAW if stored == "model" else WIDE
+    folder, converted = models.write_hf(tmp_path / "model", raw), tmp_path / "converted"
     convert.main([str(folder), str(converted), "--weights", stored])
     heads = np.array([[False, True] * 4, [True] * 3 + [False] * 5])
     mesh = devices.make_mesh(jax.devices())
@@ -202,8 +204,10 @@ def test_the_command_finds_what_it_finds_on_one_device(tmp_path, method):
     np.testing.assert_allclose(four, one, atol=1e-5)
 
 
+@pytest.mark.usefixtures("little_text")
 def test_a_run_resumes_on_another_number_of_devices(tmp_path, monkeypatch):
     words = ["--num-steps", "4", "--checkpoint-every", "1", "--eval-samples", "0"]
+    words += ["--model", str(small_demo())]
     expected = identify(tmp_path / "whole", *words, "--devices", "4")
     from train import loop
 
