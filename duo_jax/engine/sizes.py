@@ -75,11 +75,12 @@ def choose_sizes(
     chunk = min(runtime.prefill_chunk, 1024) if prefill_chunk is None else prefill_chunk
     in_range = runtime.config.architecture.max_positions
     if max_len is not None:
-        max_len = argument("max_len", max_len, Count)
-        if max_len > in_range:
+        asked = argument("max_len", max_len, Count)
+        if asked > in_range:
             raise InputError(
-                f"max_len {max_len:,} is beyond the model's range of {in_range:,} tokens"
+                f"max_len {asked:,} is beyond the model's range of {in_range:,} tokens"
             )
+        max_len = asked
     if cache_tokens is None:
         most = max_requests * (max_len or in_range)
         rows = max_requests + snapshots
