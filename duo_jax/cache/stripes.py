@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Int, Shaped
 
 from duo_jax.mesh import weights
-from duo_jax.mesh.devices import DATA, MODEL, AnyMesh, fetched, num_parts
+from duo_jax.mesh.devices import DATA, MODEL, AnyMesh, fetched, num_parts, place
 
 FULL, RING = PartitionSpec(DATA, None, MODEL), PartitionSpec(DATA)
 
@@ -44,7 +44,7 @@ def specs(cache: Any) -> Any:
 
 def shardings(mesh: AnyMesh, cache: Any) -> Any:
     """Return where the arrays of a Cache lie: a tree of shardings like it."""
-    return jax.tree.map(functools.partial(NamedSharding, mesh), specs(cache))
+    return jax.tree.map(lambda spec: place(mesh, *spec), specs(cache))
 
 
 def pad(
@@ -89,4 +89,4 @@ def from_host(
     ordered = np.zeros(empty.shape, empty.dtype)
     ordered[:, :, : stored.shape[2]] = stored
     striped = np.swapaxes(ordered.reshape(batch, heads, slots // num, num, channels), 2, 3)
-    return weights.from_host(striped.reshape(empty.shape), NamedSharding(mesh, FULL))
+    return weights.from_host(striped.reshape(empty.shape), place(mesh, *FULL))

@@ -122,8 +122,15 @@ def automatic(
 
 
 def place(mesh: AnyMesh, *axes: str | None) -> NamedSharding:
-    """Return where an array lies whose axes are cut along these axes of the mesh."""
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    """Return where an array lies whose axes are cut along these axes of the mesh.
+
+    It is written as compiled programs write it, without what cuts nothing: jax compiles a program
+    again for arguments that lie in the same places by another name.
+    """
+    cut = [axis if axis is not None and mesh.shape[axis] > 1 else None for axis in axes]
+    while cut and cut[-1] is None:
+        cut.pop()
+    return NamedSharding(mesh, PartitionSpec(*cut))
 
 
 def within(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

@@ -175,8 +175,8 @@ def load(session: Session, folder: str | pathlib.Path) -> dict[str, Any]:
             cache=dataclasses.replace(
                 empty,
                 layers=tuple(layers),
-                lengths=jnp.array(marker.lengths, jnp.int32),
-                kept=jnp.array(kept, jnp.int32),
+                lengths=empty.lengths + np.array(marker.lengths, np.int32),  # where those lie
+                kept=empty.kept + np.array(kept, np.int32),
             ),
             logits=jnp.array(read_logits()["logits"]),
             logits_at=marker.logits_at,

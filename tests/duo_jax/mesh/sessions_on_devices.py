@@ -16,6 +16,7 @@ from duo_jax.errors import InputError
 from duo_jax.evaluate.perplexity.reading import read
 from duo_jax.server import serving
 from duo_jax.server.flags import ServerFlags
+from duo_jax.session import row_cache
 from tests.duo_jax.server.conftest import serving_of, wait_for
 from tests.small_demo import small_demo
 
@@ -49,7 +50,7 @@ def test_texts_are_those_of_one_device(number, settings):
 def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers, max_len):
     load = functools.partial(model, prefill_chunk=64)
     text = "The third passkey to the vault is charlie lima. " * 9
-    texts = {}
+    texts, before = {}, row_cache._prefill._cache_size()
     for number in numbers:
         conversation = load(number).conversation(max_len=max_len)
         conversation.append(text)
@@ -74,6 +75,8 @@ def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers, max_
             assert (tmp_path / f"{saved}-{loaded}" / name).read_bytes() == data
         assert conversation.generate(" What is it?", max_new_tokens=12) == texts[1]
         assert conversation.session.timing.prefill_tokens < 20  # the text itself was not read again
+    if max_len is not None:  # one program for each number: caches lie where they did in all of this
+        assert row_cache._prefill._cache_size() - before == len(numbers)
 
 
 @pytest.mark.slow
