@@ -2,6 +2,8 @@
 
 import ast
 import pathlib
+import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).parents[1]
 # A room imports only from rooms in the rows above its own; "duo_jax" is the package itself.
@@ -71,3 +73,20 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_duo_jax_has_few_files_outside_its_rooms():
     assert len(list((ROOT / "duo_jax").glob("*.py"))) <= 6
+
+
+LATE = """
+import pathlib, sys
+import duo_jax.server.serving
+from duo_jax.checkpoints.tokenizer_files import load_tokenizer
+print("transformers" in sys.modules)
+load_tokenizer(pathlib.Path("duo_jax/demo"))
+print("transformers" in sys.modules, "torch" in sys.modules)
+"""
+
+
+def test_transformers_is_imported_by_our_loaders_and_without_torch():
+    """They keep its advice quiet; torch takes seconds more, where it is installed."""
+    command = [sys.executable, "-c", LATE]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.split() == ["False", "True", "False"]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import llguidance
-import llguidance.hf
 
 from duo_jax.api import DuoModel
 from duo_jax.data import tokenizer_calls
@@ -30,6 +29,9 @@ class Vocabulary:
         """
         if not self._ends:
             raise InputError("the model names no token that ends a text, which a grammar needs")
+        # Imports transformers, which says that there is no PyTorch unless our loaders came first.
+        import llguidance.hf
+
         try:
             with tokenizer_calls.without_panic_lines():
                 return llguidance.hf.from_tokenizer(
