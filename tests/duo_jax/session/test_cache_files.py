@@ -26,7 +26,6 @@ from tests import models
 from tests.disk import full_disk
 from tests.params import random_params
 
-pytestmark = pytest.mark.core
 # One layer of retrieval heads only, one of streaming heads only, one mixed.
 RAW = models.llama(num_key_value_heads=4, num_hidden_layers=3)
 CONFIG = parse_config(RAW)
