@@ -8,6 +8,8 @@ import shutil
 import pytest
 from playwright import sync_api
 
+from tests.duo_jax.server.conftest import wait_for
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
@@ -99,8 +101,7 @@ def test_an_answer_can_be_stopped(page, served):
     page.click("#stop")
     wait_for_answer(page)
     assert "stopped" in page.locator(".assistant .soft").text_content()
-    page.wait_for_timeout(50)
-    assert served.engine.stats().running == 0
+    wait_for(lambda: served.engine.stats().running == 0)
     assert served.engine.stats().finished == before + 1
 
 
