@@ -19,20 +19,19 @@ def warm_up(engine: Engine) -> None:
     if sizes.max_len < 2:
         return
 
+    def answer(request: Request) -> None:
+        engine.submit(request, updates.append)
+        while engine.step():
+            pass
+
     # As long as a chunk of a prompt can be, for each of the programs that read some.
     lengths = {min(length, sizes.max_len - 1) for length in (64, 256, sizes.prefill_chunk)}
     for token, length in enumerate(sorted(lengths)):  # none begins as one before, which is kept
-        engine.submit(_request(length, 1, token), updates.append)
-        while engine.step():
-            pass
+        answer(_request(length, 1, token))
     # Penalties and biases have a history.
-    engine.submit(dataclasses.replace(_request(1, 1), presence_penalty=0.1), updates.append)
-    while engine.step():
-        pass
+    answer(dataclasses.replace(_request(1, 1), presence_penalty=0.1))
     # One goes on after what was kept of another, within its last page.
-    engine.submit(_request(min(3, sizes.max_len - 1), 1), updates.append)
-    while engine.step():
-        pass
+    answer(_request(min(3, sizes.max_len - 1), 1))
     # One after the other joins, until every row is taken.
     for _ in range(sizes.max_requests):
         request = _request(1, min(sizes.max_requests + 2, sizes.max_len - 1))
