@@ -54,17 +54,20 @@ def seal(folder: pathlib.Path, **changes) -> None:
 
 
 def test_a_flipped_bit_among_the_values_is_refused(copy):
-    """Nothing of theirs is checked by tensorstore."""
-    file, rng = largest(copy), random.Random(0)
+    """Nothing of theirs is checked by tensorstore; few of their compressed bits say nothing."""
+    expected, file, rng, lines = bits(copy), largest(copy), random.Random(0), []
     size = file.stat().st_size
     for place in rng.sample(range(size // 8, size * 7 // 8), 6):
         bit = rng.randrange(8)
         flip(file, place, bit)
-        with pytest.raises(InputError, match=r"/params is damaged") as error:
-            bits(copy)
-        assert "\n" not in str(error.value)
+        try:
+            assert bits(copy) == expected
+        except InputError as error:
+            lines.append(str(error))
         flip(file, place, bit)
-    bits(copy)
+    assert len(lines) >= 5
+    assert all("/params is damaged" in line and "\n" not in line for line in lines)
+    assert bits(copy) == expected
 
 
 def test_a_flipped_bit_in_any_other_file_is_refused_or_changes_nothing(copy):
