@@ -108,6 +108,9 @@ def parsed(monkeypatch) -> list[object]:
     # pytest has other things to end, and the benchmarks begin without the commands' start.
     monkeypatch.setattr(startup, "begin", lambda: None)
     monkeypatch.setattr(signals, "end_at_once", lambda: None)
+    # runpy would keep what the type checker made of a module as the module's own compiled form,
+    # which no process without that checker can import.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     # Pages name models "M"; flags whose defaults depend on the model take the demo's.
     demo = pretrained.resolve(pretrained.DEMO)
     monkeypatch.setattr(pretrained, "resolve", lambda *_, **__: demo)
