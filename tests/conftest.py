@@ -97,6 +97,18 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
     return None if "mark.core" in collection_path.read_text(encoding="utf-8") else True
 
 
+@pytest.hookimpl(tryfirst=True)  # before those that -m does not want are taken out
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases slow that `one_in` leaves out: all but the first of every so many."""
+    seen: dict[str, int] = {}
+    for item in items:
+        if (mark := item.get_closest_marker("one_in")) and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            place = seen[test] = seen.get(test, -1) + 1
+            if place % mark.args[0]:
+                item.add_marker("slow")
+
+
 def pytest_collection_finish() -> None:
     """Look for garbage less often: tracing makes many objects, and little of it is in cycles."""
     gc.collect()

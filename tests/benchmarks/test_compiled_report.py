@@ -118,6 +118,7 @@ def test_a_case_that_ends_the_process_has_a_row(monkeypatch):
     assert "**float32: does not compile**" in report._kernel_table(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
 def test_one_case_is_compiled_and_described():
     (row,) = compiled.compile_all([("streaming", "gradient, odd length")], "h200")

@@ -61,6 +61,7 @@ def write_half(x):
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("fault", "problem"),
     [
@@ -95,6 +96,7 @@ def test_memory_is_poisoned_with_two_numbers_before_the_kernel_runs(monkeypatch)
     np.testing.assert_array_equal(scribbles, fills)
 
 
+@pytest.mark.slow
 def test_packed_caches_are_checked_as_they_are():
     case = DecodeCase(bits=2, lengths=(70, 0), slots=128, dtype="float32", **SMALL)
     result = checks.check(case, seed=3, implementation="interpret")
@@ -143,6 +145,7 @@ def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
             np.testing.assert_allclose(one, all_of_it[piece.rows], atol=1e-6)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "case",
     [

@@ -198,6 +198,7 @@ def test_picture_shows_a_panel_for_each_table_measure_and_sparsity(tmp_path, mod
         assert len(image.convert("RGB").getcolors(1 << 24)) > 50
 
 
+@pytest.mark.slow
 def test_the_demo_model_keeps_its_passkeys_with_its_own_pattern(tmp_path):
     folder = pretrained.resolve("demo")
     flags = default("demo", folder)

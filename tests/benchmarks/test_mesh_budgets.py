@@ -23,6 +23,7 @@ def of_layers(compiler: Compiler, name: str, first: int, end: int) -> dict:
     return compiler.call(mesh_budgets.few_layers, name, first, end)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "most", "workspace"),
     [

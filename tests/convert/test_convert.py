@@ -89,6 +89,7 @@ def params_bits(folder: pathlib.Path) -> dict[tuple, tuple]:
     }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", models.BY_TENSORS)
 def test_a_checkpoint_loads_as_the_folder_it_came_from(tmp_path, name):
     folder = write_random_bits(tmp_path / "hf", models.CASES[name], "bfloat16")
@@ -97,6 +98,7 @@ def test_a_checkpoint_loads_as_the_folder_it_came_from(tmp_path, name):
     assert pretrained.load_config(tmp_path / "checkpoint") == pretrained.load_config(folder)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("make", "dtype"), spanning([models.llama, models.qwen3], DTYPES))
 def test_round_trip_is_exact_to_the_bit(tmp_path, make, dtype):
     folder = write_random_bits(tmp_path / "hf", make(), dtype)
@@ -272,6 +274,7 @@ def transformers_logits(folder: pathlib.Path, raw: dict) -> np.ndarray:
         return model(torch.from_numpy(models.tokens(raw)).long()).logits.float().numpy()
 
 
+@pytest.mark.one_in(3)
 @needs_torch
 @pytest.mark.parametrize("name", models.BY_TENSORS)
 def test_what_transformers_saves_comes_back_with_the_same_logits(tmp_path, name):
@@ -293,6 +296,7 @@ def test_what_transformers_saves_comes_back_with_the_same_logits(tmp_path, name)
     np.testing.assert_array_equal(transformers_logits(tmp_path / "back", raw), before)
 
 
+@pytest.mark.one_in(3)
 @needs_torch
 @pytest.mark.parametrize(("shards", "dtype"), spanning([False, True], DTYPES))
 def test_pickled_weights_with_the_flag(tmp_path, dtype, shards):

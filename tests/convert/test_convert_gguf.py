@@ -52,11 +52,13 @@ def test_every_form_of_a_model_writes_the_same(tmp_path):
         duo_jax.load(file)
 
 
+@pytest.mark.slow
 def test_the_planner_takes_the_file(tmp_path, capsys):
     plan_command.main(["--model", str(write(tmp_path)), "--pattern", "none"])
     assert "no streaming heads of 4" in capsys.readouterr().out
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["llama-bpe", "qwen2", "sentencepiece", "sentencepiece, EOS"])
 def test_the_tokenizer_comes_along(tmp_path, name):
     file = write(tmp_path, tokenizer=gguf_tokens.TOKENIZERS[name])

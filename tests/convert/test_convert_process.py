@@ -101,6 +101,7 @@ def growth(*conversions: list[object]) -> list[float]:
     return [x * MB for x in grown]
 
 
+@pytest.mark.slow
 def test_host_memory_is_a_few_tensors_not_the_model(tmp_path):
     """36 equal tensors of 8 MB, 302 MB in all, there and back.
 

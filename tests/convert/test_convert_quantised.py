@@ -73,6 +73,7 @@ def test_quantised_checkpoints_are_smaller(folders):
     assert on_disk["int4"] < on_disk["int8"] < on_disk["model"]
 
 
+@pytest.mark.slow
 def test_dtype_is_that_of_the_rest(folders, tmp_path):
     main([str(folders / "hf"), str(tmp_path / "out"), "--weights", "int8", "--dtype", "float32"])
     got = pretrained.load_split_params(tmp_path / "out", HEADS, weights="int8")

@@ -143,6 +143,7 @@ def test_sink_and_recent_override_the_pattern(model, folder, sizes):
     assert other.config == dataclasses.replace(model.config, **sizes)
 
 
+@pytest.mark.slow
 def test_the_prefill_chunk_matters_to_chunk_mode_only(folder, model):
     def text(model):
         return model.generate([TEXT + "Take note."], max_new_tokens=30)
@@ -156,6 +157,7 @@ def test_the_prefill_chunk_matters_to_chunk_mode_only(folder, model):
     assert text(one_chunk) != text(chunks)
 
 
+@pytest.mark.slow
 def test_dtype_is_that_of_weights_and_cache(folder):
     half = duo_jax.load(folder, prefill_chunk=16, dtype="bfloat16")
     leaves = jax.tree.leaves(half.params)
@@ -182,6 +184,7 @@ def test_a_converted_checkpoint_is_the_same_model(folder, model, tmp_path):
     assert converted.runtime.weights_digest == model.runtime.weights_digest
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", ["llama, multi-query, biases", "qwen3, norms on q and k"])
 def test_split_parameters_are_those_of_split_params(tmp_path, name):
     raw = models.CASES[name]
@@ -234,6 +237,7 @@ def test_settings_that_cannot_be_used(folder, settings, message):
         duo_jax.load(folder, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unhooked")
 def test_numbers_of_numpy_are_numbers(folder):
     model = duo_jax.load(

@@ -53,6 +53,7 @@ def test_our_own_packages_are_accepted(site, tmp_path):
 OVERWRITTEN, REMOVED = "x = 1\n", None
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("content", "file"),
     [  # by default each file in one of the ways

@@ -213,6 +213,7 @@ def test_a_byte_order_mark_is_no_text(run, expected, tmp_path):
     assert run("--prompt-file", tmp_path / "text")[0].rstrip("\n") == expected
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "words",
     [
@@ -232,6 +233,7 @@ def test_flags_change_the_text(run, expected, words):
     assert run("--prompt", TEXT + QUESTION, *words)[0] != expected + "\n"
 
 
+@pytest.mark.slow
 def test_drawing_flags(run, expected):
     prompt = ("--prompt", TEXT + QUESTION)
     hot = (*prompt, "--temperature", 2.0)

@@ -70,6 +70,7 @@ def refused(capsys) -> Callable[..., str]:
     return run
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", names("config"))
 def test_a_config_is_refused_by_every_command(case, refused, tmp_path):
     model = demo_with(tmp_path, case)
@@ -138,6 +139,7 @@ def test_a_flipped_bit_that_leaves_a_valid_text_is_read_as_it_is():
     assert "wordr" in lines[0]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("content", "message"),
     [

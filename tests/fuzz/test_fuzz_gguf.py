@@ -121,6 +121,7 @@ _OPTIONAL = ["split.count", "general.alignment", "llama.rope.scaling.factor"]
 _OPTIONAL += [f"tokenizer.ggml.{kind}_token_id" for kind in ("eot", "padding", "unknown")]
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("other", _OTHER)
 @pytest.mark.parametrize(
     ("raw", "tokenizer"),

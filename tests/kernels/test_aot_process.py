@@ -31,6 +31,7 @@ def test_jobs_run_in_one_other_process_on_the_cpu(monkeypatch):
         os.kill(first[1], 0)
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_the_process_is_an_error_and_the_next_one_runs():
     with Compiler() as compiler:
         first = compiler.call(describe, "a")

@@ -3,9 +3,10 @@
 In every slot that no query sees, there are stale numbers. Compiling for GPUs (test_compiled.py) and
 running on one (test_gpu.py) are the next rungs.
 
-By default the largest cases run that show, of every op and its gradient, each 16-bit dtype, each
-width of a tile, and whether some columns of the tile are masked: kernels and the choice of tiles
-tell nothing else apart but lengths and groups, and those of AWKWARD show all of these in float32.
+By default the largest cases run that show, of every op and its gradient, each 16-bit dtype, and of
+every op each width of a tile, and whether some columns of the tile are masked: kernels and the
+choice of tiles tell nothing else apart but lengths and groups, and those of AWKWARD show all of
+these in float32.
 Every packed shape runs in one format, decoding and prefill in turn, which read packed tiles with
 the same code. Of awkward lengths those are slow that another case stands for. The slow tests run
 all.
@@ -24,9 +25,12 @@ from kernels.tile_io import width
 SMALL = {name: case for name, case in named().items() if not case.compile_only}
 LENGTHS = named(AWKWARD)
 # Other cases stand for these: one token for three, one past the end of a window for one before it,
-# those in half precision for a head_dim of 80, and gradients of odd length for those of short ones.
+# those in half precision for a head_dim and for gradients of odd length, a group of 7 for one of 1
+# and for odd numbers, and rows of a full cache for those of other fillings.
 SAID_ALREADY = ("three tokens", "one short", "one token less", "past two blocks", "g: head_dim 80")
 SAID_ALREADY += ("full: head_dim 80", "chunk, head_dim 80", "gradient, one past", "gradient, 29")
+SAID_ALREADY += ("head_dim 80", "head_dim 96", "gradient, odd", "group of 1", "29 tokens")
+SAID_ALREADY += ("empty rows, group of 7", "half full", "blocks of an empty cache", "sinks only")
 
 
 def is_said_already(name: str) -> bool:
@@ -49,6 +53,7 @@ def representatives() -> set[str]:
         if name not in packed and case.dtype != "float32":
             columns = width(case.head_dim)
             facts = (case.dtype, columns, f"masked: {columns != case.head_dim}")
+            facts = facts[:1] if case.gradient else facts
             new = {(name.partition(":")[0], case.gradient, fact) for fact in facts} - shown
             shown |= new
             chosen |= {name} if new else set()

@@ -110,6 +110,7 @@ def compiled_before(target: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("target", compiled.TARGETS)
 @pytest.mark.parametrize("op", CASES)
 def test_named_cases_compile_without_spilling(compiler, op, target):
@@ -130,6 +131,7 @@ def test_named_cases_compile_again(compiler, op, target):
     assert complaints(compiler, target, [f"{op}: {name}" for name in CASES[op]]) == {}
 
 
+@pytest.mark.slow
 def test_a_selection_of_head_dims_and_dtypes_compiles_without_spilling(compiler):
     assert complaints(compiler, "a100", list(SELECTION)) == {}
 

@@ -35,6 +35,7 @@ def vector_bytes(case) -> float:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(both)) / 64 / 2
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", ATTENTION.values(), ids=ATTENTION.keys())
 def test_least_work_is_that_of_the_visible_pairs(case):
     seen = masks(case)
@@ -159,6 +160,7 @@ def expected_tiles(case, tiles) -> int:
     return case.batch * case.q_heads * count
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "name", [*COUNTED, *(pytest.param(name, marks=pytest.mark.slow) for name in COUNTED_TOO)]
 )

@@ -75,6 +75,7 @@ def call(q_dtype, kv_dtype=None, *, head_dim=64, slots=40, kv_heads=2):
     return of, (q, kv, kv, lengths)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("op", "case", "gpu"), LOWERED)
 def test_kernels_can_be_lowered_for_a_gpu_and_auto_picks_them(op, case, gpu):
     with described(gpu):
@@ -83,6 +84,7 @@ def test_kernels_can_be_lowered_for_a_gpu_and_auto_picks_them(op, case, gpu):
     assert "__gpu$xla.gpu.triton" in text
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("op", KERNELS)
 def test_auto_is_xla_on_the_cpu_also_where_tracing_thought_of_a_gpu(op):
     case = next(case for name, case in CASES[op].items() if name.endswith("float32"))

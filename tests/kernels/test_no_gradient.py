@@ -94,6 +94,7 @@ def test_gradients_with_a_past_are_refused(wrap):
 WITH_A_GRADIENT = pytest.mark.parametrize("function", [streaming, full], ids=["streaming", "full"])
 
 
+@pytest.mark.one_in(2)
 @WITH_A_GRADIENT
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
 def test_second_derivatives_of_the_kernels_are_refused(function, wrap):
@@ -112,6 +113,7 @@ def test_derivatives_of_the_merging_kernel_are_refused(derive):
     np.testing.assert_allclose(shares, 1 / 3, rtol=1e-6)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("is_packed", [False, True], ids=["unpacked", "packed"])
 @pytest.mark.parametrize("op", [decode_attention, prefill_attention], ids=["decode", "prefill"])
 def test_gradients_of_attention_over_caches_are_refused(op, is_packed):
@@ -140,6 +142,7 @@ def test_xla_has_the_derivatives_that_the_messages_promise():
         assert np.isfinite(jax.jit(derivative)(Q)).all()
 
 
+@pytest.mark.one_in(2)
 @WITH_A_GRADIENT
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
 def test_forward_mode_of_kernels_with_a_gradient_is_refused_by_jax(function, wrap):

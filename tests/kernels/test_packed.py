@@ -35,6 +35,7 @@ def groups(x: np.ndarray, layout: Layout) -> np.ndarray:
     return x.reshape(-1, size)
 
 
+@pytest.mark.one_in(5)
 @every_layout
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])
@@ -127,6 +128,7 @@ def test_the_published_int4_format_takes_68_bytes_per_token_and_head():
     assert INT2_KEYS.bytes_per_token(128) == INT2_VALUES.bytes_per_token(128) == 32 + 8
 
 
+@pytest.mark.one_in(3)
 @every_layout
 def test_read_slots_cuts_out_whole_blocks(layout):
     stored = pack(numbers(64), layout)

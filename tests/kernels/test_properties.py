@@ -41,6 +41,7 @@ def assert_close(results, wanted, *, atol=5e-6, rtol=2e-5):
         np.testing.assert_allclose(got, want, atol=atol, rtol=rtol)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("block_kv", "num_splits"),
     [
@@ -55,6 +56,7 @@ def test_any_splits_and_tiles_give_the_same_decode(num_splits, block_kv):
     assert_close(run(DECODE, arguments, tiles), DECODE.expected(arguments))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("block_q", "block_kv"), [(16, 16), (16, 64), (64, 16)])
 def test_any_tiles_give_the_same_prefill(block_q, block_kv):
     arguments = PREFILL.draw()
@@ -75,6 +77,7 @@ def test_rows_do_not_see_each_other(case):
             np.testing.assert_array_equal(got[row], before[row])
 
 
+@pytest.mark.one_in(5)
 @every_long_case
 @pytest.mark.parametrize("keys", [0.0, 1e9, jnp.nan, jnp.inf])
 def test_what_unseen_slots_hold_changes_no_bit(case, keys):
@@ -110,6 +113,7 @@ def test_kernels_can_be_vmapped():
 GRADIENT = CASES["streaming"]["gradient, three tokens"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", [DECODE, PREFILL, GRADIENT], ids=["decode", "prefill", "gradient"])
 @pytest.mark.parametrize("inner", [(), (64,)], ids=["once", "twice"])
 def test_batches_that_no_kernel_can_address_are_refused(case, inner):

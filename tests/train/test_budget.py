@@ -107,6 +107,7 @@ def test_rate_and_target_decide(monkeypatch):
         assert np.abs(scores(**change) - scores()).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_text_in_which_nothing_is_far_teaches_nothing():
     """Its 12 tokens are all within the sink or the recent ones of every other."""
     answers = np.zeros((2, 64), bool)

@@ -188,6 +188,7 @@ def test_a_finished_model_is_not_overwritten(uninterrupted):
         train(uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_not_learned_is_reported(tmp_path, little_text):  # noqa: ARG001
     stage = dataclasses.replace(STAGES[0], threshold=1.0, max_steps=3)
     config = dataclasses.replace(FLAGS, workdir=str(tmp_path / "run"))
@@ -233,6 +234,7 @@ def test_learning_rate_warms_up_and_decays():
     assert rate(decaying, 24, 4) == pytest.approx(2.8e-3)
 
 
+@pytest.mark.slow
 def test_rehearsal_draws_earlier_stages():
     drawn = [drawn_stage(STAGES, 1, step=step, seed=0) for step in range(200)]
     assert 0.35 < np.mean([number == 0 for number in drawn]) < 0.65

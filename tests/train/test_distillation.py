@@ -51,6 +51,7 @@ def some_gates(seed=2):
     return jnp.asarray(np.random.default_rng(seed).uniform(0.1, 0.9, (2, 2)), jnp.float32)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_all_gates_one_is_the_teacher_exactly(mixing):
     assert loss(jnp.ones((2, 2)), mixing) == 0.0
@@ -79,6 +80,7 @@ def test_all_gates_zero_is_pure_streaming(mixing):
     np.testing.assert_allclose(loss(jnp.zeros((2, 2)), mixing), loss_of_streaming(), rtol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("attention", [gated.self_mixed_attention, gated.chosen_attention])
 def test_binary_gates_mask_head_by_head(attention):
     config, _ = model()

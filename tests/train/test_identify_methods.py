@@ -146,6 +146,7 @@ def test_the_preset_of_a_model_is_not_refused(tiny_model, tmp_path):
     profiled(tmp_path, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_language_modelling_learns_from_text_alone(tiny_model, tmp_path, monkeypatch):
     """No sample with passkeys is given to the optimiser, and the report says what was optimised."""
     seen = []

@@ -11,6 +11,7 @@ from tests.train.conftest import TINY_FLAGS
 pytestmark = pytest.mark.usefixtures("little_text")
 
 
+@pytest.mark.slow
 def test_the_search_is_given_the_same_however_the_model_is_stored(
     tmp_path, monkeypatch, given_to_the_search
 ):

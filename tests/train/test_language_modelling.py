@@ -76,6 +76,7 @@ def test_all_gates_one_is_the_cross_entropy_of_the_model(mixing, data):
     np.testing.assert_allclose(loss(jnp.ones((2, 2)), data, mixing=mixing), by_hand(data), 1e-5)
 
 
+@pytest.mark.slow
 def test_of_answers_only_their_tokens_count():
     """In the second of two blocks, so that the first has nothing to predict."""
     answers = np.zeros((1, 640), bool)
@@ -84,6 +85,7 @@ def test_of_answers_only_their_tokens_count():
     np.testing.assert_allclose(loss(jnp.ones((2, 2)), data, mixing="self"), by_hand(data), 1e-5)
 
 
+@pytest.mark.slow
 def test_padding_and_the_start_of_the_tail_do_not_count():
     gates, data = jnp.full((2, 2), 0.4), batch(60, 70)
     expected = loss(gates, data)

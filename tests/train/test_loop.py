@@ -70,6 +70,7 @@ def whole(tmp_path_factory):
     return path, state
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("fail_at", range(STEPS))
 def test_a_run_killed_at_any_step_goes_on_from_the_last_checkpoint(whole, tmp_path, fail_at):
     path, expected = whole
@@ -110,6 +111,7 @@ def _terminate_before(write, step_of):
     return signalled
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("where", ["a callback of jax", "log", "save"])
 def test_a_signal_loses_no_step_wherever_it_comes(whole, tmp_path, monkeypatch, where):
     """With "save", a second one comes while step 5 is saved on the first one's account."""

@@ -99,6 +99,7 @@ def test_gradient_equals_central_differences_in_float64(monkeypatch):
         np.testing.assert_allclose(ascent, [excess, excess**2], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_multipliers_ascend():
     """Below the target l1 falls, so that its term rises; above it l1 rises; l2 always rises."""
     states, metrics = trained(8)

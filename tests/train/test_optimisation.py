@@ -169,6 +169,7 @@ def test_gates_stay_between_0_and_1():
     np.testing.assert_array_equal(gates[-1], 0.0)
 
 
+@pytest.mark.slow
 def test_target_sparsity_brings_the_mean_gate_to_the_target_and_holds_it():
     states, metrics = train(TARGETED, steps=TARGETED.num_steps)
     means = np.array([m["mean_gate"] for m in metrics])

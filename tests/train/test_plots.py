@@ -33,6 +33,7 @@ any_title = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(("case", "title"), [*zip(METRICS, TITLES[1:], strict=True)])
 @any_title
 def test_history_is_drawn_from_what_there_is(case, title, tmp_path):
@@ -47,6 +48,7 @@ def test_an_empty_history_says_so(tmp_path, monkeypatch):
     assert [text.get_text() for axes in drawn[0].axes for text in axes.texts] == ["no metrics"] * 2
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("title", TITLES)
 @any_title
 def test_any_name_can_stand_above_a_picture(title, tmp_path):

@@ -65,6 +65,7 @@ def test_notes_that_orbax_cannot_read_are_removed(folder, capfd):
     np.testing.assert_array_equal(work.restore(state(0)).gates, state(2).gates)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "notes",
     ["[]", '"x"', "5", "NaN", '{"item_handlers":5}', "[" * 3_000, "9" * 5_000, "null", "\0"],
@@ -144,6 +145,7 @@ def test_checkpoints_of_another_state_are_not_damaged_ones(folder):
     assert int(workdir(folder).restore(state(0)).step) == 2
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("size", [0, 60, 300])
 def test_a_full_disk_is_one_line_and_the_next_start_goes_on(folder, capfd, caplog, size):
     capfd.readouterr()

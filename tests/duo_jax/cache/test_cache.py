@@ -87,6 +87,7 @@ def test_append_writes_where_it_is_told_and_drops_what_has_no_slot(length, start
     assert_holds(cache, expected)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("length", [1, 3, 30])
 def test_no_tokens_change_no_bit(length):
     cache = stale_cache(slots=10)
@@ -191,6 +192,7 @@ def test_half_precision_is_stored_bit_for_bit(dtype):
     )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kv", ["int8", "int4", "int2"])
 def test_growing_keeps_what_is_packed(kv):
     cache = init_cache(duo((0, 3, 4)), batch_size=2, max_len=100, kv=kv)
@@ -301,6 +303,7 @@ MORE_STEPS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("step", "batch_size"),
     [

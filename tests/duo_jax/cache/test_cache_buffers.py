@@ -48,7 +48,7 @@ def logits_after(implementation: str, *, grows: bool):
 
 
 @pytest.mark.parametrize(
-    "implementation", [pytest.param("xla", marks=pytest.mark.slow), "interpret"]
+    "implementation", ["xla", pytest.param("interpret", marks=pytest.mark.slow)]
 )
 def test_several_buffers_give_what_one_gives(monkeypatch, implementation):
     expected, cache = logits_after("xla", grows=False)
@@ -78,9 +78,8 @@ def compile_a_layer_at_four_million_tokens(chunk: int) -> list[int]:
     return [leaf.size for leaf in jax.tree.leaves(cache.layers)]
 
 
-@pytest.mark.parametrize(
-    "chunk", [0, pytest.param(512, marks=pytest.mark.slow)], ids=["decode", "prefill"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [0, 512], ids=["decode", "prefill"])
 def test_a_layer_of_retrieval_heads_only_compiles_at_four_million_tokens(compiler, chunk):
     sizes = compiler.call(compile_a_layer_at_four_million_tokens, chunk)
     assert max(sizes) <= address_limit.MAX_ELEMENTS

@@ -71,6 +71,7 @@ def weights_of(queries, keys):
     return weights / weights.sum(-1, keepdims=True)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("voters", "kv"),
     [
@@ -116,6 +117,7 @@ def chosen(votes, held, keep):
     return np.sort(np.argsort(-votes, kind="stable")[:keep])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "kv", ["model", "int4", *(pytest.param(kv, marks=pytest.mark.slow) for kv in ("bf16", "int8"))]
 )
@@ -136,6 +138,7 @@ def test_what_stays_is_what_was_looked_at_most(kv):
                 np.testing.assert_array_equal(new[row, head, :count], leaf[row, head, stays])
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("length", [1, 5])
 def test_later_tokens_see_what_stayed_and_each_other(length):
     cache, _ = read([(100, (100, 70))], "latest")

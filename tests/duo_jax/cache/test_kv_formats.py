@@ -84,6 +84,7 @@ def test_how_a_text_is_cut_does_not_matter(kv, params, tokens):
     assert relative(parts, whole) < SLACK[kv]
 
 
+@pytest.mark.slow
 def test_fewer_bits_err_more_and_take_less(params, tokens):
     exact, cache = read(params, tokens, "model", [LENGTH])
     errors, sizes = [], [cache.nbytes]

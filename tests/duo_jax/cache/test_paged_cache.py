@@ -53,8 +53,8 @@ def read_dense(tokens, kv, dtype, implementation):
     ("kv", "implementation"),
     [
         pytest.param("bf16", "xla", marks=pytest.mark.slow),  # its tolerance is the widest
-        pytest.param("int4", "xla", marks=pytest.mark.slow),  # int2 has blocks beside
-        ("int2", "xla"),
+        ("int4", "xla"),
+        pytest.param("int2", "xla", marks=pytest.mark.slow),
         pytest.param("model", "xla", marks=pytest.mark.slow),  # so is every text of test_engine.py
         pytest.param("model", "interpret", marks=pytest.mark.slow),
     ],

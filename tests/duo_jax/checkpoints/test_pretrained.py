@@ -70,6 +70,7 @@ def folder(tmp_path) -> pathlib.Path:
     return models.write_hf(tmp_path / "model", models.llama())
 
 
+@pytest.mark.one_in(4)
 @every_family
 @every_dtype
 def test_tree_is_what_the_model_takes(tmp_path, raw, dtype):
@@ -346,6 +347,7 @@ def test_offline_and_not_in_the_cache():
         pretrained.resolve("org/unknown")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("status", "code", "message"),
     [

@@ -137,6 +137,7 @@ def test_transformers_reads_the_folder_so(tmp_path, name):
     np.testing.assert_allclose(logits(folder), transformers_logits(folder), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "weights"),
     spanning(

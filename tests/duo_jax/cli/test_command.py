@@ -171,6 +171,7 @@ def test_output_that_cannot_be_written_is_one_line():
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.slow
 def test_help_that_nobody_reads_to_its_end_is_no_error():
     command = [sys.executable, "-m", "duo_jax.plan", "--help"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

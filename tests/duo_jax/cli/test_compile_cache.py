@@ -64,6 +64,7 @@ def programs(place: pathlib.Path) -> list[pathlib.Path]:
     return sorted(place.glob("jit_program_*-cache"))
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder_and_write_again_what_is_damaged(tmp_path):
     place = str(tmp_path / "programs")
     both = [start(DUO_JAX_COMPILE_CACHE=place) for _ in range(2)]
@@ -107,6 +108,7 @@ def test_a_folder_that_jax_cannot_name_costs_one_line(tmp_path, monkeypatch):
     assert said.buffer.getvalue().endswith(b" cannot be used (no UTF-8): programs are not kept\n")
 
 
+@pytest.mark.slow
 def test_who_tells_jax_where_is_obeyed(tmp_path):
     mine, theirs = str(tmp_path / "mine"), str(tmp_path / "theirs")
     environment = {"DUO_JAX_COMPILE_CACHE": mine, "JAX_COMPILATION_CACHE_DIR": theirs}

@@ -178,6 +178,7 @@ TAILS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("config", TAILS.values(), ids=TAILS.keys())
 def test_longest_tail_bounds_every_tail(make, config, request):
     name = "tokenizer" if config.words == "vocabulary" else "coarse_tokenizer"

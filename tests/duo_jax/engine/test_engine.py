@@ -58,6 +58,7 @@ def test_preempted_requests_get_the_same(model, expected, reuse):
     assert served.stats().pages_used == 0
 
 
+@pytest.mark.slow
 def test_few_programs_serve_any_load(model):
     before = rows.decode_rows._cache_size(), rows.prefill_row._cache_size()
     served = make(model, max_requests=5, cache_tokens=1088)  # of a size that no other test has

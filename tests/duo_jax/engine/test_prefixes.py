@@ -55,6 +55,7 @@ def test_texts_with_a_common_beginning_share_it_from_the_second_on(model):
     assert [answer.cached for answer in answers] == [0, 0, 128]
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_read_twice_does_not_count_what_it_left_itself(model):
     """It gives up its pages for an older text, but for one that is kept, and finds this again."""
     served = make(model, max_requests=2, cache_tokens=384, prefill_chunk=1)

@@ -158,6 +158,7 @@ def test_the_result_says_what_was_measured_and_with_what(finished):
     assert (workdir / "compare.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_and_repeats_no_row(
     finished, model, tmp_path, monkeypatch
 ):

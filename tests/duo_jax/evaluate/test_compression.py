@@ -59,6 +59,7 @@ def test_think_notes_the_last_queries_of_every_row():
         np.testing.assert_allclose(found[row], squares, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_think_loses_nothing_where_the_pruned_channels_of_the_keys_are_zero(stacked, rows):
     """Rotation mixes channels 1 and 5, 2 and 6; the last 32 tokens keep all of theirs."""
     zero = jnp.zeros(8).at[jnp.array([1, 2, 5, 6])].set(1.0)
@@ -86,6 +87,7 @@ def test_think_prunes_channels_before_tokens_and_stays_within_the_budget(budget)
     assert "takes more" in ThinK.fitting(shape, 0.1)
 
 
+@pytest.mark.slow
 def test_shadowkv_of_full_rank_that_fetches_everything_is_full_attention(stacked, rows):
     *model, runtime = changed(stacked, lambda _, kernel: kernel)
     method = ShadowKV(rank=16, outliers=1, fetched=4, local=1)

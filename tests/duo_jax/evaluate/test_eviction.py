@@ -219,6 +219,7 @@ def quickly(*names: str) -> list:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", quickly("H2O"))
 def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, policy):
     slots = 4 * (LENGTH + ROOM)
@@ -394,6 +395,7 @@ def test_headkv_shares_out_the_budget_by_importance(slots):
         assert budgets[0, 0] == pytest.approx(4 + 45 / 8 + 45 / 2 * 3 / 5, abs=1)
 
 
+@pytest.mark.slow
 def test_headkv_with_an_empty_pool_is_snapkv(runtime, rows):
     equal = eviction.HeadKV(window=4, importance=((1.0, 0.0), (0.0, 0.0)), beta=1e9)
     slots = 4 * (ROOM + 12)
@@ -472,6 +474,7 @@ def test_fastgen_gives_each_head_the_cheapest_policy_that_recovers_its_attention
     assert chosen.sizes[0, 0].tolist() == [len(head) for head in kept]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "slots", [0, 40, 100, *(pytest.param(x, marks=pytest.mark.slow) for x in (5, 20, 60))]
 )

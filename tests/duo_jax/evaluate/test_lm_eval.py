@@ -123,6 +123,7 @@ def masked_logprobs(folder: pathlib.Path, pairs: list[tuple[list[int], list[int]
     ]
 
 
+@pytest.mark.slow
 def test_streaming_heads_score_as_behind_their_mask(tiny_model):
     texts = [(CONTEXT, " alpha bravo"), (CONTEXT, " charlie"), ("", "delta echo foxtrot")]
     streaming, full = (
@@ -203,6 +204,7 @@ def test_special_tokens_end_a_text_as_in_the_harness_s_own_model(tiny_model, tmp
     assert sum(one != other for one, other in zip(texts[0], texts[2], strict=True)) > 2
 
 
+@pytest.mark.slow
 def test_tokens_are_evicted_once_and_after_the_question(tiny_model):
     """As a served text's are: what is decoded one by one would not have voted."""
     from duo_jax.evaluate.harness import continuations
@@ -219,6 +221,7 @@ def test_tokens_are_evicted_once_and_after_the_question(tiny_model):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_generation_arguments(tiny_model):
     model = split(tiny_model)
     free = written(model, {})

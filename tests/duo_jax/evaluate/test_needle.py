@@ -158,6 +158,7 @@ def test_rows_say_what_was_measured(finished):
     assert (workdir / "needle.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_true_answer_is_scored_whatever_was_written(finished, folder):
     """Its likelihood is that of the answer's tokens in a text of which they are the end."""
     _, result = finished
@@ -214,6 +215,7 @@ def test_what_is_written_is_what_generate_writes(finished, folder):
             assert row["answer"] == document.answer
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_repeats_no_cell(finished, folder, tmp_path, monkeypatch):
     _, expected = finished
     answer, calls = needle_command._answer, []

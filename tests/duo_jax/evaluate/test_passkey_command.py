@@ -74,6 +74,7 @@ def test_a_pattern_that_is_another_now_is_another_run(folder, tmp_path, capsys, 
     assert "another configuration (split.recent_size was" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_divergence_is_that_of_the_distributions_on_the_answers(finished, folder):
     """Against logits of the whole text, read at once with every head's own mask."""
     _, result = finished

@@ -64,6 +64,7 @@ def test_chunks_are_read_as_the_caches_would_serve_each_token(folder, chunk, kv,
     assert cache_bytes > 0
 
 
+@pytest.mark.slow
 def test_rows_are_means_by_position(finished, folder):
     _, result = finished
     assert result["bounds"] == [1, 256, 300]

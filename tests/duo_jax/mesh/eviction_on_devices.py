@@ -28,6 +28,7 @@ def load(number: int, **options) -> duo_jax.DuoModel:
     return duo_jax.load("demo", devices=number, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("voters", ["latest", pytest.param("all", marks=pytest.mark.slow)])
 def test_the_tokens_that_stay_are_those_of_one_device(voters: Voters):
     duo, params = split(ONE, "model", "float32")

@@ -204,6 +204,7 @@ def test_the_command_finds_what_it_finds_on_one_device(tmp_path, method):
     np.testing.assert_allclose(four, one, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("little_text")
 def test_a_run_resumes_on_another_number_of_devices(tmp_path, monkeypatch):
     words = ["--num-steps", "4", "--checkpoint-every", "1", "--eval-samples", "0"]

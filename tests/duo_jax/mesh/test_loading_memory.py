@@ -99,6 +99,7 @@ def test_safetensors_are_loaded_in_parts(folder):
     check(load(folder))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_loaded_in_parts(folder, tmp_path):
     convert.main([str(folder), str(tmp_path / "converted")])
     check(load(tmp_path / "converted"))

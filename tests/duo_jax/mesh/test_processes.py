@@ -18,6 +18,7 @@ from duo_jax.errors import InputError
 from duo_jax.evaluate import __main__ as evaluate
 from duo_jax.server import __main__ as server
 from tests.processes import without_plugin_log
+from tests.small_demo import small_demo
 from train.identify import __main__ as identify
 
 pytestmark = pytest.mark.skipif(
@@ -67,10 +68,11 @@ def start(*words: str, auto: bool = False) -> list[subprocess.Popen[str]]:
 # Each process reads its parts of a checkpoint, and checks what it read together with the other.
 @pytest.mark.parametrize("stored", ["hf", pytest.param("checkpoint", marks=pytest.mark.slow)])
 def test_two_processes_write_what_one_does(tmp_path, capsys, stored):
-    words = ["--max-new-tokens", "8"]
+    model = small_demo()
     if stored == "checkpoint":
-        convert.main(["demo", str(tmp_path / "checkpoint")])
-        words += ["--model", str(tmp_path / "checkpoint")]
+        convert.main([str(model), str(tmp_path / "checkpoint")])
+        model = tmp_path / "checkpoint"
+    words = ["--model", str(model), "--max-new-tokens", "8"]
     both = start(*words, "--save-cache", str(tmp_path / "two"))
     found = [process.communicate(timeout=240) for process in both]
     capsys.readouterr()

@@ -253,6 +253,7 @@ def test_a_window_is_refused_where_it_hides_something(family, changes, refused):
         parse_config(FAMILY[family] | changes)
 
 
+@pytest.mark.one_in(5)
 @needs_torch
 @pytest.mark.parametrize(("family", "changes", "refused"), WINDOWS)
 def test_transformers_applies_the_windows_that_are_refused(tmp_path, family, changes, refused):
@@ -344,6 +345,7 @@ def complaint(raw: dict) -> str | None:
     return None
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", FAMILY)
 @pytest.mark.parametrize("key", KEYS)
 def test_another_type_is_one_clear_line_or_unread(family, key):

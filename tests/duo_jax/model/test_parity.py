@@ -61,6 +61,7 @@ def golden() -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", models.CASES.keys())
 def test_every_rung_equals_the_golden_file(tmp_path, name):
     raw = models.CASES[name]
@@ -85,6 +86,7 @@ def test_every_rung_equals_transformers(tmp_path, raw):
         assert relative_error(ours[rung], theirs[rung]) < 1e-5, rung
 
 
+@pytest.mark.one_in(3)
 @needs_torch
 @pytest.mark.parametrize("name", models.BY_ROPE)
 def test_bfloat16_errs_no_more_than_transformers_does(tmp_path, name):

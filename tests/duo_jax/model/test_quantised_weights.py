@@ -60,6 +60,7 @@ def on_device(kernel: QuantisedKernel) -> QuantisedKernel:
 # ---- quantising
 
 
+@pytest.mark.one_in(5)
 @kernels
 @pytest.mark.parametrize("weights", STORED)
 @pytest.mark.parametrize("strided", [False, True])
@@ -134,6 +135,7 @@ def test_what_cannot_be_quantised_is_refused_in_one_line():
 # ---- products
 
 
+@pytest.mark.one_in(5)
 @kernels
 @pytest.mark.parametrize("weights", STORED)
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
@@ -173,6 +175,7 @@ def test_w8a8_rows_have_scales_of_their_own():
     assert (nothing == 0).all()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize("rows", [1, 6])
 def test_bfloat16_is_rounded_once(weights, rows):
@@ -232,6 +235,7 @@ def relative_error(got, want):
     return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("raw", "weights"),
     [(MODELS["llama, multi-query, biases"], weights) for weights in FORMATS]
@@ -272,6 +276,7 @@ def test_chunks_and_single_tokens_equal_one_forward(weights):
     np.testing.assert_allclose(parts, whole, atol=2e-4)
 
 
+@pytest.mark.one_in(4)
 @every_model
 @pytest.mark.parametrize("weights", FORMATS)
 def test_quantising_and_reordering_commute(raw, weights):
@@ -292,6 +297,7 @@ def test_quantising_and_reordering_commute(raw, weights):
     assert not np.array_equal(layers[0]["self_attn"]["q_proj"]["kernel"].values, kernel.values)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("weights", ["model", *FORMATS])
 def test_only_projections_are_quantised_and_shapes_are_known_beforehand(weights, tmp_path):
     raw = MODELS["llama, multi-query, biases"]
@@ -337,6 +343,7 @@ def test_load_knows_the_formats():
         model.load("demo", weights="int3")
 
 
+@pytest.mark.slow
 def test_a_saved_cache_belongs_to_its_format(tmp_path):
     """Conversations compare this digest; w8a8 has the leaves of int8, and another result."""
     folder = models.write_hf(tmp_path, models.llama())
@@ -377,6 +384,7 @@ def test_the_demo_model_answers_in_four_bits(capfd):
     assert "function arguments version twelf implement keyword parameter" in capfd.readouterr().out
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("weights", STORED)
 def test_a_quantised_checkpoint_serves_what_quantising_on_load_serves(weights, tmp_path):
     raw = MODELS["llama, multi-query, biases"]

@@ -78,6 +78,7 @@ def rows_of(text: str) -> dict[tuple[str, ...], list[str]]:
 # What is counted, is exact.
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kv", ["model", "bf16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("context", [1, 63, 64, 1000])
@@ -237,6 +238,7 @@ LARGE = {
 }
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
 @pytest.mark.usefixtures("unhooked")
 def test_the_largest_models_are_planned_as_quickly_as_others(sizes, tmp_path, capsys):
@@ -401,6 +403,7 @@ def test_gpus_are_those_that_programs_are_compiled_for():
 # The picture.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unhooked")
 def test_a_picture_is_written_when_it_is_complete(printed, tmp_path):
     file = tmp_path / "plan.png"

@@ -47,6 +47,7 @@ def compare(workload: Workload, setting: Setting, gpu: str) -> None:
     assert parts.total == pytest.approx(peak, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
 @pytest.mark.parametrize("weights", ["model", pytest.param("w8a8", marks=pytest.mark.slow)])
 def test_estimates_are_within_3_percent_of_the_compiler(weights):

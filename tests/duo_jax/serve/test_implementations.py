@@ -69,6 +69,7 @@ def written(implementation: str, mode: str):
 
 
 # tests/kernels compares what the modes call; a chunk seen whole needs fewer of its masks.
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", pytest.param("chunk", marks=pytest.mark.slow)])
 def test_serving_writes_the_same_greedy_tokens(mode):
     logits, tokens = written("interpret", mode)

@@ -42,6 +42,7 @@ def promised(weights: str, layers: int = 1) -> int:
     return layers * (2 * VALUES if weights == "model" else VALUES + 4 * CHANNELS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # w8a8 stores what int8 does
     "weights", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "w8a8")), "int4"]
 )

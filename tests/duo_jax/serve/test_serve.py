@@ -230,6 +230,7 @@ def test_chunk_mode_of_one_chunk_is_dense():
     np.testing.assert_allclose(logits[:, 0], masked_logits(ALL, tokens)[:, -1], atol=2e-5)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", models.BY_SERVING)
 def test_every_family_is_served(name):
     raw = models.CASES[name]
@@ -252,6 +253,7 @@ def test_every_family_is_served(name):
     np.testing.assert_allclose(logits, expected[:, -1], atol=3e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("sink", "recent"), [(0, 1), pytest.param(3, 1, marks=pytest.mark.slow), (50, 50)]
 )

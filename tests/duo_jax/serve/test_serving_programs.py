@@ -34,6 +34,7 @@ def trace(chunk: int, *, sink: int, recent: int, max_len: int, heads=HEADS, mode
     )
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mode", ["exact", "chunk"])
 @pytest.mark.usefixtures("unhooked")
 def test_prefill_does_not_grow(mode):

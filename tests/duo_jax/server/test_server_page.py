@@ -139,6 +139,7 @@ def test_a_model_without_chat_template_continues_a_text(page, model, monkeypatch
     assert wait_for_answer(page) == model.generate(["Passkey first"], max_new_tokens=8)[0]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1200])
 def test_nothing_is_wider_than_the_screen(page, scheme, width):

@@ -93,6 +93,7 @@ def test_of_several_texts_none_is_written_if_one_finds_no_place(slow):
     assert slow.engine.stats().new_tokens == 0
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_the_requests_of_a_client_that_goes_away_are_cancelled(slow, path, stream):
@@ -135,6 +136,7 @@ def test_a_server_that_ends_lets_requests_end_and_takes_no_more(slow):
     wait_for(lambda: slow.server.should_exit)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_engine_that_fails_answers_what_waits_for_it(model, stream, monkeypatch):
     engine = DenseEngine(model)

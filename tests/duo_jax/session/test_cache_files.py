@@ -103,6 +103,7 @@ def test_a_loaded_cache_goes_on_bit_for_bit(tmp_path, written):
     assert_equal(loaded, session)
 
 
+@pytest.mark.slow
 def test_a_cache_loads_into_any_size_that_holds_it(saved):
     sessions = [Session(runtime(), max_len=size) for size in (None, 50)]
     for session in sessions:
@@ -253,6 +254,7 @@ def flipped(content: bytes, place: int, bit: int) -> bytes:
 FILES = ["cache.json", "tokens.safetensors", "logits.safetensors", "layer-00002.safetensors"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_bit_anywhere_is_noticed(copy, name):
     rng, content, model = random.Random(0), (copy / name).read_bytes(), runtime()
@@ -319,9 +321,9 @@ def test_what_a_header_claims_is_refused_before_memory_is_taken(copy, monkeypatc
 @pytest.mark.parametrize(
     ("kv", "value"),
     [
+        ("model", np.nan),
         # With codes, and numbers as in "model" beside them.
-        ("int2", np.nan),
-        pytest.param("model", np.nan, marks=pytest.mark.slow),
+        pytest.param("int2", np.nan, marks=pytest.mark.slow),
         pytest.param("int4", -np.inf, marks=pytest.mark.slow),
     ],
 )
@@ -363,6 +365,7 @@ def test_no_number_that_is_not_finite_is_loaded_or_saved(tmp_path, kv, value):
     assert [file.name for file in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_finite_is_what_numpy_says(dtype):
     bits = np.arange(1 << 16, dtype=np.uint32)

@@ -146,6 +146,7 @@ def test_threads_take_turns(renderer):
     assert answers == {str(i): [str(i)] * 50 for i in range(4)}
 
 
+@pytest.mark.one_in(2)
 @only_linux
 @pytest.mark.parametrize(
     ("template", "how"),

@@ -98,6 +98,7 @@ def one_by_one(tokenizer, text: str, **options) -> Detokenizer:
     return detokenizer
 
 
+@pytest.mark.one_in(2)
 @every_tokenizer
 def test_streamed_unicode_is_the_decoded_whole(name):
     tokenizer, rng = tokenizer_named(name), np.random.default_rng(0)
@@ -113,6 +114,7 @@ def test_streamed_unicode_is_the_decoded_whole(name):
         assert not detokenizer.stopped
 
 
+@pytest.mark.one_in(4)
 @every_tokenizer
 @pytest.mark.parametrize("skip", [True, False], ids=["special skipped", "special shown"])
 def test_streamed_garbage_is_the_decoded_whole(name, skip):
@@ -139,6 +141,7 @@ def test_streamed_garbage_is_the_decoded_whole(name, skip):
     assert bad > 10
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 def test_text_comes_as_soon_as_its_characters_are_whole(name):
     tokenizer, rng = tokenizer_named(name), np.random.default_rng(2)
@@ -267,6 +270,7 @@ def cut(text: str, stops: list[str]) -> tuple[str, bool]:
     return text, False
 
 
+@pytest.mark.one_in(2)
 @every_tokenizer
 def test_text_ends_before_the_first_stop_string(name):
     tokenizer, rng = tokenizer_named(name), np.random.default_rng(3)

@@ -62,6 +62,7 @@ def kept(session):
     return np.asarray(session.cache.kept).tolist()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("keep_by", ["snapkv", "kvzip"])
 def test_each_turn_keeps_a_part_of_what_was_read(keep_by):
     session = Session(runtime(keep_by=keep_by, instruction=INSTRUCTION))
@@ -75,6 +76,7 @@ def test_each_turn_keeps_a_part_of_what_was_read(keep_by):
     assert np.asarray(session.cache.lengths).tolist() == [304 + 95 + 3]
 
 
+@pytest.mark.slow
 def test_bytes_are_freed():
     session = Session(runtime(), max_len=2000)
     session.append([prompt(1500)])
