@@ -76,7 +76,7 @@ class Choice:
 
 
 class _Row(TypedDict):
-    """What is measured; scores have a list for each text, with an item per pass key."""
+    """What is measured; scores have a list for each text, with an item per passkey."""
 
     haystack: str
     exact: list[list[Fraction]]
@@ -169,7 +169,7 @@ class _Lab:
     def measure(
         self, length: int, passkeys: int, choices: list[Choice], bar: tqdm
     ) -> list[dict[str, Any]]:
-        """Return a row for each choice, at one length with one number of pass keys.
+        """Return a row for each choice, at one length with one number of passkeys.
 
         Choices of the same heads have one row. Full attention is computed once more where it is
         needed to compare with: its row stays as it is.
@@ -248,7 +248,7 @@ def _row(test: RetrievalTest, scores: RetrievalScores, seconds: float) -> dict[s
 
 
 def _of_texts(row: dict[str, Any], length: int, passkeys: int, choice: Choice) -> dict[str, Any]:
-    """Return a row of the result: each text's means over its pass keys."""
+    """Return a row of the result: each text's means over its passkeys."""
     return {
         "num_passkeys": passkeys,
         "length": length,

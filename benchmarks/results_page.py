@@ -78,10 +78,12 @@ SECTIONS = (
         text=(
             "Bytes are those of the live buffers. *needle*: the question is part of the prompt, as "
             "token-eviction papers measure. *passkeys*: the text is compressed before any question "
-            "is asked, as in a conversation about a long text. Learned gates are below the "
-            "attention profile in one place, one needle with a quarter of the bytes, inside the "
-            "error: only two heads are kept there, three of the second layer are about equal "
-            "(gates .973, .969, .966; profile .984 each), and each method leaves out another one."
+            "is asked, as in a conversation about a long text. Measured before KVzip, ThinK, "
+            "ShadowKV and CHAI were added: [those](evaluate.md#beside-other-methods). Learned "
+            "gates are below the attention profile in one place, one needle with a quarter of the "
+            "bytes, inside the error: only two heads are kept there, three of the second layer are "
+            "about equal (gates .973, .969, .966; profile .984 each), and each method leaves out "
+            "another one."
         ),
         table=compare_report.to_markdown,
     ),

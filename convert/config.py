@@ -21,7 +21,7 @@ class ConvertConfig:
     checkpoint."""
 
     dst: Annotated[tyro.conf.Positional[pathlib.Path], tyro.conf.arg(metavar="DST")]
-    """The folder to make; must not exist, or be empty."""
+    """The folder to make: a new one, or an empty one."""
 
     to_hf: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write a Hugging Face folder with safetensors instead of a checkpoint."""
@@ -32,7 +32,7 @@ class ConvertConfig:
     weights: StoredFormat = "model"
     """Format of the layers' projections. model: unchanged. int8: 8 bits, one scale per output
     channel; served with --weights int8 or w8a8. int4: 4 bits, one scale per output channel and 128
-    inputs. A quantised checkpoint cannot be converted back."""
+    inputs. Not with --to-hf: a quantised checkpoint cannot be converted back."""
 
     allow_pickle: tyro.conf.FlagCreatePairsOff[bool] = False
     """Read pickled weights (pytorch_model.bin) if there are no safetensors. Only for files that you

@@ -139,6 +139,7 @@ def main(args: list[str] | None = None) -> None:
         prog="python -m convert.fetch",
         description=_DESCRIPTION,
         args=args,
+        keep_programs=False,
     )
 
 

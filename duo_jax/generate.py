@@ -52,10 +52,11 @@ class GenerateConfig(ModelFlags, ClusterFlags):
     prompt_file: pathlib.Path | None = None
     """File whose text comes before --prompt; "-" reads standard input."""
     chat: bool = False
-    """Format the prompt with the model's chat template. Without a prompt, in a terminal: a
-    conversation, line by line."""
+    """Format the prompt with the model's chat template. Without a prompt it opens a conversation in
+    the terminal, line by line."""
     system: str | None = None
-    """System message of the chat. "" takes the place of one that the template has."""
+    """System message of the chat; it replaces the one that the template has, even where it is empty
+    ("")."""
     chat_template_kwargs: str = "{}"
     """Variables for the chat template, a JSON object: '{"enable_thinking": false}' for Qwen3."""
     load_cache: pathlib.Path | None = None
@@ -66,7 +67,7 @@ class GenerateConfig(ModelFlags, ClusterFlags):
     max_new_tokens: Size = 256
     """Maximum number of tokens to write; 0 only reads the prompt, to save its cache."""
     stop: tuple[str, ...] = ()
-    """Strings at which to stop."""
+    """Strings at which the text stops."""
     seed: Seed = 0
     """Random seed; the same seed gives the same text."""
     sampling: Annotated[SamplingConfig, tyro.conf.arg(name="")] = dataclasses.field(
@@ -272,7 +273,7 @@ def _summary(conversation: Conversation) -> str:
         f"[{timing.prefill_tokens:,} tokens read in {timing.prefill_seconds:.2f} s, "
         f"{timing.decode_tokens:,} written at {speed:.1f} tokens/s, "
         f"{timing.compile_seconds:.1f} s compiling; "
-        f"cache {_bytes(used)}, with full caches only {_bytes(full)}]"
+        f"cache {_bytes(used)}; if all were full, {_bytes(full)}]"
     )
 
 

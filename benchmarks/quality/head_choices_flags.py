@@ -20,7 +20,7 @@ from train.identify.flags import default_config
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Templates(PasskeyTemplates):
-    """The words around pass keys; how many there are is a flag of its own."""
+    """The words around passkeys; how many there are is a flag of its own."""
 
     num_passkeys: tyro.conf.Suppress[tyro.conf.Fixed[int]] = 1
 
@@ -50,9 +50,9 @@ class HeadChoicesFlags:
     recent: Count | None = None
     """Number of latest tokens that a streaming head keeps. Default: the first pattern's."""
     seed: Seed = 0
-    """Random seed of texts and pass keys."""
+    """Random seed of texts and passkeys."""
     text: tuple[str, ...] = ()
-    """Text to hide pass keys in, as in python -m train.identify: name what the patterns learned
+    """Text to hide passkeys in, as in python -m train.identify: name what the patterns learned
     from, so that the part is read that they never saw."""
     dtype: Literal["bfloat16", "float16", "float32"] = "float32"
     """Data type of weights and activations."""
@@ -87,7 +87,7 @@ class HeadChoicesFlags:
 
 
 def default(model: str, folder: pathlib.Path) -> HeadChoicesFlags:
-    """Return the defaults for a model: pass keys of its identify.json if it has one, else digits.
+    """Return the defaults for a model: passkeys of its identify.json if it has one, else digits.
 
     Args:
       model: the value of --model.

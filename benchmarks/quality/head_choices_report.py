@@ -54,12 +54,12 @@ def write(result: Result, out: pathlib.Path) -> None:
 
 
 def to_markdown(result: Result) -> str:
-    """Write the settings, and a table for each number of pass keys."""
+    """Write the settings, and a table for each number of passkeys."""
     settings = result["settings"]
     heads = result["layers"] * result["kv_heads"]
     parts = [
         f"{result['model']}, {heads} KV heads, {result['dtype']}; sink {settings['sink']}, recent "
-        f"{settings['recent']}; pass keys of "
+        f"{settings['recent']}; passkeys of "
         f"{in_words(settings['data']['words'], settings['data']['passkey_words'])} in "
         f"{_haystacks(result)}. ±: two standard errors over texts (none for a single text), of "
         "differences paired by text; of random heads, means over seeds, and in brackets the range "
@@ -67,7 +67,7 @@ def to_markdown(result: Result) -> str:
         f"jax {result['jax']}, {result['run_minutes']} minutes.",
     ]
     for passkeys in _numbers(result):
-        keys = "1 pass key" if passkeys == 1 else f"{passkeys} pass keys"
+        keys = "1 passkey" if passkeys == 1 else f"{passkeys} passkeys"
         parts += [f"### {keys} in a text", _table(result, passkeys)]
     return "\n\n".join(parts)
 
@@ -128,7 +128,7 @@ def plot(result: Result, path: pathlib.Path) -> None:
     for of_row, (number, score) in zip(axes, panels, strict=True):
         for panel, sparsity in zip(of_row, sparsities, strict=True):
             _draw(panel, result, number, score, sparsity)
-            keys = "1 pass key" if number == 1 else f"{number} pass keys"
+            keys = "1 passkey" if number == 1 else f"{number} passkeys"
             panel.set_title(f"{keys}, {sparsity:.0%} of the heads streaming", fontsize=10)
         of_row[0].set_ylabel(_AXES[score])
     for panel in axes[-1]:

@@ -25,7 +25,7 @@ from duo_jax.process import locks
 
 OFF = "--no-compile-cache"
 HELP = f"""\
-Compiled programs are kept in the user's cache folder for the next run; not with {OFF}.
+Compiled programs are kept in the user's cache folder for the next run, unless {OFF} is given.
 """
 VARIABLE = "DUO_JAX_COMPILE_CACHE"  # another folder, or "off"
 

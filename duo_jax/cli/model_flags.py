@@ -33,7 +33,7 @@ class ModelFlags:
     sparsity: Fraction | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     threshold: Fraction | None = None
-    """Instead of --sparsity: a head whose gate is above this value is a retrieval head."""
+    """Instead of --sparsity: a head whose gate is above this value, 0 to 1, is a retrieval head."""
     sink: Size | None = None
     """Number of first tokens (attention sinks) that a streaming head keeps. Default: the
     pattern's."""
@@ -58,8 +58,8 @@ class ModelFlags:
     and head. int2: keys have a scale per channel in blocks of 64 tokens, and the latest 64 tokens
     stay exact."""
     keep: Share = 1.0
-    """Fraction of the tokens read that a retrieval head keeps. The others are evicted before
-    anything is written, and their memory is freed. Not with --kv int2."""
+    """Fraction, above 0 and up to 1, of the tokens read that a retrieval head keeps. The others are
+    evicted before anything is written, and their memory is freed. Not with --kv int2."""
     keep_by: KeepBy = "snapkv"
     """Which tokens those are. snapkv: what the end of the text looks at; put the question there.
     kvzip: what the model needs to repeat the text, for questions that come later; it takes as long
@@ -68,8 +68,8 @@ class ModelFlags:
     """Number of devices that share weights, caches and work. Default: all GPUs if one cannot hold
     the weights and a cache of the model's range, else one."""
     groups: Count = 1
-    """With --devices: groups of them that each hold the whole model, and serve an equal share of
-    the rows of a batch."""
+    """With --devices, which it must divide: groups of devices that each hold the whole model, and
+    serve an equal share of the rows of a batch."""
     implementation: Implementation = "auto"
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on (mosaic on an
     H100 or H200 whose jax has no Triton), else xla. triton: our kernels. interpret: our kernels in

@@ -41,15 +41,15 @@ class PasskeyTemplates:
     """The words around a passkey, and the words of it; the defaults are the paper's."""
 
     num_passkeys: int = 10
-    """Passkeys hidden in each sample, and questions at its end."""
+    """Passkeys hidden in each sample, and questions at its end, 1 to 20."""
     passkey_words: Many = 32
     """Words of each passkey."""
     words: Words = "nato"
     """Words that passkeys consist of.
     nato: words of the NATO alphabet, with replacement.
     vocabulary: distinct lower-case words of one token each, for very small models.
-    digits: distinct numbers of five digits, which small pretrained models recall. Texts and
-    --passkey-words that were left at their defaults are other ones then: one number a passkey,
+    digits: distinct numbers of five digits, which small pretrained models recall. A passkey is one
+    number then, and the texts that are left at their defaults change: the needle becomes
     "The {name} pass key is{passkey}. Remember it.{passkey} is the {name} pass key."."""
     intro: Template = "Here is a long text with passkeys hidden in it. Remember them.\n<text>\n"
     """Text before the haystack."""

@@ -46,7 +46,8 @@ class PasskeyConfig(PasskeyTemplates):
     max_length: Count = 32_000
     """Longest sample, in tokens, needles and questions included."""
     num_lengths: Many = 50
-    """Haystack lengths, evenly spaced from min_length to max_length; a sample draws one."""
+    """Number of haystack lengths, evenly spaced from --min-length to --max-length; a sample draws
+    one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -56,20 +56,23 @@ class PlanConfig:
     sparsity: Fraction | None = None
     """Fraction of streaming heads, 0 to 1. Default: 0.5."""
     weights: WeightFormat | None = None
-    """Plan only this format of the layers' projections, in addition to the unquantised model."""
+    """Plan this format of the layers' projections alone, beside the unquantised model. Default: the
+    usual formats."""
     kv: KVFormat | None = None
-    """Plan only this format of the caches, in addition to the unquantised model."""
+    """Plan this format of the caches alone, beside the unquantised model. Default: the usual
+    formats."""
 
     devices: Count = 1
     """GPUs of this kind that share the model and its caches."""
     batch: Count = 1
-    """Rows that are served together."""
+    """Texts that are served together."""
     chunk: Count = 8192
     """Tokens of a prompt that are read at a time; fewer take less workspace."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of weights, activations and caches, where they are not quantised."""
     context: Count | None = None
-    """Also print which setting fits this many tokens per row with the least loss."""
+    """Also print which setting fits this many tokens per row with the least loss of
+    quality."""
     verify: bool = False
     """Also compile the decode step and the reading of a chunk for the GPU, which need not be here,
     and compare. Takes minutes per row: choose one with --weights or --kv."""

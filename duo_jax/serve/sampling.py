@@ -27,15 +27,16 @@ class SamplingConfig:
 
     temperature: Annotated[float, Meta(ge=0.0)] = 0.0
     """0 always takes the most probable token; 1 draws from the model's own probabilities; higher
-    values make rare tokens more likely."""
+    values, without a limit, make rare tokens more likely."""
     top_k: Annotated[int, Meta(ge=0)] | None = None
-    """Keep only the k most probable tokens; 0: all of them."""
+    """Keep only the k most probable tokens; 0 or not given: all of them."""
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] | None = None
-    """Keep only the most probable tokens whose probabilities add up to p."""
+    """Keep only the most probable tokens whose probabilities add up to this, above 0; 1: all."""
     min_p: Fraction | None = None
-    """Keep only tokens with at least min_p times the probability of the most probable token."""
+    """Keep only tokens with at least this share, 0 to 1, of the highest probability."""
     repetition_penalty: Annotated[float, Meta(gt=0.0)] | None = None
-    """Above 1: tokens that already occurred, in the prompt or the answer, become less likely."""
+    """Above 1, tokens that already occurred, in the prompt or the answer, become less likely; below
+    1, more likely; 1: no change."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -21,6 +21,9 @@ Serve a split model to many clients, with the HTTP interface of OpenAI: /v1/chat
 
 Needs the extra "server": pip install "duo_jax[server]". On Ctrl-C or SIGTERM it refuses new
 requests, gives running ones time to finish, and exits with code 0; a second signal exits at once.
+
+The flags from --temperature on hold where a request says nothing. By default they are those of the
+model's generation_config.json, else OpenAI's temperature of 1.
 """
 _EXTRA = ("fastapi", "uvicorn", "llguidance", "prometheus_client")
 

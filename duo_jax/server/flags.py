@@ -53,10 +53,10 @@ class ServerFlags(ModelFlags):
     prefix_reuse: bool = True
     """Keep the caches of prompts, for later ones that begin alike."""
     snapshots: Size = 32
-    """How many beginnings of prompts are kept at most."""
+    """Maximum number of beginnings of prompts that are kept."""
     pin: tuple[pathlib.Path, ...] = ()
-    """Folders that `python -m duo_jax.generate --save-cache` wrote: their texts are never read
-    again, whatever comes."""
+    """Folders that `python -m duo_jax.generate --save-cache` wrote: their texts are
+    kept for good, and never read again."""
     warm_up: bool = True
     """Compile programs for requests of all sizes before the server is ready."""
     prefill_chunk: Count = 1024
@@ -71,7 +71,7 @@ class ServerFlags(ModelFlags):
     drain_seconds: NotNegative = 30.0
     """Seconds that running requests have to end after SIGTERM or Ctrl-C."""
     max_body_bytes: Count = 16 * 2**20
-    """Largest body of a request (413)."""
+    """Largest body of a request; a larger one is refused (413)."""
     access_log: bool = False
     """Print a line for every request."""
 

@@ -32,7 +32,7 @@ PATTERN = Pattern(gates=GATES, sink_size=4, recent_size=8)
 QUESTION = " What is it?"
 SUMMARY = re.compile(
     r"\[([\d,]+) tokens read in [\d.]+ s, ([\d,]+) written at [\d.]+ tokens/s, [\d.]+ s compiling; "
-    r"cache ([\d.]+) kB, with full caches only ([\d.]+) kB\]"
+    r"cache ([\d.]+) kB; if all were full, ([\d.]+) kB\]"
 )
 
 

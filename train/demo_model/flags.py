@@ -14,7 +14,7 @@ class DemoConfig:
     workdir: str = "runs/demo-model"
     """Folder of checkpoints and metrics; the same command resumes from it."""
     output: pathlib.Path | None = None
-    """Folder for the model; must not exist, or be empty. Default: model/ in the workdir."""
+    """Folder for the model: a new one, or an empty one. Default: model/ in the workdir."""
     seed: Seed = 0
     """Random seed of initial weights and documents."""
     checkpoint_every: Count = 25

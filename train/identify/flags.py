@@ -74,8 +74,9 @@ class IdentifyConfig:
     method: Method = "optimise"
     """How to find retrieval heads.
     optimise: learn gates by distillation on passkeys, the paper's method.
-    budget: learn gates whose mean is --target-sparsity's at every step, on how far the answers are
-    from those of full attention. On SmolLM2 it found better heads than optimise in as many steps.
+    budget: learn gates from how far the answers are from those of full attention; their mean is
+    set at every step, and falls to 1 - --target-sparsity. On SmolLM2 it found better heads than
+    optimise in as many steps.
     masks: learn masks that are 0 or 1 at --target-sparsity on next-token loss (PruLong).
     attribute: integrate the gradient of the answers' likelihood along the gates, from all 1 to
     their mean at --target-sparsity; no training.
@@ -95,18 +96,20 @@ class IdentifyConfig:
     as ten steps (budget) or as a small head start (masks)."""
 
     num_steps: Count | None = None
-    """Optimisation steps, one sample each. Default: 2,000; of --method budget, 100; of --method
-    masks, 1,000. Of --method attribute: points of the path; 40."""
+    """Optimisation steps, one sample each. Without a preset: 2,000; with --method budget, 100; with
+    masks, 1,000. With --method attribute, points of the path; without a preset, 40."""
     learning_rate: Positive | None = None
-    """Peak learning rate; rises over the first fifth of the steps, falls over the last. Default:
-    0.02. Of --method budget: constant, in logits of a gate per gradient of mean size; 0.7. Of
-    --method masks: rises over a tenth, falls along a cosine; 0.1, or 40 / steps if that is more."""
+    """Peak learning rate; it rises over the first fifth of the steps and falls over the last.
+    Without a preset: 0.02. With --method budget it is constant, in logits of a gate per gradient of
+    mean size: 0.7. With masks it rises over a tenth of the steps, then falls along a cosine: 0.1,
+    or 40 / steps if that is more."""
     reg_weight: NotNegative = 0.05
-    """Weight of the mean gate in the loss. Larger: fewer retrieval heads."""
+    """Weight of the mean gate in the loss of --method optimise and lm. Larger: fewer retrieval
+    heads."""
     target_sparsity: Fraction | None = None
-    """Steer the mean gate to 1 minus this, in place of the fixed weight. For models whose gates
-    nearly all stay at 1, as they do with grouped queries. Default of --method budget and masks:
-    0.75. Of --method attribute: where the path ends; default, at gates of 0."""
+    """Steer the mean gate to 1 minus this sparsity, in place of the fixed weight: for models whose
+    gates nearly all stay at 1, as they do with grouped queries. Default with --method budget and
+    masks: 0.75. With --method attribute it is where the path of the gates ends; default: at 0."""
     target_sparsities: tuple[Fraction, ...] = ()
     """Several targets: one run for each, as if it were alone, in target-0.5 and so on of the work
     folder. They are not nested: a pattern is made for the sparsity that it is served at."""

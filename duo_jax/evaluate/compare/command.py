@@ -39,7 +39,9 @@ the largest setting whose live buffers, with room for all questions and answers,
 budget.
 
 Without flags this measures the demo model that ships with duo_jax, in minutes. Defaults shown are
-those of the model named by --model: its own preset (evaluate.json) where it has one.
+those of the model named by --model: its own preset (evaluate.json) where it has one, else the
+command's own. Budgets and methods decide what is kept: --sparsity, --threshold, --kv and --keep are
+refused.
 """
 # Fields that decide which rows there are, not what is in them.
 _ROW_CHOICE = ("workdir", "budgets", "tasks", "methods", "random_seeds")

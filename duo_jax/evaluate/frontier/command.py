@@ -34,7 +34,9 @@ but those that can only be worse than one that was measured, draw the frontier, 
 setting for each budget, ready to be pasted into duo_jax.load.
 
 Without flags this measures the demo model that ships with duo_jax. Defaults shown are those of the
-model named by --model: its own preset (evaluate.json) where it has one.
+model named by --model: its own preset (evaluate.json) where it has one, else the command's own.
+--sparsities, --kv-formats and --keeps take the place of --sparsity, --threshold, --kv and --keep,
+which are refused.
 """
 # Fields that decide which rows there are, not what is in them.
 _ROW_CHOICE = ("workdir", "batch", "budgets", "sparsities", "kv_formats", "keeps", "tasks")

@@ -61,14 +61,15 @@ class FrontierConfig(ModelFlags):
     sparsities: tuple[Fraction, ...] = (0.5, 0.75, 0.875)
     """Fractions of streaming heads."""
     kv_formats: tuple[KVFormat, ...] = ("int8", "int4")
-    """Formats of caches: bf16, int8, int4, int2."""
+    """Formats of caches, beside the model's own: bf16, int8, int4, int2."""
     keeps: tuple[Share, ...] = (0.5, 0.25, 0.125)
     """Fractions of tokens that retrieval heads keep."""
     keep_by: KeepBy = "kvzip"
-    """Which tokens those are, as in generate."""
+    """Which tokens --keeps keeps. snapkv: what the end of the text looks at. kvzip: what the model
+    needs to repeat the text."""
     tasks: tuple[TaskName, ...] = ("passkeys",)
-    """needle: one passkey; the question is read before tokens are evicted. passkeys: several
-    questions come after it."""
+    """needle: one passkey; the question is read before tokens are evicted. passkeys: several;
+    their questions come after tokens are evicted."""
     text: tuple[str, ...] = ()
     """Text to hide passkeys in: files (.jsonl, .ndjson and .json hold texts as JSON; also packed,
     as .zst), folders, or the name of a Hugging Face data set. Default: the language reference that

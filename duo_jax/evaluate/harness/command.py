@@ -48,7 +48,8 @@ class LmEvalConfig(LmEvalFlags):
     system_instruction: str | None = None
     """System message of the chat."""
     gen_kwargs: str | None = None
-    """Generation arguments in place of the tasks' own, such as temperature=0.7,max_gen_toks=64."""
+    """Generation arguments in place of the tasks' own, such as temperature=0.7,max_gen_toks=64.
+    Known: until, max_gen_toks, do_sample, temperature, top_k, top_p, min_p, repetition_penalty."""
     lengths: tuple[Count, ...] = ()
     """Lengths, in tokens, of the contexts that tasks such as RULER's generate. Default: the task's
     own (4,096)."""

@@ -23,7 +23,8 @@ class LmEvalFlags(ModelFlags):
     """Where a context that is too long is cut. middle: its beginning and its end are kept, as in
     LongBench."""
     max_length: Annotated[int, Meta(ge=2, le=LARGEST_INT32)] | None = None
-    """Most tokens of a context and its continuation together. Default: the model's range."""
+    """Maximum number of tokens of a context and its continuation together. Default: the model's
+    range."""
     batch_size: Count = 1
     """Rows that are decoded together. The options of a question share the reading of their context
     where they are in one batch."""

@@ -61,8 +61,8 @@ class NeedleTemplates:
     """Number of random words that {words} stands for."""
     words: Words = "nato"
     """Kind of random words: the NATO alphabet, lower-case words that are one token each, or numbers
-    of five digits. With digits, what was left at its default is another sentence: "The pass key is
-    {answer}. Remember it.", and the answer one number."""
+    of five digits. With digits, the answer is one number, and the texts that are left at their
+    defaults change: the needle becomes "The pass key is {answer}. Remember it."."""
 
     def __post_init__(self) -> None:
         if self.words == "digits":

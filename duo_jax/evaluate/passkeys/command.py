@@ -31,7 +31,7 @@ after the other. This is the task that identification learns from, on other text
 caches that serve the model. A passkey counts when greedy decoding would write all of it.
 
 Without flags this measures the demo model that ships with duo_jax. Defaults shown are those of the
-model named by --model: its own preset (evaluate.json) where it has one.
+model named by --model: its own preset (evaluate.json) where it has one, else the command's own.
 """
 # Fields that do not change a row.
 _OPERATIONAL = ("workdir", "full", "all_streaming", "batch")

@@ -25,7 +25,9 @@ from those before it, by their number: with full caches, with streaming heads, a
 caches in fewer bits.
 
 Without flags this measures the demo model that ships with duo_jax. Defaults shown are those of the
-model named by --model: its own preset (evaluate.json) where it has one.
+model named by --model: its own preset (evaluate.json) where it has one, else the command's own.
+--sparsities takes the place of --sparsity and --threshold, which are refused; so is --keep, as
+nothing is written.
 """
 # Fields that decide which rows there are, not what is in them.
 _ROW_CHOICE = ("workdir", "full", "sparsities", "weight_formats", "kv_formats")
