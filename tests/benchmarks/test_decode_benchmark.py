@@ -142,6 +142,7 @@ def test_folder_is_the_same_model_here_and_in_transformers(tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_every_reading_starts_at_the_beginning(tmp_path):
     model = small_model()
     params = variants.load_params(random_model.ensure_folder(model, tmp_path), model)

@@ -35,6 +35,7 @@ def test_a_cold_and_a_warm_run(model, capsys, monkeypatch):
     assert parts[1]["compile"] < parts[0]["compile"]
 
 
+@pytest.mark.slow
 def test_a_command_that_fails(model):
     flags = first_token.FirstTokenFlags(model=model, prompt="")
     with pytest.raises(InputError, match="the command failed: the prompt is empty"):

@@ -65,6 +65,7 @@ def programs(monkeypatch):
     return ran
 
 
+@pytest.mark.slow
 def test_every_published_program_raises_the_peak_of_memory(programs, tmp_path):
     table = new_table(tmp_path, seconds=570)
     serving_stage.run(real(), table)

@@ -186,6 +186,7 @@ def test_differences_are_paired_and_their_errors_over_texts(tmp_path, model, pat
     assert f" ({100 * low:.1f} to {100 * high:.1f}) |" in table
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("measured")
 def test_picture_shows_a_panel_for_each_table_measure_and_sparsity(tmp_path, model, patterns):
     run(tmp_path, model, patterns, lengths=(128,), num_passkeys=(1,))

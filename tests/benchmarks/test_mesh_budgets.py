@@ -58,6 +58,7 @@ def test_a_layer_decodes_with_four_small_messages(compiler, name):
     assert gathered[-2] <= 64e3
 
 
+@pytest.mark.slow
 def test_a_chunk_moves_activations_and_neither_weights_nor_caches(compiler):
     model = mesh_budgets.LLAMA_3_70B
     found = of_layers(compiler, CHUNK, *LAYERS)["messages"]

@@ -26,6 +26,7 @@ def write(folder, *, tokenizer=None):
     return folder / "m.gguf"
 
 
+@pytest.mark.slow
 def test_to_a_checkpoint_and_on_to_hugging_face(tmp_path):
     file = write(tmp_path)
     checkpoint, folder, direct = (tmp_path / name for name in ("checkpoint", "hf", "direct"))

@@ -151,6 +151,7 @@ def test_variables_and_an_empty_system_message_reach_the_template(error, folder,
 SAMPLING = {"do_sample": True, "temperature": 2.0, "top_k": 50, "top_p": None, "eos_token_id": 1}
 
 
+@pytest.mark.slow
 def test_tokens_are_drawn_as_the_model_suggests_unless_flags_say_otherwise(
     run, expected, folder, tmp_path
 ):

@@ -4,9 +4,9 @@ In every slot that no query sees, there are stale numbers. Compiling for GPUs (t
 running on one (test_gpu.py) are the next rungs.
 
 By default the largest cases run that show, of every op and its gradient, each 16-bit dtype, and of
-every op each width of a tile, and whether some columns of the tile are masked: kernels and the
-choice of tiles tell nothing else apart but lengths and groups, and those of AWKWARD show all of
-these in float32.
+decoding and the streaming mask each width of a tile, and whether some of its columns are masked:
+kernels and the choice of tiles tell nothing else apart but lengths and groups, and those of AWKWARD
+show all of these in float32.
 Every packed shape runs in one format, decoding and prefill in turn, which read packed tiles with
 the same code. Of awkward lengths those are slow that another case stands for. The slow tests run
 all.
@@ -53,8 +53,9 @@ def representatives() -> set[str]:
         if name not in packed and case.dtype != "float32":
             columns = width(case.head_dim)
             facts = (case.dtype, columns, f"masked: {columns != case.head_dim}")
-            facts = facts[:1] if case.gradient else facts
-            new = {(name.partition(":")[0], case.gradient, fact) for fact in facts} - shown
+            op = name.partition(":")[0]
+            facts = facts if op in ("decode", "streaming") and not case.gradient else facts[:1]
+            new = {(op, case.gradient, fact) for fact in facts} - shown
             shown |= new
             chosen |= {name} if new else set()
     return chosen

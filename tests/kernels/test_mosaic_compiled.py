@@ -15,6 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @needs_mosaic
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("op", "name"),
     [

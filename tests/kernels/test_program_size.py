@@ -41,6 +41,7 @@ def count(length: int, *, sink: int, recent: int, cached: bool) -> int:
     return len(list(operations(jax.make_jaxpr(after)(chunk, chunk, *past, lengths).jaxpr)))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("cached", [True, False])
 def test_streaming_attention(cached):
     # No length is a multiple of a block of queries: padding is an operation of its own.

@@ -64,6 +64,7 @@ def test_any_tiles_give_the_same_prefill(block_q, block_kv):
     assert_close(run(PREFILL, arguments, tiles), PREFILL.expected(arguments))
 
 
+@pytest.mark.one_in(3)
 @every_long_case
 def test_rows_do_not_see_each_other(case):
     arguments = case.draw()
@@ -91,6 +92,7 @@ def test_what_unseen_slots_hold_changes_no_bit(case, keys):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.one_in(3)
 @every_long_case
 def test_float64_stays_float64(case):
     with jax.enable_x64(True):

@@ -86,6 +86,7 @@ def test_it_is_the_mean_divergence_where_answers_are_predicted(tail_size):
     np.testing.assert_allclose(divergence(GATES, data, tail_size=tail_size), expected, rtol=1e-4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_full_attention_diverges_in_nothing(mixing):
     np.testing.assert_allclose(divergence(jnp.ones((2, 2)), batch(), mixing=mixing), 0, atol=1e-6)

@@ -64,6 +64,7 @@ def test_writes_pattern_pictures_metrics_and_report(finished):
     np.testing.assert_allclose(metrics[-1]["mean_gate"], pattern.gates.mean(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_without_any_metrics_still_ends_with_its_report(
     tiny_model, finished, tmp_path, capsys
 ):

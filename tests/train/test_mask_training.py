@@ -116,6 +116,7 @@ def test_multipliers_ascend():
     assert (np.diff(l2) > 0).all()
 
 
+@pytest.mark.slow
 def test_the_random_numbers_are_those_of_seed_and_step():
     states, metrics = trained(3)
     assert trained(3)[1] == metrics

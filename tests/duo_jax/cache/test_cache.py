@@ -68,6 +68,7 @@ def assert_holds(cache: KVCache, position_of_slot) -> None:
 # ---- append
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("length", [1, 2, 5, 9])
 @pytest.mark.parametrize("starts", [(0, 1, 2), (5, 6, 7), (7, 8, 20)])
 def test_append_writes_where_it_is_told_and_drops_what_has_no_slot(length, starts):
@@ -130,6 +131,7 @@ RINGS = [(4, 6), (0, 1)]
 RINGS += [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((0, 5), (3, 1), (1, 16))]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("sink", "recent"), RINGS)
 def test_after_any_chunks_every_slot_holds_what_the_definition_says(sink, recent):
     rng = np.random.default_rng(sink * 100 + recent)
@@ -153,6 +155,7 @@ def test_after_any_chunks_every_slot_holds_what_the_definition_says(sink, recent
     assert lengths.min() > 3 * (sink + recent)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("sink", "recent"), RINGS)
 def test_past_lays_out_sinks_and_recents_in_order_of_position(sink, recent):
     slots = sink + recent
@@ -179,6 +182,7 @@ def test_past_lays_out_sinks_and_recents_in_order_of_position(sink, recent):
             np.testing.assert_array_equal(past.recent_values[row, :, tail], -expected)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_stored_bit_for_bit(dtype):
     old = jax.tree.map(lambda x: x.astype(dtype), stale_cache(slots=5))

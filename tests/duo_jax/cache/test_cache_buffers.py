@@ -47,6 +47,7 @@ def logits_after(implementation: str, *, grows: bool):
     return logits, cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "implementation", ["xla", pytest.param("interpret", marks=pytest.mark.slow)]
 )

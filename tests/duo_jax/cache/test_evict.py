@@ -15,8 +15,6 @@ from duo_jax.serve.votes import count_votes
 from kernels import prefill_attention
 from tests import models
 
-pytestmark = pytest.mark.core
-
 BATCH, Q_HEADS, KV_HEADS, HEAD_DIM, SLOTS = 2, 4, 2, 16, 160
 CONFIG = duo_config(
     parse_config(

@@ -179,6 +179,7 @@ SEEN = [
 ]
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(("retrieval", "kv", "cuts"), SEEN)
 def test_tokens_are_seen_as_the_cache_holds_them(retrieval, kv, cuts):
     q, k, v = draw_qkv()
@@ -268,6 +269,7 @@ def test_rows_do_not_see_each_other(kv, params, tokens):
     assert not np.array_equal(logits[1], expected[1])
 
 
+@pytest.mark.slow
 def test_bf16_caches_of_a_float32_model_hold_bfloat16(params, tokens):
     logits, cache = read(params, tokens, "bf16", [LENGTH])
     assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype(jnp.bfloat16)}

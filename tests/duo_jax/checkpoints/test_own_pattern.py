@@ -69,6 +69,7 @@ def test_a_model_is_known_by_its_weights(folder):
     assert (model.config.sink_size, model.config.recent_size) == (4, 8)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("words", [[], ["--weights", "int4"], ["--dtype", "float16"]])
 def test_in_every_format(folder, shipped, tmp_path, words):
     convert([*words, str(folder), str(tmp_path / "converted")])

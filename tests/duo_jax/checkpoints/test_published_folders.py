@@ -120,6 +120,7 @@ def plain(folder: pathlib.Path, tensors: dict, head: str) -> pathlib.Path:
     return write(folder, RAW, hf_tensors() | tables)
 
 
+@pytest.mark.one_in(2)
 @every_folder
 def test_a_folder_gives_the_logits_of_the_plain_one(tmp_path, raw, tensors, head):
     folder = write(tmp_path / "model", raw, tensors)

@@ -89,6 +89,7 @@ def test_names_and_shapes_are_those_of_transformers(raw):
     assert {name: tensor.hf_shape for name, tensor in by_name(raw).items()} == expected
 
 
+@pytest.mark.one_in(3)
 @every_family
 def test_tree_is_that_of_the_model(raw):
     config = parse_config(raw)

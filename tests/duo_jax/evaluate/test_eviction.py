@@ -230,6 +230,7 @@ def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, polic
     assert found.text_bytes == pytest.approx(4 * np.mean(TEXTS) * head_dim * 2 * 4)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("policy", quickly("TOVA", "FastGen"))
 def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, policy):
     slots = 4 * (ROOM + 12)
@@ -240,6 +241,7 @@ def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, pol
     np.testing.assert_array_equal(three_times.tokens, np.stack(3 * [found.tokens[1]]))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("window", [None, 1, 5, 70])
 def test_received_attention_is_that_of_whole_matrices(window):
     rng = np.random.default_rng(0)

@@ -88,6 +88,7 @@ def test_rows_are_means_by_position(finished, folder):
     assert rows[1]["tokens"] == [255, 44]
 
 
+@pytest.mark.slow
 def test_the_table_compares_with_full_caches_text_by_text(finished):
     workdir, result = finished
     nll = {

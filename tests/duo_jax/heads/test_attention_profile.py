@@ -67,6 +67,7 @@ def by_hand(texts, *, sink_size: int, recent_size: int) -> np.ndarray:
     return mean.reshape(config.num_layers, config.num_kv_heads, -1).max(axis=-1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("sizes", [SIZES, {"sink_size": 0, "recent_size": 1}], ids=str)
 def test_score_is_the_attention_beyond_sinks_and_recents_at_the_answers(sizes):
     texts = [sample(0), sample(1, length=48, answers=((39, 47),)), sample(2)]

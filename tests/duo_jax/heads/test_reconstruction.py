@@ -50,6 +50,7 @@ def by_hand(row: int, *, chunk: int, sink_size: int = 0, recent_size: int = 0) -
     return found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "options",
     [{"chunk": 40}, {"chunk": 16, "sink_size": 3, "recent_size": 20}],

@@ -96,6 +96,7 @@ def at_least_two_kv_heads(raw: dict) -> dict:
 REORDERED = ["llama, multi-query, biases", "qwen3, norms on q and k"]  # and what others have
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "name", [pytest.param(x, marks=[pytest.mark.slow] * (x not in REORDERED)) for x in models.CASES]
 )

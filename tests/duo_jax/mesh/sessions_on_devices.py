@@ -44,6 +44,7 @@ def test_texts_are_those_of_one_device(number, settings):
 
 
 # Of a fixed size, a cache needs one program to read and one to write.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("numbers", "max_len"), [((1, 8), 256), pytest.param((1, 8, 2), None, marks=pytest.mark.slow)]
 )

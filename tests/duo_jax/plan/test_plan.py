@@ -427,6 +427,7 @@ def test_a_picture_that_cannot_be_written_is_one_line(model, tmp_path, capsys):
 # The documentation.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unhooked")
 def test_the_pages_example_prints_what_it_says(tmp_path, monkeypatch, capsys):
     if not PUBLISHED.is_dir():

@@ -146,6 +146,7 @@ def used(monkeypatch) -> list[str]:
     return found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_identification_with_a_choice_uses_it(used, mixing):
     step = step_of("interpret", mixing)

@@ -117,6 +117,7 @@ def read(config, weights, tokens, *, chunk, mode="exact", max_len=LENGTH + 3, dt
     return np.array(ends), np.stack(seen, axis=1), cache
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("name", "chunk"),
     [("one layer", SINK + RECENT + 1), ("mixed", 7), ("all retrieval", 7), ("all streaming", 7)]

@@ -183,6 +183,7 @@ def test_an_answer_follows_a_json_schema(ask):
     assert answer.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "schema",
     [

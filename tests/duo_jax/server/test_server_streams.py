@@ -6,7 +6,6 @@ import json
 import openai
 import pytest
 
-pytestmark = pytest.mark.core
 PROMPT = "Passkey first function arguments.\nPasskey first"
 MESSAGES = [{"role": "user", "content": PROMPT}]
 TEXTS = {

@@ -9,7 +9,6 @@ from duo_jax.checkpoints.chat_template_files import LONGEST_TEMPLATE
 from duo_jax.errors import InputError
 from duo_jax.session.chat_template import Bounds, Renderer
 
-pytestmark = pytest.mark.core
 DEEP = "{% set n = namespace(s=[]) %}{% for i in range(99999) %}{% set n.s = [n.s] %}{% endfor %}"
 
 

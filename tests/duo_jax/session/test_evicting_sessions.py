@@ -90,6 +90,7 @@ def test_bytes_are_freed():
     assert session.whole_slots == 1536  # what the bytes are compared with
 
 
+@pytest.mark.slow
 def test_a_short_text_keeps_all_and_reads_as_without():
     sessions = [Session(runtime(keep)) for keep in (0.01, 1.0)]
     for session in sessions:
@@ -170,6 +171,7 @@ def test_another_text_is_read_again():
     assert write(session) == write(fresh)
 
 
+@pytest.mark.slow
 def test_a_short_row_does_not_hide_that_another_was_evicted():
     """It keeps all of its tokens, and the other cannot go back."""
     config = duo_config(CONFIG, np.ones_like(HEADS), sink_size=4, recent_size=8)

@@ -124,6 +124,7 @@ def test_a_damaged_sentencepiece_model_is_one_line(content, message, tmp_path):
 # Texts that go on
 
 
+@pytest.mark.one_in(2)
 @every_scheme
 def test_an_appended_text_is_what_the_whole_has_there(scheme, model_of):
     model = model_of(scheme)
