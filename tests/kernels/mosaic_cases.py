@@ -58,16 +58,13 @@ CASES |= {
 # Interpretation takes seconds for each.
 DEFAULT = {
     "decode: one token",
-    "decode: empty rows",
     "full: three tokens",
     "prefill: three tokens, ragged",
     "streaming: one token before the sinks' end",
-    "decode, pages of 64",
     "decode, int8, head_dim 128",
     "decode, int4, pages of 64",
     "decode, int2, pages of 64",
     "prefill, int4, pages of 64",
-    "prefill, pages of 64",
 }
 
 

@@ -131,7 +131,6 @@ def cpu():
 
 
 @needs_mosaic
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CASES])
 def test_a_kernel_matches_float64_without_a_data_race(cpu, name):
     assert cpu.call(complaint, "matches_float64", name) is None
