@@ -42,17 +42,14 @@ def peak_from_two_layers(compiler: Compiler, name: str) -> int:
     return budgets.SERVING[name].held() + two_layers(compiler, name)["temp"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "held", "temp"),
     [
         ("Llama-3-8B, 50%: decode at 1,000,000", 82e9, 0.1e9),
-        pytest.param(
-            "Llama-3-8B, 50%: chunk of 32,000 at 900,000", 78e9, 5e9, marks=pytest.mark.slow
-        ),
-        pytest.param("Llama-2-7B, 25%: decode at 200,000", 40e9, 0.1e9, marks=pytest.mark.slow),
-        pytest.param(
-            "Llama-2-7B, 25%: chunk of 10,000 at 190,000", 40e9, 3e9, marks=pytest.mark.slow
-        ),
+        ("Llama-3-8B, 50%: chunk of 32,000 at 900,000", 78e9, 5e9),
+        ("Llama-2-7B, 25%: decode at 200,000", 40e9, 0.1e9),
+        ("Llama-2-7B, 25%: chunk of 10,000 at 190,000", 40e9, 3e9),
     ],
 )
 def test_programs_fit_with_one_cache_that_is_updated_in_place(compiler, name, held, temp):

@@ -105,6 +105,7 @@ def abort_at_float32(_: str, case: str, *__: str) -> dict:
     return {"error": None, "kernels": []}
 
 
+@pytest.mark.slow
 def test_a_case_that_ends_the_process_has_a_row(monkeypatch):
     """A compiler that aborts at "float32", as XLA may, loses that case only."""
     monkeypatch.setattr(worker, "compile_case", abort_at_float32)

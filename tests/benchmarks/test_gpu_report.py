@@ -90,6 +90,7 @@ def test_without_time_everything_is_listed_as_not_reached(tmp_path, capsys, monk
     assert "checks: 0 passed, 0 failed, 4 not reached" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_real_run_needs_a_gpu_and_says_so():
     """As a command."""
     command = [sys.executable, "-m", "benchmarks.gpu_report"]

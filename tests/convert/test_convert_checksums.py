@@ -70,6 +70,7 @@ def test_a_flipped_bit_among_the_values_is_refused(copy):
     assert bits(copy) == expected
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_any_other_file_is_refused_or_changes_nothing(copy):
     expected, rng, refused = bits(copy), random.Random(1), 0
     files = [path for path in (copy / "params").rglob("*") if path.is_file()]
@@ -137,6 +138,7 @@ def test_checkpoints_of_earlier_versions_are_read(copy):
         bits(copy)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_line_of_a_real_process(copy):
     file = largest(copy)
     flip(file, file.stat().st_size // 2, 0)

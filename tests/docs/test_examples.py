@@ -30,8 +30,17 @@ def demo() -> duo_jax.DuoModel:
     return duo_jax.load(small_demo(), sparsity=0.5)
 
 
+LONG = ROOT / "docs/serving.md"  # more of what README's example shows
+
+
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if blocks(page)], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] * (page == LONG))
+        for page in PAGES
+        if blocks(page)
+    ],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_examples_run(page, demo, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

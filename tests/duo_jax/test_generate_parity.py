@@ -77,6 +77,7 @@ def test_streaming_heads_with_room_for_everything_equal_transformers(tmp_path):
     assert write(split, generate.prompts(raw)).tolist() == golden()[f"{name}/plain"].tolist()
 
 
+@pytest.mark.slow
 def test_repetition_penalty_equals_transformers(tmp_path):
     name = "llama-3, grouped queries"
     raw = models.CASES[name]

@@ -113,7 +113,7 @@ _COSTLY = {
 }
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", _COSTLY)
 def test_a_text_costs_a_bounded_multiple_of_its_size(name, tmp_path):
     content = _COSTLY[name]()

@@ -137,6 +137,7 @@ def test_xla_matches_float64_and_the_kernel_matches_xla(case):
     check_kernel(case, run(case, arguments, "interpret"), xla, wanted)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "case",
     [

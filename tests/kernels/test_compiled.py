@@ -145,6 +145,7 @@ def test_every_head_dim_and_dtype_compiles_without_spilling(compiler, head_dim, 
     assert complaints(compiler, target, names) == {}
 
 
+@pytest.mark.slow
 def test_tiles_that_do_not_fit_are_reported(compiler):
     found = complaints(compiler, "a100", list(hopeless()), {"spills": "of another program"})
     assert "register spilling" in found["spills"]

@@ -35,7 +35,7 @@ def groups(x: np.ndarray, layout: Layout) -> np.ndarray:
     return x.reshape(-1, size)
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(7)
 @every_layout
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("size", [1e-3, 1.0, 100.0])

@@ -69,6 +69,7 @@ def log_p(params, gates, tokens):
     return jax.nn.log_softmax(llama.logits(config, params, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail_size", [24, pytest.param(64, marks=pytest.mark.slow)])
 def test_it_is_the_mean_divergence_where_answers_are_predicted(tail_size):
     data = batch()

@@ -55,6 +55,7 @@ def test_the_mean_is_the_budget_and_the_order_that_of_the_scores(mean, spread):
     assert (np.diff(gates.ravel()[order]) >= 0).all()
 
 
+@pytest.mark.slow
 def test_the_budget_falls_and_holds():
     states, metrics = trained()
     expected = 1 - 0.5 * np.minimum(np.arange(1, 21) / 12, 1)

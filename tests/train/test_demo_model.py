@@ -55,6 +55,7 @@ def test_preset_is_in_the_folder_and_describes_the_samples(demo):
     assert (data.needle, data.question) == (TEMPLATES.needle, TEMPLATES.question)
 
 
+@pytest.mark.slow
 def test_retrieves_at_its_longest_length_and_not_while_streaming(demo):
     _, model, params, tokenizer = demo
     assert model.max_positions == 1024

@@ -103,6 +103,7 @@ def test_padding_and_the_start_of_the_tail_do_not_count():
     assert loss(gates, last) != expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unhooked")  # the other tests check the hints
 @pytest.mark.parametrize("mixing", [pytest.param("teacher", marks=pytest.mark.slow), "self"])
 def test_gradient_equals_central_differences_in_float64(mixing):

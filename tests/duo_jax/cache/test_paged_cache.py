@@ -48,6 +48,7 @@ def read_dense(tokens, kv, dtype, implementation):
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unhooked")
 @pytest.mark.parametrize(
     ("kv", "implementation"),

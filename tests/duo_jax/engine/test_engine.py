@@ -157,6 +157,7 @@ def test_texts_end_with_stop_strings_and_tokens(model):
     assert ended.text == alone(model, PROMPTS[3], stop=stop)
 
 
+@pytest.mark.slow
 def test_choices_of_a_seed_differ_as_rows_of_a_batch_do(model):
     served = make(model)
     seed = 2**32 - 1

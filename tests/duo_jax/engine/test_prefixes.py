@@ -94,6 +94,7 @@ def test_packed_caches_are_shared_and_preempted_too(kv):
         np.testing.assert_allclose(starts, starts[0], atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv", ["model", pytest.param("int2", marks=pytest.mark.slow)])
 def test_a_saved_text_can_be_pinned(kv, tmp_path):
     """It stays while others come and go, and gives what reading it gives."""

@@ -121,6 +121,7 @@ def test_shadowkv_has_the_papers_sizes_for_the_papers_shape():
     assert "take more" in ShadowKV.fitting(shape, 0.1)
 
 
+@pytest.mark.slow
 def test_chai_with_heads_that_look_alike_loses_nothing(stacked, rows):
     """Both KV heads have the same queries and keys; their values differ."""
 

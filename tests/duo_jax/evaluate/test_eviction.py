@@ -318,6 +318,7 @@ def test_h2o_drops_the_lightest_that_is_not_recent_at_every_step():
     assert positions_of(keep(eviction.H2O(), step)[0, 0]) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_every_step_adds_its_attention_to_what_tokens_have_received(runtime, rows):
     tokens, lengths = pad(rows[0], LENGTH)
     prompt = read(runtime.config, runtime.params, tokens, lengths, window=None)

@@ -203,6 +203,7 @@ def test_full_caches_may_be_left_out(finished, folder, capsys):
     assert "| DuoAttention, 50% streaming | 6 |" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_written_is_what_generate_writes(finished, folder):
     _, result = finished
     model = duo_jax.load(folder, prefill_chunk=32)

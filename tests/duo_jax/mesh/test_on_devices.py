@@ -7,10 +7,8 @@ import sys
 
 import pytest
 
-FILES = [
-    f"{name}_on_devices.py"
-    for name in ("serving", "eviction", "sessions", "identification", "evaluations")
-]
+QUICK = ["serving_on_devices.py", "sessions_on_devices.py", "identification_on_devices.py"]
+FILES = [*QUICK, "eviction_on_devices.py", "evaluations_on_devices.py"]
 
 
 # Where others use the machine too, eight threads may be long in coming to the same place.
@@ -22,9 +20,9 @@ SLOWLY = [
 OPTIONS = ["-o", "addopts=--strict-markers"]  # types are checked by the tests on one device
 
 
-def run(*words: str) -> None:
+def run(names: list[str], *words: str) -> None:
     flags = " ".join([os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=8", *SLOWLY])
-    files = [str(pathlib.Path(__file__).with_name(name)) for name in FILES]
+    files = [str(pathlib.Path(__file__).with_name(name)) for name in names]
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", *OPTIONS, *files, *words]
     done = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
@@ -34,10 +32,10 @@ def run(*words: str) -> None:
 
 @pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices")
 def test_on_eight_devices():
-    run("-m", "not slow")
+    run(QUICK, "-m", "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices")
 def test_the_rest_on_eight_devices():
-    run("-m", "slow")
+    run(FILES, "-m", "slow")

@@ -264,6 +264,7 @@ def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp
     assert low < error < high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_chunks_and_single_tokens_equal_one_forward(weights):
     config = parse_config(MODELS["qwen3, norms on q and k"] | {"num_hidden_layers": 1})

@@ -279,6 +279,7 @@ def test_a_config_file_and_its_folder_are_the_same(printed, model, capsys):
     assert capsys.readouterr().out == text
 
 
+@pytest.mark.slow
 def test_the_demo_model_is_planned_without_flags(capsys):
     main([])
     assert "8 of 16 KV heads streaming" in capsys.readouterr().out

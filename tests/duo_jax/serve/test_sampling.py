@@ -197,6 +197,7 @@ def test_rows_with_equal_logits_draw_by_their_own_keys():
     assert len(np.unique(tokens)) > 80
 
 
+@pytest.mark.slow
 def test_changed_values_do_not_compile_again_and_switched_options_do():
     traces = 0
 
@@ -267,7 +268,6 @@ EXTREMES = {
 }
 
 
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.slow)])
 def test_extreme_logits_give_valid_tokens(dtype):
     logits = jnp.asarray(list(EXTREMES.values()), jnp.float32).astype(dtype)

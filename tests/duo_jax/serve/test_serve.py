@@ -272,6 +272,7 @@ def test_unusual_sizes(sink, recent):
 HALVES = [(jnp.float16, 12), (jnp.float16, LENGTH), (jnp.bfloat16, LENGTH)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "chunk"),
     [(jnp.bfloat16, 12), *(pytest.param(*case, marks=pytest.mark.slow) for case in HALVES)],

@@ -100,6 +100,7 @@ def test_a_short_text_keeps_all_and_reads_as_without():
     assert kept(sessions[0]) == [LATEST + 7]
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_the_others():
     prompts = [prompt(300), prompt(140, seed=1), prompt(40, seed=2)]
     together = Session(runtime(), batch_size=3)
