@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).parents[1]
 # A room imports only from rooms in the rows above its own; "duo_jax" is the package itself.
 ROWS = """
@@ -85,6 +87,7 @@ print("transformers" in sys.modules, "torch" in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_transformers_is_imported_by_our_loaders_and_without_torch():
     """They keep its advice quiet; torch takes seconds more, where it is installed."""
     command = [sys.executable, "-c", LATE]

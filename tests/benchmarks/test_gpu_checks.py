@@ -131,6 +131,7 @@ def test_drawn_numbers_are_fresh_and_integers_are_the_cases_own():
     np.testing.assert_array_equal(first[3], [33, 0])
 
 
+@pytest.mark.slow
 def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
     monkeypatch.setattr(prefill_cases, "_MOST_PAIRS", 1)
     monkeypatch.setattr(prefill_cases, "_PIECE", 8)
@@ -145,6 +146,7 @@ def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
             np.testing.assert_allclose(one, all_of_it[piece.rows], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "case",

@@ -76,6 +76,7 @@ def test_every_published_program_raises_the_peak_of_memory(programs, tmp_path):
     assert peaks == sorted(peaks)
 
 
+@pytest.mark.slow
 def test_programs_that_do_not_fit_the_memory_are_listed(programs, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "H200_BYTES", int(0.95 * 85e9))
     table = new_table(tmp_path, seconds=570)

@@ -140,6 +140,7 @@ def test_shards_both_ways(tmp_path):
     assert stored_bits(tmp_path / "back") == stored_bits(folder)
 
 
+@pytest.mark.slow
 def test_types_may_be_mixed(tmp_path):
     # Odd numbers of values, so that the order in the file decides what is aligned.
     raw = models.llama(hidden_size=35, intermediate_size=49, head_dim=8)
@@ -236,6 +237,7 @@ def test_a_converted_demo_model_evaluates_as_the_original(tmp_path, to_hf):
         assert converted[key] == original[key]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("to_hf", "key"), spanning([[], ["--to-hf"]], ["dtype", "torch_dtype"]))
 def test_cast(tmp_path, to_hf, key):
     folder = models.write_hf(tmp_path / "hf", models.llama())

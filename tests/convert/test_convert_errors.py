@@ -176,6 +176,7 @@ def test_whatever_orbax_writes_has_ended_before_it_is_removed(folder, assert_ref
     assert names(folder.parent) == ["model"]
 
 
+@pytest.mark.slow
 def test_threads_that_write_on_are_waited_for(folder, assert_refused, monkeypatch):
     """Tensorstore writes the chunks of an array so, after the first error too."""
     partial = folder.parent / ".out.partial" / "params"
@@ -277,6 +278,7 @@ def test_a_damaged_checkpoint(folder, assert_refused, change, message):
         pretrained.load_params(checkpoint)
 
 
+@pytest.mark.slow
 def test_a_real_process_says_one_line(folder):
     cut(folder)
     command = [sys.executable, "-W", "error", "-m", "convert", folder, folder.parent / "out"]

@@ -36,6 +36,7 @@ def folders(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_formats_of_what_is_stored(folders):
     original = open_weights(folders / "hf")
     for name in ("int8", "int4"):

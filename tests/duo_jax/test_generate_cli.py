@@ -246,6 +246,7 @@ def test_drawing_flags(run, expected):
     assert run(*prompt, "--stop", expected[4:8])[0] == expected[:4] + "\n"
 
 
+@pytest.mark.slow
 def test_sizes_and_dtype_show_in_the_summary(run):
     def used(*words):
         reads = run("--prompt", TEXT, *words, settings=("--max-new-tokens", 0))

@@ -7,6 +7,7 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 from duo_jax.heads.split import duo_config, split_params
@@ -86,6 +87,7 @@ def damaged() -> st.SearchStrategy[dict[str, bytes | None]]:
     )
 
 
+@pytest.mark.slow
 @fuzzed(damaged)
 def test_a_cache_of_which_a_byte_is_another_is_refused(changes, folder):
     session = load(folder, changes)

@@ -95,6 +95,7 @@ def arrays(folder: pathlib.Path) -> dict[str, bytes]:
     return {tensor.name: np.asarray(weights.read(tensor)).tobytes() for tensor in weights.tensors}
 
 
+@pytest.mark.slow
 @fuzzed(lambda: damaged(converted(), "params/"), quick=3, thorough=500)
 def test_arrays_of_a_damaged_checkpoint_are_the_right_ones_or_refused(change, folder):
     made = write(folder, converted() | dict([change]))

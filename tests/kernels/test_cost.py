@@ -160,7 +160,7 @@ def expected_tiles(case, tiles) -> int:
     return case.batch * case.q_heads * count
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(9)
 @pytest.mark.parametrize(
     "name", [*COUNTED, *(pytest.param(name, marks=pytest.mark.slow) for name in COUNTED_TOO)]
 )

@@ -116,6 +116,7 @@ def test_rows_may_have_any_axes(merge_lse, rows):
     np.testing.assert_allclose(out, flat.reshape(out.shape), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 def test_a_ring_and_a_cache_merge_to_attention_over_both(merge_lse):
     rng = np.random.default_rng(0)

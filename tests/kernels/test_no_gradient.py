@@ -102,6 +102,7 @@ def test_second_derivatives_of_the_kernels_are_refused(function, wrap):
         gradient(wrap(gradient(function)))(Q)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("derive", DERIVATIVES.values(), ids=DERIVATIVES.keys())
 def test_derivatives_of_the_merging_kernel_are_refused(derive):
     def merged(lses, implementation="interpret"):

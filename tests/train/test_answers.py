@@ -93,6 +93,7 @@ def test_full_attention_diverges_in_nothing(mixing):
     np.testing.assert_allclose(divergence(jnp.ones((2, 2)), batch(), mixing=mixing), 0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_finite_differences():
     _, gradient = divergence_and_gradient(GATES, batch())
     for index in [(0, 1), (1, 0)]:

@@ -56,6 +56,7 @@ def answer_nll(gate: float) -> float:
     return float(-np.mean([probabilities[r, i - 1, data.tokens[r, i]] for r, i in zip(*at)]))  # noqa: B905
 
 
+@pytest.mark.slow
 def test_credits_sum_up_to_what_the_answers_lose_along_the_path():
     """Integrated gradients are complete; the middle of 12 parts is a good integral."""
     credit, metrics = attributed()

@@ -138,6 +138,7 @@ def test_what_a_method_does_not_read_is_refused(tiny_model, tmp_path, capsys, me
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_the_preset_of_a_model_is_not_refused(tiny_model, tmp_path):
     """It sets steps and penalty, for whoever optimises."""
     for file in tiny_model.iterdir():
@@ -168,6 +169,7 @@ def test_language_modelling_learns_from_text_alone(tiny_model, tmp_path, monkeyp
     assert (tmp_path / "run" / "history.png").exists()
 
 
+@pytest.mark.slow
 def test_gates_under_a_budget_are_trained_reported_and_served(tiny_model, tmp_path):
     flags = [*PROFILE_FLAGS[4:], "--method", "budget", "--num-steps", "5"]
     flags += ["--target-sparsity", "0.5", "--checkpoint-every", "2"]

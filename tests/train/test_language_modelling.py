@@ -63,6 +63,7 @@ def by_hand(data: Batch) -> float:
     return float(np.mean(losses))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mixing", "data"),
     [

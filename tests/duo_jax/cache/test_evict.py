@@ -97,6 +97,7 @@ def test_votes_are_attention_weights(voters, kv):
         assert not part.votes[row, :, len(queries) :].any()
 
 
+@pytest.mark.slow
 def test_a_short_end_leaves_earlier_votes_their_part():
     before, _ = read([(100, (100, 70))], "latest")
     after, rows = read([(100, (100, 70)), (4, (4, 0))], "latest")

@@ -22,6 +22,7 @@ CONFIG = duo_config(ARCHITECTURE, HEADS, sink_size=2, recent_size=3)
 
 
 # 2 bits: the tokens that are appended complete a block of 64, and so does the text before them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv", "lengths"),
     [

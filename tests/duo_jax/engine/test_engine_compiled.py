@@ -32,6 +32,7 @@ def needs(kv: str, chunk: int) -> tuple[int, int]:
 STEPS = [(0, 0.05e9), (1024, 0.11e9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv", "step"),
     [

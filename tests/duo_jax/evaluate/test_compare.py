@@ -196,6 +196,7 @@ def test_another_configuration_is_refused_by_name(finished, model, capsys):
     assert "seed was 0, is 1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_budgets_and_methods_may_be_added_to_a_finished_run(finished, model):
     workdir, whole = finished
     result = run(model, workdir, "--tasks", "passkeys", "--methods", "duo", "--budgets", "0.8")

@@ -200,6 +200,7 @@ class Recent:
         return step.held.positions > step.now[:, None, None] - step.sizes[..., None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes", [(6, 9), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 1), (9, 3)))]
 )
@@ -230,6 +231,7 @@ def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, polic
     assert found.text_bytes == pytest.approx(4 * np.mean(TEXTS) * head_dim * 2 * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("policy", quickly("TOVA", "FastGen"))
 def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, policy):

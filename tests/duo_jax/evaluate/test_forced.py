@@ -1,6 +1,7 @@
 """Answers that are given do not disturb a session that goes on."""
 
 import numpy as np
+import pytest
 
 from duo_jax.checkpoints import pretrained
 from duo_jax.evaluate.results.forced import force
@@ -11,6 +12,7 @@ from duo_jax.session.session import Session
 from tests import models
 
 
+@pytest.mark.slow
 def test_a_session_goes_on_from_its_text_without_reading_it_again(tmp_path):
     raw = models.llama(num_hidden_layers=1)
     architecture = parse_config(raw)

@@ -56,6 +56,7 @@ def test_all_combinations_are_settings():
     assert [(each.sparsity, each.kv, each.keep) for each in flags.settings()] == EVERY
 
 
+@pytest.mark.slow
 def test_every_setting_is_measured_or_said_to_be_worse(finished, combinations):
     _, result = finished
     found = {(row["sparsity"], row["kv"], row["keep"]) for row in result["rows"]}
@@ -63,6 +64,7 @@ def test_every_setting_is_measured_or_said_to_be_worse(finished, combinations):
     assert found == set(combinations)
 
 
+@pytest.mark.slow
 def test_bytes_are_measured_and_each_axis_saves_some(finished):
     _, result = finished
     cache_bytes = {
@@ -80,6 +82,7 @@ def test_bytes_are_measured_and_each_axis_saves_some(finished):
         assert size <= min(parts)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_what_it_has(
     finished, combinations, folder, tmp_path, monkeypatch
 ):
@@ -97,6 +100,7 @@ def test_a_killed_run_goes_on_with_what_it_has(
     assert len(calls) == 2  # the row that was lost, and full caches, which it is compared with
 
 
+@pytest.mark.slow
 def test_rows_belong_to_the_way_of_eviction(finished, folder, capsys):
     workdir, _ = finished
     with pytest.raises(SystemExit):
@@ -104,6 +108,7 @@ def test_rows_belong_to_the_way_of_eviction(finished, folder, capsys):
     assert "keep_by was 'snapkv', is 'kvzip'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_line_to_paste_loads_the_setting(finished):
     workdir, result = finished
     text = (workdir / "frontier.md").read_text()
@@ -127,6 +132,7 @@ def test_one_text_shows_no_setting_to_be_worse():
     assert "±" not in text
 
 
+@pytest.mark.slow
 def test_sizes_are_those_that_were_asked_for(finished):
     _, result = finished
     assert (result["sink"], result["recent"]) == (2, 20)

@@ -162,6 +162,7 @@ def test_what_is_decoded_sees_less_than_a_chunk(tmp_path):
     assert abs(score(chunk, CONTEXT, decode_last=2) - exact) > 0.01
 
 
+@pytest.mark.slow
 def test_contexts_are_cut_on_the_left_or_in_the_middle(tiny_model):
     lm = duo_lm(split(tiny_model), max_length=20)
     tokens = lm.tok_encode(CONTEXT * 2)
@@ -180,6 +181,7 @@ def written(model: DuoModel, gen_kwargs: dict, **flags) -> str:
     return duo_lm(model, **flags).generate_until(given, disable_tqdm=True)[0]
 
 
+@pytest.mark.slow
 @needs_hf
 def test_special_tokens_end_a_text_as_in_the_harness_s_own_model(tiny_model, tmp_path):
     """A task's `until` may name one; the model here writes <s> in most of its texts."""

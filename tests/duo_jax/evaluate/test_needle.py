@@ -113,6 +113,7 @@ def test_scores(written, exact, recall):
     assert scores.word_recall(written, "blue red and grey") == recall
 
 
+@pytest.mark.slow
 def test_a_document_may_be_longer_than_any_prompt(tokenization):
     """A haystack is cut from it; only prompts are bounded by the model's range."""
     bounded = dataclasses.replace(tokenization, max_tokens=512)

@@ -165,6 +165,7 @@ def test_the_demo_finds_its_passkeys_and_not_while_streaming(tmp_path):
     assert exact("--sparsity", "1") < 0.2
 
 
+@pytest.mark.slow
 def test_each_length_says_which_text_it_was_read_from(folder, tmp_path, capsys, monkeypatch):
     """The held-out tenth is long enough for the shorter length only."""
     text = tmp_path / "text.txt"

@@ -46,6 +46,7 @@ def decoded(model, tokens) -> np.ndarray:
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kv", "sparsity", "chunk"),
     [

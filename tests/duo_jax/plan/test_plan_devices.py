@@ -63,6 +63,7 @@ def test_the_table_of_longest_contexts_is_what_the_planner_finds(name, config, t
         assert f"[eight A100-80G](docs/scale.md) fit {cells[-1]} tokens with Llama-3-70B" in readme
 
 
+@pytest.mark.slow
 def test_several_gpus_are_planned_by_name(capsys):
     main(["--devices", "8", "--gpu", "24"])
     printed = capsys.readouterr().out

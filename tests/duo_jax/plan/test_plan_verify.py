@@ -122,6 +122,7 @@ def test_verify_prints_compiled_peaks_beside_the_estimate(folder, monkeypatch, c
     assert re.fullmatch(r"full caches, weights model, KV int8" + numbers, lines[-1])
 
 
+@pytest.mark.slow
 def test_where_nothing_can_be_compiled_verify_says_why(folder, monkeypatch, capsys):
     plugin = folder / "jax_cuda12_plugin-0.0.1.dist-info"  # of another version than jax
     plugin.mkdir()

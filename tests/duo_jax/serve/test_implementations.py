@@ -146,6 +146,7 @@ def used(monkeypatch) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_identification_with_a_choice_uses_it(used, mixing):
@@ -158,6 +159,7 @@ def test_identification_with_a_choice_uses_it(used, mixing):
     assert len(used) >= 2  # of retrieval and of streaming heads
 
 
+@pytest.mark.slow
 def test_loading_with_a_choice_uses_it(tmp_path, used):
     import duo_jax
 

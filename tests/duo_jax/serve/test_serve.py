@@ -193,6 +193,7 @@ def test_rows_of_different_lengths_equal_each_row_alone(mode, short):
         np.testing.assert_allclose(again[row], logits[0], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_rows_may_be_appended_to_at_different_lengths():
     config, weights = split(MIXED)
     tokens = tokens_of()
@@ -254,6 +255,7 @@ def test_every_family_is_served(name):
     np.testing.assert_allclose(logits, expected[:, -1], atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("sink", "recent"), [(0, 1), pytest.param(3, 1, marks=pytest.mark.slow), (50, 50)]
@@ -322,6 +324,7 @@ def test_hidden_states_are_those_of_every_token():
     np.testing.assert_allclose(logits, masked_logits(SOME, tokens), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_decode_can_be_vmapped():
     """Two continuations of one text, as a beam search would try them."""
     config, weights = split(SOME)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from duo_jax import serve
 from duo_jax.cache import init_cache
@@ -18,6 +19,7 @@ HEADS = np.arange(ARCHITECTURE.num_kv_heads)[None, :] % 2 == 0
 CONFIG = duo_config(ARCHITECTURE, HEADS, sink_size=2, recent_size=3)
 
 
+@pytest.mark.slow
 def test_every_row_gets_its_own_tokens():
     params = split_params(ARCHITECTURE, random_params(ARCHITECTURE), HEADS)
     tokens = jnp.asarray(models.tokens(RAW, batch=2, length=9))

@@ -121,6 +121,7 @@ def test_an_unfinished_end_does_not_change_what_is_kept_much():
     assert kept(session) == [65 + 3]
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_text_is_repeated_costs_the_cache_only(monkeypatch):
     session = Session(runtime(keep_by="kvzip", instruction=INSTRUCTION))
     session.append([prompt(300)])

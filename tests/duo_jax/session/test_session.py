@@ -96,6 +96,7 @@ def test_seeds_decide_the_draws(runtime):
     assert first[0] != first[1]  # equal rows draw independently
 
 
+@pytest.mark.slow
 def test_repetition_penalty_counts_the_prompt(runtime):
     tokens = prompt(20)
     [plain] = read_and_write(runtime, tokens, max_new_tokens=1)
@@ -264,6 +265,7 @@ def test_rows_that_cannot_be_read(runtime, tokens, max_len, message):
     assert session.tokens == [prompt(4)]
 
 
+@pytest.mark.slow
 def test_a_fixed_cache_is_allocated_once(runtime):
     session = Session(runtime, max_len=40)
     session.append([prompt(10)])
