@@ -180,6 +180,7 @@ def test_target_sparsity_brings_the_mean_gate_to_the_target_and_holds_it():
     assert states[-1].gates.max() - states[-1].gates.min() > 0.5
 
 
+@pytest.mark.slow
 def test_bfloat16_weights_keep_gates_and_optimiser_in_float32():
     states, metrics = train(CONFIG, steps=3, weights=BFLOAT16)
     for leaf in jax.tree.leaves(states[-1]):

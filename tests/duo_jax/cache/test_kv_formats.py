@@ -195,6 +195,7 @@ def test_tokens_are_seen_as_the_cache_holds_them(retrieval, kv, cuts):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "cuts",
     [pytest.param(CUTS["at once"], marks=pytest.mark.slow), CUTS["in pieces"]],

@@ -157,6 +157,7 @@ def test_help_names_the_flag(capsys):
     assert "unless --no-compile-cache is given" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_python_code_keeps_nothing_by_itself():
     code = "import duo_jax, jax; duo_jax.load; print(jax.config.jax_compilation_cache_dir)"
     out = subprocess.run(

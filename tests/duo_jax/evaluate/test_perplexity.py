@@ -110,6 +110,7 @@ def test_the_table_compares_with_full_caches_text_by_text(finished):
     assert (workdir / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_second_start_reads_nothing_and_more_settings_may_follow(
     finished, folder, monkeypatch, capsys
 ):
@@ -122,6 +123,7 @@ def test_a_second_start_reads_nothing_and_more_settings_may_follow(
             run(folder, workdir, "--weight-formats", "int8")
 
 
+@pytest.mark.slow
 def test_another_pattern_in_the_same_folder_is_refused(finished, folder, tmp_path, capsys):
     workdir, _ = finished
     other = Pattern(gates=np.array([[0.8, 0.1, 0.2, 0.9]]), sink_size=4, recent_size=12)

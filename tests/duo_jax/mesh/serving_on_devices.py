@@ -128,7 +128,7 @@ def test_groups_of_devices_share_the_rows():
     "changes",
     [
         pytest.param({"mode": "chunk"}, marks=pytest.mark.slow),
-        {"implementation": "interpret"},
+        pytest.param({"implementation": "interpret"}, marks=pytest.mark.slow),
         pytest.param(
             {"kv": "int4", "weight_format": "int8", "dtype": "float64"}, marks=pytest.mark.slow
         ),
