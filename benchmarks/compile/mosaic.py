@@ -157,8 +157,9 @@ stay with Triton and XLA, and so does the A100: asked for them, Mosaic refuses b
 They need jax 0.12, which needs Python 3.12. There the tests run them on a CPU against float64, in
 jax's interpreter, with race detection (`tests/kernels/test_mosaic.py`).
 
-{passed} of {cases} cases compiled for an H200. They hold {kernels} kernels; {spilling} of these
-spill registers. {h100}
+Bytes and FLOPs of a case are those of [the Triton kernels' page](kernels.md): both are counted from
+the case, whichever kernel does it. {passed} of {cases} cases compiled for an H200. They hold
+{kernels} kernels; {spilling} of these spill registers. {h100}
 
 For the A100 there is no Mosaic kernel. jax's Mosaic has the instructions (`plgpu.mma`, cp.async),
 but no kernel of them could be checked here, for two reasons, each with the shortest program that
@@ -168,6 +169,10 @@ shows it, with jax 0.12.0.1:
   found for platform cpu":
 
   ```text
+  import jax
+  import jax.numpy as jnp
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+
   def body(out):
       a, b = jnp.ones((64, 16), jnp.bfloat16), jnp.ones((16, 8), jnp.bfloat16)
       out[...] = plgpu.mma(jnp.zeros((64, 8), jnp.float32), a, b)
@@ -176,12 +181,19 @@ shows it, with jax 0.12.0.1:
   plgpu.kernel(body, out_type=shape, interpret=plgpu.InterpretGPUParams())()
   ```
 
-- Ahead of time, every described GPU is compiled for as a Hopper (`_infer_arch` returns (9, 0) for
-  a device without `compute_capability`). For an A100 any kernel then ends the process, in "LLVM
+- Ahead of time, every described GPU is compiled for as a Hopper
+  (`jax.experimental.mosaic.gpu.utils._infer_arch` returns (9, 0) for a device without
+  `compute_capability`). For an A100 any kernel then ends the process, in "LLVM
   ERROR: Cannot select: intrinsic %llvm.nvvm.elect.sync". With that function made to return (8, 0),
   a kernel around one `mma` does compile, to `mma.sync.aligned.m16n8k16` for sm_80.
 
   ```text
+  import jax
+  import jax.numpy as jnp
+  from jax.experimental.pallas import mosaic_gpu as plgpu
+  import kernels.aot
+
+  # from jax.experimental.mosaic.gpu import utils; utils._infer_arch = lambda: (8, 0)
   def body(a, out):
       out[...] = a[...] + 1
 

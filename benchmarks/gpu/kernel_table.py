@@ -33,13 +33,23 @@ def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
 
 def _row(settings: Settings, case: Case, limits: tuple[float | None, float | None]):
     arguments = arrays.draw(case, 0)
-    row = _timed(settings.implementation, case, arguments, settings.seconds_per_row, limits)
-    row["mosaic"] = _mosaic(settings, case, arguments, limits)
-    seconds = row["seconds"]["median"]
-    if "seconds" in row["mosaic"]:
-        row["mosaic"]["speedup"] = seconds / row["mosaic"]["seconds"]["median"]
-    row["rivals"] = _rivals(settings, case, arguments, seconds)
+    row: dict[str, Any]
+    try:
+        row = _timed(settings.implementation, case, arguments, settings.seconds_per_row, limits)
+    except UnsupportedError as error:  # a jax without Triton still has Mosaic
+        row = {"skipped": str(error)} | _work(case)
+    row["mosaic"] = by_mosaic = _mosaic(settings, case, arguments, limits)
+    if "seconds" in row and "seconds" in by_mosaic:
+        by_mosaic["speedup"] = row["seconds"]["median"] / by_mosaic["seconds"]["median"]
+    ours = row if "seconds" in row else by_mosaic  # what others are compared with
+    if "seconds" in ours:
+        row["rivals"] = _rivals(settings, case, arguments, ours["seconds"]["median"])
     return row
+
+
+def _work(case: Case) -> dict[str, Any]:
+    cost = case.cost()
+    return {"flops": cost.flops, "bytes": cost.num_bytes}
 
 
 def _timed(
@@ -54,8 +64,7 @@ def _timed(
     cost = case.cost()
     row: dict[str, Any] = {
         "seconds": time,
-        "flops": cost.flops,
-        "bytes": cost.num_bytes,
+        **_work(case),
         "flops_per_second": cost.flops / time["median"],
         "bytes_per_second": cost.num_bytes / time["median"],
     }

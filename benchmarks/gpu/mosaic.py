@@ -11,7 +11,7 @@ from kernels.dispatch import Implementation
 from kernels.errors import UnsupportedError
 from kernels.gpu import Gpu
 
-RESULT = pathlib.Path("benchmarks/results/gpu/kernels.json")
+RESULTS = pathlib.Path("benchmarks/results/gpu")
 _MIN_SPEEDUP = 1.02  # less is the spread of two measurements
 
 
@@ -31,21 +31,40 @@ def served(cases: Cases) -> dict[str, Case]:
     }
 
 
-def faster_ops(result: dict[str, Any] | None) -> set[str]:
-    """Return the ops that "auto" may compute by Mosaic: faster than Triton in every timed case.
+def faster_ops(kernels: dict[str, Any] | None, checks: dict[str, Any] | None) -> set[str]:
+    """Return the ops that "auto" may compute by Mosaic: right and faster than Triton in every case.
+
+    An op of which a case failed, was wrong or was not reached is not among them.
 
     Args:
-      result: what the stage `kernels` wrote; None if there is no committed run.
+      kernels: what the stage `kernels` wrote; None if there is no committed run.
+      checks: what the stage `checks` of the same run wrote.
     """
-    if result is None or result["smoke"] or not Gpu(kind=result["hardware"], num_cores=1).is_hopper:
+    if kernels is None or checks is None or kernels["smoke"]:
+        return set()
+    if not Gpu(kind=kernels["hardware"], num_cores=1).is_hopper:
         return set()
     speedups: dict[str, list[float]] = {}
-    for row in result["rows"]:
-        if "speedup" in row.get("mosaic", {}):
-            speedups.setdefault(row["op"], []).append(row["mosaic"]["speedup"])
-    return {op for op, found in speedups.items() if min(found) >= _MIN_SPEEDUP}
+    unknown = list(kernels["not_reached"])  # names of cases: "op: case"
+    for row in kernels["rows"]:
+        timed = row.get("mosaic", {})
+        if "failed" in row or "failed" in timed:
+            unknown.append(row["name"])
+        elif "speedup" in timed:
+            speedups.setdefault(row["op"], []).append(timed["speedup"])
+    of_mosaic = "mosaic, "
+    unchecked = [row["name"] for row in checks["rows"] if not row.get("passed")]
+    unknown += [
+        name.removeprefix(of_mosaic)
+        for name in [*unchecked, *checks["not_reached"]]
+        if name.startswith(of_mosaic)
+    ]
+    left_out = {name.partition(":")[0] for name in unknown}
+    faster = {op for op, found in speedups.items() if min(found) >= _MIN_SPEEDUP}
+    return faster - left_out
 
 
-def committed() -> dict[str, Any] | None:
-    """Return the committed run's table of kernels; None if there is none."""
-    return read_json(RESULT) if RESULT.exists() else None
+def committed(stage: str) -> dict[str, Any] | None:
+    """Return what a stage of the committed run wrote; None if there is no such run."""
+    path = RESULTS / f"{stage}.json"
+    return read_json(path) if path.exists() else None

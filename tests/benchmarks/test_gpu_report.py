@@ -203,15 +203,26 @@ def test_targets_are_judged_by_what_was_measured(tmp_path):
 
 def test_auto_may_take_mosaic_for_what_is_faster_in_every_case_of_a_hopper():
     def timed(op, speedup):
-        return {"op": op, "mosaic": {"speedup": speedup}}
+        return {"name": f"{op}: case", "op": op, "mosaic": {"speedup": speedup}}
 
     rows = [timed("decode", 1.3), timed("decode", 1.1), timed("full", 1.3), timed("full", 1.01)]
     rows += [{"op": "merge", "mosaic": {"skipped": "no kernel"}}, {"name": "x", "failed": "y"}]
-    result = {"smoke": False, "hardware": "NVIDIA H200, 16 cores", "rows": rows}
-    assert mosaic.faster_ops(result) == {"decode"}
+    result = {"smoke": False, "hardware": "NVIDIA H200, 16 cores", "rows": rows, "not_reached": []}
+    right = {"name": "mosaic, decode: case", "passed": True}
+    checks = {"rows": [right, {"name": "decode: case", "passed": False}], "not_reached": []}
+    assert mosaic.faster_ops(result, checks) == {"decode"}
     for other in (None, {**result, "smoke": True}, {**result, "hardware": "NVIDIA A100"}):
-        assert mosaic.faster_ops(other) == set()
+        assert mosaic.faster_ops(other, checks) == set()
+    failed = {"name": "decode: b", "op": "decode", "mosaic": {"failed": "illegal address"}}
+    for more in (failed, {"name": "decode: b", "failed": "out of memory"}):
+        assert mosaic.faster_ops({**result, "rows": [*rows, more]}, checks) == set()
+    assert mosaic.faster_ops({**result, "not_reached": ["decode: b"]}, checks) == set()
+    for wrong in ({"passed": False}, {"failed": "illegal address"}):
+        of_mosaic = {"name": "mosaic, decode: b", **wrong}
+        assert mosaic.faster_ops(result, {**checks, "rows": [right, of_mosaic]}) == set()
+    assert mosaic.faster_ops(result, {**checks, "not_reached": ["mosaic, decode: b"]}) == set()
 
 
 def test_auto_follows_the_committed_run():
-    assert mosaic.faster_ops(mosaic.committed()) == dispatch.MOSAIC_IS_FASTER
+    found = mosaic.faster_ops(mosaic.committed("kernels"), mosaic.committed("checks"))
+    assert found == dispatch.MOSAIC_IS_FASTER
