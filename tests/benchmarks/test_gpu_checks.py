@@ -147,7 +147,6 @@ def test_pieces_of_a_long_prefill_are_parts_of_the_whole(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "case",
     [

@@ -27,10 +27,10 @@ def of_layers(compiler: Compiler, name: str, first: int, end: int) -> dict:
 @pytest.mark.parametrize(
     ("name", "most", "workspace"),
     [
-        pytest.param(DECODE, 77.5e9, 0.05e9, marks=pytest.mark.slow),
+        (DECODE, 77.5e9, 0.05e9),
         (CHUNK, 80e9, 4e9),  # whose messages are looked at below
-        pytest.param(SMALL, BUDGET, 0.05e9, marks=pytest.mark.slow),
-        pytest.param(SMALL_CHUNK, BUDGET, 4e9, marks=pytest.mark.slow),
+        (SMALL, BUDGET, 0.05e9),
+        (SMALL_CHUNK, BUDGET, 4e9),
     ],
 )
 def test_two_layers_tell_that_all_of_them_fit(compiler, name, most, workspace):

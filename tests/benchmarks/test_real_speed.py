@@ -81,7 +81,6 @@ def test_no_ratio_to_a_library_that_hardly_reads_its_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # older ones know no other
 @pytest.mark.parametrize("cache", ["DynamicCache", "StaticCache"])

@@ -27,9 +27,8 @@ LENGTHS = named(AWKWARD)
 # Other cases stand for these: one token for three, one past the end of a window for one before it,
 # those in half precision for a head_dim and for gradients of odd length, a group of 7 for one of 1
 # and for odd numbers, and rows of a full cache for those of other fillings.
-SAID_ALREADY = ("three tokens", "one short", "one token less", "past two blocks", "g: head_dim 80")
-SAID_ALREADY += ("full: head_dim 80", "chunk, head_dim 80", "gradient, one past", "gradient, 29")
-SAID_ALREADY += ("head_dim 80", "head_dim 96", "gradient, odd", "group of 1", "29 tokens")
+SAID_ALREADY = ("three tokens", "one short", "one token less", "past two blocks", "29 tokens")
+SAID_ALREADY += ("head_dim 80", "head_dim 96", "gradient, one past", "gradient, odd", "group of 1")
 SAID_ALREADY += ("empty rows, group of 7", "half full", "blocks of an empty cache", "sinks only")
 
 

@@ -117,7 +117,6 @@ def test_rows_may_have_any_axes(merge_lse, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 def test_a_ring_and_a_cache_merge_to_attention_over_both(merge_lse):
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.standard_normal((2, 4, 16)), jnp.float32)

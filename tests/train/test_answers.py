@@ -70,7 +70,7 @@ def log_p(params, gates, tokens):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tail_size", [24, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("tail_size", [24, 64])
 def test_it_is_the_mean_divergence_where_answers_are_predicted(tail_size):
     data = batch()
     full, mixed = (

@@ -328,7 +328,6 @@ def test_every_field_of_a_step_has_its_flag():
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("method", ["optimise", "profile"])
 def test_flags_decide_weights_and_samples(tiny_model, tmp_path, given_to_the_search, method):
     book = tmp_path / "book.txt"

@@ -68,7 +68,7 @@ def by_hand(data: Batch) -> float:
     ("mixing", "data"),
     [
         ("teacher", batch(640, 410)),
-        pytest.param("self", batch(64, 41, length=64), marks=pytest.mark.slow),
+        ("self", batch(64, 41, length=64)),
     ],
     ids=["teacher, blocks, whole and padded", "self, whole and padded"],
 )
@@ -106,7 +106,7 @@ def test_padding_and_the_start_of_the_tail_do_not_count():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unhooked")  # the other tests check the hints
-@pytest.mark.parametrize("mixing", [pytest.param("teacher", marks=pytest.mark.slow), "self"])
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_gradient_equals_central_differences_in_float64(mixing):
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: x.astype(jnp.float64), model()[1])

@@ -110,7 +110,7 @@ def test_gates_start_at_one_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixing", ["teacher", pytest.param("self", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_first_update_is_adamws_from_the_penalty_alone(mixing):
     """With all gates 1 the student is the teacher, so only reg_weight / n pulls.
 

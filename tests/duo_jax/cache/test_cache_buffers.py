@@ -48,9 +48,7 @@ def logits_after(implementation: str, *, grows: bool):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("interpret", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("implementation", ["xla", "interpret"])
 def test_several_buffers_give_what_one_gives(monkeypatch, implementation):
     expected, cache = logits_after("xla", grows=False)
     assert heads_per_buffer(cache) == [3]

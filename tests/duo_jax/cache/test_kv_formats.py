@@ -198,7 +198,7 @@ def test_tokens_are_seen_as_the_cache_holds_them(retrieval, kv, cuts):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cuts",
-    [pytest.param(CUTS["at once"], marks=pytest.mark.slow), CUTS["in pieces"]],
+    [CUTS["at once"], CUTS["in pieces"]],
     ids=["at once", "in pieces"],
 )
 def test_int2_sees_the_latest_64_tokens_exactly_and_older_ones_as_codes(cuts):

@@ -53,11 +53,11 @@ def read_dense(tokens, kv, dtype, implementation):
 @pytest.mark.parametrize(
     ("kv", "implementation"),
     [
-        pytest.param("bf16", "xla", marks=pytest.mark.slow),  # its tolerance is the widest
+        ("bf16", "xla"),
         ("int4", "xla"),
-        pytest.param("int2", "xla", marks=pytest.mark.slow),
-        pytest.param("model", "xla", marks=pytest.mark.slow),  # so is every text of test_engine.py
-        pytest.param("model", "interpret", marks=pytest.mark.slow),
+        ("int2", "xla"),
+        ("model", "xla"),
+        ("model", "interpret"),
     ],
 )
 def test_rows_of_pages_equal_caches_of_their_own(kv, implementation):

@@ -28,8 +28,8 @@ CONFIG = duo_config(ARCHITECTURE, HEADS, sink_size=2, recent_size=3)
     [
         # int2 has rings and exact tokens too; int4 goes back in test_session.py.
         ("int2", (90, 61)),
-        pytest.param("model", (9, 4), marks=pytest.mark.slow),
-        pytest.param("int4", (9, 4), marks=pytest.mark.slow),
+        ("model", (9, 4)),
+        ("int4", (9, 4)),
     ],
 )
 def test_rewound_caches_go_on_as_if_nothing_had_been_appended(kv, lengths):

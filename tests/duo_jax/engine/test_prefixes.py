@@ -95,7 +95,7 @@ def test_packed_caches_are_shared_and_preempted_too(kv):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv", ["model", pytest.param("int2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kv", ["model", "int2"])
 def test_a_saved_text_can_be_pinned(kv, tmp_path):
     """It stays while others come and go, and gives what reading it gives."""
     model = duo_jax.load(small_demo(), sink_size=4, recent_size=12, prefill_chunk=64, kv=kv)

@@ -201,9 +201,7 @@ class Recent:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes", [(6, 9), *(pytest.param(x, marks=pytest.mark.slow) for x in ((1, 1), (9, 3)))]
-)
+@pytest.mark.parametrize("sizes", [(6, 9), (1, 1), (9, 3)])
 def test_evicting_at_every_step_equals_attention_to_what_was_still_there(
     stacked, runtime, rows, sizes
 ):
@@ -212,16 +210,8 @@ def test_evicting_at_every_step_equals_attention_to_what_was_still_there(
     assert found.cache_bytes == 2 * sum(sizes) * runtime.config.architecture.head_dim * 2 * 4
 
 
-def quickly(*names: str) -> list:
-    """Return every policy to be tried by name; others than these only by `-m slow`."""
-    return [
-        pytest.param(policy, id=policy.name, marks=[pytest.mark.slow] * (policy.name not in names))
-        for policy in policies()
-    ]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", quickly("H2O"))
+@pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
 def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, policy):
     slots = 4 * (LENGTH + ROOM)
     found = predict(runtime, policy, rows, slots)
@@ -232,8 +222,7 @@ def test_with_room_for_everything_nothing_changes(runtime, rows, from_all, polic
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("policy", quickly("TOVA", "FastGen"))
+@pytest.mark.parametrize("policy", policies(), ids=lambda policy: policy.name)
 def test_a_small_pool_is_small_and_rows_do_not_see_each_other(runtime, rows, policy):
     slots = 4 * (ROOM + 12)
     found = predict(runtime, policy, rows, slots)

@@ -70,7 +70,6 @@ def asked(lm) -> dict[str, list]:
     return evaluate(lm, manager.load(NAMES), bootstrap_iters=0)["samples"]
 
 
-@pytest.mark.slow
 @needs_hf
 @pytest.mark.parametrize(
     ("sparsity", "decode_last"), [(0.0, 5), pytest.param(None, 50, marks=pytest.mark.slow)]

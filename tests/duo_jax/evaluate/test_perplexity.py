@@ -51,10 +51,9 @@ def decoded(model, tokens) -> np.ndarray:
     ("kv", "sparsity", "chunk"),
     [
         ("int2", 0.5, 64),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)  # the next test reads int4, decoded too
-            for case in (("model", 0.5, 64), ("int4", 0.0, 8192), ("int2", 0.5, 128))
-        ),
+        ("model", 0.5, 64),
+        ("int4", 0.0, 8192),
+        ("int2", 0.5, 128),
     ],
 )
 def test_chunks_are_read_as_the_caches_would_serve_each_token(folder, chunk, kv, sparsity):

@@ -29,7 +29,7 @@ def load(number: int, **options) -> duo_jax.DuoModel:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("voters", ["latest", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("voters", ["latest", "all"])
 def test_the_tokens_that_stay_are_those_of_one_device(voters: Voters):
     duo, params = split(ONE, "model", "float32")
     tokens, found = jnp.asarray(models.tokens(RAW, batch=2, length=56)), []

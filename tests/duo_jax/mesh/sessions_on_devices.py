@@ -45,9 +45,7 @@ def test_texts_are_those_of_one_device(number, settings):
 
 # Of a fixed size, a cache needs one program to read and one to write.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("numbers", "max_len"), [((1, 8), 256), pytest.param((1, 8, 2), None, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("numbers", "max_len"), [((1, 8), 256), ((1, 8, 2), None)])
 def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers, max_len):
     load = functools.partial(model, prefill_chunk=64)
     text = "The third passkey to the vault is charlie lima. " * 9

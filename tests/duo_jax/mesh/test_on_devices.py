@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
-QUICK = ["serving_on_devices.py", "sessions_on_devices.py", "identification_on_devices.py"]
-FILES = [*QUICK, "eviction_on_devices.py", "evaluations_on_devices.py"]
+FILES = sorted(
+    str(path)
+    for path in pathlib.Path(__file__).parent.glob("*_on_devices.py")
+    if path.name != pathlib.Path(__file__).name
+)
 
 
 # Where others use the machine too, eight threads may be long in coming to the same place.
@@ -20,10 +23,9 @@ SLOWLY = [
 OPTIONS = ["-o", "addopts=--strict-markers"]  # types are checked by the tests on one device
 
 
-def run(names: list[str], *words: str) -> None:
+def run(*words: str) -> None:
     flags = " ".join([os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=8", *SLOWLY])
-    files = [str(pathlib.Path(__file__).with_name(name)) for name in names]
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *OPTIONS, *files, *words]
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *OPTIONS, *FILES, *words]
     done = subprocess.run(
         command, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False
     )
@@ -32,10 +34,10 @@ def run(names: list[str], *words: str) -> None:
 
 @pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices")
 def test_on_eight_devices():
-    run(QUICK, "-m", "not slow")
+    run("-m", "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ["JAX_PLATFORMS"] != "cpu", reason="processors stand for devices")
 def test_the_rest_on_eight_devices():
-    run(FILES, "-m", "slow")
+    run("-m", "slow")

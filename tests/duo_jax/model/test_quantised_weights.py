@@ -236,16 +236,11 @@ def relative_error(got, want):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("raw", "weights"),
     [(MODELS["llama, multi-query, biases"], weights) for weights in FORMATS]
     # What is theirs alone is quantised in test_quantising_and_reordering_commute.
-    + [
-        pytest.param(raw, "int4", marks=pytest.mark.slow)
-        for name, raw in MODELS.items()
-        if "llama" not in name
-    ],
+    + [(raw, "int4") for name, raw in MODELS.items() if "llama" not in name],
     ids=lambda x: x if isinstance(x, str) else x["model_type"],
 )
 def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp_path):
@@ -266,7 +261,7 @@ def test_quantised_models_are_close_and_each_format_is_its_own(raw, weights, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_chunks_and_single_tokens_equal_one_forward(weights):
     config = parse_config(MODELS["qwen3, norms on q and k"] | {"num_hidden_layers": 1})
     heads = np.array([[False, True]])

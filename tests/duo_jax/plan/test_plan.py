@@ -239,7 +239,6 @@ LARGE = {
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("sizes", LARGE.values(), ids=LARGE)
 @pytest.mark.usefixtures("unhooked")
 def test_the_largest_models_are_planned_as_quickly_as_others(sizes, tmp_path, capsys):

@@ -49,7 +49,7 @@ def compare(workload: Workload, setting: Setting, gpu: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
-@pytest.mark.parametrize("weights", ["model", pytest.param("w8a8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("weights", ["model", "w8a8"])
 def test_estimates_are_within_3_percent_of_the_compiler(weights):
     config = DuoConfig(architecture=QUARTER, retrieval_counts=(1, 1))
     workload = Workload(config=config, chunk=8192)

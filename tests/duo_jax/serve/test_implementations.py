@@ -70,7 +70,7 @@ def written(implementation: str, mode: str):
 
 # tests/kernels compares what the modes call; a chunk seen whole needs fewer of its masks.
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["exact", pytest.param("chunk", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["exact", "chunk"])
 def test_serving_writes_the_same_greedy_tokens(mode):
     logits, tokens = written("interpret", mode)
     expected_logits, expected_tokens = written("xla", mode)
@@ -147,7 +147,6 @@ def used(monkeypatch) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
 @pytest.mark.parametrize("mixing", ["teacher", "self"])
 def test_identification_with_a_choice_uses_it(used, mixing):
     step = step_of("interpret", mixing)

@@ -44,7 +44,7 @@ def promised(weights: str, layers: int = 1) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(  # w8a8 stores what int8 does
-    "weights", [*(pytest.param(x, marks=pytest.mark.slow) for x in ("int8", "w8a8")), "int4"]
+    "weights", ["int8", "w8a8", "int4"]
 )
 def test_a_decode_step_needs_the_promised_bytes_and_no_dequantised_matrix(compiler, weights):
     memory = compiled(compiler, weights)

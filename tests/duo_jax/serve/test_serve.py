@@ -256,10 +256,7 @@ def test_every_family_is_served(name):
 
 
 @pytest.mark.slow
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize(
-    ("sink", "recent"), [(0, 1), pytest.param(3, 1, marks=pytest.mark.slow), (50, 50)]
-)
+@pytest.mark.parametrize(("sink", "recent"), [(0, 1), (3, 1), (50, 50)])
 def test_unusual_sizes(sink, recent):
     config, weights = split(SOME, sink=sink, recent=recent)
     tokens = tokens_of()
@@ -277,7 +274,7 @@ HALVES = [(jnp.float16, 12), (jnp.float16, LENGTH), (jnp.bfloat16, LENGTH)]
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "chunk"),
-    [(jnp.bfloat16, 12), *(pytest.param(*case, marks=pytest.mark.slow) for case in HALVES)],
+    [(jnp.bfloat16, 12), *HALVES],
 )
 def test_half_precision_errs_at_most_twice_as_much_as_the_plain_model(dtype, chunk):
     """Against the same rounded weights in float32; the plain model sets the scale."""
