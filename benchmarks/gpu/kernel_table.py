@@ -61,16 +61,16 @@ def _timed(
 ) -> dict[str, Any]:
     run = functools.partial(case.run, implementation=implementation)
     time = timers.of_function(run, *arguments, seconds=seconds)
-    cost = case.cost()
+    work = _work(case)
     row: dict[str, Any] = {
         "seconds": time,
-        **_work(case),
-        "flops_per_second": cost.flops / time["median"],
-        "bytes_per_second": cost.num_bytes / time["median"],
+        **work,
+        "flops_per_second": work["flops"] / time["median"],
+        "bytes_per_second": work["bytes"] / time["median"],
     }
     flops, num_bytes = limits
     if flops is not None and num_bytes is not None:
-        floors = {"matmul": cost.flops / flops, "copy": cost.num_bytes / num_bytes}
+        floors = {"matmul": work["flops"] / flops, "copy": work["bytes"] / num_bytes}
         row["of_ceiling"] = {name: floor / time["median"] for name, floor in floors.items()}
         row["bound"] = max(floors, key=lambda name: floors[name])
     return row

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from benchmarks.gpu.tables import incomplete_ops, op_of
 from duo_jax.schema.json_reader import read_json
 from kernels import dispatch
 from kernels.all_cases import Cases, named, served_by_mosaic
@@ -45,23 +46,20 @@ def faster_ops(kernels: dict[str, Any] | None, checks: dict[str, Any] | None) ->
     if not Gpu(kind=kernels["hardware"], num_cores=1).is_hopper:
         return set()
     speedups: dict[str, list[float]] = {}
-    unknown = list(kernels["not_reached"])  # names of cases: "op: case"
+    incomplete = incomplete_ops(kernels["rows"], kernels["not_reached"])
     for row in kernels["rows"]:
         timed = row.get("mosaic", {})
-        if "failed" in row or "failed" in timed:
-            unknown.append(row["name"])
+        if "failed" in timed:
+            incomplete.add(row["op"])
         elif "speedup" in timed:
             speedups.setdefault(row["op"], []).append(timed["speedup"])
-    of_mosaic = "mosaic, "
-    unchecked = [row["name"] for row in checks["rows"] if not row.get("passed")]
-    unknown += [
-        name.removeprefix(of_mosaic)
-        for name in [*unchecked, *checks["not_reached"]]
-        if name.startswith(of_mosaic)
-    ]
-    left_out = {name.partition(":")[0] for name in unknown}
-    faster = {op for op, found in speedups.items() if min(found) >= _MIN_SPEEDUP}
-    return faster - left_out
+    unchecked = incomplete_ops(checks["rows"], checks["not_reached"])
+    unchecked |= {op_of(row["name"]) for row in checks["rows"] if not row.get("passed")}
+    return {
+        op
+        for op, found in speedups.items()
+        if min(found) >= _MIN_SPEEDUP and op not in incomplete and f"mosaic, {op}" not in unchecked
+    }
 
 
 def committed(stage: str) -> dict[str, Any] | None:

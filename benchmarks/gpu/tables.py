@@ -119,6 +119,17 @@ def run(
         print(f"{stage.name}: {table.status}, {len(table.rows)} rows", flush=True)
 
 
+def op_of(name: str) -> str:
+    """Return the op of a case by its name, "op: case"."""
+    return name.partition(":")[0]
+
+
+def incomplete_ops(rows: list[dict[str, Any]], not_reached: list[str]) -> set[str]:
+    """Return the ops of which a case failed or was not reached."""
+    failed = [row["name"] for row in rows if "failed" in row]
+    return {op_of(name) for name in [*failed, *not_reached]}
+
+
 def reason(error: BaseException) -> str:
     """Say in one line what went wrong."""
     text = " ".join(str(error).split())

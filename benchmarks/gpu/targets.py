@@ -5,7 +5,7 @@ from typing import Any
 
 from benchmarks.gpu.models import LLAMA_2_7B, LLAMA_3_8B, Headline
 from benchmarks.gpu.settings import DECODE_500K, FULL_32K, STREAMING_32K, packed_name
-from benchmarks.gpu.tables import Table
+from benchmarks.gpu.tables import Table, incomplete_ops
 from kernels.cached_case import LAYOUTS
 from kernels.gpu import Gpu
 
@@ -59,9 +59,8 @@ def judge(tables: dict[str, Table], *, hardware: str) -> list[Target]:
     cudnn = (full or {}).get("rivals", {}).get("jax.nn cudnn", {})
     by_mosaic = {row["name"]: row.get("mosaic", {}) for row in rows}
     mosaic_full = by_mosaic.get(f"prefill: {FULL_32K}", {}).get("flops_per_second")
-    unknown = [row["name"] for row in _rows(tables, "kernels") if "failed" in row]
-    unknown += tables["kernels"].not_reached if "kernels" in tables else []
-    lost = any(name.startswith("decode:") for name in unknown)
+    not_reached = tables["kernels"].not_reached if "kernels" in tables else []
+    lost = "decode" in incomplete_ops(_rows(tables, "kernels"), not_reached)
     found = [
         Target(
             what="decode attention, fraction of the measured copy bandwidth (slowest long case)",

@@ -71,8 +71,7 @@ class PlanConfig:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Data type of weights, activations and caches, where they are not quantised."""
     context: Count | None = None
-    """Also print which setting fits this many tokens per row with the least loss of
-    quality."""
+    """Also print which setting fits this many tokens per row with the least loss of quality."""
     verify: bool = False
     """Also compile the decode step and the reading of a chunk for the GPU, which need not be here,
     and compare. Takes minutes per row: choose one with --weights or --kv."""
