@@ -17,6 +17,7 @@ _BEGAN = time.monotonic()
 # Before jax looks: caches of half a million tokens need more than the usual three quarters.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
 
+import dataclasses  # noqa: E402
 import functools  # noqa: E402
 import importlib.metadata  # noqa: E402
 import json  # noqa: E402
@@ -45,7 +46,7 @@ from benchmarks.gpu.tables import Stage, Table  # noqa: E402
 from duo_jax import files  # noqa: E402
 from duo_jax.reports import machine  # noqa: E402
 
-STAGES = ("ceilings", "checks", "serving", "kernels", "sweep")
+STAGES = ("ceilings", "checks", "mosaic_checks", "serving", "kernels", "sweep")
 _GRACE = 15.0  # seconds after the last deadline, for a measurement under way
 
 
@@ -86,15 +87,28 @@ def main(arguments: argparse.Namespace, *, began: float) -> int:
 def _stages(settings: Settings, found: dict[str, Table], arguments) -> list[Stage]:
     stages = [
         Stage(name="ceilings", share=0.03, run=functools.partial(ceilings.run, settings)),
-        Stage(name="checks", share=0.22, run=functools.partial(check_stage.run, settings)),
+        Stage(
+            name="checks",
+            share=0.12,
+            run=functools.partial(check_stage.run, settings, arguments.part),
+        ),
+        Stage(
+            name="mosaic_checks",
+            share=0.12,
+            run=functools.partial(check_stage.run_mosaic, settings, arguments.part),
+        ),
         # Before the kernels' rivals, which take half the memory: a peak counts only if it is new.
-        Stage(name="serving", share=0.55, run=functools.partial(serving_stage.run, settings)),
-        Stage(name="kernels", share=0.12, run=functools.partial(kernel_table.run, settings, found)),
+        Stage(name="serving", share=0.5, run=functools.partial(serving_stage.run, settings)),
+        Stage(name="kernels", share=0.15, run=functools.partial(kernel_table.run, settings, found)),
         Stage(name="sweep", share=0.08, run=functools.partial(block_sweep.run, settings)),
     ]
     assert tuple(stage.name for stage in stages) == STAGES
 
-    return [stage for stage in stages if stage.name in arguments.stages]
+    return [
+        dataclasses.replace(stage, name=arguments.part.named(stage.name))
+        for stage in stages
+        if stage.name in arguments.stages
+    ]
 
 
 def _header(settings: Settings) -> dict[str, Any]:
@@ -166,6 +180,11 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
         "--stages", type=lambda text: text.split(","), default=list(STAGES),
         help=f"some of {','.join(STAGES)} (default: all)",
     )  # fmt: skip
+    parser.add_argument(
+        "--part", type=_part, default=check_stage.Part(),
+        help="K/N: part K of N of the checks; N processes do them all, side by side, each with its "
+        "share of the memory by XLA_PYTHON_CLIENT_MEM_FRACTION",
+    )  # fmt: skip
     arguments = parser.parse_args(words)
     if arguments.out is None:
         ours = "runs/gpu-smoke" if arguments.smoke else "benchmarks/results/gpu"
@@ -175,7 +194,16 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--stages: {unknown[0]!r} is not one of {','.join(STAGES)}")
     if not 0 < arguments.minutes < 1e4:
         parser.error("--minutes must be more than 0")
+    if arguments.part.parts > 1 and not set(arguments.stages) <= {"checks", "mosaic_checks"}:
+        parser.error("--part is for the stages checks and mosaic_checks")
     return arguments
+
+
+def _part(text: str) -> check_stage.Part:
+    number, parts = (int(word) for word in text.split("/"))
+    if not 1 <= number <= parts:
+        raise ValueError
+    return check_stage.Part(number=number, parts=parts)
 
 
 if __name__ == "__main__":

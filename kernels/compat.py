@@ -127,7 +127,7 @@ def pallas_call(
 @functools.cache
 def _mosaic() -> Any:
     """Import Pallas' Mosaic lowering; None if this jax's is older than what kernels use of it."""
-    if jax.__version_info__ < (0, 12):
+    if jax.__version_info__ < (0, 11):
         return None
     try:
         from jax.experimental.pallas import mosaic_gpu
@@ -146,7 +146,7 @@ def no_mosaic() -> str | None:
     if _mosaic() is not None:
         return None
     return (
-        f"needs Pallas' Mosaic lowering of jax 0.12 or newer (Python 3.12 or newer), and this is "
+        f"needs Pallas' Mosaic lowering of jax 0.11 or newer (Python 3.12 or newer), and this is "
         f"jax {jax.__version__}"
     )
 
@@ -158,6 +158,8 @@ def no_mosaic_interpreter() -> str | None:
     has fewer threads, all of these may wait for one that never starts.
     """
     threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
+    if no_mosaic() is None and jax.__version_info__ < (0, 12):
+        return f"needs Mosaic's interpreter of jax 0.12 or newer, and this is jax {jax.__version__}"
     if no_mosaic() is not None or threads >= INTERPRETER_THREADS:
         return no_mosaic()
     return (

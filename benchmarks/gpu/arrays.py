@@ -5,18 +5,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.case import Case, fill
 from kernels.packed import Packed
 
 _LARGEST_FILL = 2**33  # bytes
+# Smaller arrays are made on the host: on a device each shape would compile a program.
+_FEW_BYTES = 2**25
 
 
 def draw(case: Case, seed: int) -> tuple[Any, ...]:
     """Return a case's arguments: normal numbers, and the case's own integers.
 
-    As Case.draw, which draws on the host: a billion numbers take it a minute.
+    Small ones are those of Case.draw, which draws on the host: a billion numbers take it a minute.
     """
+    shapes = case.shapes()
+    if is_small(shapes):
+        return case.draw(seed)
     integers = iter(case.integers())
     keys = iter(jax.random.split(jax.random.key(seed), 16))
 
@@ -28,7 +34,7 @@ def draw(case: Case, seed: int) -> tuple[Any, ...]:
             return jnp.asarray(next(integers), shape.dtype)
         return _normal(next(keys), shape.shape, jnp.dtype(shape.dtype).name)
 
-    return jax.tree.map(one, case.shapes(), is_leaf=lambda x: isinstance(x, Packed))
+    return jax.tree.map(one, shapes, is_leaf=lambda x: isinstance(x, Packed))
 
 
 def upcast(tree: Any) -> Any:
@@ -40,6 +46,8 @@ def upcast(tree: Any) -> Any:
     def one(x):
         if isinstance(x, Packed) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
+        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and is_small(x):
+            return jax.device_put(np.asarray(x).astype(np.float32))
         return x.astype(jnp.float32)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, Packed))
@@ -47,7 +55,13 @@ def upcast(tree: Any) -> Any:
 
 def filled_like(shapes: Any, value: float) -> Any:
     """Return arrays that hold one number everywhere."""
-    return jax.tree.map(lambda x: jnp.full(x.shape, value, x.dtype), shapes)
+    return jax.tree.map(lambda x: _full(x.shape, value, x.dtype), shapes)
+
+
+def is_small(tree: Any) -> bool:
+    """Whether the arrays of a tree, or descriptions of arrays, are small enough for the host."""
+    leaves = jax.tree.leaves(tree)
+    return sum(x.size * x.dtype.itemsize for x in leaves) < _FEW_BYTES
 
 
 def scribble(num_bytes: int, value: float) -> None:
@@ -56,7 +70,15 @@ def scribble(num_bytes: int, value: float) -> None:
     A program's temporary buffers come from the freed memory of its size, as far as the allocator
     goes by best fit.
     """
-    jax.block_until_ready(jnp.full(min(num_bytes, _LARGEST_FILL) // 4 + 1, value, jnp.float32))
+    size = min(num_bytes, _LARGEST_FILL) // 4 + 1
+    jax.block_until_ready(_full((size,), value, jnp.dtype(jnp.float32)))
+
+
+def _full(shape: tuple[int, ...], value: float, dtype: Any) -> jax.Array:
+    # On a CPU it may keep numpy's memory, which no output can take the place of.
+    if jax.default_backend() != "cpu" and is_small(jax.ShapeDtypeStruct(shape, dtype)):
+        return jax.device_put(np.full(shape, value, dtype))
+    return jnp.full(shape, value, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -17,7 +17,6 @@ from kernels import compat
 from kernels.all_cases import served_by_mosaic
 from kernels.case import Case
 
-_FEW_BYTES = 50_000_000  # a call that moves less is shorter than its dispatch
 _MIN_GAIN = 1.02  # less is the spread of two measurements
 
 
@@ -53,7 +52,7 @@ def _sweep(
     tried: list[dict[str, Any]] = []
     found = case.candidates(gpu=compat.tile_gpu(), mosaic=by_mosaic)
     found = found[: 2 if settings.smoke else None]
-    loops = timers.LOOPS if case.cost().num_bytes < _FEW_BYTES else 1
+    loops = timers.loops(case)
 
     def compiled(tiles):
         function = functools.partial(case.run, implementation=implementation, tiles=tiles)

@@ -1,11 +1,14 @@
 """The stage that times each kernel at its real sizes.
 
-Beside it the Mosaic kernel, where the GPU is a Hopper and jax 0.12 or newer, and other libraries'
-attention.
+Beside it the Mosaic kernel, where it can run, and other libraries' attention.
 """
 
+import concurrent.futures
 import functools
+from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from benchmarks.gpu import arrays, ceilings, mosaic, rivals, timers
 from benchmarks.gpu.settings import Settings
@@ -14,6 +17,9 @@ from kernels.case import Case
 from kernels.dispatch import Implementation
 from kernels.equivalent import UnsuitableError
 from kernels.errors import UnsupportedError
+
+_Limits = tuple[float | None, float | None]
+_Program = Callable[[], jax.stages.Compiled]  # or raises why there is none
 
 
 def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
@@ -25,20 +31,58 @@ def run(settings: Settings, tables: dict[str, Table], table: Table) -> None:
         "flops": "of visible (query, key) pairs, 2 per multiply-add",
         "bytes": "every input read once, every output written once",
     }
-    for name, (op, case) in table.in_time(settings.timed_cases()):
-        row = table.attempt(name, functools.partial(_row, settings, case, limits))
-        if row is not None:
-            table.add(name=name, op=op, dtype=case.dtype, **row)
+    cases = settings.timed_cases()
+    for first in range(0, len(cases), settings.threads):
+        some = cases[first : first + settings.threads]
+        prepared = _prepared(settings, [case for _, (_, case) in some], table)
+        for (name, (op, case)), parts in zip(some, prepared, strict=True):
+            for _ in table.in_time([(name, case)]):
+                row = table.attempt(name, functools.partial(_row, settings, case, *parts, limits))
+                if row is not None:
+                    table.add(name=name, op=op, dtype=case.dtype, **row)
+            parts.clear()  # they hold arrays
 
 
-def _row(settings: Settings, case: Case, limits: tuple[float | None, float | None]):
-    arguments = arrays.draw(case, 0)
+def _prepared(settings: Settings, cases: list[Case], table: Table) -> list[list[Any]]:
+    """Draw the arguments of some cases, and compile both kinds of kernel, all side by side.
+
+    Nothing is timed meanwhile.
+    """
+    with concurrent.futures.ThreadPoolExecutor(3 * settings.threads) as pool:
+        prepared = [
+            [
+                pool.submit(arrays.draw, case, 0),
+                pool.submit(_compile, settings.implementation, case),
+                pool.submit(_compile, settings.mosaic, case),
+            ]
+            for case in cases
+        ]
+        everything = [part for parts in prepared for part in parts]
+        concurrent.futures.wait(everything, timeout=max(0.0, table.time_left))
+        pool.shutdown(cancel_futures=True)
+    return [[part.result for part in parts] for parts in prepared]
+
+
+def _compile(implementation: Implementation, case: Case) -> jax.stages.Compiled:
+    run = functools.partial(case.run, implementation=implementation)
+    return timers.compiled(run, *case.shapes(), loops=timers.loops(case))
+
+
+def _row(
+    settings: Settings,
+    case: Case,
+    draw: Callable[[], tuple[Any, ...]],
+    program: _Program,
+    of_mosaic: _Program,
+    limits: _Limits,
+) -> dict[str, Any]:
+    arguments = draw()
     row: dict[str, Any]
     try:
-        row = _timed(settings.implementation, case, arguments, settings.seconds_per_row, limits)
+        row = _timed(program(), case, arguments, settings.seconds_per_row, limits)
     except UnsupportedError as error:  # a jax without Triton still has Mosaic
         row = {"skipped": str(error)} | _work(case)
-    row["mosaic"] = by_mosaic = _mosaic(settings, case, arguments, limits)
+    row["mosaic"] = by_mosaic = _mosaic(settings, case, of_mosaic, arguments, limits)
     if "seconds" in row and "seconds" in by_mosaic:
         by_mosaic["speedup"] = row["seconds"]["median"] / by_mosaic["seconds"]["median"]
     ours = row if "seconds" in row else by_mosaic  # what others are compared with
@@ -53,14 +97,13 @@ def _work(case: Case) -> dict[str, Any]:
 
 
 def _timed(
-    implementation: Implementation,
+    program: jax.stages.Compiled,
     case: Case,
     arguments: tuple[Any, ...],
     seconds: float,
-    limits: tuple[float | None, float | None],
+    limits: _Limits,
 ) -> dict[str, Any]:
-    run = functools.partial(case.run, implementation=implementation)
-    time = timers.of_function(run, *arguments, seconds=seconds)
+    time = timers.of_program(program, *arguments, seconds=seconds, loops=timers.loops(case))
     work = _work(case)
     row: dict[str, Any] = {
         "seconds": time,
@@ -76,9 +119,11 @@ def _timed(
     return row
 
 
-def _mosaic(settings: Settings, case: Case, arguments, limits) -> dict[str, Any]:
+def _mosaic(
+    settings: Settings, case: Case, program: _Program, arguments, limits: _Limits
+) -> dict[str, Any]:
     try:
-        return _timed(settings.mosaic, case, arguments, settings.seconds_per_row, limits)
+        return _timed(program(), case, arguments, settings.seconds_per_row, limits)
     except UnsupportedError as error:
         return {"skipped": str(error)}
     except Exception as error:  # the other kernel is measured

@@ -39,7 +39,7 @@ def faster_ops(kernels: dict[str, Any] | None, checks: dict[str, Any] | None) ->
 
     Args:
       kernels: what the stage `kernels` wrote; None if there is no committed run.
-      checks: what the stage `checks` of the same run wrote.
+      checks: what the stage `mosaic_checks` wrote, on the same hardware.
     """
     if kernels is None or checks is None or kernels["smoke"]:
         return set()
@@ -65,4 +65,10 @@ def faster_ops(kernels: dict[str, Any] | None, checks: dict[str, Any] | None) ->
 def committed(stage: str) -> dict[str, Any] | None:
     """Return what a stage of the committed run wrote; None if there is no such run."""
     path = RESULTS / f"{stage}.json"
-    return read_json(path) if path.exists() else None
+    if path.exists():
+        return read_json(path)
+    parts = [read_json(path) for path in sorted(RESULTS.glob(f"{stage}-*-of-*.json"))]
+    if not parts or len(parts) != parts[0]["parts"]:
+        return None
+    joined = {key: [x for part in parts for x in part[key]] for key in ("rows", "not_reached")}
+    return parts[0] | joined

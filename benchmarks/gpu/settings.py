@@ -43,7 +43,7 @@ class Settings:
     mode: PrefillMode = "exact"
     matmul_size: int = 8192
     copy_bytes: int = 2**32
-    seconds_per_row: float = 0.5
+    seconds_per_row: float = 0.25
     seconds_per_candidate: float = 0.15
     decode_steps: int = 8  # tokens per round
     decode_rounds: int = 5

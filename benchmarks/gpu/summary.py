@@ -31,15 +31,17 @@ def _stages(tables: dict[str, Table]) -> list[str]:
 
 
 def _checks(tables: dict[str, Table]) -> list[str]:
-    if "checks" not in tables:
-        return ["checks: not run"]
-    table = tables["checks"]
-    bad = [row["name"] for row in table.rows if not row.get("passed")]
-    line = (
-        f"checks: {len(table.rows) - len(bad)} passed, {len(bad)} failed, "
-        f"{len(table.not_reached)} not reached (seed {table.notes.get('seed')})"
-    )
-    return [line, *(f"  failed: {name}" for name in bad[:6])]
+    found = []
+    for stage, table in tables.items():
+        if "checks" not in stage:
+            continue
+        bad = [row["name"] for row in table.rows if not row.get("passed")]
+        found.append(
+            f"{stage}: {len(table.rows) - len(bad)} passed, {len(bad)} failed, "
+            f"{len(table.not_reached)} not reached (seed {table.notes.get('seed')})"
+        )
+        found += [f"  failed: {name}" for name in bad[:6]]
+    return found or ["checks: not run"]
 
 
 def _ceilings(tables: dict[str, Table]) -> list[str]:

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.serving import timing
+from kernels.case import Case
 
 _SHORT = 300e-6  # seconds; below, calls are not dispatched as fast as they run
+# Of the fastest GPU that is measured (H200): no kernel takes less than it would at these.
+_BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4.8e12, 9.9e14
 LOOPS = 64  # calls in one program, where one is short
 
 
@@ -45,6 +48,13 @@ def seconds_per_call(
         wait(out)
         measured.append((time.perf_counter() - began) / calls)
     return timing.summary(measured) | {"calls": calls}
+
+
+def loops(case: Case) -> int:
+    """Return how many calls of a case are measured in one program."""
+    cost = case.cost()
+    floor = max(cost.num_bytes / _BYTES_PER_SECOND, cost.flops / _FLOPS_PER_SECOND)
+    return LOOPS if floor < _SHORT else 1
 
 
 def of_function(function: Callable[..., Any], *args: Any, seconds: float) -> dict[str, float]:
