@@ -45,6 +45,7 @@ from benchmarks.gpu.settings import Settings, has_gpu, real, smoke  # noqa: E402
 from benchmarks.gpu.tables import Stage, Table  # noqa: E402
 from duo_jax import files  # noqa: E402
 from duo_jax.reports import machine  # noqa: E402
+from kernels.all_cases import CASES  # noqa: E402
 
 STAGES = ("ceilings", "checks", "mosaic_checks", "serving", "kernels", "sweep")
 _GRACE = 15.0  # seconds after the last deadline, for a measurement under way
@@ -52,7 +53,8 @@ _GRACE = 15.0  # seconds after the last deadline, for a measurement under way
 
 def main(arguments: argparse.Namespace, *, began: float) -> int:
     """Run the stages; return the exit code. The time counts from `began`."""
-    settings = smoke() if arguments.smoke else real()
+    settings = (smoke() if arguments.smoke else real()).of(arguments.ops, arguments.cases)
+    settings = dataclasses.replace(settings, alone=arguments.alone)
     if not settings.smoke and not has_gpu():
         print(f"error: jax runs on {jax.default_backend()} here, and this report needs a GPU; "
               "try --smoke", file=sys.stderr)  # fmt: skip
@@ -181,6 +183,18 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
         help=f"some of {','.join(STAGES)} (default: all)",
     )  # fmt: skip
     parser.add_argument(
+        "--ops", type=lambda text: text.split(","), default=None,
+        help="some ops of checks, kernels and sweep, as in decode,merge (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cases", type=lambda text: text.split(","), default=None,
+        help="of kernels and sweep, those with one of these words in their name (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alone", action="store_true",
+        help="time and tune the Triton kernels without Mosaic's and other libraries'",
+    )  # fmt: skip
+    parser.add_argument(
         "--part", type=_part, default=check_stage.Part(),
         help="K/N: part K of N of the checks; N processes do them all, side by side, each with its "
         "share of the memory by XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -189,6 +203,9 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
     if arguments.out is None:
         ours = "runs/gpu-smoke" if arguments.smoke else "benchmarks/results/gpu"
         arguments.out = pathlib.Path(os.environ.get("OUT") or ours)
+    unknown = [name for name in arguments.ops or [] if name not in CASES]
+    if unknown:
+        parser.error(f"--ops: {unknown[0]!r} is not one of {','.join(CASES)}")
     unknown = [name for name in arguments.stages if name not in STAGES]
     if unknown:
         parser.error(f"--stages: {unknown[0]!r} is not one of {','.join(STAGES)}")

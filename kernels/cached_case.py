@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -80,11 +79,6 @@ class CachedCase(AttentionCase):
         if self.bits is None:
             return q, *part.stale(keys, values), integers
         return q, *(_with_stale_scales(x, np.any(part.mask, axis=1)) for x in (k, v)), integers
-
-    def only_suitable(self, tiles: Sequence[Any], block_kv: int) -> list[Any]:
-        """Return the tile sizes that packed keys can be read with, given the op's own choice."""
-        # In 2 bits a tile has at most 32 tokens: the words of a block of 64 hold two each.
-        return [x for x in tiles if self.bits is None or x.block_kv in (block_kv, 32)]
 
 
 def _together(

@@ -107,10 +107,7 @@ def operands(
             inside = [Page(ref, page) for ref in refs[1:]]
             return pool.reader(inside, block_kv=block_kv, softmax_scale=softmax_scale)
 
-        masks = of_page(0).masks_every_tile
-        return PagedReader(
-            table=refs[0], of_page=of_page, block_kv=block_kv, masks_every_tile=masks
-        )
+        return PagedReader(table=refs[0], of_page=of_page, block_kv=block_kv)
 
     return Operands(
         arrays=(pages.astype(jnp.int32), *pool.arrays),
@@ -127,7 +124,6 @@ class PagedReader:
     table: jax.Ref  # [most_pages]
     of_page: Callable[[Scalar], Reader]
     block_kv: int
-    masks_every_tile: bool
 
     @property
     def page_size(self) -> int:

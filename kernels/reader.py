@@ -26,11 +26,6 @@ class Reader(Protocol):
     """The keys and values of one head, inside a kernel."""
 
     @property
-    def masks_every_tile(self) -> bool:
-        """Whether tiles that all queries see are masked too, not walked by a loop of their own."""
-        ...
-
-    @property
     def slots(self) -> int:
         """Slots of the cache."""
         ...
@@ -48,8 +43,7 @@ class Reader(Protocol):
     ) -> Any:
         """Let every row see the keys of block `index` that its mask allows.
 
-        No mask allows all; readers that mask every tile are always given one. Slots from `end` on
-        are not read.
+        No mask allows all. Slots from `end` on are not read.
         """
         ...
 
@@ -120,7 +114,6 @@ class UnpackedReader:
     _: dataclasses.KW_ONLY
     block_kv: int
     softmax_scale: float
-    masks_every_tile: bool = False
 
     @property
     def slots(self) -> int:

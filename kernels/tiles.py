@@ -37,9 +37,10 @@ class DecodeTiles:
 class MergeTiles:
     """Tile sizes of the merging kernel."""
 
-    block_rows: int  # rows per program; a power of two
+    block_parts: int  # parts that are read at once; a power of two
+    block_columns: int  # channels per program; a power of two
     num_warps: int
-    num_stages: int  # parts in flight from memory at once
+    num_stages: int  # tiles in flight from memory at once
 
 
 def _attention_tiles(

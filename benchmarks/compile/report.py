@@ -150,8 +150,8 @@ def _kernel_lines(row: dict[str, Any]) -> Iterator[list[str]]:
 
 
 def _tile(sizes: dict[str, int]) -> str:
-    if "block_rows" in sizes:
-        return f"{sizes['block_rows']}"
+    if "block_parts" in sizes:
+        return f"{sizes['block_parts']} x {sizes['block_columns']}"
     return f"{sizes.get('block_q', 'n')} x {sizes['block_kv']}"
 
 

@@ -30,7 +30,7 @@ def run(settings: Settings, table: Table) -> None:
     sweeps = []
     for name, (op, case) in settings.timed_cases():
         sweeps.append((name, (op, case, False)))
-        if reason_against is None and served_by_mosaic(case):
+        if reason_against is None and served_by_mosaic(case) and not settings.alone:
             sweeps.append((f"mosaic, {name}", (op, case, True)))
     for left, (name, (op, case, by_mosaic)) in zip(
         range(len(sweeps), 0, -1), table.in_time(sweeps), strict=False

@@ -2,7 +2,8 @@
 
 A case passes if, for every output (and gradient),
 
-- its error is at most twice that of the XLA version in the same dtype, both against XLA in float32
+- its error is at most twice (a gradient's: three times) that of the XLA version in the same dtype,
+  both against XLA in float32
   with exact products; errors are norm(x - reference) / norm(reference);
 - it is the same to the bit when memory held other numbers before: all of it was written, and
   programs do not race. The output lies in a donated buffer full of the poison, temporary buffers in
@@ -26,6 +27,8 @@ from kernels.case import Case
 from kernels.dispatch import Implementation
 
 MAX_RATIO = 2.0
+# Kernels round weights and their gradients to the dtype; of a few tokens XLA fuses the products.
+_MAX_RATIO_OF_GRADIENTS = 3.0
 # Sums in another order differ by this much in float32; where XLA is exact, so much is allowed.
 _SLACK = 4e-6
 _POISONS = (float("nan"), 3e4)  # the second fits in float16
@@ -92,6 +95,7 @@ def run(case: Case, programs: Programs, *, seed: int) -> dict[str, Any]:
     outs = jax.tree.leaves(runs[0])
     del runs
 
+    ratio = _MAX_RATIO_OF_GRADIENTS if case.gradient else MAX_RATIO
     errors = [(0.0, 0.0)] * len(outs)
     for piece, plain, exact in zip(case.pieces(), programs.plain, programs.exact, strict=True):
         mine = piece.arguments(*arguments)
@@ -101,7 +105,7 @@ def run(case: Case, programs: Programs, *, seed: int) -> dict[str, Any]:
             part = out if piece.first is None else out[piece.rows]
             pair = error(part, reference), error(other, reference)
             errors[i] = max(errors[i][0], pair[0]), max(errors[i][1], pair[1])
-            if not pair[0] <= max(MAX_RATIO * pair[1], _SLACK):  # nan fails
+            if not pair[0] <= max(ratio * pair[1], _SLACK):  # nan fails
                 problems.append(
                     f"output {i}: error {pair[0]:.2e}, XLA's {pair[1]:.2e} ({piece.name})"
                 )

@@ -53,7 +53,7 @@ def _prepared(settings: Settings, cases: list[Case], table: Table) -> list[list[
             [
                 pool.submit(arrays.draw, case, 0),
                 pool.submit(_compile, settings.implementation, case),
-                pool.submit(_compile, settings.mosaic, case),
+                pool.submit(_compile_mosaic, settings, case),
             ]
             for case in cases
         ]
@@ -66,6 +66,12 @@ def _prepared(settings: Settings, cases: list[Case], table: Table) -> list[list[
 def _compile(implementation: Implementation, case: Case) -> jax.stages.Compiled:
     run = functools.partial(case.run, implementation=implementation)
     return timers.compiled(run, *case.shapes(), loops=timers.loops(case))
+
+
+def _compile_mosaic(settings: Settings, case: Case) -> jax.stages.Compiled:
+    if settings.alone:
+        raise UnsupportedError("not asked for")
+    return _compile(settings.mosaic, case)
 
 
 def _row(
@@ -86,7 +92,7 @@ def _row(
     if "seconds" in row and "seconds" in by_mosaic:
         by_mosaic["speedup"] = row["seconds"]["median"] / by_mosaic["seconds"]["median"]
     ours = row if "seconds" in row else by_mosaic  # what others are compared with
-    if "seconds" in ours:
+    if "seconds" in ours and not settings.alone:
         row["rivals"] = _rivals(settings, case, arguments, ours["seconds"]["median"])
     return row
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import jax
 
@@ -39,6 +40,7 @@ class Settings:
     implementation: Implementation  # of what is timed
     mosaic: Implementation  # of what is checked and timed beside it, where that can run
     models: tuple[Published, ...]
+    alone: bool = False  # neither Mosaic's kernels nor those of other libraries are timed
     dtype: str = "bfloat16"
     mode: PrefillMode = "exact"
     matmul_size: int = 8192
@@ -55,6 +57,22 @@ class Settings:
     def slots(self) -> int:
         """Slots that decoding at one context fills."""
         return 2 + self.decode_steps * self.decode_rounds
+
+    def of(self, ops: Sequence[str] | None, words: Sequence[str] | None) -> "Settings":
+        """Return the same with some ops' kernels, timed for cases named by one of some words."""
+        checks, timed = (
+            {op: cases for op, cases in some.items() if ops is None or op in ops}
+            for some in (self.checks, self.timed)
+        )
+        timed = {
+            op: {
+                name: case
+                for name, case in cases.items()
+                if words is None or any(word in name for word in words)
+            }
+            for op, cases in timed.items()
+        }
+        return dataclasses.replace(self, checks=checks, timed=timed)
 
     def timed_cases(self) -> list[tuple[str, tuple[str, Case]]]:
         """Return ("op: name", (op, case)) of what is timed; ops take turns, as time may end."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -74,11 +75,16 @@ class DecodeCase(CachedCase):
                 num_warps=num_warps,
                 num_stages=num_stages,
             )
-            for waves, (block_kv, num_warps), num_stages in itertools.product(
-                (4, 2, 8, 16), ((64, 4), (128, 4), (32, 2), (128, 8), (32, 4)), (3, 2, 4)
-            )
+            for waves, (block_kv, num_warps), num_stages in itertools.product(*self._other_sizes())
         ]
-        return self.only_suitable(found, self.tiles(gpu=gpu).block_kv)
+        # In 2 bits a tile has at most 32 tokens: the words of a block of 64 hold two each.
+        return [x for x in found if self.bits != 2 or x.block_kv <= 32]
+
+    def _other_sizes(self) -> tuple[Sequence[int], Sequence[tuple[int, int]], Sequence[int]]:
+        """Return programs per core, (tokens per tile, warps), and stages to combine."""
+        if self.bits is None:
+            return (4, 2, 8, 16), ((64, 4), (128, 4), (32, 2), (128, 8), (32, 4)), (3, 2, 4)
+        return (12, 8, 10, 16), ((32, 1), (16, 1), (64, 1), (32, 2), (64, 2)), (3, 2)
 
     def mosaic_tiles(self, *, gpu: Gpu) -> list[DecodeTiles]:
         return mosaic_tiles.decode_candidates(

@@ -72,7 +72,11 @@ def decode_attention(
         *work.cached(k),
         *work.cached(v),
     )
-    out, lse = merge_lse(out[..., :group, :], lse[..., :group])
+    out, lse = out[..., :group, :], lse[..., :group]
+    if tiles.num_splits == 1:
+        out, lse = out[0], lse[0]
+    else:
+        out, lse = merge_lse(out, lse, implementation="auto")
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
 

@@ -67,7 +67,10 @@ def decode_attention(
         *cache.arrays,
         lengths.astype(jnp.int32),
     )
-    out, lse = merge_lse(out, lse)
+    if num_splits == 1:
+        out, lse = out[0], lse[0]
+    else:
+        out, lse = merge_lse(out, lse, implementation="interpret" if interpret else "triton")
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
 

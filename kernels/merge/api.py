@@ -28,9 +28,7 @@ def merge_lse(
       outs: attention output of every part; finite where a part saw no key.
       lses: natural logarithm of every part's sum of exponentials; -inf where a part saw no key.
       implementation: see kernels.dispatch. The default is "xla", not "auto": XLA's version has a
-        gradient. It merges the splits of the decode kernel too, in five small kernels (compiled for
-        an A100); whether our one kernel, which walks the parts in sequence, is faster has not been
-        measured.
+        gradient.
       tiles: tile sizes of the kernel. Default: chosen from the shapes and the GPU.
 
     Returns:
@@ -46,7 +44,10 @@ def merge_lse(
 
     def run_triton(interpret: bool):
         chosen = tiles or choose_tiles(
-            rows=lses[0].size, head_dim=outs.shape[-1], gpu=compat.tile_gpu()
+            parts=outs.shape[0],
+            rows=lses[0].size,
+            head_dim=outs.shape[-1],
+            gpu=compat.tile_gpu(),
         )
         return triton.merge_lse(outs, lses, tiles=chosen, interpret=interpret)
 

@@ -17,6 +17,7 @@ from kernels.equivalent import UnsuitableError
 from kernels.gpu import Gpu
 from kernels.merge.api import merge_lse
 from kernels.merge.heuristic import choose_tiles
+from kernels.tile_io import power_of_two
 from kernels.tiles import MergeTiles
 
 
@@ -55,14 +56,21 @@ class MergeCase(Case):
         return lses.at[:, : self.empty_rows].set(-jnp.inf)
 
     def tiles(self, *, gpu: Gpu) -> MergeTiles:
-        return choose_tiles(rows=self.length * self.q_heads, head_dim=self.head_dim, gpu=gpu)
+        return choose_tiles(
+            parts=self.parts, rows=self.length * self.q_heads, head_dim=self.head_dim, gpu=gpu
+        )
 
     def other_tiles(self, *, gpu: Gpu) -> list[MergeTiles]:
         del gpu
         return [
-            MergeTiles(block_rows=block_rows, num_warps=num_warps, num_stages=num_stages)
-            for (block_rows, num_warps), num_stages in itertools.product(
-                ((1, 1), (1, 4), (2, 1), (4, 4), (16, 4), (16, 8)), (3, 1)
+            MergeTiles(
+                block_parts=block_parts,
+                block_columns=block_columns,
+                num_warps=num_warps,
+                num_stages=2,
+            )
+            for block_parts, block_columns, num_warps in itertools.product(
+                sorted({min(x, power_of_two(self.parts)) for x in (32, 128)}), (32, 128), (1, 4)
             )
         ]
 

@@ -4,14 +4,19 @@ from kernels.gpu import Gpu
 from kernels.tile_io import cdiv, power_of_two, width
 from kernels.tiles import MergeTiles
 
-_MAX_TILE = 2048  # float32 numbers in a tile: 16 per thread of 4 warps
+_MOST_PARTS = 128  # read at once
+_FEWEST_COLUMNS = 32  # 128 bytes in float32
 
 
-def choose_tiles(*, rows: int, head_dim: int, gpu: Gpu) -> MergeTiles:
-    """Choose tile sizes: few rows per program while that keeps all cores busy."""
+def choose_tiles(*, parts: int, rows: int, head_dim: int, gpu: Gpu) -> MergeTiles:
+    """Choose tile sizes: few channels per program where there are few rows, for all cores."""
     columns = width(head_dim)
-    per_core = power_of_two(max(1, cdiv(rows, 4 * gpu.num_cores)))
-    block_rows = min(per_core, max(1, _MAX_TILE // columns))
+    while columns > _FEWEST_COLUMNS and rows * cdiv(head_dim, columns) < gpu.num_cores:
+        columns //= 2
+    block_parts = min(_MOST_PARTS, power_of_two(parts))
     return MergeTiles(
-        block_rows=block_rows, num_warps=1 if block_rows * columns <= 512 else 4, num_stages=3
+        block_parts=block_parts,
+        block_columns=columns,
+        num_warps=4 if block_parts * columns > 1024 else 1,
+        num_stages=2,
     )

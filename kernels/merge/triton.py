@@ -1,10 +1,8 @@
 """Merging of parts, for the Triton lowering.
 
-Program i owns block_rows rows and walks the parts, one tile of outputs and its lses at a time, as
-the softmax of attention walks blocks of keys: running maximum, sum and output stay in registers
-(float32). Every number is read once.
-
-Measured: not yet.
+Program (i, c) owns block_columns channels of row i. It reads block_parts parts at a time, as the
+softmax of attention reads blocks of keys: running maximum, sum and output stay in registers
+(float32). Every output is read once.
 """
 
 import functools
@@ -40,15 +38,16 @@ def _merge(
     tiles: MergeTiles,
     interpret: bool,
 ) -> tuple[Float[Array, "*rows head_dim"], Float[Array, "*rows"]]:
-    parts, *rows, head_dim = outs.shape
+    _, *rows, head_dim = outs.shape
     num_rows = lses[0].size
+    outs, lses = outs.reshape(-1, head_dim), lses.astype(jnp.float32).reshape(-1)
     out, lse = compat.pallas_call(
-        functools.partial(_kernel, parts=parts, block_rows=tiles.block_rows),
+        functools.partial(_kernel, tiles=tiles),
         name="duo_merge",
-        grid=(tile_io.cdiv(num_rows, tiles.block_rows), 1, 1),
+        grid=(num_rows, tile_io.cdiv(head_dim, tiles.block_columns), 1),
         in_specs=[
-            pl.BlockSpec((parts * num_rows, head_dim), lambda i, _, __: (0, 0)),
-            pl.BlockSpec((parts * num_rows,), lambda i, _, __: (0,)),
+            pl.BlockSpec(outs.shape, lambda i, _, __: (0, 0)),
+            pl.BlockSpec(lses.shape, lambda i, _, __: (0,)),
         ],
         out_specs=[
             pl.BlockSpec((num_rows, head_dim), lambda i, _, __: (0, 0)),
@@ -61,7 +60,7 @@ def _merge(
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
         interpret=interpret,
-    )(outs.reshape(-1, head_dim), lses.astype(jnp.float32).reshape(-1))
+    )(outs, lses)
     return out.reshape(*rows, head_dim), lse.reshape(rows)
 
 
@@ -71,28 +70,32 @@ def _kernel(
     out_ref,  # [rows, head_dim]
     lse_ref,  # [rows]
     *,
-    parts: int,
-    block_rows: int,
+    tiles: MergeTiles,
 ):
-    num_rows = lse_ref.shape[0]
-    rows = tile_io.indices(block_rows, pl.program_id(0) * block_rows)
+    (num_rows, head_dim), row = out_ref.shape, pl.program_id(0)
+    parts = lses_ref.shape[0] // num_rows
+    columns = tile_io.indices(tiles.block_columns, pl.program_id(1) * tiles.block_columns)
 
-    def add_part(part, state):
+    def add_parts(index, state):
         maximum, total, summed = state
-        first = part * num_rows
-        # Rows beyond the last are those of the next part, and are not stored.
-        out = tile_io.load(outs_ref, first + rows, end=first + num_rows)
-        lse = tile_io.load_vector(lses_ref, first + rows, end=first + num_rows)
-        maximum, shrink = online_softmax.rescale(maximum, lse)
-        weight = jnp.exp(lse - maximum)
-        return (
-            maximum,
-            total * shrink + weight,
-            summed * shrink[:, None] + out.astype(summed.dtype) * weight[:, None],
-        )
+        part = tile_io.indices(tiles.block_parts, index * tiles.block_parts)
+        at, is_part = part * num_rows + row, part < parts
+        mask = is_part[:, None] & (columns < head_dim)[None, :]
+        out = compat.load(outs_ref.at[at[:, None], columns[None, :]], mask=mask, other=0)
+        lse = compat.load(lses_ref.at[at], mask=is_part, other=0)
+        lse = jnp.where(is_part, lse, -jnp.inf)
+        maximum, shrink = online_softmax.rescale(maximum, jnp.max(lse))
+        weights = jnp.exp(lse - maximum)
+        seen = jnp.sum(out.astype(jnp.float32) * weights[:, None], axis=0)
+        return maximum, total * shrink + jnp.sum(weights), summed * shrink + seen
 
-    nothing = jnp.zeros((block_rows, tile_io.width(out_ref.shape[1])), jnp.float32)
-    state = jax.lax.fori_loop(0, parts, add_part, online_softmax.start(nothing))
-    out, lse = online_softmax.finish(state)
-    tile_io.store(out_ref, rows, out, end=num_rows)
-    tile_io.store_vector(lse_ref, rows, lse, end=num_rows)
+    start = *online_softmax.start_rows((), jnp.float32), jnp.zeros(columns.shape, jnp.float32)
+    blocks = tile_io.cdiv(parts, tiles.block_parts)
+    maximum, total, summed = jax.lax.fori_loop(0, blocks, add_parts, start)
+    divisor, lse = online_softmax.finish_rows(maximum, total)
+    out = (summed / divisor).astype(out_ref.dtype)
+    compat.store(out_ref.at[row, columns], out, mask=columns < head_dim)
+
+    @pl.when(pl.program_id(1) == 0)
+    def _():
+        lse_ref[row] = lse

@@ -14,12 +14,8 @@ from kernels.tile_io import cdiv
 from kernels.tiles import AttentionTiles, DecodeTiles, ForwardBackwardTiles
 
 
-def for_attention(
-    *, length: int, head_dim: int, block_kv: int = 128, packed: bool = False
-) -> AttentionTiles:
+def for_attention(*, length: int, head_dim: int, block_kv: int = 128) -> AttentionTiles:
     """Choose tile sizes for `length` queries of a head: two warpgroups of 64, one for a few."""
-    if packed:  # the warpgroup that multiplies unpacks, too
-        return AttentionTiles(block_q=ROWS, block_kv=ROWS, num_warps=8, num_stages=4)
     return AttentionTiles(
         block_q=ROWS if length <= ROWS else 2 * ROWS,
         block_kv=block_kv,
@@ -67,13 +63,12 @@ def decode_candidates(
     ]
 
 
-def attention_candidates(chosen: AttentionTiles, *, packed: bool = False) -> list[AttentionTiles]:
+def attention_candidates(chosen: AttentionTiles) -> list[AttentionTiles]:
     """Return tile sizes to time for a chunk, those that were chosen first.
 
     Some of them take more shared memory than there is, and do not compile.
     """
-    sizes = (ROWS,) if packed else (ROWS, 2 * ROWS)
-    found = itertools.product(sizes, sizes, (2, 3, 4))
+    found = itertools.product((ROWS, 2 * ROWS), (ROWS, 2 * ROWS), (2, 3, 4))
     return [chosen] + [
         AttentionTiles(
             block_q=block_q,
@@ -99,11 +94,6 @@ def decode_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | 
     if group > ROWS:
         reason = f"{group} query heads read one KV head, the Mosaic kernel takes {ROWS}"
         return Refusal(reason=reason)
-    return packed_refusal(q, k, v)
-
-
-def packed_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | None:
-    """Return why packed numbers cannot be read; None if they can, or are not packed."""
     for x in (k, v):
         if isinstance(x, Packed) and reader.of(x, q).columns not in reader.PIECES:
             reason = f"Mosaic kernels do not read {x.layout.bits} bits of head_dim {x.shape[3]}"

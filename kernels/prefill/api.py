@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Array, Float, Int
 
@@ -10,9 +12,9 @@ from kernels import pages as paging
 from kernels.dispatch import Implementation, dispatch
 from kernels.mosaic import tiles as mosaic_tiles
 from kernels.no_gradient import refuse_gradient
-from kernels.packed import Packed, layout_of
+from kernels.packed import Packed
 from kernels.pages import Pages
-from kernels.prefill import mosaic, triton, xla
+from kernels.prefill import mosaic, triton, unpacked, xla
 from kernels.prefill.heuristic import choose_tiles
 from kernels.tiles import AttentionTiles
 
@@ -38,7 +40,7 @@ def prefill_attention(
 
     Args:
       q: rotated queries of the chunk.
-      k: cached keys, slot = position; packed keys are read without unpacking the cache.
+      k: cached keys, slot = position; packed keys are unpacked block by block.
       v: cached values. Slots that no query sees have weight 0 and must hold finite numbers.
       starts: position of each row's first query; a query before position 0 sees nothing, and gets
         output 0 and lse -inf.
@@ -61,38 +63,38 @@ def prefill_attention(
         paging.check(k, pages, q.shape[0])
     limits.check_rows("starts", starts, q.shape[0])
 
+    is_packed = isinstance(k, Packed)
+
+    def run(kernel: Callable[..., Any], tiles: AttentionTiles, interpret: bool):
+        if pages is not None and not is_packed:  # a tile lies in one page
+            tiles = dataclasses.replace(tiles, block_kv=min(tiles.block_kv, k.shape[2]))
+        kernel = functools.partial(
+            kernel, softmax_scale=softmax_scale, tiles=tiles, interpret=interpret
+        )
+        if is_packed:
+            attend = functools.partial(kernel, pages=None)
+            kernel = functools.partial(unpacked.prefill_attention, attend=attend)
+        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
+
     def run_triton(interpret: bool):
         chosen = tiles or choose_tiles(
             length=q.shape[1],
             head_dim=q.shape[3],
             dtype=q.dtype,
             gpu=compat.tile_gpu(),
-            layout=layout_of(k),
         )
-        if pages is not None:  # a tile lies in one page
-            chosen = dataclasses.replace(chosen, block_kv=min(chosen.block_kv, k.shape[2]))
-        kernel = functools.partial(
-            triton.prefill_attention, softmax_scale=softmax_scale, tiles=chosen, interpret=interpret
-        )
-        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
+        return run(triton.prefill_attention, chosen, interpret)
 
     def run_mosaic(interpret: bool):
-        chosen = tiles or mosaic_tiles.for_attention(
-            length=q.shape[1], head_dim=q.shape[3], packed=isinstance(k, Packed)
-        )
-        if pages is not None:
-            chosen = dataclasses.replace(chosen, block_kv=min(chosen.block_kv, k.shape[2]))
-        kernel = functools.partial(
-            mosaic.prefill_attention, softmax_scale=softmax_scale, tiles=chosen, interpret=interpret
-        )
-        return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
+        chosen = tiles or mosaic_tiles.for_attention(length=q.shape[1], head_dim=q.shape[3])
+        return run(mosaic.prefill_attention, chosen, interpret)
 
     return dispatch(
         implementation,
-        op="prefill_packed" if isinstance(k, Packed) else "prefill",
+        op="prefill_packed" if is_packed else "prefill",
         xla=lambda: xla.prefill_attention(q, k, v, starts, pages, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
         mosaic=run_mosaic,
-        mosaic_refusal=limits.mosaic_refusal(q) or mosaic_tiles.packed_refusal(q, k, v),
+        mosaic_refusal=limits.mosaic_refusal(q),
     )

@@ -53,24 +53,16 @@ class PrefillCase(CachedCase):
         )
 
     def tiles(self, *, gpu: Gpu) -> AttentionTiles:
-        return choose_tiles(
-            length=self.length,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            gpu=gpu,
-            layout=self.layout,
-        )
+        return choose_tiles(length=self.length, head_dim=self.head_dim, dtype=self.dtype, gpu=gpu)
 
     def other_tiles(self, *, gpu: Gpu) -> list[AttentionTiles]:
-        return self.only_suitable(LONG_WALKS, self.tiles(gpu=gpu).block_kv)
+        del gpu
+        return [] if self.bits else list(LONG_WALKS)  # packed keys are read by the plain kernel
 
     def mosaic_tiles(self, *, gpu: Gpu) -> list[AttentionTiles]:
         del gpu
-        packed = self.bits is not None
-        chosen = mosaic_tiles.for_attention(
-            length=self.length, head_dim=self.head_dim, packed=packed
-        )
-        return mosaic_tiles.attention_candidates(chosen, packed=packed)
+        chosen = mosaic_tiles.for_attention(length=self.length, head_dim=self.head_dim)
+        return [chosen] if self.bits else mosaic_tiles.attention_candidates(chosen)
 
     def cost(self) -> Cost:
         seen = [np.maximum(start + 1 + np.arange(self.length), 0) for start in self.starts]

@@ -4,17 +4,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels.gpu import Gpu
-from kernels.packed import Layout
 from kernels.tile_io import MIN_ROWS, power_of_two, width
 from kernels.tiles import AttentionTiles
 
 
-def choose_tiles(
-    *, length: int, head_dim: int, dtype: DTypeLike, gpu: Gpu, layout: Layout | None = None
-) -> AttentionTiles:
-    """Choose tile sizes that do not spill, for keys in `dtype` or packed in `layout`."""
-    if layout is not None:
-        return _packed_tiles(head_dim, dtype, layout)
+def choose_tiles(*, length: int, head_dim: int, dtype: DTypeLike, gpu: Gpu) -> AttentionTiles:
+    """Choose tile sizes that do not spill."""
     columns = width(head_dim)
     if jnp.dtype(dtype).itemsize == 4:
         block_q, block_kv = (32, 32) if columns <= 128 else (16, 16)
@@ -33,15 +28,3 @@ def choose_tiles(
         num_warps=num_warps if block_q >= 64 else 4,
         num_stages=num_stages,
     )
-
-
-def _packed_tiles(head_dim: int, dtype: DTypeLike, layout: Layout) -> AttentionTiles:
-    """Choose tile sizes for packed keys.
-
-    Spills do not follow the size of a tile: smaller ones spill where larger ones do not, and they
-    differ between versions of ptxas. These sizes were compiled at every head_dim, on A100 and H200.
-    """
-    wide = jnp.dtype(dtype).itemsize > 2
-    block_q = MIN_ROWS if head_dim > 128 or (wide and layout.bits == 2) else 32
-    block_kv = 16 if layout.bits == 2 or (wide and layout.bits == 4) else 32
-    return AttentionTiles(block_q=block_q, block_kv=block_kv, num_warps=8, num_stages=2)

@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, Int
 
 from kernels import masks
 from kernels.mosaic import source, walk, work
-from kernels.packed import Packed
 from kernels.pages import Pages, num_slots
 from kernels.tile_io import cdiv
 from kernels.tiles import AttentionTiles
@@ -30,8 +29,8 @@ from kernels.tiles import AttentionTiles
 
 def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
-    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    k: Float[Array, "rows kv_heads slots head_dim"],
+    v: Float[Array, "rows kv_heads slots head_dim"],
     starts: Int[Array, " batch"],
     pages: Pages | None,
     *,
@@ -65,7 +64,7 @@ def prefill_attention(
 def attend(
     plan: Callable[..., work.Work],
     q: Float[Array, "batch length q_heads head_dim"],
-    kv: tuple[Array | Packed, Array | Packed],
+    kv: tuple[Array, Array],
     operands: tuple[Array, ...],
     *,
     name: str,
@@ -75,7 +74,7 @@ def attend(
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """Run a plan, of refs of q, the operands, output and lse, for all blocks of queries.
 
-    `kv` tells the formats of keys and values.
+    `kv` tells the sizes of keys and values.
     """
     batch, length, num_q_heads, _ = q.shape
     num_blocks = cdiv(length, tiles.block_q)

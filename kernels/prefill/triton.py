@@ -2,7 +2,7 @@
 
 Program (i, n, b) owns block_q queries of query head n in row b, the last block first, since it has
 the most keys to walk. The cache's reader (kernels.reader) reads and multiplies tiles of the head's
-keys and values; unpacked tiles that all queries of the block see are not masked. Query, running
+keys and values; tiles that all queries of the block see are not masked. Query, running
 maximum, sum and output stay in registers (float32). The programs of one head run side by side, and
 so do the heads of one group: they find each other's tiles in the L2 cache.
 
@@ -20,15 +20,14 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels import compat, masks, reader, tile_io
-from kernels.packed import Packed
 from kernels.pages import Pages, operands
 from kernels.tiles import AttentionTiles
 
 
 def prefill_attention(
     q: Float[Array, "batch length q_heads head_dim"],
-    k: Float[Array, "rows kv_heads slots head_dim"] | Packed,
-    v: Float[Array, "rows kv_heads slots head_dim"] | Packed,
+    k: Float[Array, "rows kv_heads slots head_dim"],
+    v: Float[Array, "rows kv_heads slots head_dim"],
     starts: Int[Array, " batch"],
     pages: Pages | None,
     *,
@@ -51,7 +50,7 @@ def attend(
     tiles: AttentionTiles,
     interpret: bool,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """Attend to a cache in any format; its index map takes (query block, query head, row)."""
+    """Attend to a cache; its index map takes (query block, query head, row)."""
     batch, length, num_q_heads, head_dim = q.shape
     num_blocks = tile_io.cdiv(length, tiles.block_q)
     q_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
@@ -98,9 +97,7 @@ def _kernel(
         return jax.lax.fori_loop(first, end, add_block, state)
 
     end = tile_io.cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
-    state, seen_by_all = cache.start(queries), 0
-    if not cache.masks_every_tile:
-        seen_by_all = jnp.clip(first_position, 0, slots) // block_kv
-        state = walk(state, 0, seen_by_all, None)
+    seen_by_all = jnp.clip(first_position, 0, slots) // block_kv
+    state = walk(cache.start(queries), 0, seen_by_all, None)
     state = walk(state, seen_by_all, end, visible)
     cache.store(state, out_ref, lse_ref, rows, end=length)

@@ -148,22 +148,22 @@ def test_numbers_that_are_none_stay_none(merge_lse):
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("block_rows", [1, 4, 16])
-def test_any_tiles_give_the_same(block_rows):
+@pytest.mark.parametrize("block_parts", [1, 2, 4])
+def test_any_tiles_give_the_same(block_parts):
     rng = np.random.default_rng(0)
     outs = jnp.asarray(rng.standard_normal((3, 7, 5, 24)), jnp.float32)
     lses = jnp.asarray(rng.standard_normal((3, 7, 5)), jnp.float32)
-    tiles = MergeTiles(block_rows=block_rows, num_warps=4, num_stages=1)
+    tiles = MergeTiles(block_parts=block_parts, block_columns=16, num_warps=4, num_stages=1)
     got = any_merge(outs, lses, implementation="interpret", tiles=tiles)
     for x, y in zip(got, any_merge(outs, lses), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_few_rows_have_a_program_each_and_many_share_one():
+def test_few_rows_are_shared_by_programs_and_many_parts_read_in_turn():
     of = functools.partial(choose_tiles, head_dim=128, gpu=A100)
-    assert of(rows=32).block_rows == 1
-    assert of(rows=1_000_000).block_rows == 16
-    assert choose_tiles(rows=1_000_000, head_dim=256, gpu=A100).block_rows == 8
+    few, many = of(parts=396, rows=16), of(parts=2, rows=1_000_000)
+    assert (few.block_parts, few.block_columns, few.num_warps) == (128, 32, 4)
+    assert (many.block_parts, many.block_columns, many.num_warps) == (2, 128, 1)
 
 
 REFUSED = {
