@@ -83,8 +83,8 @@ class DecodeCase(CachedCase):
     def _other_sizes(self) -> tuple[Sequence[int], Sequence[tuple[int, int]], Sequence[int]]:
         """Return programs per core, (tokens per tile, warps), and stages to combine."""
         if self.bits is None:
-            return (4, 2, 8, 16), ((64, 4), (128, 4), (32, 2), (128, 8), (32, 4)), (3, 2, 4)
-        return (12, 8, 10, 16), ((32, 1), (16, 1), (64, 1), (32, 2), (64, 2)), (3, 2)
+            return (2, 3, 4, 8), ((64, 4), (128, 4), (32, 2), (128, 8), (32, 4)), (3, 2, 4)
+        return (12, 8, 14, 16), ((16, 1), (32, 1), (16, 2), (32, 2)), (3, 4)
 
     def mosaic_tiles(self, *, gpu: Gpu) -> list[DecodeTiles]:
         return mosaic_tiles.decode_candidates(

@@ -5,10 +5,12 @@ from jax.typing import DTypeLike
 
 from kernels.gpu import Gpu
 from kernels.packed import Layout
-from kernels.tile_io import cdiv, width
+from kernels.tile_io import width
 from kernels.tiles import DecodeTiles
 
 _FEWEST_SLOTS = 256  # of a split
+# Bytes of shared memory that the programs of a core may take together.
+_HOPPER_SHARED, _A100_SHARED = 227 * 1024, 163 * 1024
 
 
 def choose_tiles(
@@ -22,19 +24,21 @@ def choose_tiles(
     layout: Layout | None = None,
 ) -> DecodeTiles:
     """Choose tile sizes that do not spill, for keys in `dtype` or packed in `layout`."""
-    itemsize, num_warps, per_core = jnp.dtype(dtype).itemsize, 4, 4
+    itemsize, num_stages = jnp.dtype(dtype).itemsize, 3
     if layout is None:
-        block_kv = 64 if itemsize * width(head_dim) <= 256 else 32
+        block_kv, num_warps = (64 if itemsize * width(head_dim) <= 256 else 32), 4
+        tiles = 2 * num_stages * block_kv * width(head_dim) * itemsize
+        per_core = max(1, (_HOPPER_SHARED if gpu.is_hopper else _A100_SHARED) // tiles)
     elif layout.bits == 2:
         # 32 spill on H200 in some cases, and on A100 with some versions of ptxas.
         block_kv, num_warps, per_core = 16, 2 if head_dim <= 128 else 4, 8
     else:
-        # Triton lets all warps of a program do the same products of these narrow tiles.
-        num_warps, per_core = 1, 12
-        block_kv = 32 if layout.bits == 4 and itemsize == 2 and head_dim <= 128 else 16
-    # Every core gets a few programs, whose loads overlap, as long as each has some tiles; a short
-    # ring is read by one, since merging would take longer.
-    splits = min(cdiv(per_core * gpu.num_cores, batch * kv_heads), slots // _FEWEST_SLOTS)
+        # Triton lets all warps of a program do the same products of these narrow tiles. Measured on
+        # an H200: tiles of 32 and 64 are slower, and so are 2 stages.
+        block_kv, num_warps, per_core = 16, 1, 12
+    # As many programs as the cores hold at once; more wait for others to end, which took 10% longer
+    # on an H200. A short ring is read by one, since merging would take longer.
+    splits = min(per_core * gpu.num_cores // (batch * kv_heads), slots // _FEWEST_SLOTS)
     return DecodeTiles(
-        block_kv=block_kv, num_splits=max(1, splits), num_warps=num_warps, num_stages=3
+        block_kv=block_kv, num_splits=max(1, splits), num_warps=num_warps, num_stages=num_stages
     )
