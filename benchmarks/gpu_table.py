@@ -1,9 +1,10 @@
-"""README's table of speed-ups on a GPU, from the committed run of benchmarks.gpu_report.
+"""The tables of docs/gpu.md, from the committed runs of benchmarks.gpu_report.
 
     python -m benchmarks.gpu_table
 
-Full caches against split ones, the same weights, in one run. Floors are counted from the shapes:
-bytes of a decode step, operations of a prompt.
+The first: full caches against split ones, the same weights, in one run. Floors are counted from the
+shapes: bytes of a decode step, operations of a prompt. The second: the kernels, beside other
+libraries, before and after the first run was read.
 """
 
 import dataclasses
@@ -22,7 +23,9 @@ from duo_jax.errors import InputError
 from duo_jax.reports import markdown
 from duo_jax.schema.json_reader import read_json
 
+RESULTS = pathlib.Path("benchmarks/results/gpu")
 _NOTHING = "not measured yet"
+_FLOPS_PER_BYTE = 200  # of a Hopper: bfloat16 operations a second over bytes a second
 _NEEDED = {
     *("smoke", "rows", "does_not_fit", "models"),
     *("hardware", "jax", "dtype", "prefill_mode"),
@@ -33,14 +36,20 @@ _NEEDED = {
 class TableFlags:
     """Flags of the command."""
 
-    result: pathlib.Path = pathlib.Path("benchmarks/results/gpu/serving.json")
+    result: pathlib.Path = RESULTS / "serving.json"
     """The file of the report's stage `serving`; without it the table says that nothing is
     measured."""
+    kernels: pathlib.Path = RESULTS / "kernels.json"
+    """The file of the stage `kernels`."""
+    before: pathlib.Path = RESULTS / "before" / "kernels.json"
+    """The same of an earlier run."""
 
 
 def main(flags: TableFlags) -> None:
-    """Print the table."""
+    """Print the tables."""
     print(to_markdown(read(flags.result)))
+    if files.exists(flags.before) and files.exists(flags.kernels):
+        print(f"\n{kernels_to_markdown(read_json(flags.before), read_json(flags.kernels))}")
 
 
 def read(file: pathlib.Path) -> dict[str, Any] | None:
@@ -67,7 +76,7 @@ def to_markdown(result: dict[str, Any] | None) -> str:
     """Return the table, and what it was measured on."""
     settings, known = real(), result or {"rows": [], "does_not_fit": []}
     table = markdown.table(
-        ("", "byte or FLOP floor", "published, A100", "duo_jax"),
+        ("", "byte or FLOP floor", "published, A100", "duo_jax", "full, split"),
         [
             _row(settings, published, headline, known)
             for headlines in zip(*(model.headlines for model in settings.models), strict=True)
@@ -99,7 +108,47 @@ def _row(
         f"{of_full.floor() / of_duo.floor():.2f}",
         f"{headline.published:.2f}",
         f"**{row['speedup']:.2f}**" if row else "full does not fit" if too_large else _NOTHING,
+        _times(row),
     ]
+
+
+def _times(row: dict[str, Any] | None) -> str:
+    """Return the time with full caches and with split ones."""
+    for key, unit in (("ms", "ms a token"), ("seconds", "s")):
+        if row is not None and key in row:
+            median = row[key]["median"]
+            return f"{median * row['speedup']:.1f}, {median:.1f} {unit}"
+    return ""
+
+
+def kernels_to_markdown(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return the table of kernels: milliseconds of an earlier run, and of a later one."""
+    later = {row["name"]: row for row in after["rows"]}
+    earlier = {row["name"]: row for row in before["rows"]}
+    body = []
+    for name in dict.fromkeys([*earlier, *later]):
+        row, now = earlier.get(name, {}), later.get(name, {})
+        rivals = row.get("rivals", {})
+        timed = (
+            row, now, row.get("mosaic", {}), rivals.get("jax.nn cudnn", {}),
+            rivals.get("torch SDPA", {}),
+        )  # fmt: skip
+        body.append((name, *map(_ms, timed), _rate(now if "seconds" in now else row)))
+    header = ("", "Triton", "Triton, mended", "Mosaic", "cuDNN", "PyTorch", "Triton reaches")
+    return markdown.table(header, body)
+
+
+def _ms(row: dict[str, Any]) -> str:
+    return f"{1e3 * row['seconds']['median']:.3g}" if "seconds" in row else ""
+
+
+def _rate(row: dict[str, Any]) -> str:
+    """Return what a kernel reaches of what bounds it: operations where there are many a byte."""
+    if "seconds" not in row:
+        return ""
+    if row["flops"] > _FLOPS_PER_BYTE * row["bytes"]:
+        return f"{row['flops_per_second'] / 1e12:.0f} TFLOP/s"
+    return f"{row['bytes_per_second'] / 1e9:,.0f} GB/s"
 
 
 def _program(

@@ -187,8 +187,8 @@ def _published() -> str:
     return f"""\
 ## Published by others
 
-From {published.DUO}, measured by its authors on one A100-80G, BF16, batch 1. Ours on a GPU \
-are [not measured yet](gpu.md).
+From {published.DUO}, measured by its authors on one A100-80G, BF16, batch 1. Ours on \
+an H200 are [beside them](gpu.md#speed).
 
 {efficiency}
 

@@ -38,8 +38,13 @@ def named(cases: Cases = CASES) -> dict[str, Case]:
 
 
 def served_by_mosaic(case: Case) -> bool:
-    """Say whether a Mosaic kernel is written for a case."""
+    """Say whether a Mosaic kernel is written for a case.
+
+    Packed keys are prefilled by the plain kernel, whose cases are others.
+    """
     if not isinstance(case, AttentionCase) or case.gradient or case.dtype not in MOSAIC_DTYPES:
+        return False
+    if isinstance(case, prefill.PrefillCase) and case.bits is not None:
         return False
     by_bits = {None: MOSAIC_HEAD_DIMS, 8: (64, 128), 4: (128,), 2: (128,)}
     return case.head_dim in by_bits[case.bits]

@@ -13,6 +13,7 @@ from kernels.errors import UnsupportedError
 from kernels.gpu import Gpu
 
 RESULTS = pathlib.Path("benchmarks/results/gpu")
+_ENDED = {"complete", "out of time"}
 _MIN_SPEEDUP = 1.02  # less is the spread of two measurements
 
 
@@ -43,6 +44,8 @@ def faster_ops(kernels: dict[str, Any] | None, checks: dict[str, Any] | None) ->
     """
     if kernels is None or checks is None or kernels["smoke"]:
         return set()
+    if not {kernels["status"], checks["status"]} <= _ENDED:  # stopped: what was left is not known
+        return set()
     if not Gpu(kind=kernels["hardware"], num_cores=1).is_hopper:
         return set()
     speedups: dict[str, list[float]] = {}
@@ -71,4 +74,5 @@ def committed(stage: str) -> dict[str, Any] | None:
     if not parts or len(parts) != parts[0]["parts"]:
         return None
     joined = {key: [x for part in parts for x in part[key]] for key in ("rows", "not_reached")}
-    return parts[0] | joined
+    stopped = [part["status"] for part in parts if part["status"] not in _ENDED]
+    return parts[0] | joined | {"status": (stopped or ["complete"])[0]}

@@ -24,7 +24,7 @@ The map of a program, which owns block_q queries of one head:
 Each op says which tiles these are, as ranges: what lies outside is never loaded. A tile begins at a
 multiple of its size; what hangs over the end of an array is read as zeros (by TMA), masked, and not
 written. Weights go through shared memory since jax's interpreter multiplies nothing else
-(kernels.compat runs all of this on a CPU, with race detection). Measured: not yet.
+(kernels.compat runs all of this on a CPU, with race detection). Measured: docs/gpu.md.
 """
 
 import functools

@@ -91,7 +91,7 @@ def prefill_attention(
 
     return dispatch(
         implementation,
-        op="prefill_packed" if is_packed else "prefill",
+        op="prefill",
         xla=lambda: xla.prefill_attention(q, k, v, starts, pages, softmax_scale=softmax_scale),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),

@@ -8,7 +8,7 @@ tiles in the L2 cache.
 
 Starts are read at run time: one compilation serves every chunk of its length.
 
-Measured: not yet.
+Measured on an H200 (docs/gpu.md): 490 to 506 TFLOP/s in bfloat16, head_dim 128.
 """
 
 import functools

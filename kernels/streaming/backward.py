@@ -18,7 +18,7 @@ that every gradient is summed in the registers of one program and written once:
 - d_k, d_v of the sinks: all later queries see them, so their walk is cut into splits, whose sums
   (float32, sink_size tokens each) are added outside the kernel.
 
-Measured: not yet.
+Measured on an H200 (docs/gpu.md): full attention and its gradient, 261 TFLOP/s, half of cuDNN.
 """
 
 import dataclasses

@@ -6,7 +6,7 @@ still sees, and the chunk's own tokens from there to its diagonal; nothing else 
 tile is masked: with windows of a few hundred tokens most of them are cut by an edge. Lengths are
 read at run time.
 
-Measured: not yet.
+Measured on an H200 (docs/gpu.md): 0.87 to 0.92 times the speed of the Triton kernel.
 """
 
 import functools

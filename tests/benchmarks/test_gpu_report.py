@@ -209,10 +209,13 @@ def test_auto_may_take_mosaic_for_what_is_faster_in_every_case_of_a_hopper():
     rows = [timed("decode", 1.3), timed("decode", 1.1), timed("full", 1.3), timed("full", 1.01)]
     rows += [{"op": "merge", "mosaic": {"skipped": "no kernel"}}, {"name": "x", "failed": "y"}]
     result = {"smoke": False, "hardware": "NVIDIA H200, 16 cores", "rows": rows, "not_reached": []}
+    result["status"] = "complete"
     right = {"name": "mosaic, decode: case", "passed": True}
     checks = {"rows": [right, {"name": "decode: case", "passed": False}], "not_reached": []}
+    checks["status"] = "out of time"
     assert mosaic.faster_ops(result, checks) == {"decode"}
-    for other in (None, {**result, "smoke": True}, {**result, "hardware": "NVIDIA A100"}):
+    others = [{"smoke": True}, {"hardware": "NVIDIA A100"}, {"status": "running"}]
+    for other in (None, *({**result, **changed} for changed in others)):
         assert mosaic.faster_ops(other, checks) == set()
     failed = {"name": "decode: b", "op": "decode", "mosaic": {"failed": "illegal address"}}
     for more in (failed, {"name": "decode: b", "failed": "out of memory"}):

@@ -129,14 +129,20 @@ def test_gpu_table_is_filled_by_a_run(tmp_path):
     rows = [
         {"what": "decode", "model": name, "context": 500_000, "speedup": 1.4},
         {"what": "decode", "model": name, "context": 517_000, "name": "full"},
-        {"what": "decode", "model": name, "context": 517_000, "speedup": 1.61},
+        {
+            "what": "decode",
+            "model": name,
+            "context": 517_000,
+            "speedup": 1.61,
+            "ms": {"median": 10.0},
+        },
         {"name": "another", "failed": "of memory"},
     ]
     file.write_text(json.dumps(header | {"rows": rows}))
     printed = gpu_table.to_markdown(gpu_table.read(file))
     assert (
-        f"| decode speed-up, {name}, 50% retrieval heads, 517K tokens | 1.69 | 1.50 | **1.61** |"
-        in (printed)
+        f"| decode speed-up, {name}, 50% retrieval heads, 517K tokens | 1.69 | 1.50 | **1.61** | "
+        "16.1, 10.0 ms a token |" in (printed)
     )
     assert printed.count("not measured yet") == 3
     assert "NVIDIA H200, jax 0.11.2, bfloat16" in printed

@@ -27,7 +27,7 @@ KERNELS = {
     "full": "duo_prefill",
     "merge": "duo_merge",
     "prefill": "duo_prefill",
-    "prefill_packed": "duo_prefill_packed",
+    "prefill_packed": "duo_prefill",
     "streaming": "duo_streaming",
 }
 # By default one case of every kind of every op, on each GPU in turn; the slow tests run all.

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from kernels import decode_attention
-from kernels.prefill import xla
+from kernels.prefill import triton, unpacked, xla
 from kernels.prefill.cases import AWKWARD, PrefillCase
+from kernels.tiles import AttentionTiles
 
 TOLERANCE = {"atol": 2e-6, "rtol": 2e-5}
 
@@ -52,3 +53,27 @@ def test_each_query_gets_what_decode_gives_it():
     for t in (0, 1, 28):
         alone, _ = decode_attention(q[:, t], k, v, starts + t + 1, softmax_scale=case.softmax_scale)
         np.testing.assert_allclose(out[:, t], alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize(("starts", "slots"), [((0, 270), 320), ((-5, 20), 320), ((150,), 256)])
+def test_packed_keys_are_unpacked_in_blocks_and_merged(starts, slots, page_size):
+    """Rows that end in different blocks, a last block that is smaller, queries that see nothing."""
+    case = PrefillCase(
+        starts=starts, length=40, slots=slots, bits=8, q_heads=4, kv_heads=2, head_dim=16,
+        dtype="float32", page_size=page_size,
+    )  # fmt: skip
+    q, k, v, first, *table = arguments = case.draw()
+    attend = functools.partial(
+        triton.prefill_attention,
+        pages=None,
+        softmax_scale=case.softmax_scale,
+        tiles=AttentionTiles(block_q=16, block_kv=16, num_warps=4, num_stages=1),
+        interpret=True,
+    )
+    pages = table[0] if table else None
+    got = jax.jit(
+        functools.partial(unpacked.prefill_attention, attend=attend, block=128)
+    )(q, k, v, first, pages)  # fmt: skip
+    for x, y in zip(got, case.expected(arguments), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5, rtol=2e-5)
