@@ -5,8 +5,8 @@
 Stages, each with a share of the time and a JSON file of its own: what the device reaches at best;
 every kernel checked against XLA; the kernels timed beside other libraries; decoding and prefill of
 whole models of random weights, full and split; other tile sizes. What the time did not reach is
-listed, a failure is recorded, and neither stops the rest. Needs jax and flax; PyTorch and
-matplotlib are used where they are. --smoke runs everything in miniature, on a CPU too.
+listed, a failure is recorded, and neither stops the rest. Needs what duo_jax needs but tyro;
+PyTorch and matplotlib are used where they are. --smoke runs everything in miniature, on a CPU too.
 """
 
 import argparse
@@ -165,7 +165,7 @@ def _stop(finish) -> None:
 
 
 def _parse(words: list[str] | None = None) -> argparse.Namespace:
-    # Not tyro, as elsewhere: machines with a GPU may lack it, and have nothing to install from.
+    # Not tyro, as elsewhere: a machine with a GPU and nothing to install from may lack it.
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_report", description=(__doc__ or "").split("\n\n")[0]
     )

@@ -130,6 +130,8 @@ def _generate(flags: GenerateConfig) -> None:
                 print(f"error: {error}", file=sys.stderr)  # the chat is not over
     except BaseException as error:
         if not (signals.is_interruption(error) or isinstance(error, OSError)):
+            if shown and not shown.endswith("\n"):  # an error has a line of its own
+                print(flush=True)
             raise
         # What was read and written is worth saving.
         with contextlib.suppress(OSError):

@@ -30,12 +30,14 @@ def check_shapes(
     Those of a paged cache have pages where others have rows.
 
     Raises:
-      ValueError: sizes differ, an array is empty, KV heads do not divide the query heads, or a
-        dtype is not floating-point.
+      ValueError: sizes differ, an array is empty, KV heads do not divide the query heads, a dtype
+        is not floating-point, or only one of keys and values is packed.
     """
     for what, x in (("queries", q), ("keys", k), ("values", v)):
         if not isinstance(x, Packed) and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"{what} are {x.dtype}, not floating-point numbers")
+    if isinstance(k, Packed) != isinstance(v, Packed):
+        raise ValueError("of keys and values one is packed and the other is not")
     if k.shape != v.shape or q.shape[-1] != k.shape[-1] or not (paged or q.shape[0] == k.shape[0]):
         raise ValueError(
             f"queries {q.shape}, keys {k.shape} and values {v.shape} do not fit: they share batch "

@@ -70,7 +70,7 @@ class MergeCase(Case):
                 num_stages=2,
             )
             for block_parts, block_columns, num_warps in itertools.product(
-                sorted({min(x, power_of_two(self.parts)) for x in (32, 128)}), (32, 128), (1, 4)
+                sorted({min(x, power_of_two(self.parts)) for x in (32, 128)}), (32, 64, 128), (1, 4)
             )
         ]
 

@@ -16,6 +16,7 @@ import duo_jax
 from duo_jax import generate
 from duo_jax.checkpoints import pretrained
 from duo_jax.cli import model_flags
+from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, save_pattern
 from duo_jax.session import row_cache
 from tests import models
@@ -398,3 +399,15 @@ def test_an_interrupt_while_writing_keeps_the_text(folder, run, tmp_path):
     tokens = pretrained.load_tokenizer(folder)(QUESTION)["input_ids"]
     # The last token that was written has not been read yet.
     assert SUMMARY.fullmatch(err.strip())[1] == str(1 + len(tokens))
+
+
+def test_an_error_after_the_prompt_was_shown_has_a_line_of_its_own(folder, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise InputError("this cannot be read")
+
+    monkeypatch.setattr(generate.Conversation, "stream", refuse)
+    monkeypatch.setattr(generate, "_prompt", lambda flags: (TEXT, "[the end of a prompt]"))
+    with pytest.raises(SystemExit):
+        generate.main(["--model", str(folder)])
+    out, err = capsys.readouterr()
+    assert (out, err) == ("[the end of a prompt]\n", "error: this cannot be read\n")

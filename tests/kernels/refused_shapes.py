@@ -10,9 +10,11 @@ from kernels import (
     decode_attention,
     full_attention,
     merge_lse,
+    packed,
     prefill_attention,
     streaming_attention,
 )
+from kernels.packed import INT8
 
 Q = jnp.ones((2, 20, 4, 16))
 KV = jnp.ones((2, 20, 2, 16))  # of a whole sequence
@@ -42,6 +44,10 @@ REFUSED = {
     "decode, fewer values than keys": (
         lambda **o: decode_attention(Q[:, 0], CACHE, CACHE[:, :, 1:], ROWS, **o),
         "do not fit",
+    ),
+    "decode, packed keys beside plain values": (
+        lambda **o: decode_attention(Q[:, 0], packed.zeros(CACHE.shape, INT8), CACHE, ROWS, **o),
+        "one is packed and the other is not",
     ),
     "decode, another batch": (
         lambda **o: decode_attention(Q[:1, 0], CACHE, CACHE, ROWS[:1], **o),

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from kernels.decode.cases import AWKWARD, DecodeCase
+from kernels.decode.heuristic import choose_tiles
+from kernels.gpu import A100, H200
+from kernels.packed import INT4
 
 TINY = {"q_heads": 4, "kv_heads": 2, "head_dim": 16, "dtype": "float32"}
 
@@ -61,3 +64,16 @@ def test_scores_of_any_size_neither_overflow_nor_vanish(size):
     expected_out, expected_lse = case.expected(arguments)
     np.testing.assert_allclose(out, expected_out, atol=5e-4 if size > 1 else 2e-6)
     np.testing.assert_allclose(lse, expected_lse, rtol=2e-6, atol=2e-6)
+
+
+def test_as_many_programs_run_as_the_cores_hold_at_once():
+    def splits(gpu, slots, **changed):
+        sizes = {"batch": 1, "kv_heads": 4, "head_dim": 128, "dtype": jnp.bfloat16} | changed
+        return choose_tiles(slots=slots, gpu=gpu, **sizes).num_splits
+
+    assert splits(H200, 500_000) == 2 * 132 // 4
+    assert splits(H200, 500_000, kv_heads=5) == 2 * 132 // 5  # one more would wait for the others
+    assert splits(A100, 500_000) == 108 // 4  # less shared memory
+    assert splits(H200, 500_000, batch=100) == 1
+    assert splits(H200, 384) == 1  # a ring: nothing to merge
+    assert splits(H200, 500_000, layout=INT4) == 12 * 132 // 4
