@@ -406,7 +406,7 @@ def test_an_error_after_the_prompt_was_shown_has_a_line_of_its_own(folder, capsy
         raise InputError("this cannot be read")
 
     monkeypatch.setattr(generate.Conversation, "stream", refuse)
-    monkeypatch.setattr(generate, "_prompt", lambda flags: (TEXT, "[the end of a prompt]"))
+    monkeypatch.setattr(generate, "_prompt", lambda _: (TEXT, "[the end of a prompt]"))
     with pytest.raises(SystemExit):
         generate.main(["--model", str(folder)])
     out, err = capsys.readouterr()
