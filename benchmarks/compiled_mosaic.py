@@ -4,7 +4,7 @@
 
 The cases of kernels.all_cases that Mosaic kernels serve are compiled for an H200, and described by
 their PTX, by ptxas and by Mosaic's list of resources; one case of each op for an H100 too, whose
-PTX is compared. Nothing is executed. It needs what kernels.aot needs, and jax 0.12 or newer.
+PTX is compared. Nothing is executed. It needs what kernels.aot needs, and jax 0.11 or newer.
 """
 
 import dataclasses

@@ -74,7 +74,7 @@ class ModelFlags:
     """Implementation of attention. auto: triton on an NVIDIA GPU from A100 on (mosaic on an
     H100 or H200 whose jax has no Triton), else xla. triton: our kernels. interpret: our kernels in
     Pallas' interpreter, for tests without a GPU; very slow. mosaic: our kernels for H100 and H200,
-    with jax 0.12; interpret_mosaic: these on a CPU."""
+    with jax 0.11; interpret_mosaic: these on a CPU, with jax 0.12."""
 
     def __post_init__(self) -> None:
         check_fields(self)
