@@ -6,8 +6,8 @@
 - "interpret": the same kernel in Pallas' interpreter, on any device; slow, for tests.
 - "mosaic": the kernel for Hopper GPUs (H100, H200) through Pallas' Mosaic lowering of jax 0.11 or
   newer. Forward only, bfloat16 and float16, head_dim 64 to 128; it reads packed caches too.
-- "interpret_mosaic": the same kernel on a CPU, with jax 0.12 or newer and race detection; very slow,
-  for tests.
+- "interpret_mosaic": the same kernel on a CPU, with race detection, for tests; very slow, and from
+  jax 0.12 on.
 - "auto": "triton" where the program runs on such a GPU, else "xla". "mosaic" on a Hopper where jax
   has no Triton lowering, and for the ops of MOSAIC_IS_FASTER: none, until it has been measured.
 

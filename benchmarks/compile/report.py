@@ -18,7 +18,8 @@ _INTRODUCTION = """\
 
 This file is written by `{command}`, on any machine, with or without a GPU;
 it took {minutes} minutes with jax {jax}, its CUDA plugin and ptxas {ptxas}. Do not edit it.
-**Nothing here was executed: no number is a speed. What a GPU did with the kernels: [GPU](gpu.md#speed).**
+**Nothing here was executed: no number is a speed.** What a GPU did with the kernels:
+[GPU](gpu.md#speed).
 
 {summary}
 
@@ -36,7 +37,7 @@ and the row shows how it came out. XLA's own small steps around a kernel are lef
   gradients `duo_streaming_dq`, `_dkv` (of keys in the window), `_dsink` (of the sinks' keys).
   Full attention is done by `duo_prefill` too, its gradients by `duo_full_dq` and `_dkv`;
   `duo_merge` merges parts of attention.
-  `duo_decode_packed` reads keys and values in 8, 4 and 2 bits; prefill unpacks them for `duo_prefill`.
+  `duo_decode_packed` reads keys and values in 8, 4 and 2 bits; prefill unpacks them first.
 - tile: queries x keys per step; `n x 64`: all query heads of a group, padded to at least 16; of a
   merge, parts x channels.
 - warps: of 32 threads, in one program. stages: tiles on their way from memory at once.

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from kernels.case import Case, fill
 from kernels.packed import Packed
@@ -46,7 +47,7 @@ def upcast(tree: Any) -> Any:
     def one(x):
         if isinstance(x, Packed) or not jnp.issubdtype(x.dtype, jnp.floating):
             return x
-        if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and is_small(x):
+        if not isinstance(x, Tracer) and is_small(x):
             return jax.device_put(np.asarray(x).astype(np.float32))
         return x.astype(jnp.float32)
 
