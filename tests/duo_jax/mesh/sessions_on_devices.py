@@ -104,7 +104,9 @@ def test_an_engine_serves_what_one_device_does(tmp_path):
 @pytest.mark.slow
 def test_a_server_answers_what_one_device_does():
     sizes = {"max_requests": 2, "max_len": 600, "cache_tokens": 4096, "prefill_chunk": 64}
-    flags = ServerFlags(devices=8, warm_up=False, **sizes)
+    flags = ServerFlags(
+        model=str(small_demo()), served_model_name="demo", devices=8, warm_up=False, **sizes
+    )
     body = {"model": "demo", "prompt": PROMPTS[0], "max_tokens": 12, "temperature": 0}
     with serving_of(functools.partial(serving._make_engine, flags)) as served:
         wait_for(lambda: served.service.status != "loading", 300)
