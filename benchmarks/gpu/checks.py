@@ -3,8 +3,8 @@
 A case passes if, for every output (and gradient),
 
 - its error is at most twice (a gradient's: three times) that of the XLA version in the same dtype,
-  both against XLA in float32
-  with exact products; errors are norm(x - reference) / norm(reference);
+  both against XLA in float32 with exact products; errors are norm(x - reference) /
+  norm(reference);
 - it is the same to the bit when memory held other numbers before: all of it was written, and
   programs do not race. The output lies in a donated buffer full of the poison, temporary buffers in
   freed memory full of it. An output that lies elsewhere fails: nothing was shown of it.
