@@ -48,7 +48,7 @@ def prefill_attention(
     """
     slots = num_slots(k, pages)
     block = min(slots, block or _block_slots(q, k, pages))
-    end = jnp.max(starts) + q.shape[1]
+    end = _last(starts) + q.shape[1]
 
     def part(first: Any, size: int) -> tuple[Array, Array]:
         keys, values = (read_block(x, pages, first, size, q.dtype) for x in (k, v))
@@ -72,6 +72,18 @@ def prefill_attention(
         )
     out, lse = state
     return out.astype(q.dtype), lse
+
+
+@jax.custom_batching.custom_vmap
+def _last(starts: Int[Array, " batch"]) -> Int[Array, ""]:
+    return jnp.max(starts)
+
+
+@_last.def_vmap
+def _last_of_all(axis_size: int, in_batched: list[bool], starts: Array) -> tuple[Array, bool]:
+    """Return one end for all, so that a vmapped call unpacks a block once, not for each of them."""
+    del axis_size, in_batched
+    return jnp.max(starts), False
 
 
 def _block_slots(q: Array, k: Packed, pages: Pages | None) -> int:

@@ -1,13 +1,14 @@
 """Prefill attention through XLA: its blocks of queries, and that it agrees with decoding."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import decode_attention
+from kernels import decode_attention, prefill_attention
 from kernels.prefill import triton, unpacked, xla
 from kernels.prefill.cases import AWKWARD, PrefillCase
 from kernels.tiles import AttentionTiles
@@ -77,3 +78,25 @@ def test_packed_keys_are_unpacked_in_blocks_and_merged(starts, slots, page_size)
     )(q, k, v, first, pages)  # fmt: skip
     for x, y in zip(got, case.expected(arguments), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=2e-5)
+
+
+def test_a_vmapped_call_unpacks_every_block_once_for_all():
+    """As on a mesh, where the queries of a chunk are several calls over the same keys."""
+    case = PrefillCase(
+        starts=(100,), length=8, slots=192, bits=8, q_heads=2, kv_heads=1, head_dim=16,
+        dtype="float32",
+    )  # fmt: skip
+    q, k, v, _ = case.draw()
+    attend = functools.partial(attend_plain, softmax_scale=case.softmax_scale)
+    run = functools.partial(unpacked.prefill_attention, attend=attend, block=64)
+    queries, starts = jnp.stack([q, q, q]), jnp.array([[100], [20], [184]])
+    several = jax.vmap(lambda q, starts: run(q, k, v, starts, None))
+    for x, index in zip(several(queries, starts)[0], range(3), strict=True):
+        np.testing.assert_allclose(x, run(q, k, v, starts[index], None)[0], atol=1e-6)
+    shapes = re.findall(r"u32\[([\d,]+)\]", str(jax.make_jaxpr(several)(queries, starts)))
+    words = [shape for shape in shapes if shape.endswith(",4") and shape.count(",") == 3]
+    assert set(words) == {"1,1,192,4", "1,1,64,4"}
+
+
+def attend_plain(q, k, v, starts, *, softmax_scale):
+    return prefill_attention(q, k, v, starts, softmax_scale=softmax_scale, implementation="xla")
