@@ -9,7 +9,9 @@ programs busy too. Splits are written in float32 and merged by their lse outside
 Tiles of a paged cache get their address from the table (kernels.mosaic.source); packed ones, in 8,
 4 or 2 bits, become matrices in shared memory before they are multiplied (kernels.mosaic.reader).
 
-Measured on an H200 (docs/gpu.md): as fast as the Triton kernel, slower from int8.
+With head_dim 128: tiles of 64 keys, in bfloat16 in 2 stages and 123 KiB of shared memory, packed in
+4 and 127 to 159 KiB; 152 to 199 registers (docs/kernels_mosaic.md). Measured on an H200
+(docs/gpu.md): as fast as the Triton kernel, slower from int8.
 """
 
 import functools

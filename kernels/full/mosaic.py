@@ -1,6 +1,6 @@
 """Full attention of whole sequences, for Hopper: the prefill that reads the sequence as its cache.
 
-kernels.prefill.mosaic has the kernel. It has no gradient.
+kernels.prefill.mosaic has the kernel, and its sizes. It has no gradient.
 """
 
 import functools

@@ -52,7 +52,8 @@ def test_a_layer_decodes_with_four_small_messages(compiler, name):
     for kind, _ in one:
         kinds.remove(kind)
     assert kinds == ["all-gather", "all-reduce", "all-reduce", "all-to-all"]
-    assert max(size for kind, size in two if kind != "all-gather") <= 64e3
+    # With int8 weights a token is two rows, in float32: 64 KiB for 8,192 channels.
+    assert max(size for kind, size in two if kind != "all-gather") <= 2**16
     # Both ends gather the residual stream, and logits.
     gathered = sorted(size for kind, size in two if kind == "all-gather")
     assert gathered[-2] <= 64e3
