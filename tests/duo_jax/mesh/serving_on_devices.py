@@ -132,8 +132,9 @@ def test_groups_of_devices_share_the_rows():
         pytest.param(
             {"kv": "int4", "weight_format": "int8", "dtype": "float64"}, marks=pytest.mark.slow
         ),
+        pytest.param({"kv": "int8", "implementation": "interpret"}, marks=pytest.mark.slow),
     ],
-    ids=["prefill by chunks", "our kernels", "packed"],
+    ids=["prefill by chunks", "our kernels", "packed", "packed, our kernels"],
 )
 def test_other_settings_equal_one_device(changes):
     check(8, config=SMALL, **PLAIN | changes)
