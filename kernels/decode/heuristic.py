@@ -37,7 +37,9 @@ def choose_tiles(
         # an H200: tiles of 32 and 64 are slower, and so are 2 stages.
         block_kv, num_warps, per_core = 16, 1, 12
     # As many programs as the cores hold at once; more wait for others to end, which took 10% longer
-    # on an H200. A short ring is read by one, since merging would take longer.
+    # on an H200. Rows of a batch end at different tokens, so theirs are smaller. A short ring is
+    # read by one, since merging would take longer.
+    per_core *= 1 if batch == 1 else 2
     splits = min(per_core * gpu.num_cores // (batch * kv_heads), slots // _FEWEST_SLOTS)
     return DecodeTiles(
         block_kv=block_kv, num_splits=max(1, splits), num_warps=num_warps, num_stages=num_stages
