@@ -56,6 +56,7 @@ def test_each_query_gets_what_decode_gives_it():
         np.testing.assert_allclose(out[:, t], alone, atol=2e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("page_size", [None, 64])
 @pytest.mark.parametrize(("starts", "slots"), [((0, 270), 320), ((-5, 20), 320), ((150,), 256)])
 def test_packed_keys_are_unpacked_in_blocks_and_merged(starts, slots, page_size):
