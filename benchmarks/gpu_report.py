@@ -55,6 +55,10 @@ def main(arguments: argparse.Namespace, *, began: float) -> int:
     """Run the stages; return the exit code. The time counts from `began`."""
     settings = (smoke() if arguments.smoke else real()).of(arguments.ops, arguments.cases)
     settings = dataclasses.replace(settings, alone=arguments.alone)
+    if arguments.cases is not None and not settings.timed_cases():
+        print(f"error: --cases: no case that is timed has {' or '.join(arguments.cases)} in its name",
+              file=sys.stderr)  # fmt: skip
+        return 2
     if not settings.smoke and not has_gpu():
         print(f"error: jax runs on {jax.default_backend()} here, and this report needs a GPU; "
               "try --smoke", file=sys.stderr)  # fmt: skip
@@ -217,9 +221,12 @@ def _parse(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def _part(text: str) -> check_stage.Part:
-    number, parts = (int(word) for word in text.split("/"))
+    words = text.split("/")
+    if len(words) != 2 or not all(word.isdecimal() for word in words):
+        raise argparse.ArgumentTypeError(f"{text!r} is not two numbers, as in 1/3")
+    number, parts = map(int, words)
     if not 1 <= number <= parts:
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"there is no part {number} of {parts}")
     return check_stage.Part(number=number, parts=parts)
 
 

@@ -101,11 +101,28 @@ def test_a_real_run_needs_a_gpu_and_says_so():
 
 
 @pytest.mark.parametrize(
-    "words", [["--stages", "checks,nothing"], ["--minutes", "0"], ["--minutes", "nan"]]
+    "words",
+    [
+        ["--stages", "checks,nothing"],
+        ["--minutes", "0"],
+        ["--minutes", "nan"],
+        ["--ops", "decode,nothing"],
+        ["--stages", "checks", "--part", "3/2"],
+        ["--stages", "checks", "--part", "one"],
+        ["--part", "1/2"],
+    ],
 )
 def test_flags_that_mean_nothing_are_refused(words):
     with pytest.raises(SystemExit, match="2"):
         gpu_report._parse(words)
+
+
+def test_cases_that_do_not_exist_are_refused(capsys):
+    arguments = gpu_report._parse(["--smoke", "--cases", "500K,nothing"])
+    assert len(smoke().of(arguments.ops, arguments.cases).timed_cases()) == 4
+    words = ["--smoke", "--cases", "nothing"]
+    assert gpu_report.main(gpu_report._parse(words), began=time.monotonic()) == 2
+    assert "no case that is timed has nothing in its name" in capsys.readouterr().err
 
 
 def test_a_table_records_failures_and_what_the_time_did_not_reach(tmp_path):
