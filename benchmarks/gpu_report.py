@@ -56,8 +56,8 @@ def main(arguments: argparse.Namespace, *, began: float) -> int:
     settings = (smoke() if arguments.smoke else real()).of(arguments.ops, arguments.cases)
     settings = dataclasses.replace(settings, alone=arguments.alone)
     if arguments.cases is not None and not settings.timed_cases():
-        print(f"error: --cases: no case that is timed has {' or '.join(arguments.cases)} in its name",
-              file=sys.stderr)  # fmt: skip
+        words = " or ".join(arguments.cases)
+        print(f"error: --cases: no case that is timed has {words} in its name", file=sys.stderr)
         return 2
     if not settings.smoke and not has_gpu():
         print(f"error: jax runs on {jax.default_backend()} here, and this report needs a GPU; "
