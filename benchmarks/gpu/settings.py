@@ -68,7 +68,7 @@ class Settings:
             op: {
                 name: case
                 for name, case in cases.items()
-                if words is None or any(word in name for word in words)
+                if words is None or any(word in f"{op}: {name}" for word in words)
             }
             for op, cases in timed.items()
         }

@@ -46,7 +46,7 @@ def prefill_attention(
       attend: the kernel.
       block: slots that are unpacked at a time; whole pages, and blocks of 2 bits. Default: chosen.
     """
-    slots = num_slots(k, pages)
+    slots, starts = num_slots(k, pages), starts.astype(jnp.int32)
     block = min(slots, block or _block_slots(q, k, pages))
     end = _last(starts) + q.shape[1]
 

@@ -183,3 +183,8 @@ def test_what_the_kernel_cannot_take_is_refused():
     with pytest.raises(NotImplementedError, match="2,147,483,648 elements"):
         jax.eval_shape(functools.partial(any_merge, implementation="interpret"), *shapes)
     jax.eval_shape(any_merge, *shapes)
+
+
+def test_a_tile_of_many_parts_and_rows_stays_small():
+    tiles = choose_tiles(parts=99, rows=256, head_dim=128, gpu=A100)
+    assert (tiles.block_parts, tiles.block_columns) == (32, 128)
