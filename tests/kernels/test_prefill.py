@@ -101,3 +101,18 @@ def test_a_vmapped_call_unpacks_every_block_once_for_all():
 
 def attend_plain(q, k, v, starts, *, softmax_scale):
     return prefill_attention(q, k, v, starts, softmax_scale=softmax_scale, implementation="xla")
+
+
+def test_starts_of_few_bits_reach_all_blocks():
+    """Start and length together are beyond the largest number of 8 bits."""
+    case = PrefillCase(
+        starts=(120,), length=20, slots=192, bits=8, q_heads=2, kv_heads=1, head_dim=16,
+        dtype="float32",
+    )  # fmt: skip
+    q, k, v, starts = case.draw()
+    attend = functools.partial(attend_plain, softmax_scale=case.softmax_scale)
+    run = functools.partial(unpacked.prefill_attention, attend=attend, block=64)
+    for x, y in zip(
+        run(q, k, v, starts.astype(jnp.int8), None), run(q, k, v, starts, None), strict=True
+    ):
+        np.testing.assert_array_equal(x, y)
