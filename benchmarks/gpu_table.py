@@ -12,8 +12,10 @@ import pathlib
 from typing import Any
 
 from benchmarks import command
+from benchmarks.compile import roofline
 from benchmarks.gpu.decode import Decoding
 from benchmarks.gpu.models import DECODE, Headline, Published
+from benchmarks.gpu.mosaic import RESULTS
 from benchmarks.gpu.prefill import Prefill
 from benchmarks.gpu.program import Program
 from benchmarks.gpu.settings import Settings, real
@@ -22,10 +24,9 @@ from duo_jax import files
 from duo_jax.errors import InputError
 from duo_jax.reports import markdown
 from duo_jax.schema.json_reader import read_json
+from kernels.gpu import H200
 
-RESULTS = pathlib.Path("benchmarks/results/gpu")
 _NOTHING = "not measured yet"
-_FLOPS_PER_BYTE = 200  # of a Hopper: bfloat16 operations a second over bytes a second
 _NEEDED = {
     *("smoke", "rows", "does_not_fit", "models"),
     *("hardware", "jax", "dtype", "prefill_mode"),
@@ -143,10 +144,10 @@ def _ms(row: dict[str, Any]) -> str:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    """Return what a kernel reaches of what bounds it: operations where there are many a byte."""
+    """Return what a kernel reaches of what bounds it on an H200."""
     if "seconds" not in row:
         return ""
-    if row["flops"] > _FLOPS_PER_BYTE * row["bytes"]:
+    if roofline.floor(H200, row["flops"], row["bytes"])["bound"] == "compute":
         return f"{row['flops_per_second'] / 1e12:.0f} TFLOP/s"
     return f"{row['bytes_per_second'] / 1e9:,.0f} GB/s"
 

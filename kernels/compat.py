@@ -157,11 +157,13 @@ def no_mosaic_interpreter() -> str | None:
     Each warpgroup is a program of its own there, and so is the one that calls the kernel: where XLA
     has fewer threads, all of these may wait for one that never starts.
     """
-    threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
-    if no_mosaic() is None and jax.__version_info__ < (0, 12):
-        return f"needs Mosaic's interpreter of jax 0.12 or newer, and this is jax {jax.__version__}"
-    if no_mosaic() is not None or threads >= INTERPRETER_THREADS:
+    if no_mosaic() is not None:
         return no_mosaic()
+    if jax.__version_info__ < (0, 12):
+        return f"needs Mosaic's interpreter of jax 0.12 or newer, and this is jax {jax.__version__}"
+    threads = int(os.environ.get("PJRT_NPROC") or os.cpu_count() or 1)
+    if threads >= INTERPRETER_THREADS:
+        return None
     return (
         f"needs {INTERPRETER_THREADS} threads, or its warpgroups wait for each other forever, and "
         f"XLA has {threads}: start the process with PJRT_NPROC={INTERPRETER_THREADS}"

@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.compile import roofline
 from benchmarks.serving import timing
 from kernels.case import Case
+from kernels.gpu import H200
 
 _SHORT = 300e-6  # seconds; below, calls are not dispatched as fast as they run
-# Of the fastest GPU that is measured (H200): no kernel takes less than it would at these.
-_BYTES_PER_SECOND, _FLOPS_PER_SECOND = 4.8e12, 9.9e14
 LOOPS = 64  # calls in one program, where one is short
 
 
@@ -51,9 +51,9 @@ def seconds_per_call(
 
 
 def loops(case: Case) -> int:
-    """Return how many calls of a case are measured in one program."""
+    """Return how many calls of a case are measured in one program, on the fastest GPU or less."""
     cost = case.cost()
-    floor = max(cost.num_bytes / _BYTES_PER_SECOND, cost.flops / _FLOPS_PER_SECOND)
+    floor = roofline.floor(H200, cost.flops, cost.num_bytes)["seconds"]
     return LOOPS if floor < _SHORT else 1
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels.merge import merge_lse
+from kernels.decode import splits
 from kernels.mosaic import source, walk, work
 from kernels.packed import Packed
 from kernels.pages import Pages, num_slots
@@ -74,11 +74,7 @@ def decode_attention(
         *work.cached(k),
         *work.cached(v),
     )
-    out, lse = out[..., :group, :], lse[..., :group]
-    if tiles.num_splits == 1:
-        out, lse = out[0], lse[0]
-    else:
-        out, lse = merge_lse(out, lse, implementation="auto")
+    out, lse = splits.merged(out[..., :group, :], lse[..., :group], implementation="auto")
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
 

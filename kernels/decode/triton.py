@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from kernels import compat, reader, tile_io
-from kernels.merge import merge_lse
+from kernels.decode import splits
 from kernels.packed import Packed
 from kernels.pages import Pages, operands
 from kernels.tiles import DecodeTiles
@@ -67,10 +67,7 @@ def decode_attention(
         *cache.arrays,
         lengths.astype(jnp.int32),
     )
-    if num_splits == 1:
-        out, lse = out[0], lse[0]
-    else:
-        out, lse = merge_lse(out, lse, implementation="interpret" if interpret else "triton")
+    out, lse = splits.merged(out, lse, implementation="interpret" if interpret else "triton")
     return out.reshape(q.shape).astype(q.dtype), lse.reshape(q.shape[:2])
 
 

@@ -81,15 +81,21 @@ def test_packed_keys_are_unpacked_in_blocks_and_merged(starts, slots, page_size)
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=2e-5)
 
 
-def test_a_vmapped_call_unpacks_every_block_once_for_all():
-    """As on a mesh, where the queries of a chunk are several calls over the same keys."""
+def in_three_blocks(*, start, length):
+    """Return arguments of 192 packed slots, and what reads them 64 at a time."""
     case = PrefillCase(
-        starts=(100,), length=8, slots=192, bits=8, q_heads=2, kv_heads=1, head_dim=16,
+        starts=(start,), length=length, slots=192, bits=8, q_heads=2, kv_heads=1, head_dim=16,
         dtype="float32",
     )  # fmt: skip
-    q, k, v, _ = case.draw()
-    attend = functools.partial(attend_plain, softmax_scale=case.softmax_scale)
-    run = functools.partial(unpacked.prefill_attention, attend=attend, block=64)
+    attend = functools.partial(
+        prefill_attention, softmax_scale=case.softmax_scale, implementation="xla"
+    )
+    return case.draw(), functools.partial(unpacked.prefill_attention, attend=attend, block=64)
+
+
+def test_a_vmapped_call_unpacks_every_block_once_for_all():
+    """As on a mesh, where the queries of a chunk are several calls over the same keys."""
+    (q, k, v, _), run = in_three_blocks(start=100, length=8)
     queries, starts = jnp.stack([q, q, q]), jnp.array([[100], [20], [184]])
     several = jax.vmap(lambda q, starts: run(q, k, v, starts, None))
     for x, index in zip(several(queries, starts)[0], range(3), strict=True):
@@ -99,19 +105,9 @@ def test_a_vmapped_call_unpacks_every_block_once_for_all():
     assert set(words) == {"1,1,192,4", "1,1,64,4"}
 
 
-def attend_plain(q, k, v, starts, *, softmax_scale):
-    return prefill_attention(q, k, v, starts, softmax_scale=softmax_scale, implementation="xla")
-
-
 def test_starts_of_few_bits_reach_all_blocks():
     """Start and length together are beyond the largest number of 8 bits."""
-    case = PrefillCase(
-        starts=(120,), length=20, slots=192, bits=8, q_heads=2, kv_heads=1, head_dim=16,
-        dtype="float32",
-    )  # fmt: skip
-    q, k, v, starts = case.draw()
-    attend = functools.partial(attend_plain, softmax_scale=case.softmax_scale)
-    run = functools.partial(unpacked.prefill_attention, attend=attend, block=64)
+    (q, k, v, starts), run = in_three_blocks(start=120, length=20)
     for x, y in zip(
         run(q, k, v, starts.astype(jnp.int8), None), run(q, k, v, starts, None), strict=True
     ):
