@@ -5,8 +5,8 @@
 Exact retrieval of passkeys on held-out text (train.retrieval_test), over the fraction of streaming
 heads:
 
-(a) how heads are chosen: by distillation on passkeys (the method itself), by attention profile
-    (duo_jax.heads.attention_profile), by the language-modelling loss, and at random;
+(a) how heads are chosen: by every method of `python -m train.identify`, and at random. Methods that
+    take a target are run for each sparsity by itself;
 (b) what streaming heads see: sinks and recent tokens, sinks only, recent tokens only, each with the
     same number of slots. A query always sees its own token, so "sinks only" is recent 1. Measured
     twice: heads identified with the window they are deployed with, and heads identified with
@@ -14,9 +14,10 @@ heads:
 (c) deployed sizes: heads identified with the preset's sinks and recent tokens, deployed with
     others.
 
-Samples, steps and sizes are those of the model's preset (identify.json). Only the weight of the
-penalty is another for the language-modelling loss: the preset's was chosen for distillation, whose
-loss has another scale, and would close nearly all gates.
+Samples, steps and sizes are those of the model's preset (identify.json), but for the steps of
+masks, which need more, and for the weight of the penalty with the language-modelling loss: the
+preset's was chosen for distillation, whose loss has another scale, and would close nearly all
+gates.
 """
 
 import dataclasses
@@ -40,12 +41,15 @@ from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads, random_heads
 from duo_jax.reports import machine, statistics
-from train.identify import profile, training
-from train.identify.flags import IdentifyConfig, Method, default_config
+from train.identify.flags import Method, default_config
+from train.identify.run import find_heads
 from train.retrieval_test import RetrievalTest
 from train.workdir import WorkDir
 
 Gates = Float[np.ndarray, "layers kv_heads"]
+
+TARGETED: tuple[Method, ...] = ("budget", "masks", "attribute")
+UNTARGETED: tuple[Method, ...] = ("optimise", "profile", "reconstruct", "lm")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,14 +72,16 @@ class AblationsFlags:
     """Random choices of heads per sparsity in (a)."""
     lm_reg_weight: float = 0.05
     """Weight of the penalty with the language-modelling loss; the paper's."""
+    mask_steps: int = 400
+    """Steps of --method masks."""
     samples: int = 32
     """Held-out texts of the preset's longest length."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/ablations.json")
     """Where to write the result; .md and .png stand beside it."""
 
     def __post_init__(self) -> None:
-        if min(self.samples, self.seeds, self.random_seeds) < 1:
-            raise InputError("samples, seeds and random_seeds must be at least 1")
+        if min(self.samples, self.seeds, self.random_seeds, self.mask_steps) < 1:
+            raise InputError("samples, seeds, random_seeds and mask_steps must be at least 1")
         for name in ("sparsities", "grid_sparsities", "sinks", "recents"):
             if not getattr(self, name):
                 raise InputError(f"{name} is empty")
@@ -103,8 +109,9 @@ def measure(flags: AblationsFlags) -> dict[str, Any]:
     lab = _Lab(flags)
     with lab.bar:
         methods, gates = _methods(lab, flags)
-        windows = _windows(lab, flags, gates["optimise"][0])
-        sizes = _sizes(lab, flags, gates["optimise"][0])
+        learned = np.array(_of(gates, "optimise", None)[0])
+        windows = _windows(lab, flags, learned)
+        sizes = _sizes(lab, flags, learned)
         full, streaming = (
             lab.exact(np.full(lab.shape, keep), sink=lab.preset.sink, recent=lab.preset.recent)
             for keep in (True, False)
@@ -132,22 +139,34 @@ def measure(flags: AblationsFlags) -> dict[str, Any]:
         "methods": methods,
         "windows": windows,
         "sizes": sizes,
-        "gates": {method: [g.tolist() for g in of_seeds] for method, of_seeds in gates.items()},
+        "gates": gates,
     }  # fmt: skip
 
 
-def _methods(lab: "_Lab", flags: AblationsFlags):
-    """Panel (a): rows, and the gates of every method and seed."""
-    gates: dict[Method, list[Gates]] = {
-        method: [lab.identify(method, seed=seed) for seed in range(flags.seeds)]
-        for method in ("optimise", "profile", "lm")
-    }
+def _methods(lab: "_Lab", flags: AblationsFlags) -> tuple[list[dict[str, Any]], ...]:
+    """Panel (a): rows, and the gates of every method, target and seed."""
+    cases: list[tuple[Method, float | None]] = [(method, None) for method in UNTARGETED]
+    cases += [(method, sparsity) for method in TARGETED for sparsity in flags.sparsities]
+    gates = [
+        {
+            "method": method,
+            "target": target,
+            "seed": seed,
+            "gates": lab.identify(method, target=target, seed=seed).tolist(),
+        }
+        for method, target in cases
+        for seed in range(flags.seeds)
+    ]
     sizes = {"sink": lab.preset.sink, "recent": lab.preset.recent}
     rows = []
     for sparsity in flags.sparsities:
-        chosen = {
-            method: [choose_retrieval_heads(g, sparsity=sparsity) for g in of_seeds]
-            for method, of_seeds in gates.items()
+        chosen: dict[str, list[Bool[np.ndarray, "layers kv_heads"]]] = {
+            method: [
+                choose_retrieval_heads(np.array(found), sparsity=sparsity)
+                for found in _of(gates, method, target)
+            ]
+            for method, target in cases
+            if target in (None, sparsity)
         }
         heads = chosen["optimise"][0]
         chosen["random"] = [random_heads(heads, seed=seed) for seed in range(flags.random_seeds)]
@@ -161,6 +180,14 @@ def _methods(lab: "_Lab", flags: AblationsFlags):
                 }
             )
     return rows, gates
+
+
+def _of(
+    gates: list[dict[str, Any]], method: Method, target: float | None
+) -> list[list[list[float]]]:
+    """Return the gates [layers, kv_heads] of every seed."""
+    wanted = (method, target)
+    return [row["gates"] for row in gates if (row["method"], row["target"]) == wanted]
 
 
 def _windows(lab: "_Lab", flags: AblationsFlags, learned: Gates) -> list[dict[str, Any]]:
@@ -213,12 +240,16 @@ class _Lab:
 
     def __init__(self, flags: AblationsFlags) -> None:
         folder = pretrained.resolve(flags.model)
-        self.preset = default_config(flags.model, folder).resolved()
+        self._defaults = default_config(flags.model, folder)
+        self.preset = self._defaults.resolved()
         self.model = pretrained.load_config(folder)
         self.shape = (self.model.num_layers, self.model.num_kv_heads)
         self.largest_error = 0.0  # standard error over texts of any number measured
         self.bar = tqdm(desc="identified or tested", unit="", disable=None)
-        self._lm_reg_weight = flags.lm_reg_weight
+        self._changes: dict[Method, dict[str, Any]] = {
+            "lm": {"reg_weight": flags.lm_reg_weight},
+            "masks": {"num_steps": flags.mask_steps},
+        }
         self._params = pretrained.load_params(folder, dtype=jnp.dtype(self.preset.dtype))
         self._tokenizer = pretrained.load_tokenizer(folder)
         self._training_text, held_out_text = split_held_out(load_documents(()))
@@ -231,18 +262,18 @@ class _Lab:
             seed=0,
         )
 
-    def identify(self, method: Method, *, seed: int = 0, **changes: int) -> Gates:
+    def identify(
+        self, method: Method, *, target: float | None = None, seed: int = 0, **changes: int
+    ) -> Gates:
         """Return the gates (or scores) that `python -m train.identify` would write."""
-        config: IdentifyConfig = dataclasses.replace(
-            self.preset, method=method, seed=seed, **changes
-        )
-        if method == "lm":
-            config = dataclasses.replace(config, reg_weight=self._lm_reg_weight)
+        values = {"method": method, "target_sparsity": target, "seed": seed, **changes}
+        config = dataclasses.replace(
+            self._defaults, **values, **self._changes.get(method, {})
+        ).resolved()
         sampler = PasskeySampler(config.data, self._tokenizer, self._training_text, seed=seed)
-        find = profile.profile if method == "profile" else training.train
         with tempfile.TemporaryDirectory() as folder:
             workdir = WorkDir(pathlib.Path(folder), config, operational=())
-            gates, _ = find(config, self.model, self._params, sampler, workdir)
+            gates, _ = find_heads(config, self.model, self._params, sampler, workdir)
             workdir.close()
         self.bar.update()
         return np.asarray(gates, np.float64)

@@ -10,8 +10,12 @@ from matplotlib.figure import Figure
 from duo_jax.reports import figures, markdown
 
 METHODS = {
-    "optimise": "distillation on passkeys",
+    "optimise": "distillation on passkeys (the paper's)",
+    "budget": "gates under a budget",
+    "masks": "masks",
+    "attribute": "attribution",
     "profile": "attention profile",
+    "reconstruct": "reconstruction",
     "lm": "language-modelling loss",
     "random": "random",
 }
@@ -31,12 +35,14 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"{result['length']} tokens ({result['haystack']}); full caches {result['full']:.1%}, all "
         f"heads streaming {result['all_streaming']:.1%}. Identified with sink {how['sink']}, "
         f"recent {how['recent']}, {how['num_steps']} steps, penalty {how['reg_weight']} "
-        f"(language-modelling loss {settings['lm_reg_weight']}), {how['profile_samples']} samples "
-        "for the profile. No number has a standard error over texts above "
+        f"(language-modelling loss {settings['lm_reg_weight']}), masks "
+        f"{settings['mask_steps']} steps, {how['profile_samples']} samples for the profile and for "
+        "reconstruction. No number has a standard error over texts above "
         f"{result['largest_standard_error']:.1%}.",
         "",
         f"(a) How heads are chosen; mean and range of {_seeds(settings['seeds'])} (random: "
-        f"{_seeds(settings['random_seeds'])}), counted from 0.",
+        f"{_seeds(settings['random_seeds'])}), counted from 0. Gates under a budget, masks and "
+        "attribution are made for each sparsity.",
         "",
         markdown.table(
             ("heads by", *streaming),

@@ -8,6 +8,7 @@ from PIL import Image
 
 from benchmarks import ablations
 from benchmarks.ablations import AblationsFlags
+from benchmarks.quality import ablations_report
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from tests import models
@@ -34,6 +35,7 @@ TINY = {
     "seeds": 2,
     "random_seeds": 3,
     "samples": 2,
+    "mask_steps": 4,
 }
 
 
@@ -45,6 +47,12 @@ def model(tmp_path_factory):
     folder = models.write_hf(tmp_path_factory.mktemp("models") / "tiny", raw)
     (folder / "identify.json").write_text(json.dumps(PRESET))
     return models.write_tokenizer(folder)
+
+
+def of_seeds(gates: list, method: str, target: float | None) -> list[np.ndarray]:
+    """Return the gates of a method's seeds."""
+    wanted = (method, target)
+    return [np.array(x["gates"]) for x in gates if (x["method"], x["target"]) == wanted]
 
 
 def score(heads: np.ndarray, sink: int, recent: int) -> float:
@@ -69,37 +77,44 @@ def result(model, tmp_path_factory):
 
 def test_methods_are_tested_with_their_own_heads(result):
     rows, gates = result[0]["methods"], result[0]["gates"]
+    methods = (*ablations.UNTARGETED, *ablations.TARGETED)
     assert [(r["method"], r["sparsity"]) for r in rows] == [
-        (m, s) for s in (0.25, 0.75) for m in ("optimise", "profile", "lm", "random")
+        (m, s) for s in (0.25, 0.75) for m in (*methods, "random")
     ]
+    assert {*methods, "random"} == set(ablations_report.METHODS)
     for row in rows:
         if row["method"] == "random":
             assert len(row["exact"]) == 3
             continue
+        target = row["sparsity"] if row["method"] in ablations.TARGETED else None
         expected = [
-            score(choose_retrieval_heads(np.array(g), sparsity=row["sparsity"]), 4, 12)
-            for g in gates[row["method"]]
+            score(choose_retrieval_heads(g, sparsity=row["sparsity"]), 4, 12)
+            for g in of_seeds(gates, row["method"], target)
         ]
         np.testing.assert_allclose(row["exact"], expected)
         assert row["retrieval_heads"] == round(4 * (1 - row["sparsity"]))
-    seeds = [json.dumps(g) for of_seeds in gates.values() for g in of_seeds]
-    assert len(set(seeds)) == 6
+    keys = [(row["method"], row["target"], row["seed"]) for row in gates]
+    assert len(set(keys)) == len(keys) == 2 * (4 + 2 * 3)
+    learned = [json.dumps(row["gates"]) for row in gates if row["method"] in ("optimise", "lm")]
+    assert len(set(learned)) == 4
 
 
 def test_gates_are_those_of_the_identification_command(result, model, tmp_path):
     gates = result[0]["gates"]
-    for method in ("optimise", "profile"):
-        config = default_config(str(model), model)
+    config = default_config(str(model), model)
+    for method, target in (("optimise", None), ("profile", None), ("budget", 0.75)):
         values = {"method": method, "seed": 1, "workdir": str(tmp_path / method)}
-        identify(type(config)(**(vars(config) | values)))
-        np.testing.assert_array_equal(
-            load_pattern(tmp_path / method / "pattern").gates, gates[method][1]
+        identify(type(config)(**(vars(config) | values | {"target_sparsity": target})))
+        np.testing.assert_allclose(
+            load_pattern(tmp_path / method / "pattern").gates,
+            of_seeds(gates, method, target)[1],
+            atol=1e-15,  # a file's digits
         )
 
 
 def test_windows_have_the_same_number_of_slots(result):
     rows = result[0]["windows"]
-    learned = np.array(result[0]["gates"]["optimise"][0])
+    learned = of_seeds(result[0]["gates"], "optimise", None)[0]
     pairs = dict.fromkeys((r["identified"], r["deployed"]) for r in rows)
     assert list(pairs) == [
         ("both", "both"), ("sinks", "sinks"), ("recents", "recents"),
@@ -114,13 +129,14 @@ def test_windows_have_the_same_number_of_slots(result):
 
 
 def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch):
-    seen = []
+    seen, steps = [], []
 
-    def train(config, model, *_):
+    def find_heads(config, model, *_):
         seen.append((config.method, config.seed, config.sink, config.recent, config.reg_weight))
+        steps.append(config.num_steps)
         return np.ones((model.num_layers, model.num_kv_heads)), None
 
-    monkeypatch.setattr(ablations.training, "train", train)
+    monkeypatch.setattr(ablations, "find_heads", find_heads)
     lab = ablations._Lab(AblationsFlags(model=str(model), samples=1))
     lab.identify("optimise", sink=15, recent=1)
     lab.identify("lm", seed=2)
@@ -128,11 +144,14 @@ def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch):
     lab = ablations._Lab(AblationsFlags(model=str(model), samples=1, lm_reg_weight=0.3))
     lab.identify("lm")
     assert seen[-1] == ("lm", 0, 4, 12, 0.3)
+    lab.identify("masks", target=0.5)
+    assert steps == [4, 4, 4, 400]
 
 
 def test_grid_deploys_every_size(result):
     rows = result[0]["sizes"]
-    heads = choose_retrieval_heads(np.array(result[0]["gates"]["optimise"][0]), sparsity=0.5)
+    learned = of_seeds(result[0]["gates"], "optimise", None)[0]
+    heads = choose_retrieval_heads(learned, sparsity=0.5)
     assert [(r["sink"], r["recent"]) for r in rows] == [(s, r) for s in (0, 4) for r in (3, 12, 20)]
     for row in rows:
         np.testing.assert_allclose(row["exact"], score(heads, row["sink"], row["recent"]))

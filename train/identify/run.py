@@ -126,9 +126,7 @@ def identify(flags: IdentifyConfig) -> None:
                 )
                 if words := report.warning(itself, dataclasses.asdict(flags.data)):
                     print(f"warning: {words}", file=sys.stderr)
-            scores = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
-            find = scores.get(flags.method, training.train)
-            gates, step_seconds = find(flags, architecture, params, sampler, workdir)
+            gates, step_seconds = find_heads(flags, architecture, params, sampler, workdir)
             metrics = workdir.metrics()
         pattern = _pattern(flags, gates)
         save_pattern(pattern, workdir.path / "pattern")
@@ -159,6 +157,23 @@ def identify(flags: IdentifyConfig) -> None:
         report.save(results, workdir.path)
         print(files.read_text(report_file))
         print(f"Pattern, pictures and report are in {workdir.path}")
+
+
+def find_heads(
+    flags: IdentifyConfig,
+    architecture: ModelConfig,
+    params: llama.Params,
+    sampler: PasskeySampler,
+    workdir: WorkDir,
+) -> tuple[Float[np.ndarray, "layers kv_heads"], float | None]:
+    """Return the method's gates or scores, and the seconds of a step (None: all was done already).
+
+    Raises:
+      InputError: the samples or the loss cannot be used.
+    """
+    scores = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
+    find = scores.get(flags.method, training.train)
+    return find(flags, architecture, params, sampler, workdir)
 
 
 def _devices(flags: IdentifyConfig, architecture: ModelConfig) -> Mesh | None:
