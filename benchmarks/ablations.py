@@ -145,8 +145,10 @@ def measure(flags: AblationsFlags) -> dict[str, Any]:
 
 def _methods(lab: "_Lab", flags: AblationsFlags) -> tuple[list[dict[str, Any]], ...]:
     """Panel (a): rows, and the gates of every method, target and seed."""
-    cases: list[tuple[Method, float | None]] = [(method, None) for method in UNTARGETED]
-    cases += [(method, sparsity) for method in TARGETED for sparsity in flags.sparsities]
+    cases: list[tuple[Method, float | None]] = [
+        *((method, None) for method in UNTARGETED),
+        *((method, sparsity) for method in TARGETED for sparsity in flags.sparsities),
+    ]
     gates = [
         {
             "method": method,
