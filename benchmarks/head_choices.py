@@ -5,7 +5,8 @@
 Pass keys hidden in held-out text, numbers that identification never drew, at every length, one key
 in a text and several (train.retrieval_test: masks, each token after the true ones). All choices
 answer the same texts, so that differences are paired, text by text: from full attention, and from
-the pattern that is named "profile". ± is two standard errors over texts.
+the pattern that is named "profile". Patterns of one name are seeds of one method. ± is two standard
+errors over texts.
 
 A row is written when it is measured: a killed run goes on, and more lengths, sparsities, seeds or
 patterns add rows to a folder. Short lengths come first; results are written after each.
@@ -67,12 +68,12 @@ _OPERATIONAL = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Choice:
-    """Some retrieval heads; a line of the tables, or with other seeds part of one."""
+    """Some retrieval heads; a line of the tables, or with other seeds of its name part of one."""
 
     name: str
     sparsity: float
     heads: Heads
-    seed: int | None = None  # of random heads
+    seed: int = 0
 
 
 class _Row(TypedDict):
@@ -100,7 +101,7 @@ def main(flags: HeadChoicesFlags) -> None:
             f"{architecture.max_positions:,} tokens"
         )
     patterns = _patterns(flags, folder, architecture)
-    first = next(iter(patterns.values()))
+    first = next(iter(patterns.values()))[0]
     flags = dataclasses.replace(
         flags,
         sink=first.sink_size if flags.sink is None else flags.sink,
@@ -122,26 +123,29 @@ def main(flags: HeadChoicesFlags) -> None:
 
 def _patterns(
     flags: HeadChoicesFlags, folder: pathlib.Path, architecture: ModelConfig
-) -> dict[str, Pattern]:
-    """Load the patterns, by name."""
+) -> dict[str, list[Pattern]]:
+    """Load the patterns, by name; of one name those of several seeds."""
     given = flags.patterns or [f"learned={find_pattern(folder, architecture)}"]
-    patterns = {name: load_pattern(place) for name, place in (x.split("=", 1) for x in given)}
-    for pattern in patterns.values():
+    patterns: dict[str, list[Pattern]] = {}
+    for name, place in (x.split("=", 1) for x in given):
+        pattern = load_pattern(place)
         check_fits(
             pattern, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads
         )
+        patterns.setdefault(name, []).append(pattern)
     return patterns
 
 
-def _choices(flags: HeadChoicesFlags, patterns: dict[str, Pattern]) -> Iterator[Choice]:
+def _choices(flags: HeadChoicesFlags, patterns: dict[str, list[Pattern]]) -> Iterator[Choice]:
     """Yield all choices, full attention first, as others are compared with it."""
-    shape = next(iter(patterns.values())).gates.shape
+    shape = next(iter(patterns.values()))[0].gates.shape
     yield Choice(name=report.FULL, sparsity=0.0, heads=np.ones(shape, bool))
     yield Choice(name=report.STREAMING, sparsity=1.0, heads=np.zeros(shape, bool))
     for sparsity in flags.sparsities:
-        for name, pattern in patterns.items():
-            heads = choose_retrieval_heads(pattern.gates, sparsity=sparsity)
-            yield Choice(name=name, sparsity=sparsity, heads=heads)
+        for name, seeds in patterns.items():
+            for seed, pattern in enumerate(seeds):
+                heads = choose_retrieval_heads(pattern.gates, sparsity=sparsity)
+                yield Choice(name=name, sparsity=sparsity, heads=heads, seed=seed)
         as_many = choose_retrieval_heads(np.ones(shape), sparsity=sparsity)
         for seed in range(flags.random_seeds):
             heads = random_heads(as_many, seed=seed)

@@ -33,8 +33,9 @@ class HeadChoicesFlags:
     """A Hugging Face folder, a GGUF file, a hub name such as org/name, a converted checkpoint, or
     "demo", the model that ships with duo_jax."""
     patterns: tuple[str, ...] = ()
-    """Patterns to compare, NAME=FOLDER each; others are compared with the one named "profile".
-    Default: the model's own, named "learned"."""
+    """Patterns to compare, NAME=FOLDER each; several of one name are seeds of one method, shown by
+    their mean and range. Others are compared with the one named "profile". Default: the model's
+    own, named "learned"."""
     sparsities: tuple[Fraction, ...] = (0.5, 0.75)
     """Fractions of streaming heads."""
     random_seeds: FewOrNone = 5
@@ -76,9 +77,9 @@ class HeadChoicesFlags:
         for pattern in self.patterns:
             if not all(pattern.partition("=")):
                 raise InputError(f"pattern {pattern!r} is not NAME=FOLDER")
-        names = [pattern.partition("=")[0] for pattern in self.patterns]
-        if len({*names, FULL, RANDOM, STREAMING}) != len(names) + 3:
-            raise InputError(f"two choices of heads have one name: {', '.join(names)}")
+        names = {pattern.partition("=")[0] for pattern in self.patterns}
+        for taken in names & {FULL, RANDOM, STREAMING}:
+            raise InputError(f"a pattern cannot be named {taken!r}: the tables have such a line")
 
     def folder(self) -> pathlib.Path:
         """Return the work folder."""

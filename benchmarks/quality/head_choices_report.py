@@ -62,8 +62,9 @@ def to_markdown(result: Result) -> str:
         f"{settings['recent']}; passkeys of "
         f"{in_words(settings['data']['words'], settings['data']['passkey_words'])} in "
         f"{_haystacks(result)}. ±: two standard errors over texts (none for a single text), of "
-        "differences paired by text; of random heads, means over seeds, and in brackets the range "
-        f"of their means. Points are of exact retrieval, nats per token. {result['hardware']}, "
+        "differences paired by text; of several seeds, each text's mean over them, and in brackets "
+        "the range of the seeds' means. Points are of exact retrieval, nats per token. "
+        f"{result['hardware']}, "
         f"jax {result['jax']}, {result['run_minutes']} minutes.",
     ]
     for passkeys in _numbers(result):

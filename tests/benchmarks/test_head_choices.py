@@ -154,7 +154,7 @@ def test_a_killed_run_measures_the_rest_only(tmp_path, model, patterns, measured
     assert not measured
     assert again == run(tmp_path, model, patterns) | {"load_before": again["load_before"]}
     more = run(tmp_path, model, patterns[:1], lengths=(128,), num_passkeys=(1,), random_seeds=3)
-    assert {row["seed"] for row in more["rows"]} == {None, 0, 1, 2}
+    assert {row["seed"] for row in more["rows"]} == {0, 1, 2}
     with pytest.raises(InputError, match="tokens was 256, is 512"):
         run(tmp_path, model, patterns, tokens=512)
 
@@ -184,6 +184,23 @@ def test_differences_are_paired_and_their_errors_over_texts(tmp_path, model, pat
     seeds = by_place["random", 0.5].scores["exact"]
     low, high = sorted(seeds.mean(axis=1))
     assert f" ({100 * low:.1f} to {100 * high:.1f}) |" in table
+
+
+@pytest.mark.usefixtures("measured", "undrawn")
+def test_patterns_of_one_name_are_seeds_of_one_line(tmp_path, model, patterns):
+    alone = run(tmp_path, model, patterns)
+    one_name = tuple(f"both={pattern.partition('=')[2]}" for pattern in patterns)
+    (line,) = (
+        line
+        for line in report.lines(run(tmp_path, model, one_name), 1, 128)
+        if (line.heads, line.sparsity) == ("both", 0.75)
+    )
+    apart = [x for x in report.lines(alone, 1, 128) if x.heads in GATES and x.sparsity == 0.75]
+    of_seeds = np.concatenate([x.scores["nll"] for x in apart])
+    np.testing.assert_allclose(line.scores["nll"], of_seeds)
+    np.testing.assert_allclose(line.texts("nll"), of_seeds.mean(axis=0))
+    assert len(of_seeds) == 2
+    assert (of_seeds[0] != of_seeds[1]).any()
 
 
 @pytest.mark.slow
@@ -240,8 +257,7 @@ def test_models_without_a_preset_are_asked_for_digits(model):
     ("changes", "complaint"),
     [
         ({"patterns": ("folder",)}, "not NAME=FOLDER"),
-        ({"patterns": ("a=x", "a=y")}, "one name"),
-        ({"patterns": ("random=x",)}, "one name"),
+        ({"patterns": ("random=x",)}, "cannot be named"),
         ({"lengths": (64, 64)}, "twice"),
         ({"sparsities": ()}, "empty"),
         ({"tokens": 0}, "tokens"),
