@@ -8,7 +8,8 @@ from train.identify.__main__ import main
 
 # Small enough that a whole identification takes seconds.
 TINY_FLAGS = (
-    "--num-steps 24 --checkpoint-every 5 --dtype float32 --sink 4 --recent 12 --reg-weight 0.2 "
+    "--method optimise --num-steps 24 --checkpoint-every 5 --dtype float32 --sink 4 --recent 12 "
+    "--reg-weight 0.2 "
     "--min-length 40 --max-length 256 --num-passkeys 3 --passkey-words 4 --length-buckets 1 "
     "--eval-samples 2 --eval-sparsities 0.5 --eval-random-seeds 2"
 ).split()

@@ -275,10 +275,11 @@ def test_preset_of_the_model_becomes_the_default(tmp_path):
     assert (config.data.num_passkeys, config.data.passkey_words) == (2, 32)
 
 
-def test_defaults_are_the_papers(tmp_path):
-    config = default_config("m", tmp_path)
-    assert config == IdentifyConfig(model="m")
-    config = config.resolved()
+def test_the_default_method_is_a_budget_and_the_paper_is_one_flag_away(tmp_path):
+    default = default_config("m", tmp_path)
+    assert default == IdentifyConfig(model="m")
+    assert (default.method, default.resolved().num_steps) == ("budget", 100)
+    config = dataclasses.replace(default, method="optimise").resolved()
     assert (config.num_steps, config.learning_rate, config.reg_weight) == (2000, 0.02, 0.05)
     assert (config.sink, config.recent, config.mixing) == (128, 256, "teacher")
     assert (config.dtype, config.data.max_length) == ("bfloat16", 32_000)
@@ -298,6 +299,7 @@ def test_a_method_has_defaults_of_its_own_beside_what_was_chosen(tmp_path):
     assert (chosen.mixing, chosen.target_sparsity) == ("teacher", 0.5)
 
 
+PAPERS = {"method": "optimise"}
 # By the field of StepConfig that they change; tests/train/test_optimisation.py sees that each field
 # changes the gates.
 STEP_FLAGS = {
@@ -316,7 +318,7 @@ STEP_FLAGS = {
 @pytest.mark.parametrize("field", STEP_FLAGS)
 def test_a_flag_changes_its_field_of_the_step(field):
     before, after = (
-        dataclasses.asdict(step_config(IdentifyConfig(**changes), tail_size=8))
+        dataclasses.asdict(step_config(IdentifyConfig(**PAPERS | changes), tail_size=8))
         for changes in ({}, STEP_FLAGS[field])
     )
     assert {name for name in before if before[name] != after[name]} == {field}

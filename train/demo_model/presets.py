@@ -27,6 +27,7 @@ _TEMPLATES = {
 # Settings of `python -m train.identify` for this model: streaming heads keep few tokens, as the
 # texts are short, and the penalty is large, because the steps are few.
 PRESET = {
+    "method": "optimise",  # the paper's, which README shows
     "sink": 16,
     "recent": 96,
     "num_steps": 150,

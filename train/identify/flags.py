@@ -59,7 +59,11 @@ _FLAGS = {"learn_from": "data"}  # whose names are not those of their fields
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IdentifyConfig:
-    """Flags of the command. The defaults are the paper's, unless the model brings a preset."""
+    """Flags of the command; a model may bring a preset. Samples and sizes are the paper's.
+
+    The default method is the one that chose the best heads for a pretrained model (docs/results.md,
+    choices of heads).
+    """
 
     model: str = "demo"
     """A Hugging Face folder, a GGUF file, a hub name such as org/name, a converted checkpoint, or
@@ -71,12 +75,11 @@ class IdentifyConfig:
     workdir: str | None = None
     """Folder of all outputs; the same command resumes from it. Default: runs/identify-MODEL."""
 
-    method: Method = "optimise"
+    method: Method = "budget"
     """How to find retrieval heads.
-    optimise: learn gates by distillation on passkeys, the paper's method.
     budget: learn gates from how far the answers are from those of full attention; their mean is
-    set at every step, and falls to 1 - --target-sparsity. On SmolLM2 it found better heads than
-    optimise in as many steps.
+    set at every step, and falls to 1 - --target-sparsity.
+    optimise: learn gates by distillation on passkeys, the paper's method.
     masks: learn masks that are 0 or 1 at --target-sparsity on next-token loss (PruLong).
     attribute: integrate the gradient of the answers' likelihood along the gates, from all 1 to
     their mean at --target-sparsity; no training.
@@ -96,28 +99,29 @@ class IdentifyConfig:
     as ten steps (budget) or as a small head start (masks)."""
 
     num_steps: Count | None = None
-    """Optimisation steps, one sample each. Without a preset: 2,000; with --method budget, 100; with
-    masks, 1,000. With --method attribute, points of the path; without a preset, 40."""
+    """Optimisation steps, one sample each. Without a preset: 100; with --method optimise and lm,
+    2,000; with masks, 1,000. With --method attribute, points of the path; without a preset, 40."""
     learning_rate: Positive | None = None
-    """Peak learning rate; it rises over the first fifth of the steps and falls over the last.
-    Without a preset: 0.02. With --method budget it is constant, in logits of a gate per gradient of
-    mean size: 0.7. With masks it rises over a tenth of the steps, then falls along a cosine: 0.1,
-    or 40 / steps if that is more."""
+    """With --method budget it is constant, in logits of a gate per gradient of mean size; without a
+    preset 0.7. With optimise and lm it rises over the first fifth of the steps and falls over the
+    last, peak 0.02. With masks it rises over a tenth of the steps, then falls along a cosine: peak
+    0.1, or 40 / steps if that is more."""
     reg_weight: NotNegative = 0.05
     """Weight of the mean gate in the loss of --method optimise and lm. Larger: fewer retrieval
     heads."""
     target_sparsity: Fraction | None = None
-    """Steer the mean gate to 1 minus this sparsity, in place of the fixed weight: for models whose
-    gates nearly all stay at 1, as they do with grouped queries. Default with --method budget and
-    masks: 0.75. With --method attribute it is where the path of the gates ends; default: at 0."""
+    """Fraction of streaming heads that --method budget and masks train for; default: 0.75. With
+    --method attribute it is where the path of the gates ends; default: at 0. With optimise and lm
+    it steers the mean gate, in place of a penalty of fixed weight: for models whose gates nearly
+    all stay at 1, as they do with grouped queries."""
     target_sparsities: tuple[Fraction, ...] = ()
     """Several targets: one run for each, as if it were alone, in target-0.5 and so on of the work
     folder. They are not nested: a pattern is made for the sparsity that it is served at."""
     mixing: Mixing | None = None
     """Source of the gated full-attention term.
-    teacher: the teacher's output, as in the reference code; cheapest. The default.
-    self: the student's own queries, keys and values, as in the paper's formula. The default of
-    --method budget, masks and attribute."""
+    self: the student's own queries, keys and values, as in the paper's formula. The default.
+    teacher: the teacher's output, as in the reference code; cheapest. The default of --method
+    optimise and lm."""
     sink: Size = 128
     """Number of first tokens (attention sinks) that a streaming head keeps."""
     recent: Count = 256
