@@ -17,7 +17,7 @@ from benchmarks import (
     results_page,
 )
 from benchmarks.contenders.report import REPORT as REAL_SPEED
-from benchmarks.quality import published
+from benchmarks.quality import head_choices_report, published
 from benchmarks.real import page as real_page
 from benchmarks.real_model import RealModelFlags
 from benchmarks.serving import report as serving_report
@@ -65,6 +65,41 @@ def test_reconstruction_on_a_real_model_is_that_of_the_committed_reports():
             nll, kl = (f"{row[n]:.3f} ± {2 * row[n + '_error']:.3f}" for n in ("nll", "kl"))
             line = f"| {label} | {row['sparsity']:.0%} | {exact} | {nll} | {kl} |"
             assert line in page("identify")
+
+
+def test_methods_are_compared_by_the_committed_choices_of_heads():
+    """On the page by label, in README by sentence."""
+    result = json.loads((RESULTS / "head_choices.json").read_text())
+    found = {
+        (number, line.heads, line.sparsity): f"{line.texts('nll').mean():.2f}"
+        for number in (1, 4)
+        for line in head_choices_report.lines(result, number, None)
+    }
+    labels = {
+        "learned": "`budget`, 100 steps: the default | answers, trained",
+        "attribute": "`attribute` | answers, 20 gradients",
+        "profile": "`profile` | attention while answering",
+        "reconstruct": "`reconstruct` | attention while repeating",
+        "paper": "`optimise`, 100 steps: the paper's | final states, trained",
+        "random": "random, 5 seeds | ",
+    }
+    for heads, label in labels.items():
+        cells = [found[number, heads, sparsity] for number in (1, 4) for sparsity in (0.5, 0.75)]
+        assert f"| {label} | {' | '.join(cells)} |".replace("  ", " ") in page("identify")
+    for heads, sparsity in (("full attention", 0.0), ("all streaming", 1.0)):
+        one, four = (found[number, heads, sparsity] for number in (1, 4))
+        assert f"| {heads} | | {one} | | {four} | |" in page("identify")
+    words = {
+        "attribute": "attribution",
+        "profile": "attention profile",
+        "reconstruct": "KVzip's score",
+        "paper": "the paper's loss",
+        "random": "random",
+    }
+    others = ", ".join(f"{word} {found[1, heads, 0.75]}" for heads, word in words.items())
+    full, learned = found[1, "full attention", 0.0], found[1, "learned", 0.75]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"costs {learned} nats (full caches {full}; {others};" in readme
 
 
 def test_reconstruction_on_the_demo_model_is_that_of_the_committed_report():
