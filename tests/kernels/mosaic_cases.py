@@ -43,6 +43,17 @@ MORE = {
     "decode, int4, pages of 64": DecodeCase(
         lengths=(100,), slots=128, bits=4, page_size=64, **WIDE | {"dtype": "float16"}
     ),
+    "decode, int4, head_dim 64": DecodeCase(lengths=(130, 0), slots=192, bits=4, **HEADS),
+    "decode, int4, head_dim 64, pages of 64": DecodeCase(
+        lengths=(100,), slots=128, bits=4, page_size=64, **HEADS
+    ),
+    "decode, int2, head_dim 64": DecodeCase(lengths=(130, 0, 64), slots=192, bits=2, **HEADS),
+    "decode, int2, head_dim 64, pages of 64": DecodeCase(
+        lengths=(100,), slots=128, bits=2, page_size=64, **HEADS
+    ),
+    "decode, int8, head_dim 96": DecodeCase(
+        lengths=(130,), slots=192, bits=8, **HEADS | {"head_dim": 96}
+    ),
 }
 
 
