@@ -25,12 +25,7 @@ from kernels.packed import Layout, Packed
 from kernels.tile_io import Scalar
 
 _PIECES = (64, 32, 16)  # columns, of 2 bytes: what the matrix instructions find in shared memory
-_REGISTERS = 8  # columns that an array in the registers of a warpgroup consists of
-
-
-def _piece(columns: int) -> int:
-    """Return the columns of the widest pieces that so many columns consist of."""
-    return next(piece for piece in _PIECES if columns % piece == 0)
+_COLUMNS = 8  # that matrices in registers (Layout.WGMMA) consist of
 
 
 class Stored(NamedTuple):
@@ -85,13 +80,13 @@ class Unpacking:
 
     @property
     def columns(self) -> int:
-        """Columns of the pieces that matrices in shared memory consist of, a store of some."""
+        """Columns of the pieces that matrices in shared memory consist of, and stores too."""
         return _piece(self._fields * self._words)
 
     @property
     def readable(self) -> bool:
-        """Whether the columns of a field are an array in registers."""
-        return self._words % _REGISTERS == 0
+        """Whether a tile of words, which has the columns of a field, is a matrix in registers."""
+        return self._words % _COLUMNS == 0
 
     @property
     def _words(self) -> int:
@@ -100,7 +95,7 @@ class Unpacking:
 
     @property
     def _fields(self) -> int:
-        """Fields of a store: the fewest that are whole pieces."""
+        """Fields of a store: the fewest that are whole pieces together."""
         return math.lcm(self._words, _PIECES[-1]) // self._words
 
     @property
@@ -176,3 +171,8 @@ def arrays(x: Array | Packed) -> list[Array]:
     if x.scales.shape[3] == 2:  # TMA reads 16 bytes or more, and a kernel what is next to another
         return [x.words, *(lax.bitcast_convert_type(y, jnp.uint32) for y in (x.scales, x.zeros))]
     return [x.words, *(jnp.squeeze(y, 3) for y in (x.scales, x.zeros))]
+
+
+def _piece(columns: int) -> int:
+    """Return the columns of the widest pieces that so many columns consist of."""
+    return next(piece for piece in _PIECES if columns % piece == 0)
