@@ -97,8 +97,7 @@ def decode_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | 
     for x in (k, v):
         read = reader.of(x, q)
         if isinstance(read, reader.Unpacking) and not read.readable:
-            reason = (
-                f"Mosaic kernels do not read {read.layout.bits} bits of head_dim {read.head_dim}"
-            )
+            stored = f"{read.layout.bits} bits of head_dim {read.head_dim}"
+            reason = f"Mosaic kernels do not read {stored}"
             return Refusal(reason=reason)
     return None
