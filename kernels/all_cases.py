@@ -46,5 +46,5 @@ def served_by_mosaic(case: Case) -> bool:
         return False
     if isinstance(case, prefill.PrefillCase) and case.bits is not None:
         return False
-    by_bits = {None: MOSAIC_HEAD_DIMS, 8: (64, 128), 4: (128,), 2: (128,)}
+    by_bits = {None: MOSAIC_HEAD_DIMS, 8: (64, 96, 128), 4: (64, 128), 2: (64, 128)}
     return case.head_dim in by_bits[case.bits]

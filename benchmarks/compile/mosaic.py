@@ -153,9 +153,9 @@ minutes with jax {jax}, its CUDA plugin and ptxas {ptxas}. Do not edit it.
 `implementation="mosaic"` runs these kernels for Hopper.
 They do the forward pass of decoding, of prefill at an offset, of streaming and of full attention,
 in bfloat16 and float16, for a head_dim of 64, 80, 96 and 128, from caches in rows or pages;
-decoding takes int8 caches of head_dim 64 and 128, int4 and int2 ones of 128. Gradients, float32 and
-other head_dims stay with Triton and XLA, and so does the A100: asked for them, Mosaic refuses by
-name.
+decoding takes int8 caches of head_dim 64, 96 and 128, int4 and int2 ones of 64 and 128. Gradients,
+float32 and other head_dims stay with Triton and XLA, and so does the A100: asked for them, Mosaic
+refuses by name.
 They need jax 0.11, which needs Python 3.12. With jax 0.12 the tests run them on a CPU against
 float64, in jax's interpreter, with race detection (`tests/kernels/test_mosaic.py`).
 

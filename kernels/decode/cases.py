@@ -132,6 +132,9 @@ _PAGED = DecodeCase(
     page_size=64,
     compile_only=True,
 )
+_PAGED_64 = dataclasses.replace(
+    _PAGED, lengths=(8_192, 100), slots=8_192, q_heads=9, kv_heads=3, head_dim=64, page_size=256
+)
 
 CASES: dict[str, DecodeCase] = {
     "one token": DecodeCase(lengths=(1,), slots=40, q_heads=4, kv_heads=2, head_dim=64),
@@ -164,9 +167,7 @@ CASES: dict[str, DecodeCase] = {
         lengths=(134_000,), slots=134_144, q_heads=32, kv_heads=32, compile_only=True
     ),
     "llama-3-8b, 16 rows at 32K, pages of 64": _PAGED,
-    "head_dim 64, group of 3, pages of 256": dataclasses.replace(
-        _PAGED, lengths=(8_192, 100), slots=8_192, q_heads=9, kv_heads=3, head_dim=64, page_size=256
-    ),
+    "head_dim 64, group of 3, pages of 256": _PAGED_64,
 }
 
 PACKED: dict[str, DecodeCase] = per_format(
@@ -184,6 +185,7 @@ PACKED: dict[str, DecodeCase] = per_format(
             lengths=(500_000,), slots=500_032, q_heads=16, kv_heads=4, compile_only=True
         ),
         "llama-3-8b, 16 rows at 32K, pages of 64": _PAGED,
+        "head_dim 64, group of 3, pages of 256": _PAGED_64,
     }
 ) | {
     "int4, llama-3-8b, 8 retrieval heads at 4M": DecodeCase(

@@ -10,8 +10,9 @@ Tiles of a paged cache get their address from the table (kernels.mosaic.source);
 4 or 2 bits, become matrices in shared memory before they are multiplied (kernels.mosaic.reader).
 
 With head_dim 128: tiles of 64 keys, in bfloat16 in 2 stages and 123 KiB of shared memory, packed in
-4 and 127 to 159 KiB; 152 to 199 registers (docs/kernels_mosaic.md). Measured on an H200
-(docs/gpu.md): as fast as the Triton kernel, slower from int8.
+4 and 127 to 159 KiB; 150 to 221 registers. With 64, packed: 71 to 87 KiB, 112 to 128 registers, so
+two programs a core (docs/kernels_mosaic.md). Measured on an H200 (docs/gpu.md): as fast as the
+Triton kernel, slower from int8; packed caches of head_dim 64 and 96: not measured yet.
 """
 
 import functools

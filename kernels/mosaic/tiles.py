@@ -95,7 +95,9 @@ def decode_refusal(q: Array, k: Array | Packed, v: Array | Packed) -> Refusal | 
         reason = f"{group} query heads read one KV head, the Mosaic kernel takes {ROWS}"
         return Refusal(reason=reason)
     for x in (k, v):
-        if isinstance(x, Packed) and reader.of(x, q).columns not in reader.PIECES:
-            reason = f"Mosaic kernels do not read {x.layout.bits} bits of head_dim {x.shape[3]}"
+        read = reader.of(x, q)
+        if isinstance(read, reader.Unpacking) and not read.readable:
+            stored = f"{read.layout.bits} bits of head_dim {read.head_dim}"
+            reason = f"Mosaic kernels do not read {stored}"
             return Refusal(reason=reason)
     return None

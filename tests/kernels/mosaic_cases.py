@@ -21,6 +21,7 @@ needs_mosaic = pytest.mark.skipif(
 HEADS = {"q_heads": 4, "kv_heads": 2, "head_dim": 64}
 H200, A100 = "NVIDIA H200", "NVIDIA A100-SXM4-80GB"
 ONE_HEAD = {"q_heads": 1, "kv_heads": 1, "head_dim": 64}
+FEW = ONE_HEAD | {"q_heads": 3}
 WIDE = HEADS | {"head_dim": 128}
 MORE = {
     "decode, pages of 64": DecodeCase(lengths=(130, 0, 64), slots=192, page_size=64, **HEADS),
@@ -43,6 +44,17 @@ MORE = {
     "decode, int4, pages of 64": DecodeCase(
         lengths=(100,), slots=128, bits=4, page_size=64, **WIDE | {"dtype": "float16"}
     ),
+    "decode, int4, head_dim 64": DecodeCase(lengths=(70,), slots=128, bits=4, **FEW),
+    "decode, int4, head_dim 64, pages of 64": DecodeCase(
+        lengths=(100,), slots=128, bits=4, page_size=64, **FEW
+    ),
+    "decode, int2, head_dim 64": DecodeCase(lengths=(70,), slots=128, bits=2, **FEW),
+    "decode, int2, head_dim 64, pages of 64": DecodeCase(
+        lengths=(100,), slots=128, bits=2, page_size=64, **FEW
+    ),
+    "decode, int8, head_dim 96": DecodeCase(
+        lengths=(130,), slots=192, bits=8, **HEADS | {"head_dim": 96}
+    ),
 }
 
 
@@ -64,6 +76,8 @@ DEFAULT = {
     "decode, int8, head_dim 128",
     "decode, int4, pages of 64",
     "decode, int2, pages of 64",
+    "decode, int4, head_dim 64",
+    "decode, int2, head_dim 64, pages of 64",
     "prefill, int4, pages of 64",
 }
 

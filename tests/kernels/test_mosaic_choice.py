@@ -64,11 +64,13 @@ REFUSED = {
         DecodeCase(lengths=(3,), slots=64, bits=8, **HEADS | {"head_dim": 80}),
         "read 8 bits of head_dim 80",
     ),
-    "int2 of head_dim 64": (
-        DecodeCase(lengths=(3,), slots=64, bits=2, **HEADS), "read 2 bits of head_dim 64"
+    "int4 of head_dim 96": (
+        DecodeCase(lengths=(3,), slots=64, bits=4, **HEADS | {"head_dim": 96}),
+        "read 4 bits of head_dim 96",
     ),
-    "int4 of head_dim 64": (
-        DecodeCase(lengths=(3,), slots=64, bits=4, **HEADS), "read 4 bits of head_dim 64"
+    "int2 of head_dim 80": (
+        DecodeCase(lengths=(3,), slots=64, bits=2, **HEADS | {"head_dim": 80}),
+        "read 2 bits of head_dim 80",
     ),
     "many queries of a head": (
         DecodeCase(lengths=(3,), slots=8, q_heads=65, kv_heads=1, head_dim=64), "65 query heads"

@@ -23,6 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         ("decode", "ragged rows"),
         pytest.param("streaming", "float16", marks=pytest.mark.slow),
         pytest.param("decode_packed", "int2, ragged rows", marks=pytest.mark.slow),
+        pytest.param("decode_packed", "int4, empty rows", marks=pytest.mark.slow),
     ],
 )
 def test_kernels_compile_for_an_h200_without_spilling(compiler, tmp_path, op, name):
