@@ -18,12 +18,14 @@ Samples, steps and sizes are those of the model's preset (identify.json), but fo
 masks, which need more, and for the weight of the penalty with the language-modelling loss: the
 preset's was chosen for distillation, whose loss has another scale, and would close nearly all
 gates.
+
+Each identification has a work folder of its own, so a killed run goes on where it was.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
-import tempfile
 import time
 from typing import Any
 
@@ -36,11 +38,12 @@ from benchmarks import command
 from benchmarks.quality import ablations_report
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
-from duo_jax.data.documents import load_documents, split_held_out
+from duo_jax.data.documents import load_documents, split_held_out, text_digest
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import choose_retrieval_heads, random_heads
 from duo_jax.reports import machine, statistics
+from duo_jax.session.runtime import digest_of
 from train.identify.flags import Method, default_config
 from train.identify.run import find_heads
 from train.retrieval_test import RetrievalTest
@@ -76,6 +79,9 @@ class AblationsFlags:
     """Steps of --method masks."""
     samples: int = 32
     """Held-out texts of the preset's longest length."""
+    workdir: pathlib.Path | None = None
+    """Folder of the identifications; the same command goes on in it. Default:
+    runs/ablations-MODEL."""
     out: pathlib.Path = pathlib.Path("benchmarks/results/ablations.json")
     """Where to write the result; .md and .png stand beside it."""
 
@@ -90,6 +96,11 @@ class AblationsFlags:
                 raise InputError(f"sparsity {sparsity} is not in [0, 1]")
         if min(self.sinks) < 0 or min(self.recents) < 1:
             raise InputError("sinks must be at least 0 and recents at least 1")
+
+    def folder(self) -> pathlib.Path:
+        """Return the work folder."""
+        name = pathlib.PurePath(self.model.rstrip("/")).name
+        return self.workdir or pathlib.Path(f"runs/ablations-{name}")
 
 
 def main(flags: AblationsFlags) -> None:
@@ -248,13 +259,17 @@ class _Lab:
         self.shape = (self.model.num_layers, self.model.num_kv_heads)
         self.largest_error = 0.0  # standard error over texts of any number measured
         self.bar = tqdm(desc="identified or tested", unit="", disable=None)
+        self._folder = flags.folder()
         self._changes: dict[Method, dict[str, Any]] = {
             "lm": {"reg_weight": flags.lm_reg_weight},
             "masks": {"num_steps": flags.mask_steps},
         }
         self._params = pretrained.load_params(folder, dtype=jnp.dtype(self.preset.dtype))
         self._tokenizer = pretrained.load_tokenizer(folder)
-        self._training_text, held_out_text = split_held_out(load_documents(()))
+        documents = load_documents(())
+        self._text_digest = text_digest(documents)
+        self._weights_digest = digest_of(self._params)
+        self._training_text, held_out_text = split_held_out(documents)
         self.test = RetrievalTest(
             self.preset.data,
             self._tokenizer,
@@ -273,10 +288,14 @@ class _Lab:
             self._defaults, **values, **self._changes.get(method, {})
         ).resolved()
         sampler = PasskeySampler(config.data, self._tokenizer, self._training_text, seed=seed)
-        with tempfile.TemporaryDirectory() as folder:
-            workdir = WorkDir(pathlib.Path(folder), config, operational=())
+        sizes = f"sink-{config.sink}-recent-{config.recent}"
+        folder = self._folder / f"{method}-{target}-seed-{seed}-{sizes}"
+        settings = dataclasses.asdict(config) | {
+            "weights_digest": self._weights_digest,
+            "text_digest": self._text_digest,
+        }
+        with contextlib.closing(WorkDir(folder, settings, operational=())) as workdir:
             gates, _ = find_heads(config, self.model, self._params, sampler, workdir)
-            workdir.close()
         self.bar.update()
         return np.asarray(gates, np.float64)
 

@@ -71,8 +71,33 @@ def result(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "some" / "ablations.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RetrievalTest, "accuracy", accuracy)
-        ablations.main(AblationsFlags(model=str(model), out=out, **TINY))
-    return json.loads(out.read_text()), out
+        flags = AblationsFlags(model=str(model), out=out, workdir=out.parent / "work", **TINY)
+        find_heads, done_before = ablations.find_heads, []
+        patch.setattr(ablations, "find_heads", watched(3, find_heads, []))
+        with pytest.raises(StopIteration):
+            ablations.main(flags)
+        patch.setattr(ablations, "find_heads", watched(10_000, find_heads, done_before))
+        ablations.main(flags)
+    return json.loads(out.read_text()), out, done_before
+
+
+def watched(kill_at: int, find_heads, done_before: list):
+    """Return the search for heads: it says what was done before, and ends the process at a call."""
+    calls = iter(range(kill_at))
+
+    def find(*args):
+        next(calls)
+        gates, seconds = find_heads(*args)
+        done_before.append(seconds is None)
+        return gates, seconds
+
+    return find
+
+
+def test_a_killed_run_goes_on_with_what_it_had_found(result):
+    values, _, done_before = result
+    assert len(values["gates"]) + 2 == len(done_before)  # two windows of (b)
+    assert done_before == [True] * 3 + [False] * (len(done_before) - 3)
 
 
 def test_methods_are_tested_with_their_own_heads(result):
@@ -128,7 +153,7 @@ def test_windows_have_the_same_number_of_slots(result):
             np.testing.assert_allclose(row["exact"], score(heads, row["sink"], row["recent"]))
 
 
-def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch):
+def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch, tmp_path):
     seen, steps = [], []
 
     def find_heads(config, model, *_):
@@ -137,11 +162,13 @@ def test_heads_are_identified_with_the_window_that_is_named(model, monkeypatch):
         return np.ones((model.num_layers, model.num_kv_heads)), None
 
     monkeypatch.setattr(ablations, "find_heads", find_heads)
-    lab = ablations._Lab(AblationsFlags(model=str(model), samples=1))
+    places = {"workdir": tmp_path / "one"}
+    lab = ablations._Lab(AblationsFlags(model=str(model), samples=1, **places))
     lab.identify("optimise", sink=15, recent=1)
     lab.identify("lm", seed=2)
     assert seen == [("optimise", 0, 15, 1, 0.05), ("lm", 2, 4, 12, 0.05)]
-    lab = ablations._Lab(AblationsFlags(model=str(model), samples=1, lm_reg_weight=0.3))
+    places = {"workdir": tmp_path / "two"}
+    lab = ablations._Lab(AblationsFlags(model=str(model), samples=1, lm_reg_weight=0.3, **places))
     lab.identify("lm")
     assert seen[-1] == ("lm", 0, 4, 12, 0.3)
     lab.identify("masks", target=0.5)
@@ -158,7 +185,7 @@ def test_grid_deploys_every_size(result):
 
 
 def test_table_and_picture_show_what_was_measured(result):
-    values, out = result
+    values, out, _ = result
     table = out.with_suffix(".md").read_text()
     for row in values["windows"] + values["sizes"]:
         assert f"| {row['exact']:.1%} |" in table
