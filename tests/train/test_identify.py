@@ -55,6 +55,8 @@ def test_writes_pattern_pictures_metrics_and_report(finished):
     assert pattern.gates.shape == (2, 2)
     assert (pattern.sink_size, pattern.recent_size) == (4, 12)
     assert pattern.gates.min() < 1.0
+    assert pattern.extra["model_name"] == "tiny-llama"  # not where it lies
+    assert (finished / "report.md").read_text().startswith("# Retrieval heads of tiny-llama\n")
     for picture in ("gates.png", "history.png", "retrieval.png"):
         with Image.open(finished / picture) as image:
             assert min(image.size) > 300

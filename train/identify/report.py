@@ -36,6 +36,7 @@ _EXPLAINED = (
 
 def make(
     *,
+    name: str,
     config: dict[str, Any],
     architecture: ModelConfig,
     params: llama.Params,
@@ -48,6 +49,7 @@ def make(
     """Measure a pattern.
 
     Args:
+      name: the model's.
       config: the run's flags, repeated in the report.
       architecture: the model.
       params: its parameters.
@@ -60,7 +62,7 @@ def make(
     gates = pattern.clipped()
     report = {
         "model": {
-            "name": config["model"],
+            "name": name,
             "family": architecture.family,
             "layers": architecture.num_layers,
             "kv_heads": architecture.num_kv_heads,

@@ -130,7 +130,7 @@ def identify(flags: IdentifyConfig) -> None:
             metrics = workdir.metrics()
         pattern = _pattern(flags, gates)
         save_pattern(pattern, workdir.path / "pattern")
-        title = pathlib.PurePath(flags.model).name  # not where the file lies
+        title = _name_of(flags.model)
         pictures = {"title": title}
         if flags.method in _VALUES:
             pictures["value"] = f"{_VALUES[flags.method]} (1: retrieval head)"
@@ -139,6 +139,7 @@ def identify(flags: IdentifyConfig) -> None:
         plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
         targets = () if flags.target_sparsity is None else (flags.target_sparsity,)
         results = report.make(
+            name=title,
             config=dataclasses.asdict(flags),
             architecture=architecture,
             params=params,
@@ -174,6 +175,11 @@ def find_heads(
     scores = {"profile": profile.profile, "reconstruct": reconstruct.reconstruct}
     find = scores.get(flags.method, training.train)
     return find(flags, architecture, params, sampler, workdir)
+
+
+def _name_of(model: str) -> str:
+    """Return a model's hub name, or the name of its file or folder, not where that lies."""
+    return pathlib.PurePath(model).name if files.exists(pathlib.Path(model)) else model
 
 
 def _devices(flags: IdentifyConfig, architecture: ModelConfig) -> Mesh | None:
@@ -227,7 +233,7 @@ def _pattern(flags: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"])
         sink_size=flags.sink,
         recent_size=flags.recent,
         extra={
-            "model_name": flags.model,
+            "model_name": _name_of(flags.model),
             "method": flags.method,
             **(samples if flags.method in _UNTRAINED else training),
             "context_length_min": flags.data.min_length,
