@@ -169,7 +169,7 @@ def _attend_chunk(
         k, v = jnp.split(jax.lax.all_gather(both, MODEL, axis=2, tiled=True), 2, axis=-1)
 
     def attend_stripes(q, cache, starts):
-        """Return attention to the stripes of each device, for this device's tokens."""
+        """Return attention to the stripes of every device in turn, for this device's tokens."""
         starts = share.since_first(starts)
         out, lse = prefill_attention(
             q, cache.keys, cache.values, starts, shares=num, **paged, **options
@@ -193,14 +193,17 @@ def _attend_chunk(
             cache = count_votes(cache, q, lse, kept=share.since_first(kept), **voted)
         return out, cache
 
+    def attend_window(q, k, v, cache, **sizes):
+        """Return attention to a ring and the chunk, for this device's tokens; and the ring then."""
+        at = {"sink_size": sizes["sink_size"], **place}
+        after = update.append_to_ring(cache, k, v, **at)
+        k, v = update.as_cached(cache, k, v)
+        past = _past_of(first, update.past(cache, k, v, **at), k, v)
+        k, v = (jax.lax.dynamic_slice_in_dim(x, first, own, axis=1) for x in (k, v))
+        return streaming_attention(q, k, v, past=past, **sizes, **options), after
+
     def blocks(q, k, v, cache):
-        past = update.past(cache.latest, k, v, sink_size=0, **place)
-        past = _past_of(first, past, k, v)
-        own_k, own_v = (jax.lax.dynamic_slice_in_dim(x, first, own, axis=1) for x in (k, v))
-        latest = streaming_attention(
-            q, own_k, own_v, past=past, sink_size=0, recent_size=BLOCK, **options
-        )
-        ring = update.append_to_ring(cache.latest, k, v, sink_size=0, **place)
+        latest, ring = attend_window(q, k, v, cache.latest, sink_size=0, recent_size=BLOCK)
         cache = update.append_blocks(cache, k, v, **place, **paged, share=share)
         cache = dataclasses.replace(cache, latest=ring)
         q = jax.lax.all_gather(q, MODEL, axis=1, tiled=True)
@@ -209,12 +212,7 @@ def _attend_chunk(
         return merge_lse(*(jnp.concatenate([x[None], y]) for x, y in parts))[0], cache
 
     def ring_exact(q, k, v, cache):
-        after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
-        k, v = update.as_cached(cache, k, v)
-        past = update.past(cache, k, v, sink_size=config.sink_size, **place)
-        past = _past_of(first, past, k, v)
-        k, v = (jax.lax.dynamic_slice_in_dim(x, first, own, axis=1) for x in (k, v))
-        out, _ = streaming_attention(q, k, v, past=past, **sizes, **options)
+        (out, _), after = attend_window(q, k, v, cache, **sizes)
         return out, after
 
     def ring_chunk(q, k, v, cache):

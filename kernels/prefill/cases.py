@@ -201,9 +201,6 @@ PACKED: dict[str, PrefillCase] = per_format(
         "float32": PrefillCase(
             starts=(64,), length=97, slots=192, q_heads=4, kv_heads=1, dtype="float32"
         ),
-        "stripes of 3 caches": PrefillCase(
-            starts=(300,), length=131, slots=192, q_heads=4, kv_heads=2, shares=3
-        ),
         "llama-3-8b, 4 retrieval heads, 32K at 288K": PrefillCase(
             starts=(288_000,), length=32_000, slots=320_000, q_heads=16, kv_heads=4,
             compile_only=True,
@@ -232,11 +229,8 @@ AWKWARD: dict[str, PrefillCase] = {
     "one slot past a block": PrefillCase(length=97, slots=513, starts=(416, 415, 0), **_TINY),
     "one slot past two blocks": PrefillCase(length=300, slots=1025, starts=(725, 300, 0), **_TINY),
     "rows far apart": PrefillCase(length=20, slots=1700, starts=(0, 1680, 500), **_TINY),
-    "stripes, one before the first slot": PrefillCase(
-        length=1, slots=64, starts=(-1, 0, 63, 200), shares=2, **_TINY
-    ),
     "stripes, rows that end in others' stripes": PrefillCase(
-        length=97, slots=200, starts=(0, 31, 500, 1_000), shares=5, **_TINY
+        length=97, slots=200, starts=(-130, -1, 0, 31, 500, 1_000), shares=5, **_TINY
     ),
     "stripes, pages of 64": PrefillCase(
         length=65, slots=192, starts=(250, 100), shares=2, page_size=64, **_TINY
