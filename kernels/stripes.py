@@ -10,23 +10,25 @@ slot holds, which is 64 d in cache d,
 and slot = position if N = 1. Kernels compute this too.
 """
 
+from typing import TypeVar
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
 from kernels.packed import BLOCK
 
-Numbers = Int[Array, "..."] | Int[np.ndarray, "..."] | int
+Slots = TypeVar("Slots", Array, np.ndarray)  # numpy for numpy
 
 
-def position(slots: Numbers, shares: int) -> Numbers:
+def position(slots: Slots, shares: int) -> Slots:
     """Return the positions that slots hold, of a text that so many caches share."""
     if shares == 1:
         return slots
     return slots + (slots & -BLOCK) * (shares - 1)  # `& -BLOCK`: those of earlier stripes
 
 
-def held(length: Numbers, shares: int) -> Numbers:
+def held(length: Int[Array, "..."], shares: int) -> Int[Array, "..."]:
     """Return how many slots hold the first positions; at most 0 where `length` is negative."""
     if shares == 1:
         return length

@@ -156,9 +156,9 @@ def _attend_chunk(
     sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
     place, dtype = {"lengths": lengths, "num_tokens": num_tokens}, q.dtype
     paged: dict[str, Any] = {"pages": layer_input.pages}
-    share, kept = Share(device=jax.lax.axis_index(MODEL), num=num), layer_input.kept
-    own = q.shape[1] // num  # tokens whose outputs are this device's
-    first = share.device * own
+    device, kept = jax.lax.axis_index(MODEL), layer_input.kept
+    share, own = Share(device=device, num=num), q.shape[1] // num
+    first = device * own  # the tokens from here on, `own` of them, have their outputs here
     cut = q.shape[2] < config.architecture.num_q_heads
     if cut:  # heads for tokens
         q = jax.lax.all_to_all(q, MODEL, split_axis=1, concat_axis=2, tiled=True)

@@ -29,6 +29,10 @@ class PrefillCase(CachedCase):
     length: int
     shares: int = 1  # caches that share the text
 
+    def positions(self) -> np.ndarray:
+        """Return the positions of all slots."""
+        return stripes.position(np.arange(self.slots), self.shares)
+
     def shapes(self) -> tuple[Any, ...]:
         batch = len(self.starts)
         q = self.array(batch, self.length, self.q_heads, self.head_dim)
@@ -67,8 +71,8 @@ class PrefillCase(CachedCase):
         return [chosen] if self.bits else mosaic_tiles.attention_candidates(chosen)
 
     def cost(self) -> Cost:
-        ends = [np.maximum(start + 1 + np.arange(self.length), 0) for start in self.starts]
-        seen = [np.asarray(stripes.held(end, self.shares)) for end in ends]
+        ends = [start + 1 + np.arange(self.length) for start in self.starts]
+        seen = [np.searchsorted(self.positions(), end) for end in ends]
         return self.cost_of(
             pairs=int(sum(x.sum() for x in seen)),
             queries=len(self.starts) * self.length,
@@ -77,8 +81,7 @@ class PrefillCase(CachedCase):
 
     def parts(self, arguments: tuple[Any, ...]) -> list[dense.Part]:
         starts, (k, v) = arguments[3], self.rows_of(arguments)
-        positions = stripes.position(np.arange(self.slots), self.shares)
-        mask = dense.causal_mask(starts, self.length, positions)
+        mask = dense.causal_mask(starts, self.length, self.positions())
         return [dense.Part(keys=k, values=v, mask=mask)]
 
     def equivalent(self, arguments: tuple[Any, ...]) -> Equivalent:

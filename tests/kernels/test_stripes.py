@@ -1,5 +1,6 @@
 """The map from slots to positions where several caches share a text."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -25,7 +26,7 @@ def test_stripes_go_to_the_caches_in_turn():
 @pytest.mark.parametrize("shares", [1, 2, 3, 8])
 def test_the_slots_that_are_held_are_those_of_the_positions_before(shares):
     positions = stripes.position(np.arange(3 * BLOCK), shares)
-    lengths = np.arange(3 * BLOCK * shares)
+    lengths = jnp.arange(3 * BLOCK * shares)
     wanted = (positions[None] < lengths[:, None]).sum(axis=1)
     np.testing.assert_array_equal(stripes.held(lengths, shares), wanted)
-    assert np.max(stripes.held(np.arange(-3 * BLOCK * shares, 0), shares)) <= 0
+    assert stripes.held(-1 - lengths, shares).max() <= 0

@@ -236,9 +236,7 @@ def published(name: str) -> DuoConfig:
     return DuoConfig(architecture=architecture, retrieval_counts=counts)
 
 
-@pytest.mark.parametrize(
-    ("length", "kv"), [(1, "int4"), (1_000_003, "model"), (1_000_003, "int2")]
-)
+@pytest.mark.parametrize(("length", "kv"), [(1, "int4"), (1_000_003, "model"), (1_000_003, "int2")])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_every_device_holds_the_same_bytes(name, length, kv):
     config, mesh = published(name), make_mesh(jax.devices())

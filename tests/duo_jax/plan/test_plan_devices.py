@@ -106,7 +106,9 @@ def test_verify_compiles_for_as_many_gpus_as_are_planned(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
-@pytest.mark.parametrize(("weights", "kv"), [("model", "model"), ("int8", "int4"), ("int8", "int2")])
+@pytest.mark.parametrize(
+    ("weights", "kv"), [("model", "model"), ("int8", "int4"), ("int8", "int2")]
+)
 def test_the_estimate_is_what_verify_compiles_for_several_gpus(weights, kv):
     config = DuoConfig(architecture=QUARTER, retrieval_counts=(1, 1))
     workload = Workload(config=config, chunk=8192, devices=2)
