@@ -98,12 +98,12 @@ def expected(**case):
     return logits_of(None, **case | {"implementation": "xla"})
 
 
-def check(number, groups=1, **case):
+def check(number, groups=1, atol=None, **case):
     with jax.enable_x64(case["dtype"] == "float64"):
         np.testing.assert_allclose(
             logits_of(number, groups=groups, **case),
             expected(**case),
-            atol=TOLERANCE["bf16" if case["kv"] == "bf16" else case["dtype"]],
+            atol=atol or TOLERANCE["bf16" if case["kv"] == "bf16" else case["dtype"]],
         )
 
 
@@ -138,9 +138,10 @@ def test_groups_of_devices_share_the_rows():
         pytest.param(
             {"kv": "int4", "weight_format": "int8", "dtype": "float64"}, marks=pytest.mark.slow
         ),
-        # In float32 a code flips where sums differ in their last bits: not in the first layer.
+        # Keys of one device and of eight differ in their last bits, and so do one or two codes.
         pytest.param(
-            {"kv": "int8", "implementation": "interpret", "config": ONE}, marks=pytest.mark.slow
+            {"kv": "int8", "implementation": "interpret", "config": ONE, "atol": 1e-4},
+            marks=pytest.mark.slow,
         ),
         pytest.param({"kv": "int2", "dtype": "float64"}, marks=pytest.mark.slow),
         pytest.param({"kv": "int2", "implementation": "interpret"}, marks=pytest.mark.slow),
