@@ -33,10 +33,10 @@ CONFIG, ONE, SMALL, EVERY = (parse_config(RAW | {"num_hidden_layers": n}) for n 
 # Retrieval heads of the layers.
 COUNTS = {ONE: (3,), SMALL: (3, 0), CONFIG: (0, 1, 3, 8), EVERY: range(9)}
 # Tokens of each row, of chunks that are padded to a width: ragged, a row that waits, and a width
-# that no number of devices divides. Small models have that width only, and compile one program.
+# that no number of devices divides. Other models have that width only, and compile one program.
 # Together more than a stripe of each device; decoding ends the second row's last stripe.
 CHUNKS = [(304, (304, 211)), (301, (301, 0)), (304, (71, 300))]
-SMALL_CHUNKS = [(301, counts) for counts in ((301, 211), (300, 0), (75, 300))]
+OF_ONE_WIDTH = [(301, counts) for counts in ((301, 211), (300, 0), (75, 300))]
 ACTIVE = [(True, True), (True, False), (True, True)]
 TOLERANCE = {"float32": 1e-5, "float64": 1e-7, "bf16": 0.05}
 PROGRAMS = {
@@ -76,7 +76,7 @@ def logits_of(number, *, config=CONFIG, groups=1, mode, implementation, kv, weig
     def draw(*shape):
         return jnp.asarray(rng.integers(0, config.vocab_size, shape), jnp.int32)
 
-    chunks = SMALL_CHUNKS if config in (ONE, SMALL) else CHUNKS
+    chunks = CHUNKS if config is CONFIG else OF_ONE_WIDTH
     for width, counts in chunks:
         num = jnp.array(counts, jnp.int32)
         options = {"mode": mode, "implementation": implementation}
