@@ -35,7 +35,7 @@ from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Share
 from duo_jax.serve.sampling import sampling_config
 from duo_jax.session.conversation import Conversation, load_conversation
-from duo_jax.session.devices import check_format, choose
+from duo_jax.session.devices import choose
 from duo_jax.session.row_cache import Progress
 from duo_jax.session.runtime import Runtime
 from duo_jax.session.session import Session
@@ -118,7 +118,6 @@ def load(
     keep = argument("keep", keep, Share)
     plain = weight_files.dtype(weight_files.tensors[0]) if dtype is None else dtype
     mesh = choose(devices, config, groups=groups, dtype=plain, weights=weight_format, kv=kv)
-    check_format(mesh, kv)
     params = pretrained.load_split_params(
         weight_files, heads, dtype=dtype, weights=weight_format, mesh=mesh
     )

@@ -28,11 +28,11 @@ class Part:
 
 
 def causal_mask(
-    starts: Int[np.ndarray, " batch"], length: int, slots: int
-) -> Bool[np.ndarray, "batch {length} {slots}"]:
-    """Return which of `length` queries of each row see which slots; slot = position."""
+    starts: Int[np.ndarray, " batch"], length: int, kv_positions: Int[np.ndarray, " slots"]
+) -> Bool[np.ndarray, "batch {length} slots"]:
+    """Return which of `length` queries of each row see which positions."""
     return np.stack(
-        [masks.causal(start + np.arange(length), np.arange(slots)) for start in starts.tolist()]
+        [masks.causal(start + np.arange(length), kv_positions) for start in starts.tolist()]
     )
 
 

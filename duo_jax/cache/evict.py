@@ -39,7 +39,7 @@ def evict(cache: Cache, keep: Sequence[int], *, slots: int) -> Cache:
     """
     before, after = cache.kept, jnp.array(np.asarray(keep), jnp.int32)
     layers, lengths, mesh = list(cache.layers), cache.lengths, cache.mesh
-    slots = -(-slots // num_parts(mesh)) * num_parts(mesh)
+    slots = stripes.whole(slots, num_parts(mesh))
     del cache
     for number, layer in enumerate(layers):
         full = tuple(_compacted(part, before, after, slots=slots, mesh=mesh) for part in layer.full)
@@ -89,12 +89,12 @@ def _compacted_stripe(
     """Return those of the chosen tokens that one of several devices holds from now on."""
 
     def in_order(leaf: Shaped[Array, "batch kv_heads slots _"]) -> Array:
-        every = jax.lax.all_gather(leaf, MODEL, axis=3)
-        return every.reshape(*leaf.shape[:2], -1, leaf.shape[3])
+        every = jax.lax.all_gather(leaf, MODEL, axis=2, tiled=True)
+        return stripes.in_order(every, num)
 
     assert part.votes is not None
     at = _chosen(in_order(part.votes), kept, keep, slots=slots)
-    own = at.reshape(*at.shape[:2], -1, num, 1)[:, :, :, jax.lax.axis_index(MODEL)]
+    own = jnp.stack(jnp.split(stripes.by_device(at, num), num, axis=2))[jax.lax.axis_index(MODEL)]
     return jax.tree.map(lambda leaf: jnp.take_along_axis(in_order(leaf), own, axis=2), part)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from duo_jax.cache.pages import rings_of
 from duo_jax.cache.state import Cache, empty
 from duo_jax.heads.split import DuoConfig
 from duo_jax.mesh.devices import num_groups, num_parts
@@ -22,10 +23,9 @@ def cache_bytes(config: DuoConfig, **sizes: Any) -> int:
 
 def device_bytes(config: DuoConfig, **sizes: Any) -> int:
     """Return the bytes of the layers' caches on each of the devices that share them."""
-    layers = cache_shapes(config, **sizes).layers
-    full, rings = [layer.full for layer in layers], [layer.streaming for layer in layers]
-    mesh = sizes.get("mesh")
-    return (_bytes(full) // num_parts(mesh) + _bytes(rings)) // num_groups(mesh)
+    layers, mesh = cache_shapes(config, **sizes).layers, sizes.get("mesh")
+    rings = _bytes(rings_of(layers))
+    return ((_bytes(layers) - rings) // num_parts(mesh) + rings) // num_groups(mesh)
 
 
 def live_bytes(cache: Cache) -> int:

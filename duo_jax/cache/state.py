@@ -157,7 +157,7 @@ def init_cache(
       num_pages: makes full caches pools of so many pages. Default: no pages; every row has
         `max_len` slots of its own.
       page_size: slots of a page.
-      mesh: devices that share the cache, in other formats than "int2".
+      mesh: devices that share the cache.
 
     Raises:
       InputError: as `check_kv_format`; groups of devices cannot share the rows evenly.
@@ -188,11 +188,11 @@ def empty(
 ) -> Cache:
     """Return what `init_cache` does, all of it on one device."""
     kv_format = check_kv_format(config, kv)
-    assert not ((votes or mesh) and kv_format == "int2")
+    assert not (votes and kv_format == "int2")
     architecture, slots = config.architecture, _whole_blocks(max_len, kv_format, num_parts(mesh))
     rows, pages = batch_size, None
     if num_pages is not None:
-        assert page_size % num_parts(mesh) == 0
+        assert page_size == stripes.whole(page_size, num_parts(mesh))
         rows, slots = num_pages, page_size
         pages = jnp.zeros((batch_size, -(-max_len // page_size)), jnp.int32)
     shape = (rows, 1, slots, architecture.head_dim)
@@ -287,9 +287,9 @@ def _full_cache(
 
 
 def _whole_blocks(max_len: int, kv_format: KVFormat, num_devices: int) -> int:
-    """Round the slots of a full cache up to whole blocks, on all devices equally many."""
-    block = (packed.BLOCK if kv_format == "int2" else 1) * num_devices
-    return -(-max_len // block) * block
+    """Round the slots of a full cache up to whole blocks, and to whole stripes of all devices."""
+    block = packed.BLOCK if kv_format == "int2" else 1
+    return stripes.whole(-(-max_len // block) * block, num_devices)
 
 
 def _heads_per_buffer(one_head: Any, num_devices: int) -> int:

@@ -15,9 +15,11 @@ from jaxtyping import Array, Float, Int, Shaped
 from duo_jax.cache.pages import write_to_pages
 from duo_jax.cache.ring import ring_position, ring_slot
 from duo_jax.cache.state import KVCache
+from duo_jax.cache.stripes import ALL, Share
 from kernels import Past, packed
 from kernels.packed import BLOCK, Packed
 from kernels.pages import Pages
+from kernels.tile_io import cdiv
 
 NewKV = Float[Array, "batch length kv_heads head_dim"]
 OneKV = Float[Array, "batch 1 kv_heads head_dim"]
@@ -120,6 +122,7 @@ def append_blocks(
     lengths: PerRow,
     num_tokens: PerRow,
     pages: Pages | None = None,
+    share: Share = ALL,
 ) -> KVCache:
     """Pack the blocks of 64 tokens that a chunk completes; the ring `latest` stays as it was.
 
@@ -130,12 +133,16 @@ def append_blocks(
       lengths: tokens before the chunk.
       num_tokens: tokens of the chunk that count, per row.
       pages: the table of a paged cache.
+      share: of these blocks, those that are packed.
     """
     assert cache.latest is not None
     begun = lengths % BLOCK  # tokens of an unfinished block; they are the ring's first ones
-    complete = (begun + num_tokens) // BLOCK * BLOCK
-    window = -(-(BLOCK - 1 + keys.shape[1]) // BLOCK) * BLOCK
-    at, end = jnp.arange(window, dtype=begun.dtype)[None, :], begun[:, None]
+    first = lengths - begun
+    starts = share.held(first)
+    packed_tokens = share.held(first + (begun + num_tokens) // BLOCK * BLOCK) - starts
+    most_blocks = cdiv(BLOCK - 1 + keys.shape[1], BLOCK)
+    window = jnp.arange(cdiv(most_blocks, share.num) * BLOCK, dtype=begun.dtype)[None, :]
+    at, end = share.positions(starts[:, None] + window) - first[:, None], begun[:, None]
     source = jnp.where(at < end, at, BLOCK + at - end)
     source = jnp.minimum(source, BLOCK + keys.shape[1] - 1)
 
@@ -146,7 +153,7 @@ def append_blocks(
 
         def write(old: Array, new: Array) -> Array:
             tokens = cached.shape[2] // old.shape[2]
-            return _write(old, new, (lengths - begun) // tokens, complete // tokens, pages)
+            return _write(old, new, starts // tokens, packed_tokens // tokens, pages)
 
         return jax.tree.map(write, cached, packed.pack(joined, cached.layout))
 

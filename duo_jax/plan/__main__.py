@@ -80,8 +80,6 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.devices > 1 and self.kv == "int2":
-            raise InputError('several GPUs cannot share caches in "int2"; "int4" they can')
         if self.png is not None:
             files.check_file(self.png)
 
@@ -113,8 +111,6 @@ def run(flags: PlanConfig) -> None:
     num_heads = architecture.num_layers * architecture.num_kv_heads
     duo = split.num_retrieval_heads < num_heads
     settings = chosen_settings(duo=duo, weights=flags.weights, kv=flags.kv)
-    if flags.devices > 1:  # which cannot share blocks of 64 tokens
-        settings = tuple(setting for setting in settings if setting.kv != "int2")
     rows = plan(workload, settings, gpu)
     heads = f"no streaming heads of {num_heads}"
     if duo:

@@ -46,17 +46,14 @@ class Parts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The bytes of one setting on each GPU, as functions of the context; made by `estimate`.
-
-    Those of full caches are of all GPUs together.
-    """
+    """The bytes of one setting on each GPU, as functions of the context; made by `estimate`."""
 
     workload: Workload
     setting: Setting
     weights: int
     weights_read: int  # by one decode step, which reads one embedding row per token
-    full_cache_fixed: int
-    full_cache_per_block: int  # 64 tokens of every row
+    full_cache_fixed: int  # the latest tokens of "int2", which every GPU holds
+    full_cache_per_block: int  # 64 tokens of every row, which one GPU holds
     streaming_cache: int
 
     @property
@@ -66,16 +63,17 @@ class Estimate:
 
     @property
     def block(self) -> int:
-        """Tokens that a full cache grows by."""
-        return BLOCK if self.setting.kv == "int2" else 1
+        """Tokens that a full cache grows by: on several GPUs, a stripe of each."""
+        devices = self.workload.devices
+        return BLOCK * devices if devices > 1 or self.setting.kv == "int2" else 1
 
     def parts(self, context: int) -> Parts:
         """Return the peak at `context` tokens per row: that of a chunk or a decode step."""
-        slots = -(-context // self.block) * self.block
         workload = self.workload
+        slots = -(-context // self.block) * self.block // workload.devices
         return Parts(
             weights=self.weights,
-            full_cache=-(-self._full_cache(slots) // workload.devices),
+            full_cache=self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK,
             streaming_cache=self.streaming_cache,
             workspace=workspace_bytes(
                 workload.config.architecture,
@@ -86,9 +84,6 @@ class Estimate:
                 devices=workload.devices,
             ),
         )
-
-    def _full_cache(self, slots: int) -> int:
-        return self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK
 
     def longest(self, budget: int) -> int | None:
         """Return the most tokens per row that fit; None if not even one does, by bisection."""

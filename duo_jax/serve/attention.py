@@ -133,7 +133,7 @@ def attend_token(
         latest = decode_attention(q, own.keys, own.values, held, **options)
         older = jnp.maximum(filled - BLOCK, 0)
         before = decode_attention(q, cache.keys, cache.values, older, **paged, **options)
-        return _merged(latest, before)[:, None], cache
+        return merged(latest, before)[0][:, None], cache
 
     def ring(q, k, v, cache):
         cache = update.append_token_to_ring(cache, k, v, sink_size=config.sink_size, **place)
@@ -178,7 +178,7 @@ def attend_chunk(
         cache = dataclasses.replace(cache, latest=ring)
         older = lengths - BLOCK
         before = prefill_attention(q, cache.keys, cache.values, older, **paged, **options)
-        return _merged(latest, before), cache
+        return merged(latest, before)[0], cache
 
     def ring_exact(q, k, v, cache):
         after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
@@ -228,10 +228,12 @@ def by_part(
     return jnp.concatenate(outputs, axis=2), LayerCache(full=tuple(after), streaming=streaming)
 
 
-def _merged(*parts: tuple[Float[Array, "..."], Float[Array, "..."]]) -> Float[Array, "..."]:
+def merged(
+    *parts: tuple[Float[Array, "..."], Float[Array, "..."]],
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Merge attention over different keys, given as outputs and log-sum-exps."""
     outs, lses = (jnp.stack(x) for x in zip(*parts, strict=True))
-    return merge_lse(outs, lses)[0]
+    return merge_lse(outs, lses)
 
 
 def rings_first(out: Queries, cache: LayerCache) -> tuple[Queries, LayerCache]:

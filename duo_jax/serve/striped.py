@@ -6,12 +6,12 @@ Outside, where XLA shares the products of weights, queries, keys and values are 
 
 One token per row. One message gathers the heads of all three, a second brings each device its own
 heads' parts: with the two sums that follow o_proj and down_proj, four in a layer. Streaming heads,
-whose work is small, are computed by all devices, and merged as if they were parts.
+whose work is small, are computed by all devices, and merged as if they were parts. So are the
+latest tokens of "int2", which the first device alone counts.
 
-A chunk. Query t of the chunk sees the slots up to floor((L + t - d) / N) of device d, L being the
-tokens before it: for the queries of one t % N this is plain causal attention. A device merges and
-keeps the outputs of its own T / N tokens, for which it also computes the streaming heads; then
-tokens are exchanged for heads.
+A chunk. All queries attend to the stripes of every device. A device merges and keeps the outputs of
+its own T / N tokens, for which it also computes the streaming heads, and the latest tokens of
+"int2"; then tokens are exchanged for heads.
 """
 
 import dataclasses
@@ -24,10 +24,19 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from duo_jax.cache import KVCache, LayerCache, stripes, update
+from duo_jax.cache import LayerCache, stripes, update
+from duo_jax.cache.stripes import Share
 from duo_jax.heads.split import DuoConfig
 from duo_jax.mesh.devices import DATA, MODEL
-from duo_jax.serve.attention import LayerInput, NewKV, PrefillMode, Queries, by_part, rings_first
+from duo_jax.serve.attention import (
+    LayerInput,
+    NewKV,
+    PrefillMode,
+    Queries,
+    by_part,
+    merged,
+    rings_first,
+)
 from duo_jax.serve.votes import Voters, count_votes
 from kernels import (
     Implementation,
@@ -37,7 +46,9 @@ from kernels import (
     prefill_attention,
     streaming_attention,
 )
+from kernels.packed import BLOCK
 from kernels.precision import accumulator
+from kernels.tile_io import cdiv
 
 
 def attend(
@@ -92,13 +103,25 @@ def _attend_token(
     lengths, num_tokens = layer_input.lengths, layer_input.num_tokens
     place, dtype = {"lengths": lengths, "num_tokens": num_tokens}, q.dtype
     paged: dict[str, Any] = {"pages": layer_input.pages}
+    share, kept = Share(device=jax.lax.axis_index(MODEL), num=num), layer_input.kept
     (q, cut), (k, _), (v, _) = _all_heads(q, k, v, config)
 
     def full(q, k, v, cache):
-        before, after = _held(layer_input, num)
+        before, after = share.held(kept), share.held(kept + num_tokens)
         cache = update.append(cache, k, v, starts=before, num_tokens=after - before, **paged)
         out, lse = decode_attention(q[:, 0], cache.keys, cache.values, after, **paged, **options)
         return _with_lse(out, lse), cache
+
+    def blocks(q, k, v, cache):
+        ring = update.append_token_to_ring(cache.latest, k, v, sink_size=0, **place)
+        cache = dataclasses.replace(cache, latest=ring)
+        cache = update.append_blocks(cache, k, v, **place, **paged, share=share)
+        own, held = ring.first_rows(q.shape[0]), jnp.minimum(lengths + num_tokens, BLOCK)
+        latest, lse = decode_attention(q[:, 0], own.keys, own.values, held, **options)
+        lse = jnp.where(share.device == 0, lse, -jnp.inf)
+        older = share.held(lengths + num_tokens - BLOCK)
+        before = decode_attention(q[:, 0], cache.keys, cache.values, older, **paged, **options)
+        return _with_lse(*merged((latest, lse), before)), cache
 
     def ring(q, k, v, cache):
         cache = update.append_token_to_ring(cache, k, v, sink_size=config.sink_size, **place)
@@ -107,7 +130,7 @@ def _attend_token(
         out, lse = decode_attention(q[:, 0], own.keys, own.values, held, **options)
         return _with_lse(out, lse), cache
 
-    both, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=full, ring=ring)
+    both, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
     if cut:  # to each device its heads, of all devices
         parts = jax.lax.all_to_all(jnp.stack(jnp.split(both, num, axis=2)), MODEL, 0, 0)
     else:  # a group of one device has no one to ask
@@ -133,8 +156,9 @@ def _attend_chunk(
     sizes = {"sink_size": config.sink_size, "recent_size": config.recent_size}
     place, dtype = {"lengths": lengths, "num_tokens": num_tokens}, q.dtype
     paged: dict[str, Any] = {"pages": layer_input.pages}
-    device, own = jax.lax.axis_index(MODEL), q.shape[1] // num  # the tokens device * own, ...
-    first = device * own
+    device, kept = jax.lax.axis_index(MODEL), layer_input.kept
+    share, own = Share(device=device, num=num), q.shape[1] // num
+    first = device * own  # the tokens from here on, `own` of them, have their outputs here
     cut = q.shape[2] < config.architecture.num_q_heads
     if cut:  # heads for tokens
         q = jax.lax.all_to_all(q, MODEL, split_axis=1, concat_axis=2, tiled=True)
@@ -144,35 +168,51 @@ def _attend_chunk(
         both = jnp.concatenate([k, v], axis=-1)
         k, v = jnp.split(jax.lax.all_gather(both, MODEL, axis=2, tiled=True), 2, axis=-1)
 
+    def attend_stripes(q, cache, starts):
+        """Return attention to the stripes of every device in turn, for this device's tokens."""
+        starts = share.since_first(starts)
+        out, lse = prefill_attention(
+            q, cache.keys, cache.values, starts, shares=num, **paged, **options
+        )
+        return _to_own_tokens(out, num), _to_own_tokens(lse, num)
+
     def full(q, k, v, cache):
-        before, after = _held(layer_input, num)
+        before, after = share.held(kept), share.held(kept + num_tokens)
         cache = update.append(
             cache,
-            *(_own_tokens(x, layer_input.kept, num) for x in (k, v)),
+            *(_tokens_of(share, x, kept) for x in (k, v)),
             starts=before,
             num_tokens=after - before,
             **paged,
         )
         q = jax.lax.all_gather(q, MODEL, axis=1, tiled=True)
-        out, lse = _prefill(q, cache, layer_input.kept, num=num, **paged, **options)
-        out, lse = _merged_own_tokens(out, lse, num)
+        out, lse = merge_lse(*attend_stripes(q, cache, kept))
         if cache.votes is not None:
             lse = jax.lax.all_gather(lse, MODEL, axis=1, tiled=True)
-            voted: dict[str, Any] = {
-                "kept": layer_input.kept,
-                "num_tokens": num_tokens,
-                "voters": voters,
-            }
-            cache = count_votes(cache, q, lse, **voted, device=device, num_devices=num)
+            voted: dict[str, Any] = {"num_tokens": num_tokens, "voters": voters, "shares": num}
+            cache = count_votes(cache, q, lse, kept=share.since_first(kept), **voted)
         return out, cache
 
-    def ring_exact(q, k, v, cache):
-        after = update.append_to_ring(cache, k, v, sink_size=config.sink_size, **place)
+    def attend_window(q, k, v, cache, **sizes):
+        """Return attention to a ring and the chunk, for this device's tokens; and the ring then."""
+        at = {"sink_size": sizes["sink_size"], **place}
+        after = update.append_to_ring(cache, k, v, **at)
         k, v = update.as_cached(cache, k, v)
-        past = update.past(cache, k, v, sink_size=config.sink_size, **place)
-        past = _past_of(first, past, k, v)
+        past = _past_of(first, update.past(cache, k, v, **at), k, v)
         k, v = (jax.lax.dynamic_slice_in_dim(x, first, own, axis=1) for x in (k, v))
-        out, _ = streaming_attention(q, k, v, past=past, **sizes, **options)
+        return streaming_attention(q, k, v, past=past, **sizes, **options), after
+
+    def blocks(q, k, v, cache):
+        latest, ring = attend_window(q, k, v, cache.latest, sink_size=0, recent_size=BLOCK)
+        cache = update.append_blocks(cache, k, v, **place, **paged, share=share)
+        cache = dataclasses.replace(cache, latest=ring)
+        q = jax.lax.all_gather(q, MODEL, axis=1, tiled=True)
+        older = attend_stripes(q, cache, lengths - BLOCK)
+        parts = zip(latest, older, strict=True)
+        return merge_lse(*(jnp.concatenate([x[None], y]) for x, y in parts))[0], cache
+
+    def ring_exact(q, k, v, cache):
+        (out, _), after = attend_window(q, k, v, cache, **sizes)
         return out, after
 
     def ring_chunk(q, k, v, cache):
@@ -182,22 +222,13 @@ def _attend_chunk(
         return out, after
 
     ring = ring_exact if mode == "exact" else ring_chunk
-    out, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=full, ring=ring)
+    out, cache = by_part(q, k, v, layer_input.cache, full=full, blocks=blocks, ring=ring)
     out = out.astype(dtype)
     if cut:  # tokens for heads
         out = jax.lax.all_to_all(out, MODEL, split_axis=2, concat_axis=1, tiled=True)
     else:
         out = jax.lax.all_gather(out, MODEL, axis=1, tiled=True)
     return rings_first(out, cache)
-
-
-def _held(layer_input: LayerInput, num: int) -> tuple[Int[Array, " batch"], Int[Array, " batch"]]:
-    """Return how many tokens this device holds before and after the new ones."""
-    device, kept = jax.lax.axis_index(MODEL), layer_input.kept
-    return (
-        stripes.held(kept, device, num),
-        stripes.held(kept + layer_input.num_tokens, device, num),
-    )
 
 
 def _all_heads(q: Array, k: Array, v: Array, config: DuoConfig) -> list[tuple[Array, bool]]:
@@ -224,40 +255,20 @@ def _with_lse(
     return jnp.concatenate(both, axis=-1)[:, None]
 
 
-def _own_tokens(
-    x: NewKV, lengths: Int[Array, " batch"], num: int
+def _tokens_of(
+    share: Share, x: NewKV, lengths: Int[Array, " batch"]
 ) -> Float[Array, "batch _ kv_heads head_dim"]:
-    """Return those tokens of a chunk, which follows on others, that belong to this device."""
-    first = (jax.lax.axis_index(MODEL) - lengths) % num
-    at = first[:, None] + num * jnp.arange(x.shape[1] // num, dtype=first.dtype)[None, :]
+    """Return those tokens of a chunk, which follows on others, that a device holds."""
+    length = x.shape[1]
+    most = min(length, cdiv(length, BLOCK * share.num) * BLOCK)
+    slots = share.held(lengths)[:, None] + jnp.arange(most, dtype=lengths.dtype)[None, :]
+    at = jnp.minimum(share.positions(slots) - lengths[:, None], length - 1)
     return jnp.take_along_axis(x, at[:, :, None, None], axis=1)
 
 
-def _prefill(
-    q: Queries, cache: KVCache, lengths: Int[Array, " batch"], *, num: int, **options: Any
-) -> tuple[Queries, Float[Array, "batch length q_heads"]]:
-    """Attend with all queries of a chunk to the positions that this device holds."""
-    batch, length, heads, head_dim = q.shape
-    residues = jnp.arange(num, dtype=lengths.dtype)[:, None]
-    starts = (lengths[None, :] + residues - jax.lax.axis_index(MODEL)) // num
-
-    def of_residue(q: Queries, starts: Int[Array, " batch"]) -> tuple[Array, Array]:
-        return prefill_attention(q, cache.keys, cache.values, starts, **options)
-
-    striped = q.reshape(batch, length // num, num, heads, head_dim)
-    out, lse = jax.vmap(of_residue, in_axes=(2, 0), out_axes=2)(striped, starts)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
-
-
-def _merged_own_tokens(
-    out: Queries, lse: Float[Array, "batch length q_heads"], num: int
-) -> tuple[Float[Array, "batch _ q_heads head_dim"], Float[Array, "batch _ q_heads"]]:
-    """Return output and log-sum-exp of this device's share of a chunk, merged over all devices."""
-
-    def exchanged(x: Array) -> Array:
-        return jax.lax.all_to_all(jnp.stack(jnp.split(x, num, axis=1)), MODEL, 0, 0)
-
-    return merge_lse(exchanged(out), exchanged(lse))
+def _to_own_tokens(x: Float[Array, "batch length ..."], num: int) -> Float[Array, "{num} ..."]:
+    """Give each device what all of them have of its share of a chunk's tokens."""
+    return jax.lax.all_to_all(jnp.stack(jnp.split(x, num, axis=1)), MODEL, 0, 0)
 
 
 def _past_of(first: Int[Array, ""], past: Past, k: NewKV, v: NewKV) -> Past:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from duo_jax.cache import LATEST, KVCache
-from kernels import packed
+from kernels import masks, packed, stripes
 
 Voters = Literal["latest", "all"]
 
@@ -36,28 +36,23 @@ def count_votes(
     kept: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
     voters: Voters,
-    device: Int[Array, ""] | int = 0,
-    num_devices: int = 1,
+    shares: int = 1,
 ) -> KVCache:
     """Return the cache with the votes of a chunk that has been appended to it.
 
     Args:
-      cache: full cache with votes; of several devices, what one holds (duo_jax.cache.stripes).
+      cache: full cache with votes; of several devices, what one holds.
       q: the chunk's queries, rotated.
       lse: log-sum-exp of their attention to the cache, to that of all devices.
-      kept: slots that were filled before the chunk, on all devices.
+      kept: tokens that were held before the chunk; of several devices, the chunk's first position,
+        counted from that of the cache's first slot (kernels.stripes).
       num_tokens: tokens of the chunk that count, per row.
       voters: who votes.
-      device: which of the devices that share the cache.
-      num_devices: how many they are.
+      shares: devices that share the text.
     """
     assert cache.votes is not None
     before, length = cache.votes[..., 0], q.shape[1]
-    place: dict[str, Any] = {
-        "kept": kept,
-        "num_tokens": num_tokens,
-        "stripe": (device, num_devices),
-    }
+    place: dict[str, Any] = {"kept": kept, "num_tokens": num_tokens, "shares": shares}
     if voters == "latest":
         count = min(LATEST, length)
         at = num_tokens[:, None] - count + jnp.arange(count, dtype=num_tokens.dtype)[None, :]
@@ -84,7 +79,7 @@ def _votes(
     *,
     kept: Int[Array, " batch"],
     num_tokens: Int[Array, " batch"],
-    stripe: tuple[Int[Array, ""] | int, int],
+    shares: int,
     highest: bool,
 ) -> Float[Array, "batch kv_heads slots"]:
     """Return the votes of some of a chunk's tokens: their sum, or the highest of any query head."""
@@ -95,15 +90,16 @@ def _votes(
     q = q.reshape(batch, -1, heads, q.shape[2] // heads, head_dim)
     lse = jnp.take_along_axis(lse, chosen[:, :, None], axis=1).astype(jnp.float32)
     lse = lse.reshape(*q.shape[:4])
-    ends = kept[:, None] + at + 1  # slots that a query sees
+    q_positions = kept[:, None] + at
     block = min(_KEYS, slots)
 
     def one_block(number, votes):
         first = jnp.minimum(number * block, slots - block)
         keys = packed.read_slots(cache.keys, first, block, q.dtype)
         scores = jnp.einsum("btkgh,bksh->btkgs", q, keys, preferred_element_type=jnp.float32)
-        slot = (first + jnp.arange(block, dtype=ends.dtype)) * stripe[1] + stripe[0]
-        visible = counts[..., None] & (slot[None, None, :] < ends[..., None])
+        positions = stripes.position(first + jnp.arange(block, dtype=at.dtype), shares)
+        visible = masks.causal_pairs(q_positions[..., None], positions[None, None, :])
+        visible &= counts[..., None]
         exponent = scores * head_dim**-0.5 - lse[..., None]
         weights = jnp.exp(jnp.where(visible[:, :, None, None, :], exponent, -jnp.inf))
         new = weights.max(axis=(1, 3)) if highest else weights.mean(axis=3).sum(axis=1)

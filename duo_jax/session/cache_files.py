@@ -265,8 +265,11 @@ def _to_arrays(
     for kind, parts in _parts(layer).items():
         for name, leaf in _leaves(parts[0]).items():
             filled = _filled(name, leaf, parts[0], tokens[kind])
-            striped = mesh if kind == "full" else None
-            leaves = [stripes.to_host(_leaves(part)[name], filled, striped) for part in parts]
+            cut = mesh if _is_cut(kind, name) else None
+            leaves = [
+                stripes.to_host(_leaves(part)[name], filled, cut, _tokens_per_slot(leaf, part))
+                for part in parts
+            ]
             arrays[f"{kind}.{name}"] = np.concatenate(leaves, axis=1)
     return arrays
 
@@ -297,6 +300,15 @@ def _filled(name: str, leaf: Any, cache: KVCache, tokens: int) -> int:
     return -(-min(tokens, slots) * leaf.shape[2] // slots)
 
 
+def _is_cut(kind: str, name: str) -> bool:
+    """Return whether devices have parts of a buffer; rings they have whole."""
+    return kind == "full" and not name.startswith("latest.")
+
+
+def _tokens_per_slot(leaf: Any, cache: KVCache) -> int:
+    return cache.slots // leaf.shape[2]
+
+
 def _parts(layer: LayerCache) -> dict[str, tuple[KVCache, ...]]:
     """Return a layer's caches by kind of head; a file joins those of one kind."""
     streaming = () if layer.streaming is None else (layer.streaming,)
@@ -321,8 +333,9 @@ def _from_arrays(
             end, leaves = first + part.keys.shape[1], []
             for name, leaf in _leaves(part).items():
                 stored = arrays[f"{kind}.{name}"][:, first:end]
-                if mesh is not None and kind == "full":
-                    leaves.append(stripes.from_host(leaf, stored, mesh))
+                if mesh is not None and _is_cut(kind, name):
+                    tokens = _tokens_per_slot(leaf, part)
+                    leaves.append(stripes.from_host(leaf, stored, mesh, tokens))
                 else:
                     leaves.append(_written(leaf, stored))
             yield jax.tree.unflatten(jax.tree.structure(part), leaves)

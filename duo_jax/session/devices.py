@@ -50,13 +50,3 @@ def choose(
         return tree_bytes(shapes) + cache_bytes(config, **sizes)
 
     return devices.automatic(architecture, needed)
-
-
-def check_format(mesh: Mesh | None, kv: str) -> None:
-    """Refuse caches that several devices cannot share.
-
-    Raises:
-      InputError: it is their format.
-    """
-    if mesh is not None and kv == "int2":
-        raise InputError('several devices cannot share caches in "int2"; "int4" they can')

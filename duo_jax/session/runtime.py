@@ -18,7 +18,6 @@ from duo_jax.model.quantised_weights import WeightFormat, format_of
 from duo_jax.schema.check import argument
 from duo_jax.schema.kinds import Count, Share
 from duo_jax.serve import PrefillMode
-from duo_jax.session import devices
 from kernels import Implementation, dispatch
 
 KeepBy = Literal["snapkv", "kvzip"]
@@ -51,7 +50,6 @@ class Runtime:
         argument("keep_by", self.keep_by, KeepBy)
         if self.keep < 1 and kv_format == "int2":
             raise InputError('"int2" packs 64 tokens together: none of them can be evicted')
-        devices.check_format(self.mesh, kv_format)
         if self.keep < 1 and self.keep_by == "kvzip" and self.instruction is None:
             raise InputError('"kvzip" needs an instruction to repeat the text')
 

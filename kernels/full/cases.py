@@ -74,7 +74,7 @@ class FullCase(AttentionCase):
 
     def parts(self, arguments: tuple[Any, ...]) -> list[dense.Part]:
         k, v = (np.moveaxis(x, 2, 1) for x in arguments[1:3])
-        mask = dense.causal_mask(np.zeros(self.batch, int), self.length, self.length)
+        mask = dense.causal_mask(np.zeros(self.batch, int), self.length, np.arange(self.length))
         return [dense.Part(keys=k, values=v, mask=mask)]
 
     def equivalent(self, arguments: tuple[Any, ...]) -> Equivalent:

@@ -28,11 +28,12 @@ def prefill_attention(
     starts: Int[Array, " batch"],
     *,
     pages: Pages | None = None,
+    shares: int = 1,
     softmax_scale: float,
     implementation: Implementation = "auto",
     tiles: AttentionTiles | None = None,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
-    """Attend with query t of row b to slots 0 .. starts[b] + t.
+    """Attend with query t of row b to the slots of positions 0 .. starts[b] + t.
 
     The cache must already hold the chunk's own keys and values. Each block of queries walks the
     blocks of keys up to its last query: memory does not grow with the cache, and keys beyond the
@@ -40,12 +41,14 @@ def prefill_attention(
 
     Args:
       q: rotated queries of the chunk.
-      k: cached keys, slot = position; packed keys are unpacked block by block.
+      k: cached keys; packed keys are unpacked block by block.
       v: cached values. Slots that no query sees have weight 0 and must hold finite numbers.
-      starts: position of each row's first query; a query before position 0 sees nothing, and gets
-        output 0 and lse -inf.
+      starts: position of each row's first query, counted from that of the cache's first slot; a
+        query before that sees nothing, and gets output 0 and lse -inf.
       pages: of a paged cache (kernels.pages), whose keys and values are pools of pages. Default:
         keys and values have a row for every row of queries.
+      shares: caches that share the text, of which this is one (kernels.stripes). Default: slot =
+        position.
       softmax_scale: factor on the scores.
       implementation: see kernels.dispatch.
       tiles: tile sizes of the kernel; the XLA version has its own. Default: chosen from the shapes
@@ -69,11 +72,11 @@ def prefill_attention(
         if pages is not None and not is_packed:  # a tile lies in one page
             tiles = dataclasses.replace(tiles, block_kv=min(tiles.block_kv, k.shape[2]))
         kernel = functools.partial(
-            kernel, softmax_scale=softmax_scale, tiles=tiles, interpret=interpret
+            kernel, shares=shares, softmax_scale=softmax_scale, tiles=tiles, interpret=interpret
         )
         if is_packed:
             attend = functools.partial(kernel, pages=None)
-            kernel = functools.partial(unpacked.prefill_attention, attend=attend)
+            kernel = functools.partial(unpacked.prefill_attention, attend=attend, shares=shares)
         return refuse_gradient(kernel, _NO_GRADIENT)(q, k, v, starts, pages)
 
     def run_triton(interpret: bool):
@@ -92,7 +95,9 @@ def prefill_attention(
     return dispatch(
         implementation,
         op="prefill",
-        xla=lambda: xla.prefill_attention(q, k, v, starts, pages, softmax_scale=softmax_scale),
+        xla=lambda: xla.prefill_attention(
+            q, k, v, starts, pages, shares=shares, softmax_scale=softmax_scale
+        ),
         triton=run_triton,
         refusal=limits.refusal(q, k, v),
         mosaic=run_mosaic,

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernels import dense
+from kernels import dense, stripes
 from kernels.cached_case import CachedCase, per_format
 from kernels.case import Cost, Piece, per_row
 from kernels.dispatch import Implementation
@@ -27,6 +27,11 @@ class PrefillCase(CachedCase):
 
     starts: tuple[int, ...]
     length: int
+    shares: int = 1  # caches that share the text
+
+    def positions(self) -> np.ndarray:
+        """Return the positions of all slots."""
+        return stripes.position(np.arange(self.slots), self.shares)
 
     def shapes(self) -> tuple[Any, ...]:
         batch = len(self.starts)
@@ -47,6 +52,7 @@ class PrefillCase(CachedCase):
             v,
             starts,
             pages=pages[0] if pages else None,
+            shares=self.shares,
             softmax_scale=self.softmax_scale,
             implementation=implementation,
             tiles=tiles,
@@ -65,7 +71,8 @@ class PrefillCase(CachedCase):
         return [chosen] if self.bits else mosaic_tiles.attention_candidates(chosen)
 
     def cost(self) -> Cost:
-        seen = [np.maximum(start + 1 + np.arange(self.length), 0) for start in self.starts]
+        ends = [start + 1 + np.arange(self.length) for start in self.starts]
+        seen = [np.searchsorted(self.positions(), end) for end in ends]
         return self.cost_of(
             pairs=int(sum(x.sum() for x in seen)),
             queries=len(self.starts) * self.length,
@@ -74,7 +81,7 @@ class PrefillCase(CachedCase):
 
     def parts(self, arguments: tuple[Any, ...]) -> list[dense.Part]:
         starts, (k, v) = arguments[3], self.rows_of(arguments)
-        mask = dense.causal_mask(starts, self.length, self.slots)
+        mask = dense.causal_mask(starts, self.length, self.positions())
         return [dense.Part(keys=k, values=v, mask=mask)]
 
     def equivalent(self, arguments: tuple[Any, ...]) -> Equivalent:
@@ -82,6 +89,8 @@ class PrefillCase(CachedCase):
             raise UnsuitableError("they do not read packed keys")
         if self.page_size is not None:
             raise UnsuitableError("their pages lie otherwise")
+        if self.shares > 1:
+            raise UnsuitableError("their masks know no stripes")
         if len(self.starts) > 1:
             raise UnsuitableError("not a call of theirs")
         (start,) = list(self.starts)
@@ -164,6 +173,18 @@ CASES: dict[str, PrefillCase] = {
         starts=(90_000,), length=10_000, slots=100_000, q_heads=8, kv_heads=8, compile_only=True
     ),
     "llama-3-8b, 2K at 30K, pages of 64": _PAGED,
+    "stripes of 3 caches, the second": PrefillCase(
+        starts=(236, -100), length=259, slots=192, q_heads=8, kv_heads=2, shares=3
+    ),
+    "llama-3-8b, 4 retrieval heads, 32K at 288K on the last of 8": PrefillCase(
+        starts=(288_000 - 7 * 64,),
+        length=32_000,
+        slots=40_000,
+        q_heads=16,
+        kv_heads=4,
+        shares=8,
+        compile_only=True,
+    ),
 }
 
 PACKED: dict[str, PrefillCase] = per_format(
@@ -211,4 +232,13 @@ AWKWARD: dict[str, PrefillCase] = {
     "one slot past a block": PrefillCase(length=97, slots=513, starts=(416, 415, 0), **_TINY),
     "one slot past two blocks": PrefillCase(length=300, slots=1025, starts=(725, 300, 0), **_TINY),
     "rows far apart": PrefillCase(length=20, slots=1700, starts=(0, 1680, 500), **_TINY),
+    "stripes, rows that end in others' stripes": PrefillCase(
+        length=97, slots=200, starts=(-130, -1, 0, 31, 500, 1_000), shares=5, **_TINY
+    ),
+    "stripes, pages of 64": PrefillCase(
+        length=65, slots=192, starts=(250, 100), shares=2, page_size=64, **_TINY
+    ),
+    "stripes, more than a block": PrefillCase(
+        length=300, slots=600, starts=(1_500, 790), shares=3, **_TINY
+    ),
 }

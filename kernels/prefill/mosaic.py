@@ -22,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels import masks
+from kernels import masks, stripes
 from kernels.mosaic import source, walk, work
 from kernels.pages import Pages, num_slots
 from kernels.tile_io import cdiv
@@ -36,6 +36,7 @@ def prefill_attention(
     starts: Int[Array, " batch"],
     pages: Pages | None,
     *,
+    shares: int,
     softmax_scale: float,
     tiles: AttentionTiles,
     interpret: bool,
@@ -49,6 +50,7 @@ def prefill_attention(
         paged=pages is not None,
         length=q.shape[1],
         slots=num_slots(k, pages),
+        shares=shares,
         tiles=tiles,
     )
     return attend(
@@ -122,6 +124,7 @@ def plan_causal(
     length: int,
     slots: int,
     tiles: AttentionTiles,
+    shares: int = 1,
 ) -> work.Work:
     """Let each query see the slots up to its own position."""
     *cached, out, lse = refs
@@ -133,13 +136,17 @@ def plan_causal(
     first_position = starts[row] + first_row
     tile = tile_of(*table, row, lax.div(head, group))
 
-    def visible(rows, positions):
-        return masks.causal_pairs(first_position + rows, positions) & (positions < slots)
+    def visible(rows, in_tile):
+        positions = stripes.position(in_tile, shares)
+        return masks.causal_pairs(first_position + rows, positions) & (in_tile < slots)
+
+    def filled(length):
+        return jnp.clip(stripes.held(length, shares), 0, slots)
 
     # A block may reach beyond the last query, but loads nothing for that.
-    seen_by_all = lax.div(jnp.clip(first_position + 1, 0, slots), block_kv)
+    seen_by_all = lax.div(filled(first_position + 1), block_kv)
     last_position = starts[row] + jnp.minimum(first_row + block_q, length) - 1
-    end = cdiv(jnp.clip(last_position + 1, 0, slots), block_kv)
+    end = cdiv(filled(last_position + 1), block_kv)
     ranges = [
         work.Range(tile=tile, keys=keys, values=values, first=begin, end=stop, mask=mask)
         for begin, stop, mask in ((0, seen_by_all, None), (seen_by_all, end, visible))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
-from kernels import compat, masks, reader, tile_io
+from kernels import compat, masks, reader, stripes, tile_io
 from kernels.pages import Pages, operands
 from kernels.tiles import AttentionTiles
 
@@ -31,6 +31,7 @@ def prefill_attention(
     starts: Int[Array, " batch"],
     pages: Pages | None,
     *,
+    shares: int,
     softmax_scale: float,
     tiles: AttentionTiles,
     interpret: bool,
@@ -38,7 +39,15 @@ def prefill_attention(
     """See kernels.prefill_attention."""
     group = q.shape[2] // k.shape[1]
     cache = operands(k, v, pages, lambda i, n, b: (b, n // group), name="duo_prefill")
-    return attend(q, cache, starts, softmax_scale=softmax_scale, tiles=tiles, interpret=interpret)
+    return attend(
+        q,
+        cache,
+        starts,
+        shares=shares,
+        softmax_scale=softmax_scale,
+        tiles=tiles,
+        interpret=interpret,
+    )
 
 
 def attend(
@@ -46,6 +55,7 @@ def attend(
     cache: reader.Operands,
     starts: Int[Array, " batch"],
     *,
+    shares: int = 1,
     softmax_scale: float,
     tiles: AttentionTiles,
     interpret: bool,
@@ -55,7 +65,9 @@ def attend(
     num_blocks = tile_io.cdiv(length, tiles.block_q)
     q_spec = pl.BlockSpec((None, length, None, head_dim), lambda i, n, b: (b, 0, n, 0))
     out, lse = compat.pallas_call(
-        functools.partial(_kernel, read=cache.read_with(tiles, softmax_scale), tiles=tiles),
+        functools.partial(
+            _kernel, read=cache.read_with(tiles, softmax_scale), shares=shares, tiles=tiles
+        ),
         name=cache.name,
         grid=(num_blocks, num_q_heads, batch),
         in_specs=[q_spec, *cache.specs, pl.BlockSpec((None,), lambda i, n, b: (b,))],
@@ -75,6 +87,7 @@ def _kernel(
     q_ref,  # [length, head_dim]
     *refs,  # the cache's, for its reader; start []; out [length, head_dim]; lse [length]
     read: Callable[[Sequence[jax.Ref]], reader.Reader],
+    shares: int,
     tiles: AttentionTiles,
 ):
     *cached, start_ref, out_ref, lse_ref = refs
@@ -87,8 +100,9 @@ def _kernel(
     q_positions = tile_io.indices(block_q, first_position)
     queries = cache.load_queries(q_ref, rows, end=length)
 
-    def visible(positions):
-        return masks.causal(q_positions, positions) & (positions < slots)[None, :]
+    def visible(in_tile):
+        positions = stripes.position(in_tile, shares)
+        return masks.causal(q_positions, positions) & (in_tile < slots)[None, :]
 
     def walk(state, first, end, mask):
         def add_block(index, state):
@@ -96,8 +110,11 @@ def _kernel(
 
         return jax.lax.fori_loop(first, end, add_block, state)
 
-    end = tile_io.cdiv(jnp.clip(first_position + block_q, 0, slots), block_kv)
-    seen_by_all = jnp.clip(first_position, 0, slots) // block_kv
+    def filled(length):
+        return jnp.clip(stripes.held(length, shares), 0, slots)
+
+    end = tile_io.cdiv(filled(first_position + block_q), block_kv)
+    seen_by_all = filled(first_position) // block_kv
     state = walk(cache.start(queries), 0, seen_by_all, None)
     state = walk(state, seen_by_all, end, visible)
     cache.store(state, out_ref, lse_ref, rows, end=length)

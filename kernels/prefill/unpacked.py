@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels import stripes
 from kernels.merge import merge_lse
 from kernels.packed import BLOCK, Packed
 from kernels.pages import Pages, num_slots, read_block
@@ -33,6 +34,7 @@ def prefill_attention(
     pages: Pages | None,
     *,
     attend: Attend,
+    shares: int = 1,
     block: int | None = None,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """See kernels.prefill_attention.
@@ -43,16 +45,17 @@ def prefill_attention(
       v: values.
       starts: positions of the first queries.
       pages: of a paged cache.
-      attend: the kernel.
+      attend: the kernel, told of the same `shares`.
+      shares: caches that share the text.
       block: slots that are unpacked at a time; whole pages, and blocks of 2 bits. Default: chosen.
     """
     slots, starts = num_slots(k, pages), starts.astype(jnp.int32)
     block = min(slots, block or _block_slots(q, k, pages))
-    end = _last(starts) + q.shape[1]
+    end = stripes.held(jnp.max(starts) + q.shape[1], shares)  # of the slots that a query sees
 
     def part(first: Any, size: int) -> tuple[Array, Array]:
         keys, values = (read_block(x, pages, first, size, q.dtype) for x in (k, v))
-        return attend(q, keys, values, starts - first)
+        return attend(q, keys, values, starts - stripes.position(first, shares))
 
     out, lse = part(jnp.int32(0), block)
     state = out.astype(jnp.float32), lse
@@ -72,18 +75,6 @@ def prefill_attention(
         )
     out, lse = state
     return out.astype(q.dtype), lse
-
-
-@jax.custom_batching.custom_vmap
-def _last(starts: Int[Array, " batch"]) -> Int[Array, ""]:
-    return jnp.max(starts)
-
-
-@_last.def_vmap
-def _last_of_all(axis_size: int, in_batched: list[bool], starts: Array) -> tuple[Array, bool]:
-    """Return one end for all, so that a vmapped call unpacks a block once, not for each of them."""
-    del axis_size, in_batched
-    return jnp.max(starts), False
 
 
 def _block_slots(q: Array, k: Packed, pages: Pages | None) -> int:

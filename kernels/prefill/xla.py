@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels import masks, online_softmax
+from kernels import masks, online_softmax, stripes
 from kernels.packed import Packed
 from kernels.pages import Pages, block_slots, num_slots, read_block
 
@@ -23,6 +23,7 @@ def prefill_attention(
     starts: Int[Array, " batch"],
     pages: Pages | None = None,
     *,
+    shares: int = 1,
     softmax_scale: float,
 ) -> tuple[Float[Array, "batch length q_heads head_dim"], Float[Array, "batch length q_heads"]]:
     """See kernels.prefill_attention."""
@@ -48,9 +49,10 @@ def prefill_attention(
         def add_block(kv_index, state):
             first = kv_index * block_kv
             at = jnp.minimum(first, slots - block_kv)  # the last block may reach back
-            positions = at + jnp.arange(block_kv)
+            in_block = at + jnp.arange(block_kv)
+            positions = stripes.position(in_block, shares)
             mask = jax.vmap(masks.causal, (0, None))(q_positions, positions)
-            mask = mask & (positions >= first)[None, None, :]
+            mask = mask & (in_block >= first)[None, None, :]
             return online_softmax.add_block(
                 state,
                 q,
@@ -60,7 +62,7 @@ def prefill_attention(
                 softmax_scale=softmax_scale,
             )
 
-        end = jnp.clip(jnp.max(q_positions) + 1, 0, slots)
+        end = jnp.clip(stripes.held(jnp.max(q_positions) + 1, shares), 0, slots)
         num_kv_blocks = (end + block_kv - 1) // block_kv
         state = jax.lax.fori_loop(0, num_kv_blocks, add_block, online_softmax.start(q))
         out, lse = online_softmax.finish(state)

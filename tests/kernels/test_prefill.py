@@ -1,7 +1,6 @@
 """Prefill attention through XLA: its blocks of queries, and that it agrees with decoding."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -58,24 +57,28 @@ def test_each_query_gets_what_decode_gives_it():
 
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize("page_size", [None, 64])
-@pytest.mark.parametrize(("starts", "slots"), [((0, 270), 320), ((-5, 20), 320), ((150,), 256)])
-def test_packed_keys_are_unpacked_in_blocks_and_merged(starts, slots, page_size):
+@pytest.mark.parametrize(
+    ("starts", "slots", "shares"),
+    [((0, 270), 320, 1), ((-5, 20), 320, 1), ((150,), 256, 1), ((-70, 800), 320, 3)],
+)
+def test_packed_keys_are_unpacked_in_blocks_and_merged(starts, slots, shares, page_size):
     """Rows that end in different blocks, a last block that is smaller, queries that see nothing."""
     case = PrefillCase(
         starts=starts, length=40, slots=slots, bits=8, q_heads=4, kv_heads=2, head_dim=16,
-        dtype="float32", page_size=page_size,
+        dtype="float32", page_size=page_size, shares=shares,
     )  # fmt: skip
     q, k, v, first, *table = arguments = case.draw()
     attend = functools.partial(
         triton.prefill_attention,
         pages=None,
+        shares=shares,
         softmax_scale=case.softmax_scale,
         tiles=AttentionTiles(block_q=16, block_kv=16, num_warps=4, num_stages=1),
         interpret=True,
     )
     pages = table[0] if table else None
     got = jax.jit(
-        functools.partial(unpacked.prefill_attention, attend=attend, block=128)
+        functools.partial(unpacked.prefill_attention, attend=attend, shares=shares, block=128)
     )(q, k, v, first, pages)  # fmt: skip
     for x, y in zip(got, case.expected(arguments), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, rtol=2e-5)
@@ -91,18 +94,6 @@ def in_three_blocks(*, start, length):
         prefill_attention, softmax_scale=case.softmax_scale, implementation="xla"
     )
     return case.draw(), functools.partial(unpacked.prefill_attention, attend=attend, block=64)
-
-
-def test_a_vmapped_call_unpacks_every_block_once_for_all():
-    """As on a mesh, where the queries of a chunk are several calls over the same keys."""
-    (q, k, v, _), run = in_three_blocks(start=100, length=8)
-    queries, starts = jnp.stack([q, q, q]), jnp.array([[100], [20], [184]])
-    several = jax.vmap(lambda q, starts: run(q, k, v, starts, None))
-    for x, index in zip(several(queries, starts)[0], range(3), strict=True):
-        np.testing.assert_allclose(x, run(q, k, v, starts[index], None)[0], atol=1e-6)
-    shapes = re.findall(r"u32\[([\d,]+)\]", str(jax.make_jaxpr(several)(queries, starts)))
-    words = [shape for shape in shapes if shape.endswith(",4") and shape.count(",") == 3]
-    assert set(words) == {"1,1,192,4", "1,1,64,4"}
 
 
 def test_starts_of_few_bits_reach_all_blocks():

@@ -20,7 +20,7 @@ from tests.duo_jax.mesh.serving_on_devices import ONE, RAW, split
 PREFILL = jax.jit(
     serve.prefill, static_argnames=("config", "voters", "implementation"), donate_argnames="cache"
 )
-KEPT = [33, 40]
+KEPT = [300, 530]  # of which eight devices hold more than a stripe each
 
 
 @functools.cache
@@ -32,19 +32,19 @@ def load(number: int, **options) -> duo_jax.DuoModel:
 @pytest.mark.parametrize("voters", ["latest", "all"])
 def test_the_tokens_that_stay_are_those_of_one_device(voters: Voters):
     duo, params = split(ONE, "model", "float32")
-    tokens, found = jnp.asarray(models.tokens(RAW, batch=2, length=56)), []
+    tokens, found = jnp.asarray(models.tokens(RAW, batch=2, length=600)), []
     for mesh in (None, make_mesh(jax.devices())):
         placed = params if mesh is None else jax.device_put(params, weights.shardings(mesh, params))
-        cache = init_cache(duo, batch_size=2, max_len=56, votes=True, mesh=mesh)
-        counts = jnp.array([40, 56], jnp.int32)
+        cache = init_cache(duo, batch_size=2, max_len=600, votes=True, mesh=mesh)
+        counts = jnp.array([580, 600], jnp.int32)
         _, cache = PREFILL(duo, placed, cache, tokens, counts, voters=voters, implementation="xla")
-        votes = stripes.to_host(cache.layers[0].full[0].votes, 40, mesh)
-        cache = evict(cache, KEPT, slots=42)  # no multiple of eight
+        votes = stripes.to_host(cache.layers[0].full[0].votes, 580, mesh)
+        cache = evict(cache, KEPT, slots=531)  # no whole stripes
         assert cache.kept.tolist() == KEPT
         [part] = cache.layers[0].full
         keys, values = (stripes.to_host(x, max(KEPT), mesh) for x in (part.keys, part.values))
         if mesh is not None:
-            assert {x.data.shape for x in part.keys.addressable_shards} == {(2, 3, 6, 8)}
+            assert {x.data.shape for x in part.keys.addressable_shards} == {(2, 3, 128, 8)}
         found.append(
             (votes, *(x[row, :, :n] for row, n in enumerate(KEPT) for x in (keys, values)))
         )
@@ -59,16 +59,17 @@ def test_the_tokens_that_stay_are_those_of_one_device(voters: Voters):
 )
 def test_tokens_are_evicted_as_on_one_device(tmp_path, number, keep_by, kv):
     text = "The third passkey to the vault is charlie lima. " * 9
-    texts, bytes_ = [], []
+    texts, sizes = [], []
     for devices in (1, number):
         book = load(devices, keep=0.5, keep_by=keep_by, kv=kv).conversation()
         book.append(text)
         texts.append([book.generate(" What is it?", max_new_tokens=8)])
         cache = book.session.cache
-        bytes_.append((np.asarray(cache.kept).tolist(), cache.nbytes))
+        slots = stripes.whole(cache.layers[0].full[0].slots, number)
+        sizes.append((np.asarray(cache.kept).tolist(), slots))
         book.save(tmp_path / str(devices))
         texts[-1].append(book.generate(" And the first?", max_new_tokens=8))
     assert texts[0] == texts[1]
-    assert bytes_[0] == bytes_[1]
+    assert sizes[0] == sizes[1]
     again = load(number, keep=0.5, keep_by=keep_by, kv=kv).load_conversation(tmp_path / "1")
     assert again.generate(" And the first?", max_new_tokens=8) == texts[0][1]

@@ -45,9 +45,12 @@ def test_texts_are_those_of_one_device(number, settings):
 
 # Of a fixed size, a cache needs one program to read and one to write.
 @pytest.mark.slow
-@pytest.mark.parametrize(("numbers", "max_len"), [((1, 8), 256), ((1, 8, 2), None)])
-def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers, max_len):
-    load = functools.partial(model, prefill_chunk=64)
+@pytest.mark.parametrize(
+    ("numbers", "max_len", "kv"),
+    [((1, 8), 256, "model"), ((1, 8, 2), None, "model"), ((1, 8, 2), None, "int2")],
+)
+def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers, max_len, kv):
+    load = functools.partial(model, prefill_chunk=64, kv=kv)
     text = "The third passkey to the vault is charlie lima. " * 9
     texts, before = {}, row_cache._prefill._cache_size()
     for number in numbers:
@@ -79,25 +82,27 @@ def test_a_saved_text_goes_on_with_any_number_of_devices(tmp_path, numbers, max_
 
 
 @pytest.mark.slow
-def test_an_engine_serves_what_one_device_does(tmp_path):
+@pytest.mark.parametrize("kv", ["model", "int2"])
+def test_an_engine_serves_what_one_device_does(tmp_path, kv):
+    one, eight = (model(number, kv=kv) for number in (1, 8))
     text = "The third passkey to the vault is charlie lima. " * 9
     asked = [text + " What is it?", "Once upon a time", text + " And the first?"]
-    book = model(1).conversation()
+    book = one.conversation()
     book.append(text)
     book.save(tmp_path / "book")
-    served = Engine(model(8), max_requests=2, max_len=600, cache_tokens=4096, prefill_chunk=64)
+    served = Engine(eight, max_requests=2, max_len=600, cache_tokens=4096, prefill_chunk=64)
     assert served.sizes.page_size == 8 * 64
     served.pin(tmp_path / "book")
     found = []
     for number, prompt in enumerate(asked):
-        tokens = tuple(model(8).tokenization.encode(prompt))
+        tokens = tuple(eight.tokenization.encode(prompt))
         request = Request(prompt=tokens, max_tokens=10, choice=number)
         found.append([])
         served.submit(request, found[-1].append)
     while served.step():
         served.check()
     texts = ["".join(update.text for update in updates) for updates in found]
-    assert texts == model(1).generate(asked, max_new_tokens=10)
+    assert texts == one.generate(asked, max_new_tokens=10)
     assert [updates[-1].cached_tokens > 100 for updates in found] == [True, False, True]
 
 
@@ -146,7 +151,6 @@ def test_groups_write_what_one_device_does():
         ({"devices": 6, "groups": 2}, "6 devices in 2 groups .* possible: 2, 4, 8"),
         ({"groups": 2}, "need a number"),
         ({"devices": 3}, "possible: 1, 2, 4, 8"),
-        ({"devices": 8, "kv": "int2"}, "int2"),
         ({"devices": 0}, "devices 0 is not"),
     ],
 )

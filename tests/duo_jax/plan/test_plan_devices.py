@@ -7,7 +7,9 @@ import pytest
 
 from benchmarks import mesh_budgets
 from benchmarks.budgets import DUO_4194K
+from duo_jax.cache import device_bytes
 from duo_jax.heads.split import DuoConfig
+from duo_jax.mesh.devices import abstract_mesh
 from duo_jax.plan import gpus, verify
 from duo_jax.plan.__main__ import main
 from duo_jax.plan.estimate import Workload, estimate
@@ -38,6 +40,16 @@ def test_the_estimate_for_eight_gpus_is_what_was_compiled(name, weights, kv, con
     assert found.total == pytest.approx(peak, rel=0.02)
 
 
+@pytest.mark.parametrize("kv", ["model", "int4", "int2"])
+@pytest.mark.parametrize("context", [1, 512, 513, 1_000_000])
+def test_cache_bytes_of_eight_gpus_are_those_that_each_holds(kv, context):
+    config, sizes = DUO_4194K, {"batch_size": 2, "dtype": "bfloat16", "kv": kv}
+    found = estimate(Workload(config=config, batch_size=2, devices=8), Setting(duo=True, kv=kv))
+    parts = found.parts(context)
+    held = device_bytes(config, max_len=context, mesh=abstract_mesh(8), **sizes)
+    assert parts.full_cache + parts.streaming_cache == held
+
+
 @pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("name", "config"), [("Llama-3-8B", DUO_4194K), ("Llama-3-70B", mesh_budgets.DUO_70B)]
@@ -48,6 +60,7 @@ def test_the_estimate_for_eight_gpus_is_what_was_compiled(name, weights, kv, con
         ("full caches", Setting(duo=False)),
         ("50%", Setting(duo=True)),
         ("50%, int8 weights, int4 KV", Setting(duo=True, weights="int8", kv="int4")),
+        ("50%, int8 weights, int2 KV", Setting(duo=True, weights="int8", kv="int2")),
     ],
 )
 def test_the_table_of_longest_contexts_is_what_the_planner_finds(name, config, text, setting):
@@ -69,7 +82,7 @@ def test_several_gpus_are_planned_by_name(capsys):
     printed = capsys.readouterr().out
     assert "8 x a GPU of 24 GB: 24.0 GB of memory each" in printed
     assert "a step also waits for 18 messages between them" in printed
-    assert "int2" not in printed
+    assert "int2" in printed
 
 
 def test_a_number_of_gpus_that_cannot_share_is_refused(capsys):
@@ -93,7 +106,9 @@ def test_verify_compiles_for_as_many_gpus_as_are_planned(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
-@pytest.mark.parametrize(("weights", "kv"), [("model", "model"), ("int8", "int4")])
+@pytest.mark.parametrize(
+    ("weights", "kv"), [("model", "model"), ("int8", "int4"), ("int8", "int2")]
+)
 def test_the_estimate_is_what_verify_compiles_for_several_gpus(weights, kv):
     config = DuoConfig(architecture=QUARTER, retrieval_counts=(1, 1))
     workload = Workload(config=config, chunk=8192, devices=2)
