@@ -377,6 +377,7 @@ def test_chats_are_in_the_models_template(tiny_model, tmp_path, given_to_the_sea
         (("--model", "nosuchmodel"), "no such model"),
         (("--model", "org/nosuchmodel"), "org/nosuchmodel"),
         (("--max-length", "4096"), "beyond the model's range of 512"),
+        (("--recent", "252"), "4 + 252 tokens sees all of a sample of 256"),
         (("--passkey-words", "200"), "no room for 3 passkeys"),
         (("--text", "/no/such/file"), "no such text"),
         (("--workdir", "/dev/null/run"), "cannot be written"),

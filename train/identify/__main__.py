@@ -16,7 +16,7 @@ Find the retrieval heads of a model: learn one gate per KV head on synthetic pas
 pattern, draw it, and test how many passkeys the model still retrieves with it.
 
 Without flags this runs on the demo model that ships with duo_jax. Defaults shown are those of the
-model named by --model: its own preset (identify.json) where it has one, else the paper's.
+model named by --model: its own preset (identify.json) is among them where it has one.
 """
 
 

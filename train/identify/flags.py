@@ -219,7 +219,7 @@ class IdentifyConfig:
 
 
 def default_config(model: str, folder: pathlib.Path) -> IdentifyConfig:
-    """Return the defaults for a model: the paper's, changed by its preset if it has one.
+    """Return the defaults for a model: those of the fields, changed by its preset if it has one.
 
     Args:
       model: the value of --model.

@@ -74,6 +74,12 @@ def identify(flags: IdentifyConfig) -> None:
             f"max_length {flags.data.max_length:,} is beyond the model's range of "
             f"{architecture.max_positions:,} tokens; lower --max-length"
         )
+    if flags.sink + flags.recent >= flags.data.max_length:
+        raise InputError(
+            f"a streaming head of {flags.sink:,} + {flags.recent:,} tokens sees all of a sample of "
+            f"{flags.data.max_length:,}, like a retrieval head; lower --recent or --sink, or raise "
+            "--max-length"
+        )
     start = training.warm_start(flags, architecture)
     tokenizer = pretrained.load_tokenizer(folder)
     documents = load_documents(flags.text)
