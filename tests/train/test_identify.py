@@ -337,7 +337,7 @@ def test_flags_decide_weights_and_samples(tiny_model, tmp_path, given_to_the_sea
     book = tmp_path / "book.txt"
     book.write_text("It was a dark night and the vault was open. " * 300)
     flags = ["--model", str(tiny_model), "--method", method]
-    flags += "--dtype float32 --min-length 40 --max-length 256 --num-passkeys 3".split()
+    flags += "--dtype float32 --min-length 40 --max-length 256 --num-passkeys 3 --recent 12".split()
     flags += "--passkey-words 4 --eval-samples 0".split()
 
     def look(*more: str) -> tuple[np.dtype, list[int]]:
@@ -353,7 +353,7 @@ def test_flags_decide_weights_and_samples(tiny_model, tmp_path, given_to_the_sea
 
 
 def test_chats_are_in_the_models_template(tiny_model, tmp_path, given_to_the_search, capsys):
-    flags = ["--dtype", "float32", "--min-length", "40", "--max-length", "256", "--chats"]
+    flags = "--dtype float32 --min-length 40 --max-length 256 --recent 12 --chats".split()
     flags += ["--num-passkeys", "3", "--passkey-words", "4", "--eval-samples", "0"]
     with pytest.raises(SystemExit):
         main(["--model", str(tiny_model), *flags, "--workdir", str(tmp_path / "none")])
