@@ -120,7 +120,7 @@ def measure(flags: AblationsFlags) -> dict[str, Any]:
     lab = _Lab(flags)
     with lab.bar:
         methods, gates = _methods(lab, flags)
-        learned = np.array(_of(gates, "optimise", None)[0])
+        learned = _of(gates, "optimise", None)[0]
         windows = _windows(lab, flags, learned)
         sizes = _sizes(lab, flags, learned)
         full, streaming = (
@@ -175,7 +175,7 @@ def _methods(lab: "_Lab", flags: AblationsFlags) -> tuple[list[dict[str, Any]], 
     for sparsity in flags.sparsities:
         chosen: dict[str, list[Bool[np.ndarray, "layers kv_heads"]]] = {
             method: [
-                choose_retrieval_heads(np.array(found), sparsity=sparsity)
+                choose_retrieval_heads(found, sparsity=sparsity)
                 for found in _of(gates, method, target)
             ]
             for method, target in cases
@@ -195,12 +195,10 @@ def _methods(lab: "_Lab", flags: AblationsFlags) -> tuple[list[dict[str, Any]], 
     return rows, gates
 
 
-def _of(
-    gates: list[dict[str, Any]], method: Method, target: float | None
-) -> list[list[list[float]]]:
-    """Return the gates [layers, kv_heads] of every seed."""
+def _of(gates: list[dict[str, Any]], method: Method, target: float | None) -> list[Gates]:
+    """Return the gates of every seed."""
     wanted = (method, target)
-    return [row["gates"] for row in gates if (row["method"], row["target"]) == wanted]
+    return [np.array(row["gates"]) for row in gates if (row["method"], row["target"]) == wanted]
 
 
 def _windows(lab: "_Lab", flags: AblationsFlags, learned: Gates) -> list[dict[str, Any]]:

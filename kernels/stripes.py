@@ -34,3 +34,8 @@ def held(length: Int[Array, "..."], shares: int) -> Int[Array, "..."]:
         return length
     rounds = length // (BLOCK * shares)
     return rounds * BLOCK + jnp.minimum(length - rounds * (BLOCK * shares), BLOCK)
+
+
+def filled(length: Int[Array, "..."], shares: int, slots: int) -> Int[Array, "..."]:
+    """Return how many of a cache's slots hold the first positions, of which it may hold none."""
+    return jnp.clip(held(length, shares), 0, slots)

@@ -140,13 +140,10 @@ def plan_causal(
         positions = stripes.position(in_tile, shares)
         return masks.causal_pairs(first_position + rows, positions) & (in_tile < slots)
 
-    def filled(length):
-        return jnp.clip(stripes.held(length, shares), 0, slots)
-
     # A block may reach beyond the last query, but loads nothing for that.
-    seen_by_all = lax.div(filled(first_position + 1), block_kv)
+    seen_by_all = lax.div(stripes.filled(first_position + 1, shares, slots), block_kv)
     last_position = starts[row] + jnp.minimum(first_row + block_q, length) - 1
-    end = cdiv(filled(last_position + 1), block_kv)
+    end = cdiv(stripes.filled(last_position + 1, shares, slots), block_kv)
     ranges = [
         work.Range(tile=tile, keys=keys, values=values, first=begin, end=stop, mask=mask)
         for begin, stop, mask in ((0, seen_by_all, None), (seen_by_all, end, visible))

@@ -110,11 +110,8 @@ def _kernel(
 
         return jax.lax.fori_loop(first, end, add_block, state)
 
-    def filled(length):
-        return jnp.clip(stripes.held(length, shares), 0, slots)
-
-    end = tile_io.cdiv(filled(first_position + block_q), block_kv)
-    seen_by_all = filled(first_position) // block_kv
+    end = tile_io.cdiv(stripes.filled(first_position + block_q, shares, slots), block_kv)
+    seen_by_all = stripes.filled(first_position, shares, slots) // block_kv
     state = walk(cache.start(queries), 0, seen_by_all, None)
     state = walk(state, seen_by_all, end, visible)
     cache.store(state, out_ref, lse_ref, rows, end=length)

@@ -62,7 +62,7 @@ def prefill_attention(
                 softmax_scale=softmax_scale,
             )
 
-        end = jnp.clip(stripes.held(jnp.max(q_positions) + 1, shares), 0, slots)
+        end = stripes.filled(jnp.max(q_positions) + 1, shares, slots)
         num_kv_blocks = (end + block_kv - 1) // block_kv
         state = jax.lax.fori_loop(0, num_kv_blocks, add_block, online_softmax.start(q))
         out, lse = online_softmax.finish(state)
