@@ -2,6 +2,8 @@
 
 import dataclasses
 
+RESERVED = 1024  # bytes of shared memory that CUDA takes for itself, for each program
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpu:
@@ -18,6 +20,11 @@ class Gpu:
     def is_hopper(self) -> bool:
         """Whether its matrix instructions read shared memory (wgmma), which spares registers."""
         return any(name in self.kind for name in ("H100", "H200", "H800", "H20", "GH200"))
+
+    @property
+    def shared_memory(self) -> int:
+        """Bytes of shared memory of a core; a program of n bytes takes n + RESERVED of them."""
+        return (228 if self.is_hopper else 164) * 1024  # NVIDIA's tuning guides, 9.0 and 8.0
 
     @property
     def is_too_old(self) -> bool:

@@ -1,5 +1,6 @@
 """The loop of every long run: steps, metrics, checkpoints, a progress bar."""
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,8 @@ def run_steps(
 ) -> tuple[State, float | None]:
     """Call `step` until the run is finished; write its metrics, and checkpoints of the state.
 
-    Ctrl-C and SIGTERM save the state after the last complete step, so that nothing is lost.
+    Ctrl-C and SIGTERM save the state after the last complete step, so that nothing is lost, and say
+    how to go on.
 
     Args:
       workdir: where metrics and checkpoints go.
@@ -58,6 +60,8 @@ def run_steps(
         except BaseException as error:
             if signals.is_interruption(error):
                 workdir.save(state)
+                said = f"[saved after step {int(state.step)}: the same command goes on from there]"
+                bar.write(said, file=sys.stderr)
             raise
     workdir.save(state)
     return state, float(np.median(durations)) if durations else None

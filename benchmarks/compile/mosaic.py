@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks.compile import ptx
 from duo_jax.reports import markdown
-from kernels import aot
+from kernels import aot, gpu
 from kernels.all_cases import CASES, served_by_mosaic
 from kernels.errors import UnsupportedError
 
@@ -22,7 +22,7 @@ _TMA = {
     "stores": re.compile(r"\bcp\.async\.bulk\.tensor\.\dd\.global\.shared::\w+\b"),
 }
 # Of one core (streaming multiprocessor) of compute capability 9.0.
-_REGISTERS, _SHARED_BYTES, _RESERVED_BYTES, _MOST_THREADS = 65_536, 233_472, 1_024, 2_048
+_REGISTERS, _MOST_THREADS = 65_536, 2_048
 
 
 def cases() -> list[tuple[str, str]]:
@@ -93,7 +93,7 @@ def _programs(registers: int, shared: int, threads: int) -> int:
     """Return how many programs a core holds at once."""
     return min(
         _REGISTERS // registers,
-        _SHARED_BYTES // (shared + _RESERVED_BYTES),
+        gpu.H200.shared_memory // (shared + gpu.RESERVED),
         _MOST_THREADS // threads,
     )
 

@@ -3,14 +3,12 @@
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from kernels.gpu import Gpu
+from kernels.gpu import RESERVED, Gpu
 from kernels.packed import Layout
 from kernels.tile_io import width
 from kernels.tiles import DecodeTiles
 
 _FEWEST_SLOTS = 256  # of a split
-# Bytes of shared memory that the programs of a core may take together.
-_HOPPER_SHARED, _A100_SHARED = 227 * 1024, 163 * 1024
 
 
 def choose_tiles(
@@ -28,7 +26,7 @@ def choose_tiles(
     if layout is None:
         block_kv, num_warps = (64 if itemsize * width(head_dim) <= 256 else 32), 4
         tiles = 2 * num_stages * block_kv * width(head_dim) * itemsize
-        per_core = max(1, (_HOPPER_SHARED if gpu.is_hopper else _A100_SHARED) // tiles)
+        per_core = max(1, gpu.shared_memory // (tiles + RESERVED))
     elif layout.bits == 2:
         # 32 spill on H200 in some cases, and on A100 with some versions of ptxas.
         block_kv, num_warps, per_core = 16, 2 if head_dim <= 128 else 4, 8

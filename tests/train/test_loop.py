@@ -83,10 +83,11 @@ def test_a_run_killed_at_any_step_goes_on_from_the_last_checkpoint(whole, tmp_pa
     assert (tmp_path / "run" / metrics).read_bytes() == (path / metrics).read_bytes()
 
 
-def test_ctrl_c_loses_no_step(whole, tmp_path):
+def test_ctrl_c_loses_no_step(whole, tmp_path, capsys):
     path, expected = whole
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", fail_at=5, error=KeyboardInterrupt)
+    assert "[saved after step 5: the same command goes on from there]" in capsys.readouterr().err
     state, _, done = run(tmp_path / "run")
     assert done == [5, 6]
     np.testing.assert_array_equal(state.total, expected.total)

@@ -218,7 +218,9 @@ def _how(config: dict[str, Any]) -> str:
     if config["method"] == "masks":
         read = {"both": "text and passkeys"}.get(config["learn_from"], config["learn_from"])
         return f"masks for {config['target_sparsity']:.1%} streaming on {read}, {steps}"
-    return f"language-modelling loss, {steps}" if config["method"] == "lm" else steps
+    if config["method"] == "lm":
+        return f"gates by language-modelling loss, {steps}"
+    return f"gates by the paper's distillation, {steps}"
 
 
 def _retrieval(
