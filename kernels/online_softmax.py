@@ -62,11 +62,12 @@ def add_block(
     """Let every row see the keys of one more block that its mask allows; None allows all."""
     maximum, total, summed = state
     batch = tuple(range(q.ndim - 2))
-    scores = _product(q, k, maximum.dtype) * softmax_scale
+    scores = _product(q, k, maximum.dtype)
     if mask is not None:
         scores = jnp.where(mask, scores, -jnp.inf)
-    maximum, shrink = rescale(maximum, jnp.max(scores, axis=-1))
-    weights = jnp.exp(scores - maximum[..., None])
+    # Scaled where they are used: XLA's CPU programs would write scaled scores down for both uses.
+    maximum, shrink = rescale(maximum, jnp.max(scores, axis=-1) * softmax_scale)
+    weights = jnp.exp(scores * softmax_scale - maximum[..., None])
     seen = jax.lax.dot_general(
         weights.astype(v.dtype),
         v,
