@@ -4,6 +4,8 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax.numpy as jnp
+
 from duo_jax.cache import cache_shapes
 from duo_jax.heads.split import DuoConfig
 from duo_jax.mesh.devices import abstract_mesh
@@ -69,18 +71,22 @@ class Estimate:
 
     def parts(self, context: int) -> Parts:
         """Return the peak at `context` tokens per row: that of a chunk or a decode step."""
-        workload = self.workload
+        workload, architecture = self.workload, self.workload.config.architecture
         slots = -(-context // self.block) * self.block // workload.devices
+        channels = 2 * max(self.config.retrieval_counts) * architecture.head_dim  # keys and values
+        itemsize = jnp.dtype(workload.dtype).itemsize
         return Parts(
             weights=self.weights,
             full_cache=self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK,
             streaming_cache=self.streaming_cache,
             workspace=workspace_bytes(
-                workload.config.architecture,
+                architecture,
                 chunk=min(workload.chunk, context),
                 batch_size=workload.batch_size,
                 dtype=workload.dtype,
                 weights=self.setting.weights,
+                kv=self.setting.kv,
+                unpacked=workload.batch_size * slots * channels * itemsize,
                 devices=workload.devices,
             ),
         )

@@ -11,6 +11,14 @@ int4 weights add one dequantised matrix of the MLP. Queries, keys, values and ou
 take less than that in the models served here. With fewer than four layers it may be up to one
 embed s more, as XLA then adds up outputs later.
 
+Unless the cache is packed and the model small, or shared by several GPUs: then the peak is in
+attention, which unpacks a block of the cache (kernels.prefill.unpacked). Per token, beside it:
+
+    embed (4 + 3 s)              the residual stream; queries and outputs, in float32 while they are
+                                 merged (within a fifth; measured for heads of 128, embed 1,024)
+
+int4 takes another quarter of the block, as its bytes are halved.
+
 A decode step of one row holds, beside its logits:
 
     model dtype    a matrix in another layout
@@ -21,9 +29,11 @@ A decode step of one row holds, beside its logits:
 
 import dataclasses
 
+from duo_jax.cache import KVFormat
 from duo_jax.model.config import ModelConfig
 from duo_jax.model.quantised_linear import FEW_ROWS
 from duo_jax.model.quantised_weights import GROUP, WeightFormat
+from kernels.prefill.unpacked import BLOCK_BYTES
 
 _WIDE = 4  # bytes of float32 and int32
 
@@ -35,6 +45,8 @@ def workspace_bytes(
     batch_size: int,
     dtype: str,
     weights: WeightFormat,
+    kv: KVFormat = "model",
+    unpacked: int = 0,
     devices: int = 1,
 ) -> int:
     """Return the workspace of a decode step or of the reading of a chunk, whichever is larger.
@@ -48,13 +60,18 @@ def workspace_bytes(
       batch_size: rows.
       dtype: bfloat16, float16 or float32, of activations.
       weights: format of the layers' projections.
+      kv: format of the caches.
+      unpacked: bytes of a layer's retrieval cache on a GPU, if it were not packed.
       devices: GPUs that share the model.
     """
     architecture = dataclasses.replace(architecture, mlp_size=architecture.mlp_size // devices)
     itemsize = 4 if dtype == "float32" else 2
     sizes = {"batch_size": batch_size, "itemsize": itemsize, "weights": weights}
+    per_token = architecture.embed_size * (_WIDE + 3 * itemsize)
     return max(
-        prefill_bytes(architecture, chunk=chunk, **sizes), decode_bytes(architecture, **sizes)
+        prefill_bytes(architecture, chunk=chunk, **sizes),
+        chunk * batch_size * per_token + _unpacking_bytes(kv, unpacked),
+        decode_bytes(architecture, **sizes),
     )
 
 
@@ -68,6 +85,12 @@ def prefill_bytes(
         per_token = (2 * _WIDE + 1) * mlp + 4 * embed * itemsize
     dequantised = embed * mlp * itemsize if weights == "int4" else 0
     return chunk * batch_size * per_token + dequantised
+
+
+def _unpacking_bytes(kv: KVFormat, unpacked: int) -> int:
+    """Return what a block of a packed cache takes while a chunk meets it."""
+    block = 0 if kv in ("model", "bf16") else min(unpacked, BLOCK_BYTES)
+    return block + block // 4 if kv == "int4" else block
 
 
 def decode_bytes(

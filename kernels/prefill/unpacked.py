@@ -20,7 +20,7 @@ from kernels.packed import BLOCK, Packed
 from kernels.pages import Pages, num_slots, read_block
 from kernels.tile_io import cdiv
 
-_BLOCK_BYTES = 2**28  # that the unpacked keys and values of a block may take, over all rows
+BLOCK_BYTES = 2**28  # that the unpacked keys and values of a block may take, over all rows
 
 # Attention to keys and values that are not packed: (q, k, v, starts) -> (out, lse).
 Attend = Callable[..., tuple[Array, Array]]
@@ -81,4 +81,4 @@ def _block_slots(q: Array, k: Packed, pages: Pages | None) -> int:
     _, kv_heads, stored, head_dim = k.shape
     bytes_per_slot = 2 * q.shape[0] * kv_heads * head_dim * q.dtype.itemsize
     unit = BLOCK if pages is None else stored  # slots that are read together
-    return unit * max(1, _BLOCK_BYTES // (bytes_per_slot * unit))
+    return unit * max(1, BLOCK_BYTES // (bytes_per_slot * unit))

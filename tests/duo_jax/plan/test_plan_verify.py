@@ -49,11 +49,14 @@ def compare(workload: Workload, setting: Setting, gpu: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("gpu_compiler")
-@pytest.mark.parametrize("weights", ["model", "w8a8"])
-def test_estimates_are_within_3_percent_of_the_compiler(weights):
+@pytest.mark.parametrize(
+    ("weights", "kv"),
+    [("model", "model"), ("w8a8", "model"), ("int8", "int8"), ("int8", "int4"), ("int8", "int2")],
+)
+def test_estimates_are_within_3_percent_of_the_compiler(weights, kv):
     config = DuoConfig(architecture=QUARTER, retrieval_counts=(1, 1))
     workload = Workload(config=config, chunk=8192)
-    compare(workload, Setting(duo=True, weights=weights), "1")
+    compare(workload, Setting(duo=True, weights=weights, kv=kv), "1")
 
 
 def llama_3() -> DuoConfig:
