@@ -4,8 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax.numpy as jnp
-
 from duo_jax.cache import cache_shapes
 from duo_jax.heads.split import DuoConfig
 from duo_jax.mesh.devices import abstract_mesh
@@ -74,7 +72,6 @@ class Estimate:
         workload, architecture = self.workload, self.workload.config.architecture
         slots = -(-context // self.block) * self.block // workload.devices
         channels = 2 * max(self.config.retrieval_counts) * architecture.head_dim  # keys and values
-        itemsize = jnp.dtype(workload.dtype).itemsize
         return Parts(
             weights=self.weights,
             full_cache=self.full_cache_fixed + self.full_cache_per_block * slots // BLOCK,
@@ -86,7 +83,7 @@ class Estimate:
                 dtype=workload.dtype,
                 weights=self.setting.weights,
                 kv=self.setting.kv,
-                unpacked=workload.batch_size * slots * channels * itemsize,
+                cached=workload.batch_size * slots * channels,
                 devices=workload.devices,
             ),
         )

@@ -46,7 +46,7 @@ def workspace_bytes(
     dtype: str,
     weights: WeightFormat,
     kv: KVFormat = "model",
-    unpacked: int = 0,
+    cached: int = 0,
     devices: int = 1,
 ) -> int:
     """Return the workspace of a decode step or of the reading of a chunk, whichever is larger.
@@ -61,16 +61,19 @@ def workspace_bytes(
       dtype: bfloat16, float16 or float32, of activations.
       weights: format of the layers' projections.
       kv: format of the caches.
-      unpacked: bytes of a layer's retrieval cache on a GPU, if it were not packed.
+      cached: numbers in the retrieval cache of a layer, the largest one, on a GPU.
       devices: GPUs that share the model.
     """
     architecture = dataclasses.replace(architecture, mlp_size=architecture.mlp_size // devices)
     itemsize = 4 if dtype == "float32" else 2
     sizes = {"batch_size": batch_size, "itemsize": itemsize, "weights": weights}
-    per_token = architecture.embed_size * (_WIDE + 3 * itemsize)
+    unpacked = 0 if kv in ("model", "bf16") else min(cached * itemsize, BLOCK_BYTES)
+    if kv == "int4":
+        unpacked += unpacked // 4
+    per_token = architecture.embed_size * (_WIDE + 3 * itemsize)  # beside what is unpacked
     return max(
         prefill_bytes(architecture, chunk=chunk, **sizes),
-        chunk * batch_size * per_token + _unpacking_bytes(kv, unpacked),
+        chunk * batch_size * per_token + unpacked,
         decode_bytes(architecture, **sizes),
     )
 
@@ -85,12 +88,6 @@ def prefill_bytes(
         per_token = (2 * _WIDE + 1) * mlp + 4 * embed * itemsize
     dequantised = embed * mlp * itemsize if weights == "int4" else 0
     return chunk * batch_size * per_token + dequantised
-
-
-def _unpacking_bytes(kv: KVFormat, unpacked: int) -> int:
-    """Return what a block of a packed cache takes while a chunk meets it."""
-    block = 0 if kv in ("model", "bf16") else min(unpacked, BLOCK_BYTES)
-    return block + block // 4 if kv == "int4" else block
 
 
 def decode_bytes(

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from kernels import online_softmax
 from kernels.packed import Packed
 from kernels.pages import Pages, block_slots, num_slots, read_block
+from kernels.tile_io import cdiv
 
 # Measured on two CPU cores with 2 to 32 KV heads of 128 and 16,384 float32 tokens: all slots at
 # once are read at 11 to 16 GB/s, by both cores; blocks of 256 to 4,096 tokens, each copied out of
@@ -54,7 +55,7 @@ def decode_attention(
             return add(state, keys, values, at, first)
 
         start = online_softmax.start(grouped)
-        return jax.lax.fori_loop(0, (longest + block - 1) // block, add_block, start)
+        return jax.lax.fori_loop(0, cdiv(longest, block), add_block, start)
 
     # Short rings take the branch too, although it saves them little: where XLA sees the product
     # next to the cache's update, it wants the cache in another layout, and copies it.

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from kernels import masks, online_softmax, stripes
 from kernels.packed import Packed
 from kernels.pages import Pages, block_slots, num_slots, read_block
+from kernels.tile_io import cdiv
 
 _BLOCK_KV = 512
 # The most bytes that the scores of one block of queries and one block of keys take, over all rows
@@ -68,7 +69,7 @@ def prefill_attention(
         # Every query of the block sees the first key blocks whole; XLA writes down what it masks.
         filled = functools.partial(stripes.filled, shares=shares, slots=slots)
         seen = filled(jnp.min(q_positions) + 1) // block_kv
-        end = (filled(jnp.max(q_positions) + 1) + block_kv - 1) // block_kv
+        end = cdiv(filled(jnp.max(q_positions) + 1), block_kv)
         state = jax.lax.fori_loop(0, seen, add_seen, online_softmax.start(q))
         state = jax.lax.fori_loop(seen, end, add_masked, state)
         out, lse = online_softmax.finish(state)
