@@ -62,7 +62,8 @@ class DecoderLayer(nn.Module):
         normed = RMSNorm(architecture.norm_eps, dtype, name="input_layernorm")(x)
         attention = Attention(architecture, self.attend, dtype, name="self_attn")
         out, layer_output = attention(normed, cos_sin, layer_input)
-        x = x + out
+        # Added once: XLA would keep `out` and add it again for each of the two uses.
+        x = jax.lax.optimization_barrier(x + out)
         normed = RMSNorm(architecture.norm_eps, dtype, name="post_attention_layernorm")(x)
         return x + MLP(architecture, dtype, name="mlp")(normed), layer_output
 

@@ -3,21 +3,19 @@
 The formulas are read off the buffers that XLA lays out for an A100 (kernels.aot, jax 0.10.2). A
 chunk has its peak in the MLPs; per token, where s is the bytes of a number in the model's dtype:
 
-    2 mlp s + embed (4 + 4 s)    gate and up, whose product takes the place of one of them; the
-                                 residual stream in float32, its norm, outputs not added yet
-    9 mlp + 4 embed s            w8a8: gate and up as int32 sums, their product as int8
+    2 mlp s + 3 embed s    gate and up, whose product takes the place of one of them; the residual
+                           stream, its norm, and what is added next
+    9 mlp + 2 embed s      w8a8: gate and up as int32 sums, their product as int8; another embed s
+                           where several GPUs share the MLP
 
-int4 weights add one dequantised matrix of the MLP. Queries, keys, values and outputs of attention
-take less than that in the models served here. With fewer than four layers it may be up to one
-embed s more, as XLA then adds up outputs later.
+(Two GPUs with weights in int8 or int4 take an eighth less.) Where the MLP is small, as its channels
+are shared by many GPUs, or the cache is packed and the model small, the peak is in attention:
 
-Unless the cache is packed and the model small, or shared by several GPUs: then the peak is in
-attention, which unpacks a block of the cache (kernels.prefill.unpacked). Per token, beside it:
+    embed (4 + 3 s)        the residual stream; queries and outputs, in float32 while they are
+                           merged (within a fifth; measured for heads of 128)
 
-    embed (4 + 3 s)              the residual stream; queries and outputs, in float32 while they are
-                                 merged (within a fifth; measured for heads of 128, embed 1,024)
-
-int4 takes another quarter of the block, as its bytes are halved.
+beside the block that is unpacked of a packed cache (kernels.prefill.unpacked). int4 takes another
+quarter of it, as its bytes are halved.
 
 A decode step of one row holds, beside its logits:
 
@@ -72,22 +70,20 @@ def workspace_bytes(
         unpacked += unpacked // 4
     per_token = architecture.embed_size * (_WIDE + 3 * itemsize)  # beside what is unpacked
     return max(
-        prefill_bytes(architecture, chunk=chunk, **sizes),
+        chunk * batch_size * mlp_token_bytes(architecture, itemsize, weights, shared=devices > 1),
         chunk * batch_size * per_token + unpacked,
         decode_bytes(architecture, **sizes),
     )
 
 
-def prefill_bytes(
-    architecture: ModelConfig, *, chunk: int, batch_size: int, itemsize: int, weights: WeightFormat
+def mlp_token_bytes(
+    architecture: ModelConfig, itemsize: int, weights: WeightFormat, *, shared: bool
 ) -> int:
-    """Return the workspace of reading a chunk."""
-    embed, mlp = architecture.embed_size, architecture.mlp_size
-    per_token = 2 * mlp * itemsize + embed * (_WIDE + 4 * itemsize)
+    """Return the workspace that the MLPs take for a token of a chunk."""
+    embed, mlp = architecture.embed_size * itemsize, architecture.mlp_size
     if weights == "w8a8":
-        per_token = (2 * _WIDE + 1) * mlp + 4 * embed * itemsize
-    dequantised = embed * mlp * itemsize if weights == "int4" else 0
-    return chunk * batch_size * per_token + dequantised
+        return (2 * _WIDE + 1) * mlp + (3 if shared else 2) * embed
+    return 2 * mlp * itemsize + 3 * embed
 
 
 def decode_bytes(
