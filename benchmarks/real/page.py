@@ -8,6 +8,8 @@ from typing import Any
 from benchmarks.real import results, ruler, tables
 from duo_jax import files
 from duo_jax.evaluate.compare import report as compare_report
+from duo_jax.evaluate.frontier import report as frontier_report
+from duo_jax.evaluate.frontier import search
 from duo_jax.evaluate.perplexity import report as perplexity_report
 from duo_jax.evaluate.results import describe
 from duo_jax.reports import statistics
@@ -65,6 +67,11 @@ def _perplexity(found: results.Found) -> str:
     return perplexity_report.to_markdown(results.together(found))
 
 
+def _frontier(found: results.Found) -> str:
+    result = found["frontier"]["result"]
+    return frontier_report.to_markdown(result, *search.stored(result))
+
+
 _SECTIONS = (
     Section(
         title="Perplexity by position",
@@ -99,6 +106,16 @@ _SECTIONS = (
         text="As in [the demo model's comparison](results.md), in filler, with random heads once.",
         parts=lambda name: name == "compare",
         table=lambda found: compare_report.to_markdown(found["compare"]["result"]),
+    ),
+    Section(
+        title="Split, format and eviction together",
+        text=(
+            "Every way to spend the bytes of a cache, as "
+            "[evaluate](evaluate.md#split-format-and-eviction-together) explains; in filler, with "
+            "questions after tokens were chosen (KVzip's score)."
+        ),
+        parts=lambda name: name == "frontier",
+        table=_frontier,
     ),
     Section(
         title="RULER",

@@ -9,6 +9,8 @@ from benchmarks.real import tables
 from benchmarks.real.steps import Step
 from duo_jax import files
 from duo_jax.evaluate.compare import plot as compare_plot
+from duo_jax.evaluate.frontier import report as frontier_report
+from duo_jax.evaluate.frontier import search
 from duo_jax.evaluate.perplexity import report as perplexity_report
 from duo_jax.evaluate.results import heat_map
 from duo_jax.evaluate.results.result_json import to_json
@@ -71,6 +73,9 @@ def draw(part: str, found: Found) -> bytes | None:
         return tables.png_by_length(found)
     if part == "compare":
         return compare_plot.png(found["compare"]["result"])
+    if part == "frontier":
+        result = found["frontier"]["result"]
+        return frontier_report.png(result, search.stored(result)[0])
     if part in ("perplexity", "formats"):
         return perplexity_report.png(together(found))
     return None

@@ -44,6 +44,12 @@ class Sizes:
     """Texts of the comparison, for each of its two tasks."""
     budgets: tuple[Fraction, ...] = (0.5,)
     """Budgets of the comparison."""
+    frontier_length: Count = 2048
+    """Tokens of the texts for split, format and eviction together."""
+    frontier_samples: Few = 4
+    """Texts of it."""
+    frontier_keeps: tuple[Fraction, ...] = (0.5, 0.25)
+    """Fractions of tokens that retrieval heads keep, for it."""
     ruler_tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2")
     """Tasks of RULER that need no download."""
     ruler_limits: tuple[Few, ...] = (10, 8, 4)
@@ -119,6 +125,7 @@ def all_steps(sizes: Sizes, pattern: str, folder: pathlib.Path) -> list[Step]:
         *_formats(sizes, filler(folder)),
         *_compare(sizes, pattern, filler(folder)),
         *_ruler(sizes, pattern),
+        *_frontier(sizes, pattern, filler(folder)),
     ]
 
 
@@ -257,6 +264,22 @@ def _ruler(sizes: Sizes, pattern: str) -> Iterator[Step]:
                         *(flag for flag in flags if flag != "--no-full"),
                     ),
                 )
+
+
+def _frontier(sizes: Sizes, pattern: str, text: pathlib.Path) -> Iterator[Step]:
+    yield Step(
+        part="frontier",
+        name="frontier",
+        row="",
+        words=(
+            *("frontier", "--words", "digits", "--num-passkeys", f"{max(sizes.passkeys)}"),
+            *("--length", f"{sizes.frontier_length}", "--samples", f"{sizes.frontier_samples}"),
+            *("--batch", f"{sizes.frontier_samples}"),
+            *("--sparsities", *(f"{sparsity:g}" for sparsity in sizes.sparsities)),
+            *("--keeps", *(f"{keep:g}" for keep in sizes.frontier_keeps)),
+            *("--text", str(text), "--pattern", pattern),
+        ),
+    )
 
 
 def _short(row: str) -> str:

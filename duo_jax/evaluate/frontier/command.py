@@ -198,15 +198,8 @@ def _measure(
 
 
 def _point(setting: Setting, rows: Rows, tasks: Sequence[TaskName]) -> search.Point:
-    """Join the tasks' texts; the share is the largest of any task."""
     mine, full = ([rows[_key(s, name)] for name in tasks] for s in (setting, search.FULL))
-    both = zip(mine, full, strict=True)
-    return search.Point(
-        setting=setting,
-        share=max(row["cache_bytes"] / whole["cache_bytes"] for row, whole in both),
-        nll=np.concatenate([row["nll"] for row in mine]),
-        exact=np.concatenate([row["exact"] for row in mine]),
-    )
+    return search.point(setting, mine, full)
 
 
 def _key(setting: Setting, task: TaskName) -> str:

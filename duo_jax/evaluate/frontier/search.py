@@ -8,6 +8,7 @@ means by more than two standard errors, and 0.01 nats per token.
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -35,13 +36,35 @@ class Skipped:
     """Why a setting need not be measured."""
 
     setting: Setting
-    than: Setting  # saves no more on any axis
-    better: Setting  # answers better than that, with no more bytes than the skipped one
+    reason: str
 
-    @property
-    def reason(self) -> str:
-        """The words for it."""
-        return f"{self.better.name} is better than {self.than.name}"
+
+def point(setting: Setting, tasks: Sequence[Mapping[str, Any]], full: Sequence[Any]) -> Point:
+    """Join the texts of all tasks, whose rows those of full caches go with, in the same order.
+
+    The share is the largest of any task.
+    """
+    both = zip(tasks, full, strict=True)
+    return Point(
+        setting=setting,
+        share=max(row["cache_bytes"] / whole["cache_bytes"] for row, whole in both),
+        nll=np.concatenate([row["nll"] for row in tasks]),
+        exact=np.concatenate([row["exact"] for row in tasks]),
+    )
+
+
+def stored(result: dict[str, Any]) -> tuple[list[Point], list[Skipped]]:
+    """Return what a result file holds: points, and settings that were not measured."""
+    tasks: dict[Setting, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        tasks.setdefault(_setting(row), []).append(row)
+    points = [point(setting, rows, tasks[FULL]) for setting, rows in tasks.items()]
+    skipped = [Skipped(setting=_setting(row), reason=row["reason"]) for row in result["skipped"]]
+    return points, skipped
+
+
+def _setting(row: Mapping[str, Any]) -> Setting:
+    return Setting(**{field.name: row[field.name] for field in dataclasses.fields(Setting)})
 
 
 def in_order(settings: Sequence[Setting], shares: Mapping[Setting, float]) -> list[Setting]:
@@ -60,7 +83,8 @@ def why_skip(setting: Setting, share: float, points: Sequence[Point]) -> Skipped
     for than in coarser:
         for better in small:
             if _better(better, than):
-                return Skipped(setting=setting, than=than.setting, better=better.setting)
+                reason = f"{better.setting.name} is better than {than.setting.name}"
+                return Skipped(setting=setting, reason=reason)
     return None
 
 

@@ -133,6 +133,31 @@ def test_one_text_shows_no_setting_to_be_worse():
 
 
 @pytest.mark.slow
+def test_the_tables_can_be_written_again_from_the_file(finished):
+    workdir, result = finished
+    text = report.to_markdown(result, *search.stored(result))
+    assert text + "\n" == (workdir / "frontier.md").read_text()
+
+
+def test_a_stored_result_holds_points_and_what_was_skipped():
+    full = {"sparsity": 0.0, "kv": "model", "keep": 1.0}
+    split = full | {"sparsity": 0.5}
+    rows = [
+        full | {"cache_bytes": 100, "nll": [0.1, 0.2], "exact": [1.0, 1.0]},
+        full | {"cache_bytes": 200, "nll": [0.3], "exact": [1.0]},  # another task
+        split | {"cache_bytes": 50, "nll": [0.4, 0.5], "exact": [1.0, 0.0]},
+        split | {"cache_bytes": 120, "nll": [0.6], "exact": [0.0]},
+    ]
+    skipped = [split | {"keep": 0.5, "share": 0.3, "reason": "int4 is better than 50% streaming"}]
+    points, left_out = search.stored({"rows": rows, "skipped": skipped})
+    assert [point.setting.name for point in points] == ["full caches", "50% streaming"]
+    assert [point.share for point in points] == [1.0, 0.6]
+    assert points[1].nll.tolist() == [0.4, 0.5, 0.6]
+    assert points[1].exact.tolist() == [1.0, 0.0, 0.0]
+    assert [(why.setting.keep, why.reason) for why in left_out] == [(0.5, skipped[0]["reason"])]
+
+
+@pytest.mark.slow
 def test_sizes_are_those_that_were_asked_for(finished):
     _, result = finished
     assert (result["sink"], result["recent"]) == (2, 20)
