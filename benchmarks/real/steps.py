@@ -48,7 +48,7 @@ class Sizes:
     """Tokens of the texts for split, format and eviction together."""
     frontier_samples: Few = 4
     """Texts of it."""
-    frontier_keeps: tuple[Fraction, ...] = (0.5, 0.25)
+    frontier_keeps: tuple[Fraction, ...] = (0.25,)
     """Fractions of tokens that retrieval heads keep, for it."""
     ruler_tasks: tuple[str, ...] = ("niah_single_1", "niah_multikey_2")
     """Tasks of RULER that need no download."""

@@ -83,7 +83,10 @@ def _of_budget(result: dict[str, Any], points: Sequence[Point], budget: float) -
         f"{statistics.percent(best.exact)} exact, NLL {statistics.nats(best.nll)}:"
     )
     yield from ("", f"    {_load(result, best)}", "")
-    for single in search.singles(points, budget):
+    singles = list(search.singles(points, budget))
+    if not singles:
+        yield "No axis alone was measured with so few bytes."
+    for single in singles:
         if single is best:
             yield "No other axis, and no combination, does better within these bytes."
             continue

@@ -202,8 +202,10 @@ def test_the_best_of_a_budget_and_of_each_axis():
     assert search.best(points, 0.1) is None
     names = [p.setting.name for p in search.singles(points, 0.4)]
     assert names == ["int4", "20% of tokens"]  # the split alone does not fit
+    few = [point for point in points if len(point.setting.axes) == 2]
     result = {"budgets": [0.4, 0.1], "model": "M", "pattern": "P", "keep_by": "kvzip"}
     result["load"] = {"sink_size": 4, "weights": "int8"}
+    assert "No axis alone was measured with so few bytes." in report.to_markdown(result, few, [])
     text = report.to_markdown(result, points, [])
     assert (
         'duo_jax.load("M", pattern="P", sparsity=0.5, kv="int8", sink_size=4, weights="int8")'
