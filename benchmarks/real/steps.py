@@ -178,7 +178,7 @@ def _passkeys(sizes: Sizes, pattern: str, text: pathlib.Path) -> Iterator[Step]:
                     name=f"passkeys-{number}-{length}-{_short(row)}",
                     row=row,
                     words=(
-                        *("passkeys", "--words", "digits", "--num-passkeys", f"{number}"),
+                        *_digits("passkeys", number),
                         *("--lengths", f"{length}", "--samples", f"{samples}"),
                         *("--text", str(text), *flags),
                     ),
@@ -227,7 +227,7 @@ def _formats(sizes: Sizes, text: pathlib.Path) -> Iterator[Step]:
             name=f"formats-passkeys-{setting.weights}-{setting.kv}",
             row=setting.name,
             words=(
-                *("passkeys", "--words", "digits", "--num-passkeys", f"{max(sizes.passkeys)}"),
+                *_digits("passkeys", max(sizes.passkeys)),
                 *("--lengths", f"{length}", "--samples", f"{samples}"),
                 *("--text", str(text), "--pattern", NO_PATTERN),
                 *("--weights", setting.weights, "--kv", setting.kv),
@@ -241,10 +241,8 @@ def _compare(sizes: Sizes, pattern: str, text: pathlib.Path) -> Iterator[Step]:
         name="compare",
         row="",
         words=(
-            *("compare", "--words", "digits", "--num-passkeys", f"{max(sizes.passkeys)}"),
-            *("--length", f"{sizes.compare_length}", "--samples", f"{sizes.compare_samples}"),
-            *("--batch", f"{sizes.compare_samples}", "--random-seeds", "1"),
-            *("--budgets", *(f"{budget:g}" for budget in sizes.budgets)),
+            *_at_once("compare", sizes, sizes.compare_length, sizes.compare_samples),
+            *("--random-seeds", "1", *_fractions("--budgets", sizes.budgets)),
             *("--text", str(text), "--pattern", pattern),
         ),
     )
@@ -272,14 +270,26 @@ def _frontier(sizes: Sizes, pattern: str, text: pathlib.Path) -> Iterator[Step]:
         name="frontier",
         row="",
         words=(
-            *("frontier", "--words", "digits", "--num-passkeys", f"{max(sizes.passkeys)}"),
-            *("--length", f"{sizes.frontier_length}", "--samples", f"{sizes.frontier_samples}"),
-            *("--batch", f"{sizes.frontier_samples}"),
-            *("--sparsities", *(f"{sparsity:g}" for sparsity in sizes.sparsities)),
-            *("--keeps", *(f"{keep:g}" for keep in sizes.frontier_keeps)),
+            *_at_once("frontier", sizes, sizes.frontier_length, sizes.frontier_samples),
+            *_fractions("--sparsities", sizes.sparsities),
+            *_fractions("--keeps", sizes.frontier_keeps),
             *("--text", str(text), "--pattern", pattern),
         ),
     )
+
+
+def _at_once(evaluation: str, sizes: Sizes, length: int, samples: int) -> tuple[str, ...]:
+    """Return the words of an evaluation that reads all texts, of one length, together."""
+    digits = _digits(evaluation, max(sizes.passkeys))
+    return (*digits, "--length", f"{length}", "--samples", f"{samples}", "--batch", f"{samples}")
+
+
+def _digits(evaluation: str, number: int) -> tuple[str, ...]:
+    return (evaluation, "--words", "digits", "--num-passkeys", f"{number}")
+
+
+def _fractions(flag: str, values: Sequence[float]) -> tuple[str, ...]:
+    return (flag, *(f"{value:g}" for value in values))
 
 
 def _short(row: str) -> str:

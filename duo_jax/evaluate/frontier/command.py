@@ -199,7 +199,7 @@ def _measure(
 
 def _point(setting: Setting, rows: Rows, tasks: Sequence[TaskName]) -> search.Point:
     mine, full = ([rows[_key(s, name)] for name in tasks] for s in (setting, search.FULL))
-    return search.point(setting, mine, full)
+    return search.joined(setting, mine, full)
 
 
 def _key(setting: Setting, task: TaskName) -> str:

@@ -39,17 +39,19 @@ class Skipped:
     reason: str
 
 
-def point(setting: Setting, tasks: Sequence[Mapping[str, Any]], full: Sequence[Any]) -> Point:
-    """Join the texts of all tasks, whose rows those of full caches go with, in the same order.
+def joined(
+    setting: Setting, rows: Sequence[Mapping[str, Any]], full: Sequence[Mapping[str, Any]]
+) -> Point:
+    """Join a setting's texts of all tasks; `full` has the rows of full caches, task by task.
 
     The share is the largest of any task.
     """
-    both = zip(tasks, full, strict=True)
+    both = zip(rows, full, strict=True)
     return Point(
         setting=setting,
         share=max(row["cache_bytes"] / whole["cache_bytes"] for row, whole in both),
-        nll=np.concatenate([row["nll"] for row in tasks]),
-        exact=np.concatenate([row["exact"] for row in tasks]),
+        nll=np.concatenate([row["nll"] for row in rows]),
+        exact=np.concatenate([row["exact"] for row in rows]),
     )
 
 
@@ -58,7 +60,7 @@ def stored(result: dict[str, Any]) -> tuple[list[Point], list[Skipped]]:
     tasks: dict[Setting, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         tasks.setdefault(_setting(row), []).append(row)
-    points = [point(setting, rows, tasks[FULL]) for setting, rows in tasks.items()]
+    points = [joined(setting, rows, tasks[FULL]) for setting, rows in tasks.items()]
     skipped = [Skipped(setting=_setting(row), reason=row["reason"]) for row in result["skipped"]]
     return points, skipped
 
