@@ -6,9 +6,11 @@ work is at most a fixed multiple of the file's size.
 """
 
 import dataclasses
+import functools
 import mmap
 import pathlib
 import struct
+import time
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,9 @@ _MAX_TEXTS = 1 << 20  # in all lists together
 _MAX_NAME = 256  # bytes
 _MAX_DIMENSIONS = 4  # as in ggml
 _MAX_ALIGNMENT = 1 << 20
+# Seconds. Clocks of file systems tick: a file changed later than this may be changed again without
+# another time, so what was read of it is not kept.
+_SETTLED = 2.0
 
 # Types of metadata, by their numbers.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
@@ -45,7 +50,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a GGUF file says about itself; lists of numbers are numpy arrays."""
+    """What a GGUF file says about itself; lists of numbers are numpy arrays. Not to be changed."""
 
     path: pathlib.Path
     metadata: dict[str, Any]
@@ -108,13 +113,30 @@ def refuse_folder(folder: pathlib.Path) -> None:
 
 
 def read_header(path: pathlib.Path) -> Header:
-    """Read a file's metadata and the places of its tensors.
+    """Read a file's metadata and the places of its tensors, once for as long as it is the same.
+
+    Loading a model asks for them four times: for config, tokenizer, chat template and weights.
 
     Raises:
       InputError: the gguf package is missing, or the file is not GGUF, of another version, damaged
         or one of several parts.
     """
     library()
+    with reading(path):
+        stat = path.stat()
+    if time.time() - max(stat.st_mtime, stat.st_ctime) < _SETTLED:
+        return _read(path)
+    identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    return _read_once(path, identity)
+
+
+@functools.lru_cache(maxsize=1)
+def _read_once(path: pathlib.Path, _identity: tuple[int, ...]) -> Header:
+    """Read it; one of the same identity is returned as it was read."""
+    return _read(path)
+
+
+def _read(path: pathlib.Path) -> Header:
     with reading(path), path.open("rb") as file:
         begin = file.read(len(_LFS_POINTER))
         if begin == _LFS_POINTER:

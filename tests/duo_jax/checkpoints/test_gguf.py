@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import struct
 import sys
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from duo_jax.checkpoints import pretrained
-from duo_jax.checkpoints.gguf import GgufTensors, is_gguf, read_config, read_header
+from duo_jax.checkpoints.gguf import GgufTensors, header, is_gguf, read_config, read_header
 from duo_jax.checkpoints.orbax_checkpoint import flattened
 from duo_jax.checkpoints.weights import open_weights
 from duo_jax.errors import InputError
@@ -296,6 +297,18 @@ def test_tensors_that_share_bytes_are_refused(tmp_path):
     at = content.index(name) + len(name) + 4 + 8 + 4  # number of axes, the axis, the type
     (tmp_path / "m.gguf").write_bytes(damaged(content, at, bytes(8)))
     assert "shares bytes with" in refused(tmp_path / "m.gguf")
+
+
+def test_a_header_is_read_once_until_the_file_changes(tmp_path, monkeypatch):
+    file = tmp_path / "m.gguf"
+    gguf_files.write(file, LLAMA)
+    just_written = read_header(file)
+    assert read_header(file) is not just_written  # it may change within a tick of the clock
+    monkeypatch.setattr(header, "_SETTLED", -math.inf)
+    settled = read_header(file)
+    assert read_header(file) is settled
+    gguf_files.write(file, LLAMA | {"num_hidden_layers": LLAMA["num_hidden_layers"] + 1})
+    assert len(read_header(file).tensors) > len(settled.tensors)
 
 
 def test_without_the_package_one_line_names_it(tmp_path, monkeypatch):
