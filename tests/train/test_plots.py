@@ -48,6 +48,16 @@ def test_an_empty_history_says_so(tmp_path, monkeypatch):
     assert [text.get_text() for axes in drawn[0].axes for text in axes.texts] == ["no metrics"] * 2
 
 
+def test_losses_of_steps_that_take_turns_are_lines_of_their_own(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, *_, **__: drawn.append(figure))
+    metrics = [{"step": step, "cross_entropy": step % 2 + 1.0} for step in (1, 2, 3, 5)]
+    turns = ("plain text", "passkeys")
+    plots.save_history(metrics, tmp_path / "history.png", title="tiny", turns=turns)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in drawn[0].axes[0].lines}
+    assert lines == {"plain text": [[1, 2], [3, 2], [5, 2]], "passkeys": [[2, 1]]}
+
+
 @pytest.mark.one_in(4)
 @pytest.mark.parametrize("title", TITLES)
 @any_title

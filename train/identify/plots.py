@@ -60,10 +60,22 @@ def save_gates(
     figures.save(figure, path, dpi=150)
 
 
-def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title: str) -> None:
+def save_history(
+    metrics: Sequence[dict[str, Any]],
+    path: pathlib.Path,
+    *,
+    title: str,
+    turns: Sequence[str] = (),
+) -> None:
     """Draw the loss without its penalty, and the gates, against the step.
 
     Lines of a damaged file may lack values, or all be lost: what there is is drawn.
+
+    Args:
+      metrics: of the steps, which are counted from 1.
+      path: the picture to write.
+      title: shown above it.
+      turns: what successive steps learn from, by turns: each has a line of its own.
     """
     steps = [m["step"] for m in metrics]
     objective = next((name for name in _OBJECTIVES if any(name in m for m in metrics)), None)
@@ -72,7 +84,12 @@ def save_history(metrics: Sequence[dict[str, Any]], path: pathlib.Path, *, title
         figures.no_values(above, "metrics")
         above.set_ylabel("loss")
     else:
-        above.plot(steps, _values(metrics, objective), color="tab:blue", linewidth=1.0)
+        for place, name in enumerate(turns or (None,)):
+            shown = [m for m in metrics if not turns or (m["step"] - 1) % len(turns) == place]
+            losses = _values(shown, objective)
+            above.plot([m["step"] for m in shown], losses, linewidth=1.0, label=name)
+        if turns:
+            above.legend()
         above.set_ylabel(_OBJECTIVES[objective])
     if objective in ("distillation", "divergence"):
         above.set_ylim(bottom=0)

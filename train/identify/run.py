@@ -141,7 +141,8 @@ def identify(flags: IdentifyConfig) -> None:
         if flags.method in _VALUES:
             pictures["value"] = f"{_VALUES[flags.method]} (1: retrieval head)"
         if flags.method not in _UNTRAINED:
-            plots.save_history(metrics, workdir.path / "history.png", title=title)
+            place = workdir.path / "history.png"
+            plots.save_history(metrics, place, title=title, turns=training.turns(flags))
         plots.save_gates(pattern, workdir.path / "gates.png", **pictures)
         targets = () if flags.target_sparsity is None else (flags.target_sparsity,)
         results = report.make(

@@ -91,10 +91,16 @@ def _is_finite(state: State) -> bool:
     return all(np.isfinite(leaf).all() for leaf in jax.device_get(leaves))
 
 
+def turns(flags: IdentifyConfig) -> tuple[str, ...]:
+    """Return the names of what the samples of successive steps are, from the first step on."""
+    if flags.method == "masks" and flags.learn_from == "both":
+        return ("plain text", "passkeys")
+    return ()
+
+
 def sample_of_step(flags: IdentifyConfig, sampler: PasskeySampler, index: int) -> Sample:
     """Return the sample of step `index`."""
-    if flags.method == "masks" and flags.learn_from == "both":
-        # By turns. Of passkeys, too, every second sample may be a chat.
+    if turns(flags):  # Of passkeys, too, every second sample may be a chat.
         return (sampler.sample if index % 2 else sampler.plain_text)(index // 2)
     plain = flags.method == "lm" or (flags.method == "masks" and flags.learn_from == "text")
     return (sampler.plain_text if plain else sampler.sample)(index)
