@@ -102,6 +102,23 @@ def test_methods_are_compared_by_the_committed_choices_of_heads():
     assert f"costs {learned} nats (full caches {full}; {others};" in readme
 
 
+def test_the_frontier_of_a_real_model_is_told_with_the_numbers_of_its_page():
+    section = page("results_smollm2").split("## Split, format and eviction together")[1]
+    lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("| ")]
+    rows = {name: rest for name, *rest in ([c.strip() for c in x.split("|")[1:]] for x in lines)}
+    together, full = rows["75% streaming, int8, 25% of tokens"], rows["full caches"]
+    exact = [row[1].split(" ")[0] for row in (together, full)]
+    told = " ".join(page("evaluate").split())
+    assert (
+        f"at {together[0]} of their bytes ({together[2]} nats per token, full {full[2]}; "
+        f"exact {exact[0]}, full {exact[1]})." in told
+    )
+    enough, alone = rows["50% streaming, 25% of tokens"][0], rows["int4"][0]
+    assert f"{enough} are enough for the split and a quarter of the tokens" in told
+    assert f"- minus int4 ({alone}): NLL -0.135 ± 0.023" in section
+    assert f"alone only int4 ({alone}) fits in them, with 0.135 ± 0.023 nats more" in told
+
+
 def test_reconstruction_on_the_demo_model_is_that_of_the_committed_report():
     results = json.loads((RESULTS / "reconstruct_demo/report.json").read_text())
     rows = {r["sparsity"]: r for r in results["retrieval"] if r["heads"] == "reconstructing"}
