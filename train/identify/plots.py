@@ -25,6 +25,12 @@ _OBJECTIVES = {
     "cross_entropy": "cross entropy\n(nats per token)",
 }
 
+# What the metrics say of the gates: its label, and its line.
+_GATES = {
+    "mean_gate": ("mean gate", "-C1"),
+    "gates_above_half": ("fraction above 0.5", "--C2"),
+}
+
 
 def save_gates(
     pattern: Pattern, path: pathlib.Path, *, title: str, value: str = "gate (1: retrieval head)"
@@ -93,11 +99,11 @@ def save_history(
         above.set_ylabel(_OBJECTIVES[objective])
     if objective in ("distillation", "divergence"):
         above.set_ylim(bottom=0)
-    above.set_title(f"{title}: gate training", fontsize=10)
-    if any(name in m for m in metrics for name in ("mean_gate", "gates_above_half")):
-        mean, above_half = (_values(metrics, name) for name in ("mean_gate", "gates_above_half"))
-        below.plot(steps, mean, color="tab:orange", label="mean gate")
-        below.plot(steps, above_half, "--", color="tab:green", label="fraction above 0.5")
+    above.set_title(f"{title}: loss and gates", fontsize=10)
+    for name, (label, style) in _GATES.items():
+        if any(name in m for m in metrics):  # attribution has no fraction: all gates are equal
+            below.plot(steps, _values(metrics, name), style, label=label)
+    if below.lines:
         below.legend()
     else:
         figures.no_values(below, "metrics")
