@@ -1,6 +1,7 @@
 """Tables and picture of benchmarks.head_choices."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -130,7 +131,7 @@ def plot(result: Result, path: pathlib.Path) -> None:
         for panel, sparsity in zip(of_row, sparsities, strict=True):
             _draw(panel, result, number, score, sparsity)
             keys = "1 passkey" if number == 1 else f"{number} passkeys"
-            panel.set_title(f"{keys}, {sparsity:.0%} of the heads streaming", fontsize=10)
+            panel.set_title(f"{keys}, {100 * sparsity:g}% of the heads streaming", fontsize=10)
         of_row[0].set_ylabel(_AXES[score])
     for panel in axes[-1]:
         panel.set_xlabel("text (tokens)")
@@ -151,8 +152,11 @@ def _draw(panel: Any, result: Result, passkeys: int, score: str, sparsity: float
     at_lengths = [lines(result, passkeys, length) for length in lengths]
     scale = 100 if score in _FRACTIONS else 1
     styles = {FULL: ("black", "-"), STREAMING: ("black", ":"), RANDOM: ("grey", "--")}
+    styles = {name: style for name, style in styles.items() if name in result["choices"]}
     names = [name for name in result["choices"] if name not in styles]
-    styles |= {name: (f"C{number}", "-") for number, name in enumerate(names)}
+    # C7 is the grey of random heads.
+    colours = itertools.cycle([f"C{number}" for number in range(10) if number != 7])
+    styles |= {name: (colour, "-") for name, colour in zip(names, colours, strict=False)}
     for number, (name, (colour, dash)) in enumerate(styles.items()):
         wanted = {FULL: 0.0, STREAMING: 1.0}.get(name, sparsity)
         points = [
@@ -207,7 +211,7 @@ def _cells(
                 f"{length:,}" if length else "all",
                 str(0 if exact is None else exact.size),
                 line.heads,
-                f"{line.sparsity:.0%}",
+                f"{100 * line.sparsity:g}%",
                 str(line.retrieval_heads),
                 *(_mean(line, score) for score in MEASURES),
                 *("" if x is None else _number(x, score, "+") for score, x in changes),

@@ -102,6 +102,32 @@ def test_methods_are_compared_by_the_committed_choices_of_heads():
     assert f"costs {learned} nats (full caches {full}; {others};" in readme
 
 
+def test_choices_for_a_target_are_those_of_the_committed_run():
+    result = json.loads((RESULTS / "smollm2/targets.json").read_text())
+    lines = {(x.heads, x.sparsity): x for x in head_choices_report.lines(result, 1, 1024)}
+
+    def cell(heads: str, sparsity: float) -> str:
+        line = lines[heads, sparsity]
+        return f"{line.texts('nll').mean():.2f} ({line.texts('exact').mean():.0%})"
+
+    labels = {
+        "learned": "`budget`, for 75%: ships",
+        "profile": "`profile`",
+        "reconstruct": "`reconstruct`",
+        "attribute-50": "`attribute`, for 50%",
+        "attribute-75": "`attribute`, for 75%",
+        "attribute-87.5": "`attribute`, for 87.5%",
+        "attribute-one-key": "`attribute`, for 75%, samples with one passkey",
+        "masks": "`masks`, for 75%",
+    }
+    assert set(labels) < set(result["choices"])
+    for heads, label in labels.items():
+        cells = " | ".join(cell(heads, sparsity) for sparsity in (0.5, 0.75, 0.875))
+        assert f"| {label} | {cells} |" in page("identify")
+    full, none = cell("full attention", 0.0), cell("all streaming", 1.0)
+    assert f"full caches {full}, all streaming {none}" in " ".join(page("identify").split())
+
+
 def test_the_frontier_of_a_real_model_is_told_with_the_numbers_of_its_page():
     section = page("results_smollm2").split("## Split, format and eviction together")[1]
     lines = [line for line in section.split("\n## ")[0].splitlines() if line.startswith("| ")]

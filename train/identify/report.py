@@ -146,7 +146,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         rows = [
             (
                 r["heads"],
-                f"{r['sparsity']:.0%}",
+                f"{100 * r['sparsity']:g}%",
                 f"{r['retrieval_heads']} of {r['all_heads']}",
                 f"{r['kv_bytes_kept']:.1%}",
                 _exact(r),
