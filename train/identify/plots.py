@@ -90,8 +90,9 @@ def save_history(
         figures.no_values(above, "metrics")
         above.set_ylabel("loss")
     else:
-        for place, name in enumerate(turns or (None,)):
-            shown = [m for m in metrics if not turns or (m["step"] - 1) % len(turns) == place]
+        names = turns or (None,)
+        for place, name in enumerate(names):
+            shown = [m for m in metrics if (m["step"] - 1) % len(names) == place]
             losses = _values(shown, objective)
             above.plot([m["step"] for m in shown], losses, linewidth=1.0, label=name)
         if turns:

@@ -56,7 +56,7 @@ def _table(found: Sequence[Point], score: str) -> str:
     methods = list(dict.fromkeys(point.method for point in found))
     by_place = {(point.method, point.budget): point for point in found}
     return markdown.table(
-        [_SCORES[score], *(f"{budget:.0%}" for budget in budgets)],
+        [_SCORES[score], *(f"{100 * budget:g}%" for budget in budgets)],
         [
             [method, *(_cell(by_place.get((method, budget)), score) for budget in budgets)]
             for method in methods
@@ -98,7 +98,7 @@ def _compared(found: Sequence[Point], score: str) -> list[str]:
     lines = []
     for other in dict.fromkeys(point.method for point in found):
         parts = [
-            f"{_with_error(_number(change, score, '+'), error, score)} at {budget:.0%}"
+            f"{_with_error(_number(change, score, '+'), error, score)} at {100 * budget:g}%"
             for budget, change, error in differences(found, "duo", other)
         ]
         if parts:

@@ -50,7 +50,7 @@ def in_words(result: dict[str, Any]) -> str:
         if result.get(name, "model") != "model"
     ]
     if "keep" in result:
-        smaller.append(f"{result['keep']:.0%} of tokens kept by {result['keep_by']}")
+        smaller.append(f"{100 * result['keep']:g}% of tokens kept by {result['keep_by']}")
     parts = [
         f"sink {result['sink']}, recent {result['recent']}",
         ", ".join([result["dtype"], *smaller]),

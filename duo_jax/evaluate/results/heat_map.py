@@ -187,7 +187,7 @@ def _label(result: Mapping[str, Any], caches: str) -> str:
         return result["labels"][caches]
     if caches != grid.DUO:
         return _NAMES[caches]
-    return f"{_NAMES[caches]}, {result['sparsity']:.0%} streaming"
+    return f"{_NAMES[caches]}, {100 * result['sparsity']:g}% streaming"
 
 
 def _haystacks(result: Mapping[str, Any]) -> str:
