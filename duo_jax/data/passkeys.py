@@ -82,10 +82,13 @@ class PasskeySampler:
       seed: decides every sample, together with the index.
       stream: another number gives another sequence of samples for the same seed.
       chat: what the model's chat template writes before and after a user's message; None: no chats.
+      fewest: passkeys of a sample, which draws a number from here to config.num_passkeys; None:
+        each has as many.
 
     Raises:
       TooShortError: the text is too short for max_length.
-      InputError: max_length has no room for the passkeys, or the tokenizer too few words for them.
+      InputError: max_length has no room for the passkeys, the tokenizer too few words for them, or
+        fewest is not in 1 to config.num_passkeys.
     """
 
     def __init__(
@@ -97,8 +100,14 @@ class PasskeySampler:
         seed: int,
         stream: int = 0,
         chat: tuple[str, str] | None = None,
+        fewest: int | None = None,
     ) -> None:
         self.config = config
+        self._fewest = config.num_passkeys if fewest is None else fewest
+        if not 1 <= self._fewest <= config.num_passkeys:
+            raise InputError(
+                f"min_passkeys {self._fewest} is not in 1 to num_passkeys, {config.num_passkeys}"
+            )
         self._entropy = (seed, stream)
         self._encode = _encoder(tokenizer)
         self._bos = bos_tokens(tokenizer)
@@ -119,10 +128,11 @@ class PasskeySampler:
         text = [t for d in documents for t in self._encode(d + "\n\n")]
         self._text = np.array(text, np.int32)
 
-        self._longest_haystack(self._draw_passkeys(np.random.default_rng(0)))
+        self._longest_haystack(self._draw_passkeys(np.random.default_rng(0), config.num_passkeys))
         # Words differ in tokens; the shortest leave the most room, which the text must fill.
-        fewest, self._most = tokens_per_word(config.words, self._words, self._encode)
-        needed = self._longest_haystack([[0] * fewest * config.passkey_words] * config.num_passkeys)
+        fewest_tokens, self._most = tokens_per_word(config.words, self._words, self._encode)
+        shortest = [[0] * fewest_tokens * config.passkey_words] * self._fewest
+        needed = self._longest_haystack(shortest)
         if chat is not None:  # the other form of samples may be rounded up further
             needed += _LENGTH_MULTIPLE - 1
         if self._text.size < needed:
@@ -143,9 +153,9 @@ class PasskeySampler:
         rng = np.random.default_rng([*self._entropy, index])
         lengths = np.linspace(config.min_length, config.max_length, config.num_lengths)
         drawn = int(lengths[rng.integers(config.num_lengths)])
-        depths = rng.choice(np.linspace(0.05, 0.95, 1000), config.num_passkeys, replace=False)
-        depths = np.sort(depths)
-        passkeys = self._draw_passkeys(rng)
+        count = self._count(index)
+        depths = np.sort(rng.choice(np.linspace(0.05, 0.95, 1000), count, replace=False))
+        passkeys = self._draw_passkeys(rng, count)
         frame = self._frames[index % len(self._frames)]
 
         overhead = len(self._assemble(passkeys, frame)[0])
@@ -154,7 +164,7 @@ class PasskeySampler:
         start = rng.integers(self._text.size - size + 1)
         haystack = self._text[start : start + size]
         cuts = [int(size * depth) for depth in depths]
-        order = rng.permutation(config.num_passkeys).tolist()
+        order = rng.permutation(count).tolist()
         pieces = np.split(haystack, cuts)
         tokens, tail_start, answers = self._assemble(passkeys, frame, pieces, order)
         return Sample(
@@ -199,8 +209,13 @@ class PasskeySampler:
         tokens = tokenizer_calls.encode(tokenizer, text, special=False) if text else []
         return tokens if self._bos and tokens[:1] == self._bos else self._bos + tokens
 
-    def _draw_passkeys(self, rng: np.random.Generator) -> list[list[int]]:
-        count, size = self.config.num_passkeys, self.config.passkey_words
+    def _count(self, index: int) -> int:
+        """Return a sample's number of passkeys, from a generator of its own."""
+        rng = np.random.default_rng([*self._entropy, index, 2])
+        return int(rng.integers(self._fewest, self.config.num_passkeys, endpoint=True))
+
+    def _draw_passkeys(self, rng: np.random.Generator, count: int) -> list[list[int]]:
+        size = self.config.passkey_words
         distinct = self.config.words != "nato"
         chosen = rng.choice(len(self._words), (count, size), replace=not distinct)
         return [self._encode("".join(" " + self._words[w] for w in words)) for words in chosen]

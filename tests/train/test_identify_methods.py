@@ -94,15 +94,17 @@ def test_flags_reach_the_profile(tiny_model, tmp_path, monkeypatch):
     calls = []
 
     def record(architecture, params, sample, **options):
-        del params, sample
-        calls.append(options)
+        del params
+        calls.append((options, len(sample.answers)))
         return np.zeros((architecture.num_layers, architecture.num_q_heads), np.float32)
 
     monkeypatch.setattr(profile_module, "sample_profile", record)
-    profiled(tiny_model, tmp_path / "run", "--profile-samples", "2", "--sink", "1", "--recent", "3",
-             "--implementation", "interpret")  # fmt: skip
-    assert len(calls) == 2
-    for options in calls:
+    profiled(tiny_model, tmp_path / "run", "--profile-samples", "9", "--sink", "1", "--recent", "3",
+             "--implementation", "interpret", "--min-passkeys", "2")  # fmt: skip
+    assert len(calls) == 9
+    assert {passkeys for _, passkeys in calls} == {2, 3}
+    assert load_pattern(tmp_path / "run" / "pattern").extra["min_passkeys"] == 2
+    for options, _ in calls:
         assert (options["sink_size"], options["recent_size"]) == (1, 3)
         assert options["implementation"] == "interpret"
 
@@ -117,6 +119,7 @@ def test_flags_reach_the_profile(tiny_model, tmp_path, monkeypatch):
         ("profile", ("--mixing", "self")),
         ("reconstruct", ("--num-steps", "7")),
         ("reconstruct", ("--chats",)),
+        ("lm", ("--min-passkeys", "1")),
         ("optimise", ("--profile-samples", "5")),
         ("budget", ("--profile-samples", "5")),
         ("budget", ("--reg-weight", "0.1")),

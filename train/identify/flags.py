@@ -52,6 +52,7 @@ _READ_BY: dict[str, tuple[Method, ...]] = {
     "learn_from": ("masks",),
     "init": ("budget", "masks"),
     "profile_samples": ("profile", "reconstruct"),
+    "min_passkeys": ("optimise", "budget", "masks", "attribute", "profile"),
     "chats": (*_STEPWISE, "profile"),
 }
 _FLAGS = {"learn_from": "data"}  # whose names are not those of their fields
@@ -126,6 +127,9 @@ class IdentifyConfig:
     """Number of first tokens (attention sinks) that a streaming head keeps."""
     recent: Count = 256
     """Number of latest tokens that a streaming head keeps."""
+    min_passkeys: Count | None = None
+    """Fewest passkeys of a sample, which draws its number from here to --num-passkeys; the report's
+    samples have --num-passkeys. Default: as many in each."""
     chats: bool = False
     """Put every second sample into the model's chat template, as a user's message and the
     assistant's answer, for models that are used so; the report's samples stay plain."""

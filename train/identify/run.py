@@ -85,7 +85,14 @@ def identify(flags: IdentifyConfig) -> None:
     documents = load_documents(flags.text)
     training_text, held_out_text = split_held_out(documents)
     chat = _chat_form(folder) if flags.chats else None
-    sampler = PasskeySampler(flags.data, tokenizer, training_text, seed=flags.seed, chat=chat)
+    sampler = PasskeySampler(
+        flags.data,
+        tokenizer,
+        training_text,
+        seed=flags.seed,
+        chat=chat,
+        fewest=flags.min_passkeys,
+    )
     if sampler.largest_token >= architecture.vocab_size:
         raise InputError(
             f"the tokenizer makes token {sampler.largest_token:,}, the model has "
@@ -246,6 +253,7 @@ def _pattern(flags: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"])
             "context_length_min": flags.data.min_length,
             "context_length_max": flags.data.max_length,
             "num_passkeys": flags.data.num_passkeys,
+            "min_passkeys": flags.min_passkeys,
             "seed": flags.seed,
             "made_by": "duo_jax",
         },

@@ -55,6 +55,29 @@ def test_every_second_sample_is_a_chat(make, tokenizer, tokenizer_with_bos):
         assert made.sample(1).tokens.tolist().count(tokenizer_with_bos.bos_token_id) == 1
 
 
+def test_samples_draw_from_the_fewest_passkeys_to_the_most(make, tokenizer):
+    """Chats and plain samples alike, and each number is asked for as often as another."""
+    several, three = make(fewest=1, chat=("[user] ", " [assistant] ")), make()
+    drawn = [several.sample(i) for i in range(120)]
+    for samples in (drawn[::2], drawn[1::2]):
+        counts = np.bincount([len(sample.answers) for sample in samples], minlength=4)
+        assert counts[0] == 0
+        assert counts[1:].min() >= 10
+    for sample in drawn[:6]:
+        context = tokenizer.decode(sample.tokens[: sample.tail_start])
+        assert context.count("passkey to the vault:") == len(sample.answers)
+        assert all(answer in context for answer in answers_of(sample, tokenizer))
+        assert len(sample.depths) == len(sample.answers)
+        assert sample.tokens.size % 16 == 0
+    assert all(same(make(fewest=3).sample(i), three.sample(i)) for i in range(6))
+
+
+@pytest.mark.parametrize("fewest", [0, 4])
+def test_more_than_the_most_or_none_are_refused(make, fewest):
+    with pytest.raises(InputError, match=f"min_passkeys {fewest} is not in 1 to num_passkeys, 3"):
+        make(fewest=fewest)
+
+
 def test_templates_stand_where_they_belong(make, tokenizer):
     marks = {
         "intro": "<intro>",

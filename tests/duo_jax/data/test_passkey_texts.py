@@ -38,22 +38,29 @@ def test_only_a_text_that_is_too_short_is_passed_over(tokenizer):
         sampler_of_first(texts, SMALL, tokenizer, seed=0, stream=2)
 
 
-@pytest.mark.parametrize("chat", [None, ("[user] ", " [assistant] ")])
-def test_text_just_long_enough_serves_every_sample(make, coarse_tokenizer, chat):
-    config = dataclasses.replace(BARE, num_passkeys=1, passkey_words=1, max_length=128)
+@pytest.mark.parametrize(
+    ("passkeys", "options"),
+    [(1, {}), (1, {"chat": ("[user] ", " [assistant] ")}), (2, {"fewest": 1})],
+    ids=["plain", "chats", "one or two passkeys"],
+)
+def test_text_just_long_enough_serves_every_sample(make, coarse_tokenizer, passkeys, options):
+    config = dataclasses.replace(BARE, num_passkeys=passkeys, passkey_words=1, max_length=128)
     words = "night vault sea " * 100
     low, high = 0, len(words)
     while high - low > 1:  # the shortest text that is accepted
         middle = (low + high) // 2
         try:
-            make(config, text=[words[:middle]], tokenizer=coarse_tokenizer, chat=chat)
+            make(config, text=[words[:middle]], tokenizer=coarse_tokenizer, **options)
             high = middle
         except InputError:
             low = middle
-    sampler = make(config, text=[words[:high]], tokenizer=coarse_tokenizer, chat=chat)
+    sampler = make(config, text=[words[:high]], tokenizer=coarse_tokenizer, **options)
     samples = [sampler.sample(i, length=128) for i in range(100)]
-    assert {sample.tokens.size for sample in samples} <= ({128} if chat is None else {112, 128})
+    assert {sample.tokens.size for sample in samples} <= (
+        {112, 128} if "chat" in options else {128}
+    )
     assert len({sample.tail_start for sample in samples}) > 1
+    assert {len(sample.answers) for sample in samples} == set(range(1, passkeys + 1))
 
 
 def test_plain_text_is_a_stretch_of_the_text_as_long_as_the_sample(make, tokenizer_with_bos):
