@@ -6,7 +6,6 @@ the rows of q and k in another order, the one of the original rotary embedding, 
 (2i, 2i + 1) of a head together where Hugging Face turns (i, i + half); it is undone here.
 """
 
-import math
 import pathlib
 import re
 from typing import Any
@@ -46,7 +45,7 @@ _MODULES = {
 _IN_LAYER = re.compile(r"blk\.([0-9]+)\.(\w+)\.(weight|bias)")
 _NOT_PARAMETERS = re.compile(rf"{re.escape(FACTORS)}|blk\.[0-9]+\.attn_rot_embd\.weight")
 _PERMUTED = re.compile(r"\.([qk])_proj\.(weight|bias)$")
-_BLOCK = 1 << 19  # numbers that are unpacked at once
+_AT_ONCE = 1 << 17  # numbers that are unpacked together: they stay in a core's cache
 
 
 class GgufTensors:
@@ -105,17 +104,19 @@ def hf_name(name: str) -> str:
 
 
 def _numbers(data: np.ndarray, tensor: StoredTensor) -> np.ndarray:
-    """Return the values of a tensor's bytes, unpacked some rows at a time."""
+    """Return the values of a tensor's bytes, unpacked some blocks at a time."""
     dtype = _STORED_AS_NUMBERS.get(tensor.type.name)
     if dtype is not None:
         return data.view(dtype).reshape(tensor.shape)
-    rows = data.reshape(math.prod(tensor.shape[:-1]), -1)
-    array = np.empty((len(rows), tensor.shape[-1]), np.float32)
-    step = max(1, _BLOCK // tensor.shape[-1])
+    block_size, block_bytes = library().GGML_QUANT_SIZES[tensor.type]
+    blocks = data.reshape(-1, block_bytes)
+    array = np.empty((len(blocks), block_size), np.float32)
+    step = _AT_ONCE // block_size
     with np.errstate(all="ignore"):  # any bytes are numbers, not finite ones always
-        for start in range(0, len(rows), step):
+        for start in range(0, len(blocks), step):
             some = slice(start, start + step)
-            array[some] = library().dequantize(rows[some], tensor.type)
+            row = blocks[some].reshape(1, -1)  # gguf unpacks 16 rows at a time, however short
+            array[some] = library().dequantize(row, tensor.type).reshape(-1, block_size)
     return array.reshape(tensor.shape)
 
 
