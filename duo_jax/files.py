@@ -246,7 +246,9 @@ def new_folder(
             _put_back(path)
             if not replace and path.is_dir() and any(path.iterdir()):
                 raise InputError(f"{path} already exists; remove it or choose another name")
-            partial.mkdir(0o700)
+            partial.mkdir()
+            mode = mode or partial.stat().st_mode  # what the umask leaves
+            partial.chmod(0o700)
         try:
             with signals.let_through():
                 yield partial
@@ -256,7 +258,7 @@ def new_folder(
                 raise
             raise _cannot_be_written(path, code) from None
         with writing(path):
-            partial.chmod(0o755)
+            partial.chmod(stat.S_IMODE(mode))
             _take_place(partial, path)
 
 

@@ -29,7 +29,6 @@ def test_folder_appears_only_when_the_block_has_ended(tmp_path):
         assert partial.parent == path.parent  # one file system, so that the rename is atomic
     assert (path / "a.txt").read_text() == "a"
     assert listing(path.parent) == ["out", "out/a.txt"]
-    assert path.stat().st_mode & 0o777 == 0o755
 
 
 @pytest.mark.parametrize("exception", [ValueError, OSError, KeyboardInterrupt, SystemExit])
@@ -38,6 +37,24 @@ def test_nothing_is_left_after_an_exception(tmp_path, exception, replace):
     with pytest.raises(exception):
         fill(tmp_path / "out", then_raise=exception, replace=replace)
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o002, 0o775)])
+def test_a_folder_is_for_whom_the_umask_leaves_it_and_keeps_what_it_was_given(
+    tmp_path, umask, mode
+):
+    path = tmp_path / "saved"
+    before = os.umask(umask)
+    try:
+        with files.new_folder(path) as partial:
+            assert partial.stat().st_mode & 0o777 == 0o700
+        assert path.stat().st_mode & 0o777 == mode
+        path.chmod(0o750)
+        with files.new_folder(path, replace=True):
+            pass
+        assert path.stat().st_mode & 0o777 == 0o750
+    finally:
+        os.umask(before)
 
 
 def test_an_existing_folder_is_refused_before_any_work(tmp_path):
