@@ -258,7 +258,7 @@ def new_folder(
                 raise
             raise _cannot_be_written(path, code) from None
         with writing(path):
-            partial.chmod(stat.S_IMODE(mode))
+            _share(partial, stat.S_IMODE(mode))
             _take_place(partial, path)
 
 
@@ -395,6 +395,15 @@ def _remove(path: pathlib.Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _share(folder: pathlib.Path, mode: int) -> None:
+    """Open a folder and all in it to whom its mode names: safetensors keeps files to the owner."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for file in (pathlib.Path(place, name) for name in names):
+            if not file.is_symlink():
+                file.chmod(mode & 0o666)
+        os.chmod(place, mode)
 
 
 def _take_place(partial: pathlib.Path, path: pathlib.Path) -> None:

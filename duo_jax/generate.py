@@ -8,9 +8,9 @@ if __name__ == "__main__":  # a signal ends what follows in one line: jax takes 
 
 import contextlib
 import dataclasses
-import os
 import pathlib
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -53,7 +53,7 @@ class GenerateConfig(ModelFlags, ClusterFlags):
     """File whose text comes before --prompt; "-" reads standard input."""
     chat: bool = False
     """Format the prompt with the model's chat template. Without a prompt it opens a conversation in
-    the terminal, line by line."""
+    the terminal, line by line; what is piped in is one message."""
     system: str | None = None
     """System message of the chat; it replaces the one that the template has, even where it is empty
     ("")."""
@@ -237,7 +237,7 @@ def _turn(flags: GenerateConfig, conversation: Conversation, text: str) -> None:
         if flags.chat:
             pieces = conversation.chat(text, **settings)
         else:
-            pieces = conversation.stream(text or None, **settings)
+            pieces = conversation.stream(text, **settings)
         with contextlib.closing(pieces):  # an answer belongs to the chat, however it ends
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -252,8 +252,8 @@ def _check_new(folder: pathlib.Path) -> None:
     parent = next(parent for parent in files.absolute(folder).parents if files.exists(parent))
     if not files.is_folder(parent):
         raise InputError(f"{folder} cannot be written: {parent} is not a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{folder} cannot be written: {parent} is not writable")
+    with files.writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent):
+        pass
 
 
 def _finish(flags: GenerateConfig, conversation: Conversation) -> None:

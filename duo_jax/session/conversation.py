@@ -80,7 +80,7 @@ class Conversation:
         """Read more plain text, if any is given; then continue it, and yield text as it is written.
 
         Args:
-          text: text to read first.
+          text: text to read first; the empty text continues what was read before, like None.
           max_new_tokens: maximum number of tokens to write.
           stop: string or strings at which to stop; they are not yielded.
           seed: random seed.
@@ -93,7 +93,7 @@ class Conversation:
         """
         config = sampling_config(sampling)
         max_new_tokens = argument("max_new_tokens", max_new_tokens, Count)
-        if text is not None:
+        if text is not None and (text != "" or self.num_tokens == 0):
             self.append(text, room=max_new_tokens, progress=progress)
         for (piece,) in self._write(max_new_tokens, stop, seed, config):
             yield piece

@@ -412,14 +412,17 @@ def test_turns_equal_the_whole_and_cost_only_their_own_tokens(model):
     assert model.generate([TEXT + " What is it?"], max_new_tokens=12) == [answer]
 
 
-def test_writing_goes_on_without_more_text(model, text):
+@pytest.mark.parametrize("nothing", [None, ""])
+def test_writing_goes_on_without_more_text(model, text, nothing):
     conversation = model.conversation()
     tokens = model.tokenizer(TEXT)["input_ids"]
     first = conversation.generate(TEXT, max_new_tokens=11)
-    conversation.generate(max_new_tokens=19)
+    conversation.generate(nothing, max_new_tokens=19)
     whole = model.tokenizer.decode(conversation.session.tokens[0][len(tokens) :])
     assert whole == text
     assert whole.startswith(first.rstrip("\N{REPLACEMENT CHARACTER}"))
+    with pytest.raises(InputError, match="the prompt is empty"):
+        model.conversation().generate(nothing)
 
 
 def test_a_conversation_may_have_a_size(model):
@@ -431,8 +434,6 @@ def test_a_conversation_may_have_a_size(model):
     assert (used, full) == (2 * 8 * 4 * (4 * 64 + 4 * 12), 2 * 8 * 4 * 8 * 64)
     with pytest.raises(InputError, match="too many: the cache was made for 64"):
         conversation.append(TEXT * 2)
-    with pytest.raises(InputError, match="the prompt is empty"):
-        model.conversation().generate()
 
 
 # Chats

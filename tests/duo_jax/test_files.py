@@ -43,12 +43,19 @@ def test_nothing_is_left_after_an_exception(tmp_path, exception, replace):
 def test_a_folder_is_for_whom_the_umask_leaves_it_and_keeps_what_it_was_given(
     tmp_path, umask, mode
 ):
-    path = tmp_path / "saved"
+    path, other = tmp_path / "saved", tmp_path / "other"
+    other.touch(0o400)
     before = os.umask(umask)
     try:
         with files.new_folder(path) as partial:
             assert partial.stat().st_mode & 0o777 == 0o700
+            (partial / "inner").mkdir()
+            (partial / "inner/file").touch(0o600)
+            (partial / "link").symlink_to(other)
         assert path.stat().st_mode & 0o777 == mode
+        assert (path / "inner").stat().st_mode & 0o777 == mode
+        assert (path / "inner/file").stat().st_mode & 0o777 == mode & 0o666
+        assert other.stat().st_mode & 0o777 == 0o400
         path.chmod(0o750)
         with files.new_folder(path, replace=True):
             pass

@@ -183,15 +183,19 @@ class IdentifyConfig:
         if "{name}" not in self.data.question:
             raise InputError("the question must hold {name}, or nothing can be looked up")
 
+    def reads(self, name: str) -> bool:
+        """Whether the method reads a field that not all methods do."""
+        return self.method in _READ_BY[name]
+
     def check_method(self, defaults: "IdentifyConfig") -> None:
         """Refuse fields that the method does not read, unless they have their value in `defaults`.
 
         Raises:
           InputError: names one of them.
         """
-        for name, methods in _READ_BY.items():
+        for name in _READ_BY:
             usual = (getattr(defaults, name), getattr(IdentifyConfig, name))
-            if self.method not in methods and getattr(self, name) not in usual:
+            if not self.reads(name) and getattr(self, name) not in usual:
                 flag = "--" + _FLAGS.get(name, name).replace("_", "-")
                 raise InputError(f"--method {self.method} does not read {flag}; leave it out")
 

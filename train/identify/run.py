@@ -43,6 +43,15 @@ _VALUES = {  # of heads that were not learned, in pictures
 # Fields that may differ when a run is resumed: they do not change its result.
 _OPERATIONAL = ("workdir", "checkpoint_every", "tensorboard", "devices")
 _WEIGHTS = "weights_digest"  # among the settings
+_KEPT = {  # beside a pattern, where its method reads them; named as in published ones
+    "lr": "learning_rate",
+    "reg_weight": "reg_weight",
+    "target_sparsity": "target_sparsity",
+    "mixing": "mixing",
+    "num_steps": "num_steps",
+    "num_samples": "profile_samples",
+    "min_passkeys": "min_passkeys",
+}
 
 
 def identify(flags: IdentifyConfig) -> None:
@@ -234,14 +243,7 @@ def _chat_form(folder: pathlib.Path) -> tuple[str, str]:
 
 
 def _pattern(flags: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"]) -> Pattern:
-    training = {
-        "lr": flags.learning_rate,
-        "reg_weight": flags.reg_weight,
-        "target_sparsity": flags.target_sparsity,
-        "mixing": flags.mixing,
-        "num_steps": flags.num_steps,
-    }
-    samples = {"num_samples": flags.profile_samples}
+    settings = {name: getattr(flags, field) for name, field in _KEPT.items() if flags.reads(field)}
     return Pattern(
         gates=np.asarray(gates, np.float64),
         sink_size=flags.sink,
@@ -249,11 +251,10 @@ def _pattern(flags: IdentifyConfig, gates: Float[np.ndarray, "layers kv_heads"])
         extra={
             "model_name": _name_of(flags.model),
             "method": flags.method,
-            **(samples if flags.method in _UNTRAINED else training),
+            **settings,
             "context_length_min": flags.data.min_length,
             "context_length_max": flags.data.max_length,
             "num_passkeys": flags.data.num_passkeys,
-            "min_passkeys": flags.min_passkeys,
             "seed": flags.seed,
             "made_by": "duo_jax",
         },
