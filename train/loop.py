@@ -11,6 +11,8 @@ from tqdm import tqdm
 from duo_jax.process import signals
 from train.workdir import State, WorkDir
 
+_LINE_EVERY = 60.0  # seconds, where there is no terminal for a bar
+
 
 def run_steps(
     workdir: WorkDir,
@@ -32,7 +34,8 @@ def run_steps(
       state: as `workdir.restore` returned it; `state.step` counts the steps that are done.
       step: does one step; returns the state after it and its metrics, as JSON holds them. It must
         depend on the state alone, or a resumed run would not end with the same bits.
-      bar: the progress bar, which begins at `state.step`; closed at the end.
+      bar: the progress bar, which begins at `state.step`; closed at the end. Where it is off, as in
+        a log file, a line a minute says the same.
       finished: whether a state is the last.
       checkpoint_every: steps between checkpoints.
       shown: names of the metrics that the bar shows.
@@ -42,6 +45,7 @@ def run_steps(
       the few steps that compiled; None where all was done already.
     """
     durations = []
+    last_line = time.monotonic()
     with bar:
         try:
             while not finished(state):
@@ -52,8 +56,12 @@ def run_steps(
                 with signals.put_off():  # a step is counted and logged, or neither
                     workdir.log({"step": number} | metrics)
                     state = new_state
-                bar.set_postfix({name: f"{metrics[name]:.4f}" for name in shown}, refresh=False)
+                values = {name: f"{metrics[name]:.4f}" for name in shown}
+                bar.set_postfix(values, refresh=False)
                 bar.update()
+                if bar.disable and time.monotonic() >= last_line + _LINE_EVERY:
+                    last_line = time.monotonic()
+                    print(_line(number, bar.total, values, durations), file=sys.stderr, flush=True)
                 if number % checkpoint_every == 0:
                     workdir.save(state)
                 signals.check()
@@ -65,3 +73,10 @@ def run_steps(
             raise
     workdir.save(state)
     return state, float(np.median(durations)) if durations else None
+
+
+def _line(number: int, total: float | None, values: dict[str, str], durations: list[float]) -> str:
+    """Say how far a run is: the step, its metrics, and the median seconds of a step."""
+    of_all = f" of {total:,.0f}" if total else ""
+    metrics = "".join(f", {name} {value}" for name, value in values.items())
+    return f"[step {number:,}{of_all}{metrics}; {np.median(durations):.2f} s a step]"

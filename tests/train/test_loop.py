@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 import signal
 
 import jax
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from duo_jax import files
 from duo_jax.process import signals
+from train import loop
 from train.loop import run_steps
 from train.workdir import WorkDir
 
@@ -81,6 +83,16 @@ def test_a_run_killed_at_any_step_goes_on_from_the_last_checkpoint(whole, tmp_pa
     np.testing.assert_array_equal(state.total, expected.total)
     metrics = "metrics.jsonl"
     assert (tmp_path / "run" / metrics).read_bytes() == (path / metrics).read_bytes()
+
+
+def test_without_a_terminal_a_line_says_how_far_it_is(tmp_path, monkeypatch, capsys):
+    run(tmp_path / "short")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(loop, "_LINE_EVERY", 0.0)
+    run(tmp_path / "long")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == STEPS
+    assert re.fullmatch(r"\[step 3 of 7, total 3\.1000; 0\.\d\d s a step\]", lines[2])
 
 
 def test_ctrl_c_loses_no_step(whole, tmp_path, capsys):
