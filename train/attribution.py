@@ -6,7 +6,7 @@
 mixed attention come from the model's own queries, keys and values (mixing "self"). The credits of
 all heads sum up to what the answers' likelihood loses from full attention to gates of 1 - sparsity.
 
-The path ends at 1 - `target_sparsity`, the mean gate of what will be served; without a target at 0.
+The path ends at 1 - `target_sparsity`, the mean gate of what will be served.
 Below that mean the model has lost what the served one keeps, and a head's gradient there says
 little about its worth where most others work: measured on SmolLM2, credits of the whole path choose
 worse heads for 50% streaming than for 75% and more (issue 16).
@@ -70,8 +70,8 @@ def train_step(
 
 def part_of_path(step: StepConfig, number: Int[Array, ""]) -> tuple[Float[Array, ""], float]:
     """Return the middle of a step's part of the path, after `number` others, and its length."""
-    sparsity = 1.0 if step.target_sparsity is None else step.target_sparsity
-    length = sparsity / step.num_steps
+    assert step.target_sparsity is not None
+    length = step.target_sparsity / step.num_steps
     return 1.0 - length * (number.astype(jnp.float32) + 0.5), length
 
 
@@ -80,8 +80,8 @@ def pattern_gates(
 ) -> Float[np.ndarray, "layers kv_heads"]:
     """Return gates for a pattern file, in the order of the credits.
 
-    Those above 0.5 are the heads that the target keeps; half of all without a target.
+    Those above 0.5 are the heads that the target keeps.
     """
-    sparsity = 0.5 if step.target_sparsity is None else step.target_sparsity
-    kept = round(credit.size * (1 - sparsity))
+    assert step.target_sparsity is not None
+    kept = round(credit.size * (1 - step.target_sparsity))
     return gates_of_ranking(np.asarray(credit), kept=kept)

@@ -67,7 +67,7 @@ def test_credits_sum_up_to_what_the_answers_lose_along_the_path():
     np.testing.assert_allclose(nlls, [answer_nll(m["mean_gate"]) for m in metrics], rtol=1e-4)
 
 
-@pytest.mark.parametrize(("target", "end"), [(0.75, 0.25), (None, 0.0)])
+@pytest.mark.parametrize(("target", "end"), [(0.75, 0.25), (1.0, 0.0)])
 def test_the_path_falls_from_one_to_the_mean_gate_of_the_target(target, end):
     config = dataclasses.replace(CONFIG, target_sparsity=target)
     parts = [attribution.part_of_path(config, jnp.int32(number)) for number in range(12)]
@@ -81,8 +81,6 @@ def test_a_pattern_keeps_the_target_in_the_order_of_credit():
     gates = attribution.pattern_gates(credit, CONFIG)
     np.testing.assert_array_equal(gates > 0.5, [[False, False], [False, True]])
     np.testing.assert_array_equal(np.argsort(gates, axis=None), [1, 2, 0, 3])
-    half = attribution.pattern_gates(credit, dataclasses.replace(CONFIG, target_sparsity=None))
-    assert (half > 0.5).sum() == 2
 
 
 @pytest.mark.slow

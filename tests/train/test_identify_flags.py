@@ -36,6 +36,8 @@ def test_a_method_has_defaults_of_its_own_beside_what_was_chosen(tmp_path):
     budget = preset.resolved()
     assert (budget.num_steps, budget.learning_rate, budget.mixing) == (7, 0.7, "self")
     assert budget.target_sparsity == 0.75
+    credits = dataclasses.replace(preset, method="attribute").resolved()
+    assert (credits.num_steps, credits.target_sparsity, credits.learning_rate) == (7, 0.75, None)
     papers = dataclasses.replace(preset, method="optimise", learning_rate=0.01).resolved()
     assert (papers.num_steps, papers.learning_rate, papers.mixing) == (7, 0.01, "teacher")
     assert papers.target_sparsity is None

@@ -35,7 +35,7 @@ _PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "budget": {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75},
     "masks": {"num_steps": 1000, "mixing": "self", "target_sparsity": 0.75},
-    "attribute": {"num_steps": 40, "mixing": "self"},
+    "attribute": {"num_steps": 40, "mixing": "self", "target_sparsity": 0.75},
 }
 
 _MOST_TARGETS = 100
@@ -111,10 +111,10 @@ class IdentifyConfig:
     """Weight of the mean gate in the loss of --method optimise and lm. Larger: fewer retrieval
     heads."""
     target_sparsity: Fraction | None = None
-    """Fraction of streaming heads that --method budget and masks train for; default: 0.75. With
-    --method attribute it is where the path of the gates ends; default: at 0. With optimise and lm
-    it steers the mean gate, in place of a penalty of fixed weight: for models whose gates nearly
-    all stay at 1, as they do with grouped queries."""
+    """Fraction of streaming heads that --method budget and masks train for, and where the path of
+    the gates ends with --method attribute; default: 0.75. With optimise and lm it steers the mean
+    gate, in place of a penalty of fixed weight: for models whose gates nearly all stay at 1, as
+    they do with grouped queries."""
     target_sparsities: tuple[Fraction, ...] = ()
     """Several targets: one run for each, as if it were alone, in target-0.5 and so on of the work
     folder. They are not nested: a pattern is made for the sparsity that it is served at."""

@@ -211,7 +211,7 @@ def _how(config: dict[str, Any]) -> str:
         return f"reconstruction of {config['profile_samples']} texts"
     steps = f"{config['num_steps']} steps, mixing {config['mixing']}"
     if config["method"] == "attribute":
-        lowest = 1 - (1.0 if config["target_sparsity"] is None else config["target_sparsity"])
+        lowest = 1 - config["target_sparsity"]
         return f"credits of the answers along gates from 1 to {lowest:g}, {steps}"
     if config["method"] == "budget":
         return f"gates under a budget for {config['target_sparsity']:.1%} streaming, {steps}"
