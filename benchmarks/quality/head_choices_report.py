@@ -27,6 +27,7 @@ MEASURES = {
 _COMPARED = {"exact": "points", "nll": "nats"}  # by differences, and drawn
 _AXES = {"exact": "exact retrieval (%)", "nll": "answer NLL (nats per token)"}
 _FRACTIONS = ("exact", "tokens")  # written in per cent
+_MARKERS = {STREAMING: "v", RANDOM: "s"}  # of a single length, lines cannot be told apart
 
 Result = dict[str, Any]
 
@@ -174,7 +175,7 @@ def _draw(panel: Any, result: Result, passkeys: int, score: str, sparsity: float
             yerr=[2 * scale * standard_error(values) for _, values in points],
             color=colour,
             linestyle=dash,
-            marker="o",
+            marker=_MARKERS.get(name, "o"),
             markersize=4,
             linewidth=1.2,
             capsize=2,

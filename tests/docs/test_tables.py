@@ -25,6 +25,7 @@ from duo_jax.cache import KVFormat
 from duo_jax.evaluate.compare import report as compare_report
 from duo_jax.evaluate.compare.points import points
 from duo_jax.heads.pattern import load_pattern
+from duo_jax.reports.statistics import standard_error
 from train.identify import report
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -126,6 +127,44 @@ def test_choices_for_a_target_are_those_of_the_committed_run():
         assert f"| {label} | {cells} |" in page("identify")
     full, none = cell("full attention", 0.0), cell("all streaming", 1.0)
     assert f"full caches {full}, all streaming {none}" in " ".join(page("identify").split())
+
+
+def test_what_samples_ask_is_told_with_the_numbers_of_the_committed_run():
+    result = json.loads((RESULTS / "smollm2/samples.json").read_text())
+    lines = {
+        number: {(x.heads, x.sparsity): x for x in head_choices_report.lines(result, number, 1024)}
+        for number in (1, 4)
+    }
+
+    def cell(number: int, heads: str, sparsity: float) -> str:
+        line = lines[number][heads, sparsity]
+        return f"{line.texts('nll').mean():.2f} ({line.texts('exact').mean():.0%})"
+
+    full = (cell(number, "full attention", 0.0) for number in (1, 4))
+    assert "| full attention | {} | | | {} | | |".format(*full) in page("identify")
+    budget, attribute = "`budget`, 100 steps", "`attribute`, 20 gradients"
+    labels = {
+        "budget-4": f"{budget}, 4 passkeys: ships",
+        "budget-1": f"{budget}, 1 passkey",
+        "attribute-4": f"{attribute}, 4 passkeys",
+        "attribute-1": f"{attribute}, 1 passkey",
+        "attribute-1-to-4": f"{attribute}, 1 to 4 passkeys",
+    }
+    for heads, label in labels.items():
+        cells = [cell(n, heads, sparsity) for n in (1, 4) for sparsity in (0.5, 0.75, 0.875)]
+        assert f"| {label} | {' | '.join(cells)} |" in page("identify")
+    told = " ".join(page("identify").split())
+    for number, sparsity, words in (
+        (1, 0.75, "0.033 ± 0.022 nats better at 75% with one passkey"),
+        (4, 0.75, "0.022 ± 0.017 with four"),
+        (1, 0.5, "0.008 ± 0.013 worse"),
+        (4, 0.5, "0.013 ± 0.012 better"),
+    ):
+        ours, ships = (lines[number][x, sparsity].texts("nll") for x in ("attribute-1", "budget-4"))
+        change, error = ours - ships, 2 * standard_error(ours - ships)
+        assert words.startswith(f"{abs(change.mean()):.3f} ± {error:.3f}")
+        assert ("worse" in words) == (change.mean() > 0)
+        assert words in told
 
 
 def test_the_frontier_of_a_real_model_is_told_with_the_numbers_of_its_page():
