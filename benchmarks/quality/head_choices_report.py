@@ -121,7 +121,7 @@ def plot(result: Result, path: pathlib.Path) -> None:
     sparsities, numbers = sorted(result["settings"]["sparsities"]), _numbers(result)
     panels = [(number, score) for number in numbers for score in _COMPARED]
     figure, axes = figures.new_figure(
-        1.2 + 4.8 * len(sparsities),
+        max(10.0, 1.2 + 4.8 * len(sparsities)),  # of the title
         1.2 + 2.9 * len(panels),
         nrows=len(panels),
         ncols=len(sparsities),

@@ -165,6 +165,19 @@ def test_what_samples_ask_is_told_with_the_numbers_of_the_committed_run():
         assert words.startswith(f"{abs(change.mean()):.3f} ± {error:.3f}")
         assert ("worse" in words) == (change.mean() > 0)
         assert words in told
+    longer = json.loads((RESULTS / "smollm2/samples-4096.json").read_text())
+    for number, words in (
+        (
+            1,
+            "one passkey costs {} nats with attribution from one, {} from one to four, and {} with",
+        ),
+        (4, "four passkeys {}, {} and {} ({})"),
+    ):
+        found = {
+            x.heads: x.texts("nll").mean() for x in head_choices_report.lines(longer, number, 4096)
+        }
+        names = ("attribute-1", "attribute-1-to-4", "budget-4", "full attention")
+        assert words.format(*(f"{found[name]:.2f}" for name in names)) in told
 
 
 def test_the_frontier_of_a_real_model_is_told_with_the_numbers_of_its_page():
