@@ -247,6 +247,7 @@ def _turn(flags: GenerateConfig, conversation: Conversation, text: str) -> None:
 
 def _check_new(folder: pathlib.Path) -> None:
     """Refuse a folder that could not be made at the end, before any work is done."""
+    files.check_name(folder)
     if files.exists(folder):
         raise InputError(f"{folder} already exists; remove it or choose another name")
     parent = next(parent for parent in files.absolute(folder).parents if files.exists(parent))
