@@ -61,7 +61,7 @@ def run_steps(
                 bar.update()
                 if bar.disable and time.monotonic() >= last_line + _LINE_EVERY:
                     last_line = time.monotonic()
-                    print(_line(number, bar.total, values, durations), file=sys.stderr, flush=True)
+                    print(_line(bar, number, values, durations), file=sys.stderr, flush=True)
                 if number % checkpoint_every == 0:
                     workdir.save(state)
                 signals.check()
@@ -75,8 +75,8 @@ def run_steps(
     return state, float(np.median(durations)) if durations else None
 
 
-def _line(number: int, total: float | None, values: dict[str, str], durations: list[float]) -> str:
+def _line(bar: tqdm, number: int, values: dict[str, str], durations: list[float]) -> str:
     """Say how far a run is: the step, its metrics, and the median seconds of a step."""
-    of_all = f" of {total:,.0f}" if total else ""
+    of_all = f" of {bar.total:,.0f}" if bar.total else ""
     metrics = "".join(f", {name} {value}" for name, value in values.items())
     return f"[step {number:,}{of_all}{metrics}; {np.median(durations):.2f} s a step]"
