@@ -103,13 +103,16 @@ def test_methods_are_compared_by_the_committed_choices_of_heads():
     assert f"costs {learned} nats (full caches {full}; {others};" in readme
 
 
+def nll_and_exact(line: head_choices_report.Line) -> str:
+    return f"{line.texts('nll').mean():.2f} ({line.texts('exact').mean():.0%})"
+
+
 def test_choices_for_a_target_are_those_of_the_committed_run():
     result = json.loads((RESULTS / "smollm2/targets.json").read_text())
     lines = {(x.heads, x.sparsity): x for x in head_choices_report.lines(result, 1, 1024)}
 
     def cell(heads: str, sparsity: float) -> str:
-        line = lines[heads, sparsity]
-        return f"{line.texts('nll').mean():.2f} ({line.texts('exact').mean():.0%})"
+        return nll_and_exact(lines[heads, sparsity])
 
     labels = {
         "learned": "`budget`, for 75%: ships",
@@ -137,8 +140,7 @@ def test_what_samples_ask_is_told_with_the_numbers_of_the_committed_run():
     }
 
     def cell(number: int, heads: str, sparsity: float) -> str:
-        line = lines[number][heads, sparsity]
-        return f"{line.texts('nll').mean():.2f} ({line.texts('exact').mean():.0%})"
+        return nll_and_exact(lines[number][heads, sparsity])
 
     full = (cell(number, "full attention", 0.0) for number in (1, 4))
     assert "| full attention | {} | | | {} | | |".format(*full) in page("identify")

@@ -39,7 +39,7 @@ def test_nothing_is_left_after_an_exception(tmp_path, exception, replace):
     assert listing(tmp_path) == []
 
 
-@pytest.mark.parametrize(("umask", "mode"), [(0o077, 0o700), (0o002, 0o775)])
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
 def test_a_folder_is_for_whom_the_umask_leaves_it_and_keeps_what_it_was_given(
     tmp_path, umask, mode
 ):
