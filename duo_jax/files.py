@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Collection, Iterator
 from typing import IO, Any
@@ -267,8 +268,42 @@ def check_file(path: str | pathlib.Path) -> None:
 
     Raises:
       InputError: it is the name of a folder, pipe or device, or of a file in a folder which does
-        not exist.
+        not exist, or which takes no file.
     """
+    _check_file_name(path)
+    check_place(path)
+
+
+def check_new_folder(path: str | pathlib.Path) -> None:
+    """Refuse a folder that could not be made, before hours are spent on its content.
+
+    Raises:
+      InputError: it exists, or cannot be made.
+    """
+    if exists(path):
+        raise InputError(f"{shown(path)} already exists; remove it or choose another name")
+    check_place(path)
+
+
+def check_place(path: str | pathlib.Path) -> None:
+    """Refuse a place where nothing can be made: tried, as what the system says is not always so.
+
+    Root may write in /proc, and everybody on a full disk, if one asks for permissions only.
+
+    Raises:
+      InputError: no file can have the name, or the nearest of its folders that exists takes no
+        file, or is none.
+    """
+    check_name(path)
+    parent = next(parent for parent in absolute(path).parents if exists(parent))
+    if not is_folder(parent):
+        raise InputError(f"{shown(path)} cannot be written: {parent} is not a folder")
+    prefix = f".{pathlib.Path(path).name}."
+    with writing(path), tempfile.TemporaryDirectory(prefix=prefix, dir=parent):
+        pass
+
+
+def _check_file_name(path: str | pathlib.Path) -> None:
     mode = _mode(path)  # "" is the current folder
     if mode and not stat.S_ISREG(mode):  # a file would take the place of /dev/null, for everybody
         raise InputError(f"{shown(path)} cannot be written: it is {_kind(mode)}; name a file")
@@ -292,7 +327,7 @@ def write_bytes(path: str | pathlib.Path, content: bytes) -> None:
       InputError: it cannot be written.
     """
     check_name(path)
-    check_file(path)
+    _check_file_name(path)
     path = pathlib.Path(os.path.realpath(path) if os.path.islink(path) else path)
     with signals.put_off(), _alone(path, wait=_LONGEST_WAIT) as partial, writing(path):
         partial.write_bytes(content)

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -107,7 +106,7 @@ def generate(flags: GenerateConfig) -> None:
 
 def _generate(flags: GenerateConfig) -> None:
     if flags.save_cache is not None:
-        _check_new(flags.save_cache)
+        files.check_new_folder(flags.save_cache)
     prompt, shown = _prompt(flags)
     loaded = flags.load()
     settings: dict[str, Any] = {"max_len": flags.max_len}
@@ -243,18 +242,6 @@ def _turn(flags: GenerateConfig, conversation: Conversation, text: str) -> None:
                 print(piece, end="", flush=True)
                 step_done()
         print()
-
-
-def _check_new(folder: pathlib.Path) -> None:
-    """Refuse a folder that could not be made at the end, before any work is done."""
-    files.check_name(folder)
-    if files.exists(folder):
-        raise InputError(f"{folder} already exists; remove it or choose another name")
-    parent = next(parent for parent in files.absolute(folder).parents if files.exists(parent))
-    if not files.is_folder(parent):
-        raise InputError(f"{folder} cannot be written: {parent} is not a folder")
-    with files.writing(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=parent):
-        pass
 
 
 def _finish(flags: GenerateConfig, conversation: Conversation) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,7 +16,7 @@ _LOCK_FILE = ".lock"
 
 
 def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -> None:
-    """Refuse a work folder that cannot be used, before hours are spent. Writes nothing.
+    """Refuse a work folder that cannot be used, before hours are spent. Leaves nothing.
 
     Args:
       path: the folder; need not exist.
@@ -27,14 +26,12 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
     Raises:
       InputError: the folder cannot be written, or holds a run of another configuration.
     """
-    existing = next(p for p in (path, *files.absolute(path).parents) if files.exists(p))
-    if not files.is_folder(existing) or not os.access(existing, os.W_OK):
-        raise InputError(f"workdir {path} cannot be written")
     file = path / _CONFIG_FILE
+    files.check_place(file)
     if not files.exists(file):
         with files.reading(path):
             # A kill may have left our own temporary file, and leaves the lock's.
-            others = existing == path and any(
+            others = files.exists(path) and any(
                 other.name != _LOCK_FILE and not other.name.startswith(f".{_CONFIG_FILE}.")
                 for other in path.iterdir()
             )

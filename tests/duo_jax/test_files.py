@@ -140,6 +140,20 @@ def test_where_no_folder_can_be_is_one_clear_line(tmp_path, monkeypatch, replace
     assert listing(tmp_path) == ["dangling", "file"]
 
 
+@pytest.mark.parametrize("check", [files.check_file, files.check_new_folder, files.check_place])
+def test_a_place_is_tried_before_there_is_something_to_write(tmp_path, check):
+    (tmp_path / "file").touch()
+    # What the kernel makes up takes nothing, though the system tells root that it does.
+    assert os.access("/proc", os.W_OK) or os.getuid()
+    for place in (tmp_path / "file" / "out", "/proc/out", tmp_path / ("o" * 256)):
+        with pytest.raises(InputError, match="cannot be (written|read: File name)"):
+            check(place)
+    with pytest.raises(InputError, match="holds characters that no file's name can hold"):
+        check(tmp_path / "a\0b")
+    check(tmp_path / "out")
+    assert listing(tmp_path) == ["file"]
+
+
 def test_the_current_folder_is_refused_and_kept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="cannot be written"), files.new_folder("."):
