@@ -146,7 +146,7 @@ def test_a_place_is_tried_before_there_is_something_to_write(tmp_path, check):
     # What the kernel makes up takes nothing, though the system tells root that it does.
     assert os.access("/proc", os.W_OK) or os.getuid()
     for place in (tmp_path / "file" / "out", "/proc/out", tmp_path / ("o" * 256)):
-        with pytest.raises(InputError, match="cannot be (written|read: File name)"):
+        with pytest.raises(InputError, match=r"cannot be (written|read: File name)"):
             check(place)
     with pytest.raises(InputError, match="holds characters that no file's name can hold"):
         check(tmp_path / "a\0b")
