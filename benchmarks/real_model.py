@@ -9,10 +9,7 @@ it is stopped, what there is is written: JSON, pictures, and a page that also sa
 
 import dataclasses
 import pathlib
-import subprocess
-import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -20,6 +17,7 @@ import tyro
 
 from benchmarks import command
 from benchmarks.real import page, results
+from benchmarks.real.run import run_missing
 from benchmarks.real.steps import FILLER, FILLER_LINES, Sizes, Step, all_steps, filler
 from duo_jax import files
 from duo_jax.errors import InputError
@@ -53,7 +51,6 @@ def main(flags: RealModelFlags) -> None:
     Raises:
       InputError: a step failed, after all others have been run.
     """
-    began, failed = time.monotonic(), []
     pattern = load_pattern(flags.pattern)
     files.make_folder(flags.work)
     files.write_text(filler(flags.work), FILLER * FILLER_LINES)
@@ -61,28 +58,15 @@ def main(flags: RealModelFlags) -> None:
     folders = {step.name: step.folder(flags.work, flags.model, pattern) for step in steps}
     wanted = [step for step in steps if not flags.only or step.name.startswith(flags.only)]
     try:
-        for step in wanted:
-            folder = folders[step.name]
-            late = flags.minutes is not None and time.monotonic() - began > 60 * flags.minutes
-            if late or files.present(step.result(folder)):
-                continue
-            if not _run(step, flags.model, folder):
-                failed.append(step.name)
+        failed = run_missing(
+            [(step, folders[step.name]) for step in wanted],
+            model=flags.model,
+            minutes=flags.minutes,
+        )
     finally:  # what is finished is shown, also after Ctrl-C
         _write(flags, steps, folders)
     if failed:
         raise InputError(f"these steps failed: {', '.join(failed)}")
-
-
-def _run(step: Step, model: str, folder: pathlib.Path) -> bool:
-    """Run a step; return whether it succeeded."""
-    files.make_folder(folder)
-    words = [sys.executable, "-m", "duo_jax.evaluate", *step.command(model, folder)]
-    print(f"== {step.name}", flush=True)
-    done = subprocess.run(words, check=False)
-    if done.returncode in (130, 143):  # Ctrl-C reached it too
-        raise KeyboardInterrupt
-    return done.returncode == 0
 
 
 def _write(flags: RealModelFlags, steps: list[Step], folders: dict[str, pathlib.Path]) -> None:

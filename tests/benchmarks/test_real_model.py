@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import types
 
 import numpy as np
 import pytest
@@ -15,7 +13,6 @@ from duo_jax import cli
 from duo_jax.checkpoints import pretrained
 from duo_jax.evaluate import __main__ as evaluate
 from duo_jax.heads.pattern import Pattern, save_pattern
-from tests import models
 
 pytestmark = pytest.mark.usefixtures("little_text")
 SIZES = Sizes(
@@ -31,22 +28,10 @@ SIZES = Sizes(
 )
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    raw = models.llama(
-        vocab_size=600, max_position_embeddings=512, num_hidden_layers=1, num_key_value_heads=4
-    )
-    folder = models.write_hf(tmp_path_factory.mktemp("real") / "tiny", raw)
-    models.write_tokenizer(folder)
-    pattern = Pattern(gates=np.array([[0.9, 0.1, 0.2, 0.8]]), sink_size=4, recent_size=12)
-    save_pattern(pattern, folder / "pattern")
-    return folder
-
-
-def flags(model, tmp_path, **changes) -> real_model.RealModelFlags:
+def flags(tiny, tmp_path, **changes) -> real_model.RealModelFlags:
     made = real_model.RealModelFlags(
-        model=str(model),
-        pattern=str(model / "pattern"),
+        model=str(tiny),
+        pattern=str(tiny / "pattern"),
         only=("passkeys", "needle", "perplexity"),
         work=tmp_path / "work",
         results=tmp_path / "results",
@@ -56,27 +41,9 @@ def flags(model, tmp_path, **changes) -> real_model.RealModelFlags:
     return dataclasses.replace(made, **changes)
 
 
-@pytest.fixture
-def started(monkeypatch) -> list[list[str]]:
-    """Run commands in this process; return the list of those that were started."""
-    seen: list[list[str]] = []
-
-    def run(words, **_):
-        assert words[1:3] == ["-m", "duo_jax.evaluate"]
-        seen.append(words[3:])
-        try:
-            evaluate.main(words[3:])
-        except SystemExit as ended:
-            return types.SimpleNamespace(returncode=ended.code)
-        return types.SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(subprocess, "run", run)
-    return seen
-
-
 @pytest.mark.slow
-def test_steps_are_run_once_collected_and_shown(model, tmp_path, started):
-    real_model.main(flags(model, tmp_path))
+def test_steps_are_run_once_collected_and_shown(tiny, tmp_path, started):
+    real_model.main(flags(tiny, tmp_path))
     assert [words[0] for words in started] == ["perplexity"] * 2 + ["passkeys"] * 2 + ["needle"] * 2
     about = json.loads((tmp_path / "results/about.json").read_text())
     assert about["parts"] == ["perplexity", "passkeys-2", "needle"]
@@ -100,29 +67,29 @@ def test_steps_are_run_once_collected_and_shown(model, tmp_path, started):
     assert f"| 50% streaming | {means.mean():.3f} ± {error:.3f} |" in page
 
     started.clear()
-    real_model.main(flags(model, tmp_path))
+    real_model.main(flags(tiny, tmp_path))
     assert not started
     assert (tmp_path / "page.md").read_text() == page
 
     other = Pattern(gates=np.array([[0.1, 0.9, 0.2, 0.8]]), sink_size=4, recent_size=12)
     save_pattern(other, tmp_path / "other")
-    changed = flags(model, tmp_path, pattern=str(tmp_path / "other"), only=("needle",))
+    changed = flags(tiny, tmp_path, pattern=str(tmp_path / "other"), only=("needle",))
     real_model.main(changed)
     assert [words[0] for words in started] == ["needle"]  # full caches depend on no pattern
 
 
 @pytest.mark.slow
-def test_a_step_that_fails_is_named_after_the_others_are_run(model, tmp_path, started, capsys):
+def test_a_step_that_fails_is_named_after_the_others_are_run(tiny, tmp_path, started, capsys):
     sizes = dataclasses.replace(SIZES, perplexity_length=9_000)
     with pytest.raises(real_model.InputError, match="failed: perplexity-full, "):
-        real_model.main(flags(model, tmp_path, sizes=sizes, only=("perplexity", "needle-400-full")))
+        real_model.main(flags(tiny, tmp_path, sizes=sizes, only=("perplexity", "needle-400-full")))
     assert len(started) == 3
     assert "the model's range of 512" in capsys.readouterr().err
     assert "| full caches |" in (tmp_path / "page.md").read_text()
 
 
-def test_no_step_starts_late(model, tmp_path, started):
-    real_model.main(flags(model, tmp_path, minutes=0.0))
+def test_no_step_starts_late(tiny, tmp_path, started):
+    real_model.main(flags(tiny, tmp_path, minutes=0.0))
     assert not started
 
 

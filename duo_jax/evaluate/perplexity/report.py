@@ -50,6 +50,12 @@ def to_markdown(result: Mapping[str, Any]) -> str:
     return found
 
 
+def by_text(result: Mapping[str, Any]) -> dict[str, Float[np.ndarray, " texts"]]:
+    """Return the mean over the tokens of each text, by setting."""
+    settings = _settings(result)
+    return {setting: _over_tokens(result, values) for setting, values in settings.items()}
+
+
 def png(result: Mapping[str, Any]) -> bytes:
     """Draw NLL by position, and the differences from the first setting; return a PNG."""
     names, settings = _buckets(result), _settings(result)
