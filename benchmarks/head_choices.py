@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from benchmarks import command
 from benchmarks.quality import head_choices_report as report
+from benchmarks.quality import named
 from benchmarks.quality.head_choices_flags import HeadChoicesFlags, default
 from duo_jax import files
 from duo_jax.checkpoints import pretrained
@@ -127,7 +128,7 @@ def _patterns(
     """Load the patterns, by name; of one name those of several seeds."""
     given = flags.patterns or [f"learned={find_pattern(folder, architecture)}"]
     patterns: dict[str, list[Pattern]] = {}
-    for name, place in (x.split("=", 1) for x in given):
+    for name, place in named.split(given):
         pattern = load_pattern(place)
         check_fits(
             pattern, num_layers=architecture.num_layers, num_kv_heads=architecture.num_kv_heads

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import command
 from benchmarks.quality import head_tasks_report as report
+from benchmarks.quality import named
 from benchmarks.real.run import run_missing
 from benchmarks.real.steps import FILLER, FILLER_LINES, Sizes, Step, all_steps, filler
 from duo_jax import files
@@ -53,10 +54,7 @@ class HeadTasksFlags:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        names = [pattern.partition("=")[0] for pattern in self.patterns]
-        for pattern in self.patterns:
-            if not all(pattern.partition("=")):
-                raise InputError(f"pattern {pattern!r} is not NAME=FOLDER")
+        names = [name for name, _ in named.split(self.patterns)]
         if not names or len(set(names)) != len(names) or report.FULL in names:
             raise InputError(f"every pattern needs a name of its own, not {', '.join(names)}")
 
@@ -79,7 +77,7 @@ def main(flags: HeadTasksFlags) -> None:
     Raises:
       InputError: a step failed, after all others have been run.
     """
-    places = dict(pattern.split("=", 1) for pattern in flags.patterns)
+    places = dict(named.split(flags.patterns))
     patterns = {name: load_pattern(place) for name, place in places.items()}
     if len({(p.sink_size, p.recent_size) for p in patterns.values()}) > 1:
         raise InputError("the patterns have several sizes of sink and recent; name those of one")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from benchmarks.quality import named
 from benchmarks.quality.head_choices_report import FULL, RANDOM, STREAMING
 from duo_jax.checkpoints import pretrained
 from duo_jax.data.passkey_templates import PasskeyTemplates
@@ -74,10 +75,7 @@ class HeadChoicesFlags:
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise InputError(f"{name} is empty, or names a value twice: {values}")
-        for pattern in self.patterns:
-            if not all(pattern.partition("=")):
-                raise InputError(f"pattern {pattern!r} is not NAME=FOLDER")
-        names = {pattern.partition("=")[0] for pattern in self.patterns}
+        names = {name for name, _ in named.split(self.patterns)}
         for taken in names & {FULL, RANDOM, STREAMING}:
             raise InputError(f"a pattern cannot be named {taken!r}: the tables have such a line")
 
