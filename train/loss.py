@@ -32,6 +32,7 @@ from train.distillation import Batch, Mixing, distillation_loss
 from train.language_modelling import language_modelling_loss
 
 Objective = Literal["distillation", "divergence", "cross_entropy"]
+Votes = Literal["equal", "loss"]
 
 _STIFFNESS = 10.0  # of the quadratic term: 5 = 10 / 2 above
 _MULTIPLIER_RATE = 0.1
@@ -50,6 +51,7 @@ class StepConfig:
     mixing: Mixing
     tail_size: int  # of objectives that look at questions and answers only
     objective: Objective = "distillation"
+    votes: Votes = "equal"  # of texts, in `train.attribution`
     implementation: Implementation = "auto"
 
 

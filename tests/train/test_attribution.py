@@ -18,7 +18,7 @@ from train import attribution
 from train.identify import training
 from train.identify.batches import batch_of_one
 from train.identify.flags import default_config
-from train.loss import StepConfig
+from train.loss import StepConfig, objective
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = StepConfig(
@@ -35,10 +35,11 @@ CONFIG = StepConfig(
 
 
 @functools.cache
-def attributed():
+def attributed(votes="loss"):
     """Return the credits of one text, and the metrics of each step."""
     architecture, params = model()
-    options = {"architecture": architecture, "step": CONFIG}
+    step = dataclasses.replace(CONFIG, votes=votes)
+    options = {"architecture": architecture, "step": step}
     step = jax.jit(functools.partial(attribution.train_step, **options))
     state, metrics = attribution.init_state(architecture), []
     for _ in range(CONFIG.num_steps):
@@ -65,6 +66,35 @@ def test_credits_sum_up_to_what_the_answers_lose_along_the_path():
     np.testing.assert_allclose(credit.sum(), lost, rtol=0.02)
     nlls = [m["cross_entropy"] for m in metrics]
     np.testing.assert_allclose(nlls, [answer_nll(m["mean_gate"]) for m in metrics], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_equal_votes_are_shares_of_each_texts_gradients():
+    """Of one text, too, the places on the path count alike, whatever is lost there."""
+    credit, _ = attributed("equal")
+    architecture, params = model()
+
+    def nll(gates):
+        return objective(gates, params, batch(), architecture=architecture, step=CONFIG)
+
+    expected = np.zeros_like(credit)
+    for number in range(CONFIG.num_steps):
+        at, length = attribution.part_of_path(CONFIG, jnp.int32(number))
+        gradient = np.asarray(jax.grad(nll)(jnp.full((2, 2), at)))
+        expected -= length * gradient / np.abs(gradient).sum()
+    np.testing.assert_allclose(credit, expected, rtol=1e-4)
+    assert not np.allclose(credit, attributed()[0], rtol=0.1)
+
+
+def test_rounding_has_no_vote():
+    """Where a streaming head sees all that a full one does, no gate counts."""
+    architecture, params = model()
+    step = dataclasses.replace(CONFIG, sink_size=200, votes="equal")  # of a text of 24 tokens
+    update = jax.jit(
+        functools.partial(attribution.train_step, architecture=architecture, step=step)
+    )
+    state, _ = update(attribution.init_state(architecture), params, batch())
+    assert np.abs(state.credit).max() < 1e-3
 
 
 @pytest.mark.parametrize(("target", "end"), [(0.75, 0.25), (1.0, 0.0)])

@@ -25,6 +25,7 @@ from duo_jax.schema.kinds import (
 from duo_jax.session.runtime import check_implementation
 from kernels import Implementation
 from train.distillation import Mixing
+from train.loss import Votes
 
 PRESET_FILE = "identify.json"
 
@@ -50,6 +51,7 @@ _READ_BY: dict[str, tuple[Method, ...]] = {
     "mixing": _STEPWISE,
     "tensorboard": _STEPWISE,
     "learn_from": ("masks",),
+    "votes": ("attribute",),
     "init": ("budget", "masks"),
     "profile_samples": ("profile", "reconstruct"),
     "min_passkeys": ("optimise", "budget", "masks", "attribute", "profile"),
@@ -95,6 +97,10 @@ class IdentifyConfig:
     learn_from: Annotated[LearnFrom, tyro.conf.arg(name="data")] = "both"
     """What --method masks predicts. text: every token of plain text. passkeys: the answers. both:
     by turns."""
+    votes: Votes | None = None
+    """How much each text counts for --method attribute.
+    equal: all alike, its gradients divided by the sum of their magnitudes. The default.
+    loss: by what its answers lose, mostly at the end of the path (integrated gradients)."""
     init: str | None = None
     """A pattern folder to start from, for --method budget and masks: its order of heads counts
     as ten steps (budget) or as a small head start (masks)."""
