@@ -36,7 +36,7 @@ _PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "budget": {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75},
     "masks": {"num_steps": 1000, "mixing": "self", "target_sparsity": 0.75},
-    "attribute": {"num_steps": 40, "mixing": "self", "target_sparsity": 0.75},
+    "attribute": {"num_steps": 40, "mixing": "self", "target_sparsity": 0.75, "votes": "equal"},
 }
 
 _MOST_TARGETS = 100
