@@ -48,6 +48,7 @@ _KEPT = {  # beside a pattern, where its method reads them; named as in publishe
     "reg_weight": "reg_weight",
     "target_sparsity": "target_sparsity",
     "mixing": "mixing",
+    "votes": "votes",
     "num_steps": "num_steps",
     "num_samples": "profile_samples",
     "min_passkeys": "min_passkeys",
