@@ -4,11 +4,10 @@
 
 (Sundararajan et al. 2017, arXiv 1703.01365.) All gates are the same number a, and both terms of the
 mixed attention come from the model's own queries, keys and values (mixing "self"). The credits of
-all heads sum up to what the answers' likelihood loses from full attention to gates of 1 - sparsity:
-votes "loss".
+all heads sum up to what the answers' likelihood loses from full attention to gates of 1 - sparsity.
 
-Most of that is lost at the end of the path: on SmolLM2 the second half of it has six times the
-gradients of the first, so that a third of the texts would decide, and those with a model that has
+Most of that is lost at the end of the path: on SmolLM2 the second half of it has three to six times
+the gradients of the first, so that a third of the texts decide, and those with a model that has
 lost more than the served one. With votes "equal" each text's gradients are divided by the sum of
 their magnitudes.
 

@@ -51,7 +51,7 @@ class StepConfig:
     mixing: Mixing
     tail_size: int  # of objectives that look at questions and answers only
     objective: Objective = "distillation"
-    votes: Votes = "equal"  # of texts, in `train.attribution`
+    votes: Votes = "loss"  # of texts, in `train.attribution`
     implementation: Implementation = "auto"
 
 

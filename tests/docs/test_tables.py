@@ -151,6 +151,7 @@ def test_what_samples_ask_is_told_with_the_numbers_of_the_committed_run():
         "attribute-4": f"{attribute}, 4 passkeys",
         "attribute-1": f"{attribute}, 1 passkey",
         "attribute-1-to-4": f"{attribute}, 1 to 4 passkeys",
+        "attribute-1-to-4-equal": "`attribute`, 40 gradients, 1 to 4 passkeys",
     }
     for heads, label in labels.items():
         cells = [cell(n, heads, sparsity) for n in (1, 4) for sparsity in (0.5, 0.75, 0.875)]
@@ -180,6 +181,31 @@ def test_what_samples_ask_is_told_with_the_numbers_of_the_committed_run():
         }
         names = ("attribute-1", "attribute-1-to-4", "budget-4", "full attention")
         assert words.format(*(f"{found[name]:.2f}" for name in names)) in told
+
+
+def test_forty_gradients_are_compared_with_what_ships_in_eight_cells():
+    told = " ".join(page("identify").split())
+    ahead, texts = 0, []
+    for name, length in (("samples", 1024), ("samples-4096", 4096)):
+        result = json.loads((RESULTS / f"smollm2/{name}.json").read_text())
+        for number in (1, 4):
+            lines = head_choices_report.lines(result, number, length)
+            found = {(x.heads, x.sparsity): x.texts("nll") for x in lines}
+            for sparsity in result["settings"]["sparsities"]:
+                ours = found["attribute-1-to-4-equal", sparsity]
+                change = ours - found["budget-4", sparsity]
+                error = 2 * standard_error(change)
+                ahead += change.mean() < -error
+                assert change.mean() < error  # behind in none
+                if length == 4096:
+                    texts.append((ours, f"{-change.mean():.3f} ± {error:.3f}"))
+    assert ahead == 5
+    (one, by_one), (four, by_four) = texts
+    assert f"{one.mean():.2f} nats with one passkey and {four.mean():.2f} with four, " in told
+    assert f"{by_one} and {by_four} better than what ships" in told
+    assert "it is ahead of what ships in five by more than the errors, and behind in none" in told
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "better in five of eight cells, within the errors as well in three" in readme
 
 
 def test_the_frontier_of_a_real_model_is_told_with_the_numbers_of_its_page():

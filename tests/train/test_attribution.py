@@ -38,8 +38,7 @@ CONFIG = StepConfig(
 def attributed(votes="loss"):
     """Return the credits of one text, and the metrics of each step."""
     architecture, params = model()
-    step = dataclasses.replace(CONFIG, votes=votes)
-    options = {"architecture": architecture, "step": step}
+    options = {"architecture": architecture, "step": dataclasses.replace(CONFIG, votes=votes)}
     step = jax.jit(functools.partial(attribution.train_step, **options))
     state, metrics = attribution.init_state(architecture), []
     for _ in range(CONFIG.num_steps):

@@ -127,7 +127,7 @@ def test_flags_reach_the_profile(tiny_model, tmp_path, monkeypatch):
         ("masks", ("--reg-weight", "0.1")),
         ("attribute", ("--learning-rate", "0.1")),
         ("attribute", ("--init", "pattern")),
-        ("budget", ("--votes", "loss")),
+        ("budget", ("--votes", "equal")),
         ("optimise", ("--data", "text")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

@@ -150,7 +150,7 @@ def test_a_target_of_several_is_a_run_of_its_own(tiny_model, tmp_path, whole):
     for file in ("gates.png", "history.png", "retrieval.png", "metrics.jsonl"):
         assert (folder / file).stat().st_size > 500
     text = (folder / "report.md").read_text()
-    assert "along gates from 1 to 0.5, equal votes, 6 steps, mixing self" in text
+    assert "credits of the answers along gates from 1 to 0.5, 6 steps, mixing self" in text
     assert "| attributed " in text
     model = duo_jax.load(str(tiny_model), pattern=str(folder / "pattern"), sparsity=0.5)
     assert model.config.num_retrieval_heads == 2

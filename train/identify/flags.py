@@ -36,7 +36,7 @@ _PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "budget": {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75},
     "masks": {"num_steps": 1000, "mixing": "self", "target_sparsity": 0.75},
-    "attribute": {"num_steps": 40, "mixing": "self", "target_sparsity": 0.75, "votes": "equal"},
+    "attribute": {"num_steps": 40, "mixing": "self", "target_sparsity": 0.75},
 }
 
 _MOST_TARGETS = 100
@@ -99,8 +99,9 @@ class IdentifyConfig:
     by turns."""
     votes: Votes | None = None
     """How much each text counts for --method attribute.
-    equal: all alike, its gradients divided by the sum of their magnitudes. The default.
-    loss: by what its answers lose, mostly at the end of the path (integrated gradients)."""
+    loss: by what its answers lose, mostly at the end of the path (integrated gradients). The
+    default.
+    equal: all alike, its gradients divided by the sum of their magnitudes."""
     init: str | None = None
     """A pattern folder to start from, for --method budget and masks: its order of heads counts
     as ten steps (budget) or as a small head start (masks)."""

@@ -212,8 +212,8 @@ def _how(config: dict[str, Any]) -> str:
     steps = f"{config['num_steps']} steps, mixing {config['mixing']}"
     if config["method"] == "attribute":
         lowest = 1 - config["target_sparsity"]
-        votes = {"equal": "equal votes", "loss": "votes by loss"}[config["votes"]]
-        return f"credits of the answers along gates from 1 to {lowest:g}, {votes}, {steps}"
+        votes = "equal votes, " if config["votes"] == "equal" else ""
+        return f"credits of the answers along gates from 1 to {lowest:g}, {votes}{steps}"
     if config["method"] == "budget":
         return f"gates under a budget for {config['target_sparsity']:.1%} streaming, {steps}"
     if config["method"] == "masks":

@@ -170,7 +170,7 @@ def step_config(flags: IdentifyConfig, *, tail_size: int) -> StepConfig:
         mixing=flags.mixing,
         tail_size=tail_size,
         objective=_OBJECTIVES[flags.method],
-        votes=flags.votes or "equal",  # only attribution has them
+        votes=flags.votes or "loss",
         implementation=flags.implementation,
     )
 
