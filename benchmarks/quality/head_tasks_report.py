@@ -177,7 +177,7 @@ def png(result: Result) -> bytes:
     choices = [choice for choice in found if choice[0]]
     figure, panels = figures.new_figure(
         3.4 * len(columns) + 1.6,
-        1.6 + 0.34 * len(choices),
+        2.0 + 0.4 * len(choices),
         ncols=len(columns),
         sharey=True,
         squeeze=False,
@@ -202,7 +202,7 @@ def png(result: Result) -> bytes:
     panels[0, 0].set_yticks(
         range(len(choices)), [f"{heads}, {setting}" for heads, setting in choices], fontsize=9
     )
-    panels[0, 0].invert_yaxis()
+    panels[0, 0].set_ylim(len(choices) - 0.5, -0.5)
     figure.suptitle(
         f"{result['model']}: NLL minus that of full caches (sink {result['sink']}, recent "
         f"{result['recent']}, {result['dtype']})\nbars: two standard errors over texts, paired; "

@@ -17,7 +17,7 @@ from benchmarks import (
     results_page,
 )
 from benchmarks.contenders.report import REPORT as REAL_SPEED
-from benchmarks.quality import head_choices_report, published
+from benchmarks.quality import head_choices_report, head_tasks_report, published
 from benchmarks.real import page as real_page
 from benchmarks.real_model import RealModelFlags
 from benchmarks.serving import report as serving_report
@@ -206,6 +206,33 @@ def test_forty_gradients_are_compared_with_what_ships_in_eight_cells():
     assert "it is ahead of what ships in five by more than the errors, and behind in none" in told
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "better in five of eight cells, within the errors as well in three" in readme
+
+
+def test_choices_by_task_are_those_of_the_committed_run():
+    result = json.loads((RESULTS / "smollm2/tasks.json").read_text())
+    found = head_tasks_report.by_choice(result)
+    assert result["choices"] == ["budget", "attribute"]
+    for other in (("", head_tasks_report.FULL), ("budget", "")):
+        for line in head_tasks_report.differences(found, other).splitlines():
+            assert line in page("identify")
+    told = " ".join(page("identify").split())
+    full, ours, ships = (
+        found[choice]
+        for choice in (
+            ("", head_tasks_report.FULL),
+            ("attribute", "75% streaming"),
+            ("budget", "75% streaming"),
+        )
+    )
+    for task, words in (
+        ("needle", "one needle {} (`budget` {}, full caches {})"),
+        ("passkeys-1", "one passkey {} ({}, {})"),
+        ("passkeys-4", "four {} ({}, {})"),
+        ("niah_single_1", "niah_single_1 {} of 22 questions ({}, {})"),
+    ):
+        exact = (f"{scores[task, 'exact'].mean():.0%}" for scores in (ours, ships, full))
+        assert words.format(*exact) in told
+    assert ours["niah_single_1", "exact"].size == 22
 
 
 def test_the_frontier_of_a_real_model_is_told_with_the_numbers_of_its_page():
