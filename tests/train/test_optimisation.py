@@ -248,5 +248,6 @@ def test_the_objective_is_given_the_other_settings(monkeypatch, field):
 
 def test_no_setting_is_left_out():
     fields = {field.name for field in dataclasses.fields(StepConfig)}
-    # tests/duo_jax/serve/test_implementations.py sees that the choice of implementation is obeyed.
-    assert fields - CHANGES.keys() == {"implementation"}
+    # tests/duo_jax/serve/test_implementations.py sees that the choice of implementation is obeyed,
+    # tests/train/test_attribution.py that votes are.
+    assert fields - CHANGES.keys() == {"implementation", "votes"}
