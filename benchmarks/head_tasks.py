@@ -15,7 +15,7 @@ from benchmarks import command
 from benchmarks.quality import head_tasks_report as report
 from benchmarks.quality import named
 from benchmarks.real.run import run_missing
-from benchmarks.real.steps import FILLER, FILLER_LINES, Sizes, Step, all_steps, filler
+from benchmarks.real.steps import Sizes, Step, all_steps, write_filler
 from duo_jax import files
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, load_pattern
@@ -82,9 +82,9 @@ def main(flags: HeadTasksFlags) -> None:
     if len({(p.sink_size, p.recent_size) for p in patterns.values()}) > 1:
         raise InputError("the patterns have several sizes of sink and recent; name those of one")
     steps = {name: _steps(flags, places[name], patterns[name]) for name in places}
-    files.check_place(flags.out)
-    files.make_folder(flags.work)
-    files.write_text(filler(flags.work), FILLER * FILLER_LINES)
+    files.make_folder(flags.out.parent)
+    files.check_file(flags.out)
+    write_filler(flags.work)
     failed = []
     for name, of_pattern in steps.items():
         print(f"== {name}: {places[name]}", flush=True)
@@ -95,7 +95,6 @@ def main(flags: HeadTasksFlags) -> None:
         name: {step: read_json(step.result(folder)) for step, folder in of_pattern}
         for name, of_pattern in steps.items()
     }
-    files.make_folder(flags.out.parent)
     result = _result(flags, found, next(iter(patterns.values())))
     report.write(result, flags.out)
     print(report.to_markdown(result))

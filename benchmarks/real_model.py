@@ -18,8 +18,7 @@ import tyro
 from benchmarks import command
 from benchmarks.real import page, results
 from benchmarks.real.run import run_missing
-from benchmarks.real.steps import FILLER, FILLER_LINES, Sizes, Step, all_steps, filler
-from duo_jax import files
+from benchmarks.real.steps import Sizes, Step, all_steps, write_filler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import load_pattern
 
@@ -52,8 +51,7 @@ def main(flags: RealModelFlags) -> None:
       InputError: a step failed, after all others have been run.
     """
     pattern = load_pattern(flags.pattern)
-    files.make_folder(flags.work)
-    files.write_text(filler(flags.work), FILLER * FILLER_LINES)
+    write_filler(flags.work)
     steps = all_steps(flags.sizes, flags.pattern, flags.work)
     folders = {step.name: step.folder(flags.work, flags.model, pattern) for step in steps}
     wanted = [step for step in steps if not flags.only or step.name.startswith(flags.only)]

@@ -118,16 +118,21 @@ def _columns(found: Mapping[Choice, Scores]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(column for scores in found.values() for column in scores))
 
 
-def _title(task: str, measure: str) -> str:
+def _with_nats(found: Mapping[Choice, Scores]) -> list[str]:
+    """Return the tasks of which there is a likelihood."""
+    return [task for task, measure in _columns(found) if measure == "nll"]
+
+
+def _title(task: str) -> str:
     number = task.removeprefix("passkeys-")
     words = f"{number} passkey{'s' * (number != '1')}" if number != task else task
-    return f"{_WORDS.get(task, words)}: {_NAMES[measure]}"
+    return _WORDS.get(task, words)
 
 
 def _table(found: Mapping[Choice, Scores], choices: Sequence[Choice]) -> str:
     columns = _columns(found)
     return markdown.table(
-        ("heads", "caches", *(_title(*column) for column in columns)),
+        ("heads", "caches", *(f"{_title(task)}: {_NAMES[measure]}" for task, measure in columns)),
         [
             (
                 heads or "all",
@@ -151,43 +156,35 @@ def differences(found: Mapping[Choice, Scores], other: Choice) -> str:
       found: the scores.
       other: what is subtracted; without a setting, the same pattern's at the same setting.
     """
-    columns = [column for column in _columns(found) if column[1] == "nll"]
+    tasks = _with_nats(found)
     lines = []
     for heads, setting in found:
-        rival = found[other[0], other[1] or setting] if heads else None
-        if rival is None or heads == other[0]:
+        if heads in ("", other[0]):
             continue
-        mine = found[heads, setting]
-        lines.append(
-            (
-                heads,
-                setting,
-                *(statistics.change(mine[column] - rival[column]) for column in columns),
-            )
-        )
-    return markdown.table(
-        ("heads", "caches", *(_title(*column).removesuffix(": NLL") for column in columns)), lines
-    )
+        mine, rival = found[heads, setting], found[other[0], other[1] or setting]
+        changes = (mine[task, "nll"] - rival[task, "nll"] for task in tasks)
+        lines.append((heads, setting, *map(statistics.change, changes)))
+    return markdown.table(("heads", "caches", *map(_title, tasks)), lines)
 
 
 def png(result: Result) -> bytes:
     """Draw what every choice loses against full caches, a panel for each task."""
     found = by_choice(result)
-    columns = [column for column in _columns(found) if column[1] == "nll"]
+    tasks = _with_nats(found)
     choices = [choice for choice in found if choice[0]]
     figure, panels = figures.new_figure(
-        3.4 * len(columns) + 1.6,
+        3.4 * len(tasks) + 1.6,
         2.0 + 0.4 * len(choices),
-        ncols=len(columns),
+        ncols=len(tasks),
         sharey=True,
         squeeze=False,
     )
     settings = list(dict.fromkeys(setting for _, setting in choices))
     full = found["", FULL]
-    for panel, column in zip(panels[0], columns, strict=True):
+    for panel, task in zip(panels[0], tasks, strict=True):
         panel.axvline(0.0, color="grey", linewidth=1.0)
         for place, choice in enumerate(choices):
-            change = found[choice][column] - full[column]
+            change = found[choice][task, "nll"] - full[task, "nll"]
             panel.errorbar(
                 np.mean(change),
                 place,
@@ -196,7 +193,7 @@ def png(result: Result) -> bytes:
                 marker="o",
                 capsize=3,
             )
-        panel.set_title(_title(*column).removesuffix(": NLL"), fontsize=10)
+        panel.set_title(_title(task), fontsize=10)
         panel.set_xlabel("nats per token")
         panel.grid(alpha=0.3)
     panels[0, 0].set_yticks(

@@ -6,6 +6,7 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator, Sequence
 
+from duo_jax import files
 from duo_jax.cache import KVFormat
 from duo_jax.errors import InputError
 from duo_jax.evaluate.perplexity.settings import Setting
@@ -16,10 +17,10 @@ from duo_jax.schema.check import check_fields
 from duo_jax.schema.kinds import Count, Few, Fraction
 
 # As RULER's: text that says nothing, so that small models find what is hidden in it.
-FILLER = (
+_FILLER = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.\n"
 )
-FILLER_LINES = 6_000  # of 25 tokens or so; a tenth of them is held out, longer than 8,192 tokens
+_FILLER_LINES = 6_000  # of 25 tokens or so; a tenth of them is held out, longer than 8,192 tokens
 # Long documents that come with every Python, and that no pattern of ours was found on.
 _LONG_DOCUMENTS = ("_pydecimal.py", "tarfile.py", "argparse.py", "typing.py")
 
@@ -132,6 +133,16 @@ def all_steps(sizes: Sizes, pattern: str, folder: pathlib.Path) -> list[Step]:
 def filler(folder: pathlib.Path) -> pathlib.Path:
     """Return the file of text that says nothing."""
     return folder / "filler.txt"
+
+
+def write_filler(folder: pathlib.Path) -> None:
+    """Make the work folder and the text in it that says nothing.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    files.make_folder(folder)
+    files.write_text(filler(folder), _FILLER * _FILLER_LINES)
 
 
 def long_documents() -> list[str]:

@@ -103,13 +103,21 @@ def test_methods_are_compared_by_the_committed_choices_of_heads():
     assert f"costs {learned} nats (full caches {full}; {others};" in readme
 
 
+def by_choice(
+    result: dict, number: int, length: int
+) -> dict[tuple[str, float], head_choices_report.Line]:
+    """Return the lines of a table at one length, by heads and sparsity."""
+    lines = head_choices_report.lines(result, number, length)
+    return {(line.heads, line.sparsity): line for line in lines}
+
+
 def nll_and_exact(line: head_choices_report.Line) -> str:
     return f"{line.texts('nll').mean():.2f} ({line.texts('exact').mean():.0%})"
 
 
 def test_choices_for_a_target_are_those_of_the_committed_run():
     result = json.loads((RESULTS / "smollm2/targets.json").read_text())
-    lines = {(x.heads, x.sparsity): x for x in head_choices_report.lines(result, 1, 1024)}
+    lines = by_choice(result, 1, 1024)
 
     def cell(heads: str, sparsity: float) -> str:
         return nll_and_exact(lines[heads, sparsity])
@@ -134,10 +142,7 @@ def test_choices_for_a_target_are_those_of_the_committed_run():
 
 def test_what_samples_ask_is_told_with_the_numbers_of_the_committed_run():
     result = json.loads((RESULTS / "smollm2/samples.json").read_text())
-    lines = {
-        number: {(x.heads, x.sparsity): x for x in head_choices_report.lines(result, number, 1024)}
-        for number in (1, 4)
-    }
+    lines = {number: by_choice(result, number, 1024) for number in (1, 4)}
 
     def cell(number: int, heads: str, sparsity: float) -> str:
         return nll_and_exact(lines[number][heads, sparsity])
@@ -177,7 +182,8 @@ def test_what_samples_ask_is_told_with_the_numbers_of_the_committed_run():
         (4, "four passkeys {}, {} and {} ({})"),
     ):
         found = {
-            x.heads: x.texts("nll").mean() for x in head_choices_report.lines(longer, number, 4096)
+            heads: line.texts("nll").mean()
+            for (heads, _), line in by_choice(longer, number, 4096).items()
         }
         names = ("attribute-1", "attribute-1-to-4", "budget-4", "full attention")
         assert words.format(*(f"{found[name]:.2f}" for name in names)) in told
@@ -189,11 +195,10 @@ def test_forty_gradients_are_compared_with_what_ships_in_eight_cells():
     for name, length in (("samples", 1024), ("samples-4096", 4096)):
         result = json.loads((RESULTS / f"smollm2/{name}.json").read_text())
         for number in (1, 4):
-            lines = head_choices_report.lines(result, number, length)
-            found = {(x.heads, x.sparsity): x.texts("nll") for x in lines}
+            lines = by_choice(result, number, length)
             for sparsity in result["settings"]["sparsities"]:
-                ours = found["attribute-1-to-4-equal", sparsity]
-                change = ours - found["budget-4", sparsity]
+                ours = lines["attribute-1-to-4-equal", sparsity].texts("nll")
+                change = ours - lines["budget-4", sparsity].texts("nll")
                 error = 2 * standard_error(change)
                 ahead += change.mean() < -error
                 assert change.mean() < error  # behind in none
