@@ -31,7 +31,8 @@ from train.answers import answer_divergence
 from train.distillation import Batch, Mixing, distillation_loss
 from train.language_modelling import language_modelling_loss
 
-Objective = Literal["distillation", "divergence", "cross_entropy"]
+OfAnswers = Literal["cross_entropy", "divergence"]
+Objective = OfAnswers | Literal["distillation"]
 Votes = Literal["equal", "loss"]
 
 _STIFFNESS = 10.0  # of the quadratic term: 5 = 10 / 2 above

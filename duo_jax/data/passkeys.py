@@ -178,16 +178,24 @@ class PasskeySampler:
         """Return the tokens of a text that continues another."""
         return self._encode(text)
 
-    def plain_text(self, index: int) -> Sample:
-        """Make a stretch of text as long as sample `index`, without passkeys; all of it is tail.
+    def plain_text(self, index: int, *, tail: int | None = None) -> Sample:
+        """Make a stretch of text as long as sample `index`, without passkeys.
 
         It is the whole text if that is shorter.
+
+        Args:
+          index: number of the sample.
+          tail: last tokens that are supervised, as answers; None: all tokens are, as a text.
         """
         size = self.sample(index).tokens.size - len(self._bos)
         rng = np.random.default_rng([*self._entropy, index, 1])
         start = rng.integers(max(self._text.size - size, 0) + 1)
         tokens = [*self._bos, *self._text[start : start + size]]
-        return Sample(tokens=np.array(tokens, np.int32), tail_start=0, answers=(), depths=())
+        start = 0 if tail is None else max(len(tokens) - tail, 1)
+        answers = () if tail is None else ((start, len(tokens)),)
+        return Sample(
+            tokens=np.array(tokens, np.int32), tail_start=start, answers=answers, depths=()
+        )
 
     @property
     def largest_token(self) -> int:

@@ -13,7 +13,7 @@ from duo_jax.checkpoints import pretrained
 from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeySampler
 from duo_jax.heads.pattern import load_pattern
-from tests.train.test_answers import batch, log_p, model
+from tests.train.test_answers import batch, divergence_and_gradient, log_p, model
 from train import attribution
 from train.identify import training
 from train.identify.batches import batch_of_one
@@ -35,10 +35,10 @@ CONFIG = StepConfig(
 
 
 @functools.cache
-def attributed(votes="loss"):
+def attributed(**changes):
     """Return the credits of one text, and the metrics of each step."""
     architecture, params = model()
-    options = {"architecture": architecture, "step": dataclasses.replace(CONFIG, votes=votes)}
+    options = {"architecture": architecture, "step": dataclasses.replace(CONFIG, **changes)}
     step = jax.jit(functools.partial(attribution.train_step, **options))
     state, metrics = attribution.init_state(architecture), []
     for _ in range(CONFIG.num_steps):
@@ -68,9 +68,20 @@ def test_credits_sum_up_to_what_the_answers_lose_along_the_path():
 
 
 @pytest.mark.slow
+def test_credits_of_the_divergence_sum_up_to_it_at_the_end():
+    """It is 0 where all gates are 1."""
+    credit, metrics = attributed(objective="divergence")
+    lost = float(divergence_and_gradient(jnp.full((2, 2), 0.25), batch())[0])
+    assert lost > 0.01
+    np.testing.assert_allclose(credit.sum(), lost, rtol=0.02)
+    assert "cross_entropy" not in metrics[0]
+    assert metrics[0]["divergence"] < metrics[-1]["divergence"] < lost
+
+
+@pytest.mark.slow
 def test_equal_votes_are_shares_of_each_texts_gradients():
     """Of one text, too, the places on the path count alike, whatever is lost there."""
-    credit, _ = attributed("equal")
+    credit, _ = attributed(votes="equal")
     architecture, params = model()
 
     def nll(gates):

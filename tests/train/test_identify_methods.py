@@ -128,6 +128,7 @@ def test_flags_reach_the_profile(tiny_model, tmp_path, monkeypatch):
         ("attribute", ("--learning-rate", "0.1")),
         ("attribute", ("--init", "pattern")),
         ("budget", ("--votes", "equal")),
+        ("masks", ("--objective", "divergence")),
         ("optimise", ("--data", "text")),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],

@@ -13,7 +13,7 @@ from duo_jax.data.documents import load_documents, split_held_out
 from duo_jax.data.passkeys import PasskeyConfig, PasskeySampler
 from duo_jax.errors import InputError
 from duo_jax.heads.pattern import Pattern, load_pattern, save_pattern
-from train import masks, optimisation
+from train import attribution, masks, optimisation
 from train.identify import report, training
 from train.identify.__main__ import main
 from train.identify.batches import batch_of_one, padded_length
@@ -23,7 +23,9 @@ from train.workdir import WorkDir
 DATA = PasskeyConfig(min_length=40, max_length=256, num_passkeys=3, passkey_words=4)
 SHORT = {"num_steps": 6, "checkpoint_every": 2, "length_buckets": 1, "sink": 4, "recent": 12}
 METHODS = {
-    "masks": IdentifyConfig(method="masks", target_sparsity=0.5, data=DATA, **SHORT),
+    "masks": IdentifyConfig(
+        method="masks", target_sparsity=0.5, learn_from="both", data=DATA, **SHORT
+    ),
     "attribute": IdentifyConfig(method="attribute", target_sparsity=0.5, data=DATA, **SHORT),
 }
 
@@ -58,11 +60,11 @@ def test_a_killed_search_resumes_to_the_same_bits(whole, given, tmp_path, monkey
     flags, expected, expected_metrics = whole
     seen = []
 
-    def fail_at_fourth(flags, sampler, index):
+    def fail_at_fourth(flags, sampler, index, **options):
         seen.append(index)
         if len(seen) == 4:
             raise MemoryError  # as a kill: nothing is saved after it
-        return of_step(flags, sampler, index)
+        return of_step(flags, sampler, index, **options)
 
     of_step = training.sample_of_step
     monkeypatch.setattr(training, "sample_of_step", fail_at_fourth)
@@ -91,6 +93,32 @@ def test_samples_of_masks_take_turns(given):
     samples = kinds("both")[1]
     np.testing.assert_array_equal(samples[3].tokens, sampler.sample(1).tokens)
     np.testing.assert_array_equal(samples[2].tokens, sampler.plain_text(1).tokens)
+
+
+@pytest.mark.parametrize("objective", ["cross_entropy", "divergence"])
+def test_of_plain_text_credits_look_at_as_many_last_tokens_as_answers_have(
+    given, tmp_path, monkeypatch, objective
+):
+    """Their likelihood at all of them: only the divergence has two models' logits to keep."""
+    batches = []
+
+    def step(state, *data, **_):
+        batches.append(data[1])
+        metrics = {"loss": 1.0, "mean_gate": 1.0}
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    monkeypatch.setattr(training.jax, "jit", lambda function: function)
+    monkeypatch.setattr(attribution, "train_step", step)
+    flags = dataclasses.replace(
+        METHODS["attribute"], num_steps=2, learn_from="both", objective=objective
+    )
+    search(flags, given, tmp_path / "run")
+    plain, asked = batches
+    size, tail = int(plain.total_length[0]), given[2].longest_tail()
+    predicted = np.arange(256) >= (size - tail if objective == "divergence" else 1)
+    np.testing.assert_array_equal(plain.answers[0], predicted & (np.arange(256) < size))
+    assert int(plain.tail_start[0]) == (size - tail if objective == "divergence" else 0)
+    assert 0 < asked.answers.sum() < tail
 
 
 def test_samples_are_padded_to_the_next_of_a_few_lengths(given):

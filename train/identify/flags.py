@@ -25,7 +25,7 @@ from duo_jax.schema.kinds import (
 from duo_jax.session.runtime import check_implementation
 from kernels import Implementation
 from train.distillation import Mixing
-from train.loss import Votes
+from train.loss import OfAnswers, Votes
 
 PRESET_FILE = "identify.json"
 
@@ -35,8 +35,20 @@ LearnFrom = Literal["text", "passkeys", "both"]
 _PAPERS = {"num_steps": 2000, "learning_rate": 0.02, "mixing": "teacher"}
 _DEFAULTS: dict[Method, dict[str, Any]] = {
     "budget": {"num_steps": 100, "learning_rate": 0.7, "mixing": "self", "target_sparsity": 0.75},
-    "masks": {"num_steps": 1000, "mixing": "self", "target_sparsity": 0.75},
-    "attribute": {"num_steps": 40, "mixing": "self", "target_sparsity": 0.75},
+    "masks": {
+        "num_steps": 1000,
+        "mixing": "self",
+        "target_sparsity": 0.75,
+        "learn_from": "both",
+    },
+    "attribute": {
+        "num_steps": 40,
+        "mixing": "self",
+        "target_sparsity": 0.75,
+        "learn_from": "passkeys",
+        "objective": "cross_entropy",
+        "votes": "loss",
+    },
 }
 
 _MOST_TARGETS = 100
@@ -50,7 +62,8 @@ _READ_BY: dict[str, tuple[Method, ...]] = {
     "target_sparsities": _STEPWISE,
     "mixing": _STEPWISE,
     "tensorboard": _STEPWISE,
-    "learn_from": ("masks",),
+    "learn_from": ("masks", "attribute"),
+    "objective": ("attribute",),
     "votes": ("attribute",),
     "init": ("budget", "masks"),
     "profile_samples": ("profile", "reconstruct"),
@@ -94,9 +107,14 @@ class IdentifyConfig:
     """Samples to profile, or texts to reconstruct, for --method profile and reconstruct, which
     refuse the flags of optimisation."""
 
-    learn_from: Annotated[LearnFrom, tyro.conf.arg(name="data")] = "both"
-    """What --method masks predicts. text: every token of plain text. passkeys: the answers. both:
-    by turns."""
+    learn_from: Annotated[LearnFrom | None, tyro.conf.arg(name="data")] = None
+    """What --method masks and attribute predict. text: plain text. passkeys: the answers; default
+    of attribute. both: by turns; default of masks."""
+    objective: OfAnswers | None = None
+    """What --method attribute takes the gradient of.
+    cross_entropy: the NLL of what is predicted. The default.
+    divergence: the KL divergence of the predictions from those of full attention; of plain text, of
+    as many last tokens as questions and answers have."""
     votes: Votes | None = None
     """How much each text counts for --method attribute.
     loss: by what its answers lose, mostly at the end of the path (integrated gradients). The

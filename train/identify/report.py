@@ -212,8 +212,12 @@ def _how(config: dict[str, Any]) -> str:
     steps = f"{config['num_steps']} steps, mixing {config['mixing']}"
     if config["method"] == "attribute":
         lowest = 1 - config["target_sparsity"]
+        read = {"passkeys": "answers", "text": "text", "both": "text and answers"}
+        credited = f"the {read[config['learn_from']]}"
+        if config["objective"] == "divergence":
+            credited = f"the divergence of {credited} from full attention"
         votes = "equal votes, " if config["votes"] == "equal" else ""
-        return f"credits of the answers along gates from 1 to {lowest:g}, {votes}{steps}"
+        return f"credits of {credited} along gates from 1 to {lowest:g}, {votes}{steps}"
     if config["method"] == "budget":
         return f"gates under a budget for {config['target_sparsity']:.1%} streaming, {steps}"
     if config["method"] == "masks":

@@ -48,6 +48,8 @@ _KEPT = {  # beside a pattern, where its method reads them; named as in publishe
     "reg_weight": "reg_weight",
     "target_sparsity": "target_sparsity",
     "mixing": "mixing",
+    "data": "learn_from",
+    "objective": "objective",
     "votes": "votes",
     "num_steps": "num_steps",
     "num_samples": "profile_samples",

@@ -27,7 +27,6 @@ _OBJECTIVES: dict[Method, Objective] = {
     "optimise": "distillation",
     "budget": "divergence",
     "masks": "cross_entropy",
-    "attribute": "cross_entropy",
     "lm": "cross_entropy",
 }
 
@@ -50,11 +49,12 @@ def train(
     start, one_update = _method(flags, architecture, step)
     update = jax.jit(functools.partial(one_update, architecture=architecture, step=step))
     mesh = mesh_under(params)
+    tail = step.tail_size if step.objective == "divergence" else None
     board = summary_writer()(str(workdir.path / "tensorboard")) if flags.tensorboard else None
 
     def one_step(state: State) -> tuple[State, dict[str, Any]]:
         index = int(state.step)
-        sample = sample_of_step(flags, sampler, index)
+        sample = sample_of_step(flags, sampler, index, tail=tail)
         length = max(padded_length(sample, flags), step.tail_size)
         state, metrics = update(on_all(state, mesh), params, batch_of_one(sample, length))
         state = on_one(state, mesh)  # a checkpoint does not depend on the number of devices
@@ -93,17 +93,25 @@ def _is_finite(state: State) -> bool:
 
 def turns(flags: IdentifyConfig) -> tuple[str, ...]:
     """Return the names of what the samples of successive steps are, from the first step on."""
-    if flags.method == "masks" and flags.learn_from == "both":
-        return ("plain text", "passkeys")
-    return ()
+    return ("plain text", "passkeys") if flags.learn_from == "both" else ()
 
 
-def sample_of_step(flags: IdentifyConfig, sampler: PasskeySampler, index: int) -> Sample:
-    """Return the sample of step `index`."""
+def sample_of_step(
+    flags: IdentifyConfig, sampler: PasskeySampler, index: int, *, tail: int | None = None
+) -> Sample:
+    """Return the sample of step `index`.
+
+    Args:
+      flags: the command's.
+      sampler: makes the samples.
+      index: number of the step.
+      tail: last tokens of plain text that are predicted; None: all.
+    """
     if turns(flags):  # Of passkeys, too, every second sample may be a chat.
-        return (sampler.sample if index % 2 else sampler.plain_text)(index // 2)
-    plain = flags.method == "lm" or (flags.method == "masks" and flags.learn_from == "text")
-    return (sampler.plain_text if plain else sampler.sample)(index)
+        plain, index = index % 2 == 0, index // 2
+    else:
+        plain = flags.method == "lm" or flags.learn_from == "text"
+    return sampler.plain_text(index, tail=tail) if plain else sampler.sample(index)
 
 
 def warm_start(
@@ -169,7 +177,7 @@ def step_config(flags: IdentifyConfig, *, tail_size: int) -> StepConfig:
         recent_size=flags.recent,
         mixing=flags.mixing,
         tail_size=tail_size,
-        objective=_OBJECTIVES[flags.method],
+        objective=flags.objective or _OBJECTIVES[flags.method],
         votes=flags.votes or "loss",
         implementation=flags.implementation,
     )

@@ -82,6 +82,16 @@ def test_plain_text_is_a_stretch_of_the_text_as_long_as_the_sample(make, tokeniz
     assert not np.array_equal(other_seed.tokens, sampler.plain_text(0).tokens)
 
 
+def test_the_last_tokens_of_plain_text_may_be_what_is_asked(make):
+    sampler = make()
+    whole = sampler.plain_text(0)
+    size = whole.tokens.size
+    for tail, start in ((5, size - 5), (size + 3, 1)):  # nothing is before the first token
+        ended = sampler.plain_text(0, tail=tail)
+        np.testing.assert_array_equal(ended.tokens, whole.tokens)
+        assert (ended.tail_start, ended.answers) == (start, ((start, size),))
+
+
 def test_plain_text_shorter_than_a_sample_is_all_of_it(make, tokenizer):
     config = dataclasses.replace(SMALL, min_length=400)
     words = "night vault sea " * 40
