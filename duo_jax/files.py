@@ -86,7 +86,7 @@ def reading(path: str | pathlib.Path) -> Iterator[None]:
     """
     try:
         yield
-    except UnicodeDecodeError:
+    except UnicodeError:
         raise InputError(f"{shown(path)} is not UTF-8 text") from None
     except OSError as error:
         raise InputError(f"{shown(path)} cannot be read: {error.strerror or error}") from None

@@ -184,10 +184,11 @@ def _prompt(flags: GenerateConfig) -> tuple[str | None, str]:
 def _read_file(file: pathlib.Path) -> str:
     if str(file) != "-":
         return files.read_text(file, pipes=True).removeprefix("\ufeff")
-    with files.reading(file):
-        if sys.stdin is None:
-            raise InputError("standard input is closed")
+    if sys.stdin is None:
+        raise InputError("standard input is closed")
+    with files.reading("standard input"):
         text = sys.stdin.read(files.LARGEST_TEXT + 1)  # as of a file; a pipe may have no end
+        text.encode()  # Python may have let bytes through that are no characters
         if len(text) > files.LARGEST_TEXT:
             raise InputError(f"standard input has more than {files.LARGEST_TEXT:,} characters")
         return text
@@ -242,6 +243,8 @@ def _turn(flags: GenerateConfig, conversation: Conversation, text: str) -> None:
                 print(piece, end="", flush=True)
                 step_done()
         print()
+    if (why := conversation.session.no_room()) is not None:
+        print(f"the text ends here: {why}", file=sys.stderr)
 
 
 def _finish(flags: GenerateConfig, conversation: Conversation) -> None:

@@ -33,6 +33,7 @@ _Number = Annotated[int, Meta(ge=-(2**53), le=2**53)] | Annotated[float, Meta(ge
 _Metrics = dict[str, _Number | None]  # null: not measured, or not finite
 _NOTES = "_CHECKPOINT_METADATA"  # the file of orbax' notes on a checkpoint
 _DIGEST = "checksum"  # its name among the arrays of a checkpoint
+_LONGEST_REASON = 500  # characters; tensorstore's errors end with what is wrong
 
 
 @runtime_checkable
@@ -85,7 +86,8 @@ class WorkDir:
                     break
                 except Exception as error:  # orbax and tensorstore have no common one for damage
                     signals.check()  # which they may have turned into it
-                    damaged[step] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                    reason = " ".join(str(error).split())
+                    damaged[step] = f"{type(error).__name__}: {cut(reason, _LONGEST_REASON)}"
                 gc.collect()
         else:
             if damaged:

@@ -38,14 +38,18 @@ def check(path: pathlib.Path, config: Any, *, operational: Sequence[str] = ()) -
         if others:
             raise InputError(f"workdir {path} holds other files; choose an empty or new folder")
         return
-    changed = [
-        f"{name} was {quoted(before)}, is {quoted(after)}"
-        for name, before, after in _changes(read_json(file), _as_json(config))
+    changes = _changes(read_json(file), _as_json(config))
+    changed = {
+        name: f"{name} was {quoted(before)}, is {quoted(after)}"
+        for name, before, after in changes
         if name not in operational
-    ]
+    }
+    # A digest tells nothing beside a setting that decides what it is of.
+    told = [said for name, said in changed.items() if not name.endswith("_digest")]
     if changed:
         raise InputError(
-            f"{path} holds a run of another configuration ({'; '.join(changed)}); "
+            f"{path} holds a run of another configuration "
+            f"({'; '.join(told or changed.values())}); "
             "choose another --workdir, or repeat the run's own settings"
         )
 

@@ -116,6 +116,11 @@ async def _on_defect(request: Request, error: Exception) -> JSONResponse:
 async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
     message = str(error.detail)
+    match error.__cause__:  # where a body could not be parsed, and not for a fault of its JSON
+        case UnicodeDecodeError():
+            message = "the body is not UTF-8 text"
+        case RecursionError():
+            message = "the body is nested too deeply"
     if error.status_code == 404:
         message = f"there is no {request.method} {request.url.path}"
     return respond(error.status_code, message, headers=error.headers)
@@ -123,9 +128,12 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:
     """Say in one line what is wrong with a body, and where."""
-    del request
     assert isinstance(error, RequestValidationError)
     found = error.errors()
+    if isinstance(error.body, bytes):  # not looked at, for its header
+        kind = request.headers.get("content-type", "none")
+        message = f"send JSON, with the header Content-Type: application/json (it is {kind[:80]})"
+        return respond(400, message)
     # Of a union, every member complains: the first place tells, and each thing said of it once.
     first = found[0]
     if first["type"] == "json_invalid":

@@ -61,7 +61,7 @@ class Limits:
                 )
         size = max(map(len, rows))
         if size > self.longest:
-            raise InputError(f"{size:,} tokens are too many: {self._reason()}")
+            raise InputError(f"{size:,} tokens are too many: {self.reason()}")
 
     def room(self, rows: Sequence[Sequence[int]]) -> list[int]:
         """Return how many tokens each row may still get.
@@ -72,10 +72,11 @@ class Limits:
         self.check(rows)
         size = max(map(len, rows))
         if size == self.longest:
-            raise InputError(f"{size:,} tokens leave no room for new ones: {self._reason()}")
+            raise InputError(f"{size:,} tokens leave no room for new ones: {self.reason()}")
         return [self.longest - len(row) for row in rows]
 
-    def _reason(self) -> str:
+    def reason(self) -> str:
+        """Return what sets the limit, in a few words."""
         if self.longest == self.max_len:
             return f"the cache was made for {self.longest:,}"
         return f"the model's range is {self.longest:,}"

@@ -90,6 +90,11 @@ class Session:
         """Tokens that a row of the cache can hold."""
         return self._row_cache.slots + self._row_cache.evicted
 
+    def no_room(self) -> str | None:
+        """Return why no token can follow the longest row; None: one can."""
+        full = max(map(len, self.tokens)) >= self._limits.longest
+        return self._limits.reason() if full else None
+
     @property
     def whole_slots(self) -> int:
         """Slots of a full cache that held all tokens, as one from which none are evicted does."""

@@ -109,6 +109,23 @@ def test_standard_input_without_an_end_is_refused(monkeypatch, capsys):
     assert capsys.readouterr().err == "error: standard input has more than 10 characters\n"
 
 
+def test_standard_input_that_is_no_text_is_refused_as_a_file_is(monkeypatch, capsys):
+    latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors="surrogateescape")
+    monkeypatch.setattr("sys.stdin", latin)  # as Python makes it where no language is set
+    with pytest.raises(SystemExit, match="2"):
+        generate.main(["--prompt-file", "-", "--no-compile-cache"])
+    assert capsys.readouterr().err == "error: standard input is not UTF-8 text\n"
+
+
+def test_a_text_that_ends_where_the_cache_does_says_so(run, expected):
+    words = ("--prompt", TEXT + QUESTION)
+    tokens = int(SUMMARY.fullmatch(run(*words)[1].strip())[1])
+    out, err = run(*words, "--max-len", tokens + 6)
+    assert expected.startswith(out.removesuffix("\n"))
+    full = f"the text ends here: the cache was made for {tokens + 6}"
+    assert err.splitlines()[0] == full
+
+
 def test_a_saved_book_answers_as_if_read_now(run, expected, tmp_path):
     read_only = ("--max-new-tokens", 0)
     out, err = run("--prompt", TEXT, "--save-cache", tmp_path / "book", settings=read_only)

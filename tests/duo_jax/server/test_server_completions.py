@@ -275,6 +275,24 @@ def test_what_cannot_be_is_refused_in_one_line(http, what):
     assert "\n" not in error["message"]
 
 
+UNPARSED = {  # body, its kind, what is wrong
+    "no JSON": (b'{"prompt": ', "application/json", "the body is not JSON: Expecting value"),
+    "another kind": (b'{"prompt": "a"}', "text/plain", "application/json (it is text/plain)"),
+    "no kind": (b'{"prompt": "a"}', None, "application/json (it is none)"),
+    "bytes of no text": (b'{"prompt": "\xff"}', "application/json", "the body is not UTF-8 text"),
+    "too deep": (b"[" * 100_000, "application/json", "the body is nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("what", UNPARSED)
+def test_a_body_that_cannot_be_read_is_told_from_others(http, what):
+    content, kind, message = UNPARSED[what]
+    headers = {"content-type": kind} if kind else {}
+    answer = http.post("/v1/completions", content=content, headers=headers)
+    assert answer.status_code == 400
+    assert message in answer.json()["error"]["message"]
+
+
 SCHEMA = {
     "type": "object",
     "properties": {"found": {"type": "boolean"}, "which": {"enum": ["first", "third"]}},
