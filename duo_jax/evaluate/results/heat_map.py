@@ -69,7 +69,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         )
     names = (words for words, _ in shown.values())
     found = markdown.table(
-        ("caches", "cells", *names, "worst cell", "cache MB, longest text"), lines
+        ("caches", "cells (length, depth)", *names, "worst cell", "cache MB, longest text"), lines
     )
     if "haystacks" in result:
         found += f"\n\nHaystack: {_haystacks(result)}."
