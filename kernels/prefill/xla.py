@@ -14,8 +14,11 @@ from kernels.tile_io import cdiv
 
 _BLOCK_KV = 512
 # The most bytes that the scores of one block of queries and one block of keys take, over all rows
-# and heads. On two cores of an AMD EPYC, 4 to 8 MB were fastest, 2 and 16 MB took 14% longer.
-_SCORE_BYTES = 2**23
+# of a batch. KV heads follow each other: a product of all of them has few rows in each, and on two
+# cores of an Intel Xeon took 2.5 times as long with 32 KV heads (5.8 times with four rows), 1.2 to
+# 1.4 times with 3 and 8. There, 4 MB were fastest or near it in seven cases, 1 MB took up to 55%
+# longer, 8 MB up to 33%.
+_SCORE_BYTES = 2**22
 
 
 def prefill_attention(
@@ -34,22 +37,26 @@ def prefill_attention(
     group = num_q_heads // num_kv_heads
     starts = starts.astype(int)  # as jnp.arange
     block_kv = block_slots(k, pages, _BLOCK_KV)
-    block_q = _SCORE_BYTES // (4 * batch * num_q_heads * block_kv)
+    block_q = _SCORE_BYTES // (4 * batch * group * block_kv)
     block_q = min(length, max(16, 1 << (max(block_q, 1).bit_length() - 1)))
     num_q_blocks = math.ceil(length / block_q)
 
-    # [q_blocks, batch, kv_heads, block_q * group, head_dim]: the rows of one matrix product.
+    # [kv_heads * q_blocks, batch, 1, block_q * group, head_dim]: the rows of one matrix product.
     padded = jnp.pad(q, ((0, 0), (0, num_q_blocks * block_q - length), (0, 0), (0, 0)))
     blocks = padded.reshape(batch, num_q_blocks, block_q, num_kv_heads, group, head_dim)
-    blocks = blocks.transpose(1, 0, 3, 2, 4, 5)
-    blocks = blocks.reshape(num_q_blocks, batch, num_kv_heads, block_q * group, head_dim)
+    blocks = blocks.transpose(3, 1, 0, 2, 4, 5)
+    blocks = blocks.reshape(-1, batch, 1, block_q * group, head_dim)
 
-    def one_block(index_and_q):
-        index, q = index_and_q
+    def one_block(place_and_q):
+        place, q = place_and_q
+        head, index = place // num_q_blocks, place % num_q_blocks
         q_positions = starts[:, None] + index * block_q + jnp.arange(block_q)[None, :]
 
+        def of_head(x):
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, head, 1, 1), x)
+
         def add(at, mask, state):
-            keys, values = (read_block(x, pages, at, block_kv, q.dtype) for x in (k, v))
+            keys, values = (read_block(of_head(x), pages, at, block_kv, q.dtype) for x in (k, v))
             return online_softmax.add_block(
                 state, q, keys, values, mask, softmax_scale=softmax_scale
             )
@@ -75,10 +82,10 @@ def prefill_attention(
         out, lse = online_softmax.finish(state)
         return out.astype(q.dtype), lse
 
-    def put_together(x):  # x: [q_blocks, batch, kv_heads, block_q * group, ...]
-        x = x.reshape(num_q_blocks, batch, num_kv_heads, block_q, group, *x.shape[4:])
-        x = jnp.moveaxis(x, (1, 0, 3), (0, 1, 2))
+    def put_together(x):  # x: [kv_heads * q_blocks, batch, 1, block_q * group, ...]
+        x = x.reshape(num_kv_heads, num_q_blocks, batch, block_q, group, *x.shape[4:])
+        x = jnp.moveaxis(x, (2, 1, 3), (0, 1, 2))
         return x.reshape(batch, num_q_blocks * block_q, num_q_heads, *x.shape[5:])[:, :length]
 
-    out, lse = jax.lax.map(one_block, (jnp.arange(num_q_blocks), blocks))
+    out, lse = jax.lax.map(one_block, (jnp.arange(blocks.shape[0]), blocks))
     return put_together(out), put_together(lse)
