@@ -174,10 +174,10 @@ def test_ended_and_resumed_equals_uninterrupted(finished, tiny_model, tmp_path, 
     """Between checkpoints; test_loop.py has an end at every step, the first ones too."""
     workdir, of_step = tmp_path / "ended", training.sample_of_step
 
-    def fail_at_14th(flags, sampler, index):
+    def fail_at_14th(flags, sampler, index, **options):
         if index == 13:
             raise MemoryError  # as a kill: nothing is saved after it
-        return of_step(flags, sampler, index)
+        return of_step(flags, sampler, index, **options)
 
     monkeypatch.setattr(training, "sample_of_step", fail_at_14th)
     with pytest.raises(MemoryError):
@@ -380,5 +380,5 @@ def test_help_names_every_flag(capsys, monkeypatch):
         if flag.name not in ("data", "learn_from"):
             assert "--" + flag.name.replace("_", "-") in shown
     assert "--max-length" in shown
-    assert "--data {text,passkeys,both}" in shown
+    assert "--data {None,text,passkeys,both}" in shown
     assert "--data." not in shown
