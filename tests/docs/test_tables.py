@@ -24,7 +24,7 @@ from benchmarks.serving import report as serving_report
 from duo_jax.cache import KVFormat
 from duo_jax.evaluate.compare import report as compare_report
 from duo_jax.evaluate.compare.points import points
-from duo_jax.heads.pattern import load_pattern
+from duo_jax.heads.pattern import choose_retrieval_heads, load_pattern
 from duo_jax.reports.statistics import standard_error
 from train.identify import report
 
@@ -216,7 +216,7 @@ def test_forty_gradients_are_compared_with_what_ships_in_eight_cells():
 def test_choices_by_task_are_those_of_the_committed_run():
     result = json.loads((RESULTS / "smollm2/tasks.json").read_text())
     found = head_tasks_report.by_choice(result)
-    assert result["choices"] == ["budget", "attribute"]
+    assert result["choices"] == ["budget", "attribute", "budget-1-to-4"]
     for other in (("", head_tasks_report.FULL), ("budget", "")):
         for line in head_tasks_report.differences(found, other).splitlines():
             assert line in page("identify")
@@ -238,6 +238,31 @@ def test_choices_by_task_are_those_of_the_committed_run():
         exact = (f"{scores[task, 'exact'].mean():.0%}" for scores in (ours, ships, full))
         assert words.format(*exact) in told
     assert ours["niah_single_1", "exact"].size == 22
+    mixed = found["budget-1-to-4", "75% streaming"]["needle", "exact"].mean()
+    assert f"ahead with one needle (exact {mixed:.0%})" in told
+
+
+def test_heads_that_two_losses_choose_are_counted_from_the_committed_patterns():
+    def shared(one: pathlib.Path, other: pathlib.Path, sparsity: float) -> int:
+        first, second = (
+            choose_retrieval_heads(load_pattern(folder).gates, sparsity=sparsity)
+            for folder in (one, other)
+        )
+        return int((first & second).sum())
+
+    divergence, likelihood, mixed = (
+        RESULTS / f"smollm2/{name}/pattern"
+        for name in ("attribute-divergence", "attribute-votes", "budget-mixed")
+    )
+    ships = ROOT / "duo_jax/patterns/SmolLM2-135M-Instruct"
+    assert shared(divergence, likelihood, 0.75) == 20
+    assert shared(divergence, likelihood, 0.5) == 40
+    assert (shared(divergence, ships, 0.75), shared(divergence, ships, 0.5)) == (16, 37)
+    assert shared(mixed, ships, 0.75) == 19
+    told = " ".join(page("identify").split())
+    assert "keeps 20 of the 22 heads that the likelihood keeps at 75%, and 40 of 45 at 50%" in told
+    assert "with what ships it shares 16 and 37" in told
+    assert "19 of their 22 heads are the same" in told
 
 
 def test_the_frontier_of_a_real_model_is_told_with_the_numbers_of_its_page():
