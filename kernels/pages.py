@@ -60,15 +60,30 @@ def read_block(
     first: Int[Array, ""],
     size: int,
     dtype: DTypeLike,
-) -> Float[Array, "batch kv_heads size head_dim"]:
-    """Return consecutive slots of every row, unpacked; of a paged cache, whole pages."""
+    *,
+    head: Int[Array, ""] | None = None,
+) -> Float[Array, "batch heads size head_dim"]:
+    """Return consecutive slots of every row, unpacked; of a paged cache, whole pages.
+
+    Args:
+      x: keys or values, or a pool of them.
+      pages: the table of a paged cache.
+      first: of the slots.
+      size: their number.
+      dtype: of the result.
+      head: the one KV head that is read; None: all.
+    """
     if pages is None:
+        if head is not None:
+            x = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, head, 1, axis=1), x)
         return read_slots(x, first, size, dtype)
     page_size = x.shape[2]
     some = jax.lax.dynamic_slice_in_dim(pages, first // page_size, size // page_size, axis=1)
 
     def joined(leaf: Array) -> Array:
-        found = jnp.swapaxes(leaf[some], 1, 2)  # [batch, kv_heads, pages, a page's slots, _]
+        # One head of these pages: cut out of the pool first, XLA would copy it from all pages.
+        read = leaf[some] if head is None else leaf[some, head][:, :, None]
+        found = jnp.swapaxes(read, 1, 2)  # [batch, heads, pages, a page's slots, _]
         return found.reshape(*found.shape[:2], -1, found.shape[-1])
 
     found = jax.tree.map(joined, x)

@@ -191,10 +191,10 @@ class PasskeySampler:
         rng = np.random.default_rng([*self._entropy, index, 1])
         start = rng.integers(max(self._text.size - size, 0) + 1)
         tokens = [*self._bos, *self._text[start : start + size]]
-        start = 0 if tail is None else max(len(tokens) - tail, 1)
-        answers = () if tail is None else ((start, len(tokens)),)
+        tail_start = 0 if tail is None else max(len(tokens) - tail, 1)
+        answers = () if tail is None else ((tail_start, len(tokens)),)
         return Sample(
-            tokens=np.array(tokens, np.int32), tail_start=start, answers=answers, depths=()
+            tokens=np.array(tokens, np.int32), tail_start=tail_start, answers=answers, depths=()
         )
 
     @property

@@ -52,11 +52,8 @@ def prefill_attention(
         head, index = place // num_q_blocks, place % num_q_blocks
         q_positions = starts[:, None] + index * block_q + jnp.arange(block_q)[None, :]
 
-        def of_head(x):
-            return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, head, 1, 1), x)
-
         def add(at, mask, state):
-            keys, values = (read_block(of_head(x), pages, at, block_kv, q.dtype) for x in (k, v))
+            keys, values = (read_block(x, pages, at, block_kv, q.dtype, head=head) for x in (k, v))
             return online_softmax.add_block(
                 state, q, keys, values, mask, softmax_scale=softmax_scale
             )

@@ -46,6 +46,24 @@ def test_a_block_of_queries_reads_no_keys_beyond_its_diagonal():
     assert np.isnan(out[:, 512:]).all()
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_workspace_does_not_grow_with_the_pool_of_pages(bits):
+    """A head is read from its rows' pages, not cut out of the pool first."""
+
+    def workspace(others: int) -> int:
+        case = PrefillCase(
+            length=64, slots=2048, starts=(1900,), q_heads=4, kv_heads=2, head_dim=32,
+            dtype="float32", page_size=64, bits=bits,
+        )  # fmt: skip
+        q, *pools, starts, pages = case.draw()
+        k, v = (jax.tree.map(lambda x: jnp.concatenate([x, *[x] * others]), pool) for pool in pools)
+        attend = functools.partial(xla.prefill_attention, softmax_scale=1.0)
+        compiled = jax.jit(attend).lower(q, k, v, starts, pages).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert workspace(60) == workspace(0)
+
+
 def test_each_query_gets_what_decode_gives_it():
     case = AWKWARD["29 tokens"]
     q, k, v, starts = case.draw()
